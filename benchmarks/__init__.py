@@ -1,0 +1,1 @@
+"""Benchmarks of pyroflows beside its peers; never imported by the package."""

@@ -1,0 +1,76 @@
+"""Checks of what users pass in; each raises one sentence that says what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_size(name: str, value: Any, least: int = 1) -> int:
+    """Returns ``value`` as an ``int`` of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"Expected {name} to be an integer; got {value!r}.")
+    if value < least:
+        raise ValueError(f"Expected {name} >= {least}; got {value}.")
+    return int(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Returns ``value`` as a finite ``float`` above zero."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"Expected {name} to be a number; got {value!r}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"Expected {name} to be positive and finite; got {value}.")
+    return float(value)
+
+
+def check_hidden(value: Any) -> tuple[int, ...]:
+    """Returns the widths of hidden layers as a tuple."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"Expected hidden_features to be a sequence of integers such as (64, 64); got {value!r}.")
+    return tuple(check_size("hidden_features", width) for width in value)
+
+
+def check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
+    """Returns ``value`` if it is a floating-point tensor whose last dimensions are ``shape``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected {name} to be a tensor of shape {_pattern(shape)}; got {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(f"Expected {name} of a floating-point dtype; got {value.dtype}.")
+    n = len(shape)
+    if value.dim() < n or tuple(value.shape[value.dim() - n :]) != tuple(shape):
+        raise ValueError(f"Expected {name} of shape {_pattern(shape)}; got {tuple(value.shape)}.")
+    return value
+
+
+def check_context(context: Any, context_features: int | None, owner: str) -> Tensor | None:
+    """Returns ``context`` if it is what a transform or flow with ``context_features`` takes."""
+    if context_features is None:
+        if context is not None:
+            raise ValueError(
+                f"Expected no context, for {owner} was made without context_features; got {_describe(context)}."
+            )
+        return None
+    if context is None:
+        raise ValueError(f"Expected context of shape (*, {context_features}) for {owner}; got None.")
+    return check_tensor("context", context, (context_features,))
+
+
+def broadcast_batch(shape: torch.Size, event_dim: int, context: Tensor | None) -> torch.Size:
+    """The shape of an event tensor after its batch dimensions are broadcast against the context's."""
+    if context is None:
+        return shape
+    cut = len(shape) - event_dim
+    return torch.broadcast_shapes(shape[:cut], context.shape[:-1]) + shape[cut:]
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _pattern(shape: Sequence[int]) -> str:
+    return "(" + ", ".join(["*", *map(str, shape)]) + ")"

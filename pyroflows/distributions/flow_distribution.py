@@ -1,0 +1,176 @@
+"""The distribution that a flow returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.score_parts import ScoreParts
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+from torch.distributions import constraints
+
+from .._memory import Memory
+from ..transforms import Transform
+
+__all__ = ["FlowDistribution"]
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    r"""The law of :math:`y = g(f(x))` for :math:`x` from a base, a transform :math:`f` and a map :math:`g` onto a support.
+
+    .. math:: \log p(y) = \log p_0(x) - \log|\det J_f(x)| - \log|\det J_g(f(x))|.
+
+    A :class:`pyro.distributions.TransformedDistribution` that goes through the networks once per call and remembers its
+    own last sample: scoring the very tensor that :meth:`rsample` returned costs no inversion. That score is a function
+    of the parameters and the noise, along the sampling pass, so its gradient is the total one; for the partial
+    derivative with respect to the value, score ``value.detach().requires_grad_()``.
+
+    Args:
+        base: Distribution of :math:`x`.
+        transform: The map :math:`f`, without context or already conditioned.
+        support: Constraint that values satisfy; :math:`g` is ``biject_to(support)``.
+        path_gradient: Whether an ELBO gets the path gradient (sticking the landing) of this guide, which omits the
+            score term of mean zero.
+        validate_args: Whether to check values against the support.
+
+    Raises:
+        ValueError: If there is no bijection of vectors onto the support.
+
+    Reference:
+        Roeder, Wu, Duvenaud, "Sticking the landing", 2017, https://arxiv.org/abs/1703.09194
+
+    Example:
+        >>> import pyroflows as pf
+        >>> d = pf.RealNVP(features=2)()
+        >>> x, log_prob = d.rsample_and_log_prob((5,))
+        >>> x.shape, log_prob.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        base: torch.distributions.Distribution,
+        transform: Transform,
+        support: constraints.Constraint | None = None,
+        path_gradient: bool = False,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.transform = transform
+        self.path_gradient = path_gradient
+        self._onto = [] if support is None else [bijection_onto(support)]
+        self._memory = Memory()
+        super().__init__(base, [transform, *self._onto], validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        new = self._get_checked_instance(FlowDistribution, _instance)
+        new.transform, new.path_gradient, new._onto = self.transform, self.path_gradient, self._onto
+        new._memory = Memory()
+        return super().expand(batch_shape, _instance=new)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws reparametrised samples of shape ``sample_shape + batch_shape + event_shape``."""
+        return self._generate(self.base_dist.rsample(torch.Size(sample_shape)))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws samples without gradient."""
+        with torch.no_grad():
+            return self._generate(self.base_dist.sample(torch.Size(sample_shape)))
+
+    def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:
+        """Draws reparametrised samples and scores them in the same pass.
+
+        Args:
+            sample_shape: Shape of the sample.
+
+        Returns:
+            Samples of shape ``sample_shape + batch_shape + event_shape`` and log-densities of shape
+            ``sample_shape + batch_shape``.
+        """
+        x = self.base_dist.rsample(torch.Size(sample_shape))
+        y, log_det = self.transform.forward_and_log_det(x)
+        value, log_det = self._constrain(y, log_det)
+        return value, self._base_log_prob(x) - log_det
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of values of shape ``(*, *batch_shape, *event_shape)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        last = self._memory.recall(value, self.transform._definition())
+        if last is not None:
+            if last.log_det.requires_grad:
+                self._memory.clear()  # a graph can be walked back only once
+            return self._base_log_prob(last.given) - last.log_det
+        y, log_det_onto = value, 0.0
+        for onto in self._onto:
+            y = onto.inv(value)
+            log_det_onto = sum_rightmost(onto.log_abs_det_jacobian(y, value), self._spare_dims(onto))
+        x, log_det = self.transform.inverse_and_log_det(y)
+        return self._base_log_prob(x) + log_det - log_det_onto
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """The terms of Pyro's gradient estimators, with the path gradient where it was asked for."""
+        last = self._memory.recall(x, self.transform._definition())
+        score = None if last is None else last.tag
+        parts = super().score_parts(x, *args, **kwargs)
+        if score is None:
+            return parts
+        # Equal to log q(x) in value; its gradient is the score times dx, with the density's own parameters held fixed.
+        path = sum_rightmost((x - x.detach()) * score, len(self.event_shape))
+        return ScoreParts(parts.log_prob, parts.score_function, parts.log_prob.detach() + path)
+
+    def _generate(self, x: Tensor) -> Tensor:
+        score = None
+        if self.path_gradient and not self._onto and torch.is_grad_enabled() and not torch.jit.is_tracing():
+            y, log_det, score = self.transform.push_score(x, self._base_score(x))
+        else:
+            y, log_det = self.transform.forward_and_log_det(x)
+        value, log_det = self._constrain(y, log_det)
+        self._memory.keep(x, value, log_det, self.transform._definition(), tag=score)
+        return value
+
+    def _constrain(self, y: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        for onto in self._onto:
+            value = onto(y)
+            log_det = log_det + sum_rightmost(onto.log_abs_det_jacobian(y, value), self._spare_dims(onto))
+            y = value
+        return y, log_det
+
+    def _spare_dims(self, onto: torch.distributions.Transform) -> int:
+        return len(self.event_shape) - onto.codomain.event_dim
+
+    def _base_log_prob(self, x: Tensor) -> Tensor:
+        return self.base_dist.log_prob(x)
+
+    def _base_score(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            (score,) = torch.autograd.grad(self._base_log_prob(point).sum(), point)
+        return score
+
+
+def bijection_onto(support: constraints.Constraint) -> torch.distributions.Transform:
+    """The map from real vectors onto a support.
+
+    Args:
+        support: A constraint.
+
+    Returns:
+        ``biject_to(support)``.
+
+    Raises:
+        TypeError: If it is not a constraint.
+        ValueError: If Pyro knows no bijection of vectors onto it.
+    """
+    if not isinstance(support, constraints.Constraint):
+        raise TypeError(f"Expected support to be a constraint; got {support!r}.")
+    try:
+        onto = torch.distributions.biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"Expected a support with a bijection from real vectors; biject_to knows none for {support}."
+        ) from None
+    if not onto.bijective or onto.domain.event_dim > 1:
+        raise ValueError(f"Expected a support with a bijection from real vectors; that of {support} is none.")
+    return onto

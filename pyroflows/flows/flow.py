@@ -1,0 +1,190 @@
+"""The flow module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._checks import check_context
+from ..distributions.flow_distribution import FlowDistribution, bijection_onto
+from ..transforms import Compose, Transform
+
+__all__ = ["Flow"]
+
+# Parameters that some flow of this process has put into a param store; all others there were loaded.
+_OWN_PARAMETERS: Any = WeakIdKeyDictionary()
+
+
+class Flow(PyroModule):
+    r"""A normalizing flow: called, it is a distribution.
+
+    .. math:: x \sim p_0, \qquad y = g(f_K \circ \dots \circ f_1(x; c)) \quad\Rightarrow\quad
+        \log p(y \mid c) = \log p_0(x) - \sum_k \log|\det J_k| - \log|\det J_g|.
+
+    ``flow()`` or ``flow(context)`` returns a :class:`FlowDistribution`, whose batch shape is that of the context. Called in
+    a model or a guide, the flow puts its parameters into Pyro's param store under its name, which is all that
+    ``pyro.sample("z", flow(h))`` needs to train. As an attribute of a :class:`pyro.nn.PyroModule` it is named by it.
+
+    Args:
+        transforms: Transforms in generative order, first applied first.
+        base: Any distribution over events of the first transform; the standard normal by default. It moves with the
+            module from device to device.
+        support: Any constraint with a bijection from real vectors, such as ``constraints.positive``.
+        name: Name in the param store; the class's by default. Two flows in one model need two names.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the shapes of the parts do not fit together.
+
+    Reference:
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+
+    Example:
+        >>> import pyroflows as pf
+        >>> flow = pf.Flow([pf.AffineCoupling(3), pf.Reverse(3), pf.AffineCoupling(3)])
+        >>> flow().sample((5,)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        transforms: Iterable[Transform],
+        base: torch.distributions.Distribution | None = None,
+        support: constraints.Constraint | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(type(self).__name__ if name is None else name)
+        self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms)
+        if support is not None:
+            bijection_onto(support)
+        self.support = support
+        self._base = None if base is None else copy.deepcopy(_check_base(base, self.event_shape))
+        self.register_buffer("_zeros", torch.zeros(self.event_shape), persistent=False)
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one point before it is mapped onto the support."""
+        return self._modules["transform"].event_shape  # type: ignore[union-attr,return-value]
+
+    @property
+    def context_features(self) -> int | None:
+        """Entries of the context, or ``None``."""
+        return self._modules["transform"].context_features  # type: ignore[union-attr,return-value]
+
+    @property
+    def base(self) -> torch.distributions.Distribution:
+        """The base distribution."""
+        if self._base is not None:
+            return self._base
+        zeros = self._buffers["_zeros"]
+        assert zeros is not None
+        normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
+        return dist.Independent(normal, zeros.dim(), validate_args=False)
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """Returns the distribution given a context.
+
+        Args:
+            context: Tensor of shape ``(*, context_features)``, or ``None`` for a flow without context.
+
+        Returns:
+            A distribution of batch shape ``(*)``.
+
+        Raises:
+            ValueError: If the context is missing, unwanted or of another width.
+        """
+        given = check_context(context, self.context_features, type(self).__name__)
+        if am_i_wrapped():
+            register_parameters(self)
+        transform = self._modules["transform"]
+        assert isinstance(transform, Transform)
+        return FlowDistribution(self.base, transform if given is None else transform.condition(given), self.support)
+
+    def __getattr__(self, name: str) -> Any:
+        # Pyro would register each submodule again, under other names, whenever one is read in a model.
+        return nn.Module.__getattr__(self, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Flow:
+        if self._base is not None:
+            _apply_to_distribution(self._base, fn)
+        return super()._apply(fn, recurse)
+
+
+def register_parameters(module: PyroModule) -> None:
+    """Puts the parameters of a module into the param store under its full name, once per call in a model or guide.
+
+    What the store holds under that name is taken over if it was loaded from a file, and replaced if it belongs to another
+    instance: a fresh flow trains its own parameters, and a saved store restores them.
+
+    Args:
+        module: The module, inside its own call.
+
+    Raises:
+        ValueError: If another flow goes by the same name in the same trace, or if what was loaded has another shape.
+    """
+    if pyro.settings.get("module_local_params"):
+        for name, parameter in module.named_parameters():
+            full = module._pyro_get_fullname(name)
+            statement = pyro.poutine.runtime.effectful(lambda *_, value=parameter, **__: value, type="param")
+            statement(full, parameter, constraint=constraints.real, name=full)
+        return
+    store = pyro.get_param_store()
+    for name, parameter in module.named_parameters():
+        full = module._pyro_get_fullname(name)
+        stored = store._params.get(full)
+        if stored is not None and stored is not parameter:
+            if stored in _OWN_PARAMETERS:
+                _check_single_name(full, stored, module._pyro_name)
+            else:
+                if stored.shape != parameter.shape:
+                    raise ValueError(
+                        f"Expected the param store to hold {full} of shape {tuple(parameter.shape)}; got "
+                        f"{tuple(stored.shape)}. Call pyro.clear_param_store(), or give the flow another name."
+                    )
+                with torch.no_grad():
+                    parameter.copy_(stored)
+            del store[full]
+        if parameter.requires_grad:
+            pyro.param(full, parameter)
+            _OWN_PARAMETERS[parameter] = True
+
+
+def _check_single_name(full: str, stored: Tensor, name: str) -> None:
+    for handler in _PYRO_STACK:
+        if isinstance(handler, TraceMessenger) and full in handler.trace.nodes:
+            value = handler.trace.nodes[full]["value"]
+            if getattr(value, "unconstrained", lambda: None)() is stored:
+                raise ValueError(
+                    f"Expected flows with different names in one model; got two named {name!r}. "
+                    f"Give each its own, as in RealNVP(..., name='prior')."
+                )
+
+
+def _check_base(base: Any, event_shape: torch.Size) -> torch.distributions.Distribution:
+    if not isinstance(base, torch.distributions.Distribution):
+        raise TypeError(f"Expected base to be a distribution; got {base!r}.")
+    shape = base.batch_shape + base.event_shape
+    if shape[max(0, len(shape) - len(event_shape)) :] != event_shape:
+        raise ValueError(f"Expected base of shape (*, {', '.join(map(str, event_shape))}); got {tuple(shape)}.")
+    if not base.has_rsample:
+        raise ValueError(f"Expected a base with reparametrised samples (has_rsample); got {type(base).__name__}.")
+    return base
+
+
+def _apply_to_distribution(distribution: torch.distributions.Distribution, fn: Callable[[Tensor], Tensor]) -> None:
+    for key, value in list(vars(distribution).items()):
+        if isinstance(value, Tensor):
+            vars(distribution)[key] = fn(value)
+        elif isinstance(value, torch.distributions.Distribution):
+            _apply_to_distribution(value, fn)

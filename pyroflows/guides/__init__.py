@@ -1,0 +1,5 @@
+"""Flows as automatic guides."""
+
+from .auto import AutoFlow
+
+__all__ = ["AutoFlow"]

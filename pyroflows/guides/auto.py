@@ -1,0 +1,265 @@
+"""A flow as an automatic guide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.kl import register_kl
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .._checks import check_positive
+from ..distributions import FlowDistribution
+from ..flows import Flow, RealNVP
+from ..transforms import Affine, Compose, Elementwise, LowerTriangularAffine, Transform
+from .initialization import init_to_median
+
+__all__ = ["AutoFlow"]
+
+
+class AutoFlow(AutoContinuous):
+    r"""A normalizing flow over all continuous latent sites of a model; a drop-in for any autoguide of Pyro.
+
+    The sites are mapped to one unconstrained vector :math:`z`, and
+
+    .. math:: x \sim N(0, I), \qquad z = \mu + L\, f(x),
+
+    with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that starts at
+    ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. ELBOs of Pyro get the path gradient.
+
+    Args:
+        model: A Pyro model.
+        flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a :class:`Flow` or a
+            :class:`Transform` over the whole space. By default ``RealNVP``, and for a single latent feature an affine
+            map, which makes the guide a normal.
+        init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default, which knows improper
+            sites too.
+        init_scale: Standard deviation at the start, in unconstrained units.
+
+    Raises:
+        ValueError: If ``init_scale`` is not positive; in the first call, if the flow does not fit the model or a latent
+            site is discrete or inside a subsampled plate.
+
+    Reference:
+        Kucukelbir, Tran, Ranganath, Gelman, Blei, "Automatic differentiation variational inference", 2017,
+        https://arxiv.org/abs/1603.00788
+
+        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting, and optimization",
+        2020, https://arxiv.org/abs/2006.10343
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        ...     pyro.sample("x", dist.Normal(0.0, scale))
+        >>> guide = AutoFlow(model)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> loss = svi.step()
+        >>> sorted(guide.median())
+        ['scale', 'x']
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: Callable[[int], Flow | Transform] | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        self._init_scale = check_positive("init_scale", init_scale)
+        if flow is not None and not callable(flow):
+            raise TypeError(f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}.")
+        if isinstance(flow, torch.nn.Module):
+            raise TypeError(
+                f"Expected flow to be a preset or callable such as pf.RealNVP, not a made {type(flow).__name__}."
+            )
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._make_flow = flow
+        self._waiting_state: dict[str, Tensor] | None = None
+
+    # Construction, once the model has run
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        _refuse_subsampled_latents(self.prototype_trace)
+        loc = self._init_loc()
+        made = (self._make_flow or _default_flow)(self.latent_dim)
+        layers, base = _parts(made, self.latent_dim)
+        self.flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(loc.device, loc.dtype)
+        self.whiten(loc, self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device))
+        if self._waiting_state is not None:
+            state, self._waiting_state = self._waiting_state, None
+            self.load_state_dict(state)
+
+    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
+
+        Args:
+            loc: Tensor of shape ``(features,)``.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+
+        Raises:
+            RuntimeError: If the guide has not met its model yet.
+            ValueError: If the diagonal is not positive.
+        """
+        self._check_built("whiten")
+        whitening = self.flow.transform.layers[-1]
+        assert isinstance(whitening, LowerTriangularAffine)
+        whitening.set(loc, scale_tril)
+
+    # The protocol of AutoContinuous
+
+    def get_base_dist(self) -> torch.distributions.Distribution:
+        """The base distribution."""
+        self._check_built("get_base_dist")
+        return self.flow.base
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """The transform from the base to the unconstrained latent vector."""
+        self._check_built("get_transform")
+        return self.flow.transform
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The distribution of the unconstrained latent vector."""
+        self._check_built("get_posterior")
+        posterior = self.flow()
+        posterior.path_gradient = True
+        return posterior
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples every latent site, as a guide with the arguments of the model."""
+        with _ScoredDeltas():
+            return super().forward(*args, **kwargs)
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        latent = self._reference_draws()
+        return latent.quantile(0.5, dim=0), latent.std(0)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior medians by Monte Carlo, taken per unconstrained entry and mapped to the support of each site."""
+        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles by Monte Carlo, taken per unconstrained entry and mapped to the support of each site.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+
+        Returns:
+            For each site a tensor of shape ``(len(quantiles), *site_shape)``.
+
+        Raises:
+            ValueError: If a level is outside of [0, 1].
+        """
+        latent = self._reference_draws()
+        levels = torch.as_tensor(quantiles, dtype=latent.dtype, device=latent.device)
+        if not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"Expected quantiles between 0 and 1; got {quantiles}.")
+        result: dict[str, list[Tensor]] = {}
+        for row in latent.quantile(levels, dim=0):
+            for site, value in self._unpack_latent(row):
+                constrained = torch.distributions.biject_to(site["fn"].support)(value)
+                result.setdefault(site["name"], []).append(constrained)
+        return {name: torch.stack(values) for name, values in result.items()}
+
+    @torch.no_grad()
+    def _reference_draws(self, pairs: int = 5000) -> Tensor:
+        """Draws with a seed of their own, so that medians and quantiles agree and no random state moves."""
+        self._check_built("median and quantiles")
+        device = self.flow._zeros.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            x = self.flow.base.sample((pairs,))
+        if self.flow._base is None:
+            # Antithetic pairs make the median of a normal exact.
+            x = torch.cat([x, -x])
+        return self.flow.transform.forward_and_log_det(x)[0]
+
+    def _check_built(self, what: str) -> None:
+        if self.prototype_trace is None:
+            raise RuntimeError(f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}.")
+
+    # Saving and copying
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.prototype_trace is None:
+            # The flow is made in the first call, when the model tells its size; the state waits until then.
+            self._waiting_state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own forgets the model and the master of the original, not only of the copy.
+        model, master = self._model, self.master
+        try:
+            return dict(super().__getstate__())
+        finally:
+            object.__setattr__(self, "_model", model)
+            object.__setattr__(self, "master", master)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        object.__setattr__(new, "_model", self._model)
+        return new
+
+
+def _default_flow(features: int) -> Flow | Transform:
+    return RealNVP(features) if features > 1 else Elementwise(Affine(), features)
+
+
+def _parts(made: Any, features: int) -> tuple[list[Transform], torch.distributions.Distribution | None]:
+    if isinstance(made, Flow):
+        if made.support is not None:
+            raise ValueError(f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}.")
+        transform, base = made.transform, made._base
+    elif isinstance(made, Transform):
+        transform, base = made, None
+    else:
+        raise TypeError(f"Expected flow(features) to return a Flow or a Transform; got {made!r}.")
+    if transform.context_features is not None:
+        raise ValueError("Expected a flow without context in AutoFlow; got one with context_features.")
+    if transform.event_shape != (features,):
+        raise ValueError(f"Expected a flow of {features} features, as the model has; got {tuple(transform.event_shape)}.")
+    return (list(transform.layers) if isinstance(transform, Compose) else [transform]), base  # type: ignore[arg-type]
+
+
+def _refuse_subsampled_latents(trace: Any) -> None:
+    for name, site in trace.iter_stochastic_nodes():
+        for frame in site["cond_indep_stack"]:
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"Expected latent sites outside of subsampled plates; got {name!r} in plate {frame.name!r}, of which "
+                    f"each run sees {frame.size} of {frame.full_size}. An AutoFlow learns one vector of latents for all "
+                    "data; use an amortised guide, which reads each mini-batch, for such a site."
+                )
+
+
+class _ScoredDelta(dist.Delta):
+    """A point mass with a log-density, whose Kullback-Leibler divergence does not leave that log-density out."""
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _ScoredDelta:
+        return super().expand(batch_shape, self._get_checked_instance(_ScoredDelta, _instance))
+
+
+@register_kl(_ScoredDelta, dist.Distribution)
+def _kl_scored_delta(p: _ScoredDelta, q: Any) -> Tensor:
+    return p.log_density - q.log_prob(p.v)
+
+
+class _ScoredDeltas(Messenger):
+    """Makes the sites of an AutoContinuous scored deltas, for TraceMeanField_ELBO takes divergences of them."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+        if type(msg["fn"]) is dist.Delta:
+            delta = msg["fn"]
+            msg["fn"] = _ScoredDelta(delta.v, delta.log_density, delta.event_dim, validate_args=False)

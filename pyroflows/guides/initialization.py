@@ -1,0 +1,39 @@
+"""Where a guide starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer.autoguide import init_to_median as _pyro_init_to_median
+from torch import Tensor
+from torch.distributions import biject_to
+
+__all__ = ["init_to_median"]
+
+
+def init_to_median(site: dict[str, Any] | None = None, num_samples: int = 15) -> Any:
+    """Starts each site at its prior median, and an improper one, which has none, at the image of zero.
+
+    Args:
+        site: A sample site of Pyro; without it the function returns itself, with its options set.
+        num_samples: Draws from the prior for the median.
+
+    Returns:
+        The value at which the site starts.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> flat = dist.ImproperUniform(dist.constraints.positive, (), (2,))
+        >>> init_to_median({"fn": flat, "name": "x"})
+        tensor([1., 1.])
+    """
+    if site is None:
+        return lambda given: init_to_median(given, num_samples)
+    try:
+        return _pyro_init_to_median(site, num_samples=num_samples)
+    except NotImplementedError:
+        fn = site["fn"]
+        onto = biject_to(fn.support)
+        zeros: Tensor = torch.zeros(onto.inverse_shape(fn.batch_shape + fn.event_shape))
+        return onto(zeros)

@@ -1,0 +1,8 @@
+"""Inference: from a model to a posterior, and whether to trust it."""
+
+from .fit import fit_posterior
+from .log_density import LogDensity
+from .posterior import Posterior, load_posterior
+from .verdict import Verdict
+
+__all__ = ["LogDensity", "Posterior", "Verdict", "fit_posterior", "load_posterior"]

@@ -1,0 +1,378 @@
+"""The log joint density of a model as one function of one vector, evaluated for many vectors at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.enum import config_enumerate
+from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .._checks import check_tensor
+from ..guides.initialization import init_to_median
+
+__all__ = ["LatentSite", "LogDensity"]
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A continuous latent site: its name, shapes, bijection from the reals, and the plates its dimensions belong to."""
+
+    name: str
+    shape: torch.Size
+    unconstrained_shape: torch.Size
+    transform: torch.distributions.Transform
+    plates: tuple[str | None, ...]
+
+    @property
+    def features(self) -> int:
+        """Entries of the site in the unconstrained vector."""
+        return self.unconstrained_shape.numel()
+
+
+class LogDensity:
+    r"""The unconstrained log joint density of a model, :math:`\log p(g(z), \mathrm{data}) + \log|\det J_g(z)|`.
+
+    The vector :math:`z` holds all continuous latent sites in the order of the model, each mapped to the reals by
+    ``biject_to`` of its support, as Pyro's autoguides do. Discrete sites are summed out by enumeration. The model is
+    batched by :func:`torch.func.vmap` and captured once as a graph of tensor operations, so that an evaluation costs
+    mathematics and not effect handlers; the result is checked against single traces. A model that cannot be batched, for
+    instance because it branches on a value, is evaluated one point at a time, with a warning that says so.
+
+    Everything outside of the latent sites, such as data and parameters, is taken as it is when the density is made.
+
+    Args:
+        model: A Pyro model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        init_loc_fn: Where the sites start; one of Pyro's initialisation functions.
+        batch_size: How many vectors one captured evaluation takes.
+
+    Attributes:
+        features: Entries of :math:`z`.
+        sites: The latent sites, in order.
+        initial: The start, of shape ``(features,)``.
+        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
+
+    Raises:
+        ValueError: If the model has no continuous latent site, subsamples a plate, changes the shape of a site between
+            runs, or draws random numbers outside of its sites.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        >>> density = LogDensity(model)
+        >>> density.log_prob(torch.zeros(3, 1))
+        tensor([-0.9189, -0.9189, -0.9189])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        batch_size: int = 256,
+    ) -> None:
+        self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
+        self.batch_size = batch_size
+        first, second = (self._prototype(init_loc_fn) for _ in range(2))
+        _refuse_changing_shapes(first, second)
+        self.sites = latent_sites(first)
+        self.discrete = [name for name, site in _latent_nodes(first) if _is_discrete(site)]
+        self.features = sum(site.features for site in self.sites)
+        self._max_plate_nesting = max([0, *(-frame.dim for frame in _frames(first))])
+        values = {site.name: first.nodes[site.name]["value"] for site in self.sites}
+        self.initial = self.unconstrain({name: value.detach() for name, value in values.items()})
+        self._evaluators: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+            "vmap": torch.func.vmap(torch.func.grad_and_value(self._single)),
+            "loop": self._loop,
+        }
+        self.mode, reason = self._choose_mode()
+        if self.mode == "loop":
+            warnings.warn(
+                f"The model cannot be evaluated for a batch of points by torch.func.vmap ({reason}); its log density is "
+                "evaluated one point at a time, which is slow.",
+                stacklevel=2,
+            )
+
+    @property
+    def batched(self) -> bool:
+        """Whether many points are evaluated at a time."""
+        return self.mode != "loop"
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log density.
+
+        Args:
+            z: Points of shape ``(*, features)``.
+
+        Returns:
+            Tensor of shape ``(*)``.
+
+        Raises:
+            ValueError: If the last dimension is not ``features``.
+        """
+        return self.value_and_grad(z)[0]
+
+    @torch.no_grad()
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The log density and its gradient; neither carries a graph.
+
+        Args:
+            z: Points of shape ``(*, features)``.
+
+        Returns:
+            Tensors of shape ``(*)`` and ``(*, features)``.
+
+        Raises:
+            ValueError: If the last dimension is not ``features``.
+        """
+        check_tensor("z", z, (self.features,))
+        rows = z.detach().reshape(-1, self.features)
+        values, grads = [], []
+        for chunk in rows.split(self.batch_size):
+            n = len(chunk)
+            if n < self.batch_size and self.mode == "captured":
+                # The captured graph knows one batch size.
+                chunk = torch.cat([chunk, chunk[-1:].expand(self.batch_size - n, -1)])
+            grad, value = self._evaluators[self.mode](chunk)
+            values.append(value[:n])
+            grads.append(grad[:n])
+        if not values:
+            return z.new_zeros(z.shape[:-1]), torch.zeros_like(z)
+        return torch.cat(values).reshape(z.shape[:-1]), torch.cat(grads).reshape(z.shape)
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Maps vectors to values of the sites.
+
+        Args:
+            z: Points of shape ``(*, features)``.
+
+        Returns:
+            For each site a tensor of shape ``(*, *site_shape)``.
+        """
+        return {site.name: value for site, _, value in self._unpack(z)}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Maps values of the sites, of shape ``(*, *site_shape)``, to vectors of shape ``(*, features)``."""
+        parts = []
+        for site in self.sites:
+            value = values[site.name]
+            batch = value.shape[: value.dim() - len(site.shape)]
+            parts.append(site.transform.inv(value).reshape(*batch, site.features))
+        return torch.cat(parts, -1)
+
+    def site_log_probs(self, z: Tensor) -> dict[str, Tensor]:
+        """The summed log density of every site of the model at one point.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each sample site, latent or observed, a tensor without dimensions.
+        """
+        with torch.no_grad():
+            trace = self._trace(self.constrain(z))
+            trace.compute_log_prob()
+        return {name: node["log_prob"].sum() for name, node in _sample_nodes(trace)}
+
+    # How a point is evaluated
+
+    def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
+        batch = z.shape[:-1]
+        for site, part in zip(self.sites, z.split([site.features for site in self.sites], -1), strict=True):
+            unconstrained = part.reshape(batch + site.unconstrained_shape)
+            yield site, unconstrained, site.transform(unconstrained)
+
+    def _trace(self, values: Mapping[str, Tensor]) -> Any:
+        model = self.model
+        if self.discrete:
+            enumerated = config_enumerate(model, default="parallel")
+            model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
+        # Validation reads values, which a batch under vmap does not have.
+        with poutine.block(), pyro.validation_enabled(False):
+            return poutine.trace(poutine.condition(model, data=values)).get_trace(*self.args, **self.kwargs)
+
+    def _single(self, z: Tensor) -> Tensor:
+        values, log_det = {}, z.new_zeros(())
+        for site, unconstrained, value in self._unpack(z):
+            values[site.name] = value
+            log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+        with pyro.validation_enabled(False):
+            trace = self._trace(values)
+            if not self.discrete:
+                return trace.log_prob_sum() + log_det
+            evaluator = TraceEinsumEvaluator(trace, True, self._max_plate_nesting)
+            return evaluator.log_prob(trace) + log_det
+
+    def _loop(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        grads, values = [], []
+        for row in z:
+            with torch.enable_grad():
+                point = row.detach().requires_grad_()
+                value = self._single(point)
+                (grad,) = torch.autograd.grad(value, point)
+            grads.append(grad)
+            values.append(value.detach())
+        return torch.stack(grads), torch.stack(values)
+
+    def _choose_mode(self) -> tuple[str, str]:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(3, self.features, generator=generator, device="cpu").to(self.initial)
+        points = self.initial + 0.1 * noise
+        grads, values = self._loop(points)
+        again = self._loop(points)[1]
+        if not _agree(values, again):
+            raise ValueError(
+                "Expected a model whose log density is a function of its latent sites; got two values at one point. Does it "
+                "draw random numbers outside of pyro.sample?"
+            )
+        batch = points.repeat(-(-self.batch_size // 3), 1)[: self.batch_size]
+        reason = "its values differ from those of single traces"
+        try:
+            g, v = self._evaluators["vmap"](batch)
+        except Exception as error:
+            return "loop", _first_sentence(error)
+        if not (_agree(v[:3], values) and _agree(g[:3], grads)):
+            return "loop", reason
+        try:
+            batched = self._evaluators["vmap"]
+            graph = make_fx(lambda rows: batched(rows))(batch)
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            g, v = graph(batch)
+        except Exception:
+            return "vmap", ""
+        if not (_agree(v[:3], values) and _agree(g[:3], grads)):
+            return "vmap", ""
+        self._evaluators["captured"] = graph
+        return "captured", ""
+
+    def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
+        with poutine.block():
+            trace = poutine.trace(InitMessenger(init_loc_fn)(self.model)).get_trace(*self.args, **self.kwargs)
+        for frame in _frames(trace):
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"Expected a model that sees all its data; got plate {frame.name!r} with {frame.size} of "
+                    f"{frame.full_size} subsampled. Train an AutoFlow with pyro.infer.SVI instead."
+                )
+        return trace
+
+
+def latent_sites(trace: Any) -> list[LatentSite]:
+    """The continuous latent sites of a trace.
+
+    Args:
+        trace: A trace of the model.
+
+    Returns:
+        The sites in the order of the trace.
+
+    Raises:
+        ValueError: If there is none, or a site is discrete and cannot be enumerated.
+    """
+    sites = []
+    nodes = list(_latent_nodes(trace))
+    if not nodes:
+        raise ValueError("Expected a model with a latent site; got one in which every sample site is observed.")
+    for name, node in nodes:
+        fn, value = node["fn"], node["value"]
+        if _is_discrete(node):
+            if not fn.has_enumerate_support:
+                raise ValueError(
+                    f"Expected continuous or enumerable latent sites; got {name!r} with {_law(fn)}, which is discrete "
+                    "without a finite support."
+                )
+            continue
+        try:
+            transform = biject_to(fn.support)
+            unconstrained = transform.inv(value)
+        except (NotImplementedError, AttributeError):
+            raise ValueError(
+                f"Expected latent sites with a support that biject_to knows; got {name!r} with {_law(fn)}."
+            ) from None
+        sites.append(LatentSite(name, value.shape, unconstrained.shape, transform, site_plates(node)))
+    if not sites:
+        names = ", ".join(repr(name) for name, _ in nodes)
+        raise ValueError(
+            f"Expected a model with a continuous latent site; got only discrete ones ({names}). "
+            "Use pyro.infer.infer_discrete instead."
+        )
+    return sites
+
+
+def _latent_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, node in _sample_nodes(trace):
+        if not node["is_observed"]:
+            yield name, node
+
+
+def _sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, node in trace.nodes.items():
+        if node["type"] == "sample" and not site_is_subsample(node) and not node["infer"].get("_deterministic"):
+            yield name, node
+
+
+def _frames(trace: Any) -> Iterator[Any]:
+    for node in trace.nodes.values():
+        if node["type"] == "sample":
+            yield from (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+
+
+def _is_discrete(node: dict[str, Any]) -> bool:
+    try:
+        return bool(node["fn"].support.is_discrete)
+    except NotImplementedError:
+        return not node["value"].is_floating_point()
+
+
+def _law(fn: Any) -> str:
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def site_plates(node: dict[str, Any]) -> tuple[str | None, ...]:
+    """For each dimension of a site's value the name of its plate, or ``None``."""
+    event_dim = node["fn"].event_dim
+    batch_dim = node["value"].dim() - event_dim
+    names: list[str | None] = [None] * node["value"].dim()
+    for frame in node["cond_indep_stack"]:
+        if frame.vectorized and -frame.dim <= batch_dim:
+            names[batch_dim + frame.dim] = frame.name
+    return tuple(names)
+
+
+def _refuse_changing_shapes(first: Any, second: Any) -> None:
+    shapes = [{name: tuple(node["value"].shape) for name, node in _latent_nodes(t)} for t in (first, second)]
+    for name in {**shapes[0], **shapes[1]}:
+        if shapes[0].get(name) != shapes[1].get(name):
+            was, now = (f"of shape {s[name]}" if name in s else "absent" for s in shapes)
+            raise ValueError(
+                f"Expected latent sites of one shape in every run of the model; {name!r} was {was} in one run and {now} in "
+                "the next."
+            )
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-9 if a.dtype == torch.float64 else 1e-3
+    scale = 1 + b.abs().nan_to_num(0, 0, 0).amax()
+    return torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True)
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0][:200] or type(error).__name__

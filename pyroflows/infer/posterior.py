@@ -1,0 +1,371 @@
+"""A fitted posterior: draws, judgement, tables, files."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .. import flows
+from .._checks import check_size
+from ..guides import AutoFlow
+from . import arviz, simulate
+from .log_density import LogDensity, site_plates
+from .verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Posterior", "load_posterior"]
+
+FORMAT = 1
+JUDGE_DRAWS = 10_000
+# Candidates per draw when draws are corrected: enough that a draw is seldom taken twice.
+CANDIDATES = 4
+
+
+class Posterior:
+    r"""The posterior that :func:`fit_posterior` returns.
+
+    Args:
+        guide: A guide that has met its model.
+        density: The log density of the model.
+        history: ELBO of each training step.
+        seconds: Wall-clock time of the fit.
+        interrupted: Whether the fit was cut short.
+
+    Attributes:
+        guide: The trained :class:`AutoFlow`, ready for ``Predictive``, ``NeuTraReparam`` and more SVI.
+        verdict: The :class:`Verdict`; its ``str`` is a sentence.
+        history: ELBO of each training step.
+        seconds: Wall-clock time of the fit.
+        interrupted: Whether the fit was cut short.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, pyroflows as pf
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> posterior = pf.fit_posterior(model, steps=0, progress=False)
+        >>> posterior.verdict.ok
+        True
+        >>> posterior.sample(3)["x"].shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        guide: AutoFlow,
+        density: LogDensity,
+        history: Sequence[float] = (),
+        seconds: float = 0.0,
+        interrupted: bool = False,
+    ) -> None:
+        self.guide = guide
+        self.density = density
+        self.history = list(history)
+        self.seconds = seconds
+        self.interrupted = interrupted
+        z, log_weights = self._propose(JUDGE_DRAWS, seed=0)
+        self.verdict: Verdict = judge(log_weights, z, self.entry_names)[0]
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site.name}{list(site.shape) or ''}" for site in self.density.sites)
+        return f"<Posterior of {sites}. {self.verdict}>"
+
+    @property
+    def log_evidence(self) -> float:
+        """Logarithm of the marginal likelihood, by importance sampling."""
+        return self.verdict.log_evidence
+
+    @property
+    def corrects(self) -> bool:
+        """Whether draws are corrected by importance resampling: where the weights can be relied on, and matter."""
+        verdict = self.verdict
+        return (verdict.khat < 0.7 or verdict.ok) and verdict.ess < 0.999
+
+    @property
+    def site_dims(self) -> dict[str, tuple[str | None, ...]]:
+        """For each latent site the names of the plates that its dimensions belong to; ``None`` where there is none."""
+        return {site.name: site.plates for site in self.density.sites}
+
+    @property
+    def entry_names(self) -> list[str]:
+        """Names of the entries of the unconstrained vector, such as ``theta[0]``."""
+        names = []
+        for site in self.density.sites:
+            shape = site.unconstrained_shape
+            for index in range(shape.numel()):
+                position = torch.unravel_index(torch.tensor(index), shape) if shape else ()
+                names.append(site.name + (f"[{', '.join(str(int(i)) for i in position)}]" if shape else ""))
+        return names
+
+    def sample(self, n: int = 4000, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws from the posterior, on the constrained scale.
+
+        Where importance weights are reliable the draws are resampled by them, which corrects what the guide misses.
+
+        Args:
+            n: How many draws.
+            seed: A seed of their own; without one they come from torch's random state.
+
+        Returns:
+            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``.
+
+        Raises:
+            ValueError: If ``n`` is not positive.
+        """
+        z = self.sample_unconstrained(n, seed)
+        return {**self.density.constrain(z), **simulate.deterministic_sites(self.density, z)}
+
+    def sample_unconstrained(self, n: int = 4000, seed: int | None = None) -> Tensor:
+        """Draws from the posterior as unconstrained vectors.
+
+        Args:
+            n: How many draws.
+            seed: A seed of their own.
+
+        Returns:
+            Tensor of shape ``(n, features)``.
+        """
+        check_size("n", n)
+        if not self.corrects:
+            return self._propose(n, seed, weigh=False)[0]
+        z, log_weights = self._propose(CANDIDATES * n, seed)
+        smoothed = judge(log_weights, z, self.entry_names)[1]
+        chosen = _systematic(smoothed.exp(), n, seed)
+        return z[chosen.to(z.device)]
+
+    def summary(self, n: int = 4000, seed: int | None = 0) -> pandas.DataFrame:
+        """A table with mean, sd and 94 % highest-density interval of every scalar parameter.
+
+        Args:
+            n: Draws that it rests on.
+            seed: Seed of these draws.
+
+        Returns:
+            A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``.
+        """
+        draws = {name: _numpy(value) for name, value in self.sample(n, seed).items()}
+        return arviz.summary(draws)
+
+    def to_arviz(self, draws: int = 4000, seed: int | None = 0) -> Any:
+        """The posterior in ArviZ's container, with all that the model allows.
+
+        Groups: ``posterior``; ``sample_stats`` (``lp``, the log joint, and ``log_weight``, log joint less log guide, of
+        these draws on the unconstrained scale); ``log_likelihood``, ``posterior_predictive`` and ``observed_data``;
+        ``prior`` where the priors are proper. Dimensions are named by the plates.
+
+        Args:
+            draws: How many draws.
+            seed: Their seed.
+
+        Returns:
+            An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
+        """
+        density = self.density
+        z = self.sample_unconstrained(draws, seed)
+        with torch.no_grad():
+            lp = density.log_prob(z)
+            log_weight = lp - self.guide.get_posterior().log_prob(z)
+        with _forked(seed):
+            groups = {
+                "posterior": {**density.constrain(z), **simulate.deterministic_sites(density, z)},
+                "sample_stats": {"lp": lp, "log_weight": log_weight},
+                "log_likelihood": simulate.log_likelihood(density, z),
+                "posterior_predictive": simulate.posterior_predictive(density, z),
+                "prior": simulate.prior_draws(density, draws),
+            }
+        arrays = {
+            group: {name: _numpy(value)[None] for name, value in values.items()}
+            for group, values in groups.items()
+            if values
+        }
+        observed = simulate.observed_data(density)
+        if observed:
+            arrays["observed_data"] = {name: _numpy(value) for name, value in observed.items()}
+        verdict = self.verdict
+        attrs = {
+            "inference_library": "pyroflows",
+            "verdict": str(verdict),
+            "khat": verdict.khat,
+            "ess_fraction": verdict.ess,
+            "elbo": verdict.elbo,
+            "log_evidence": verdict.log_evidence,
+            "log_evidence_error": verdict.log_evidence_error,
+            "importance_resampled": int(self.corrects),
+        }
+        return arviz.to_inference_data(arrays, dims=self._dims(), attrs=attrs)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the posterior to a file that :func:`load_posterior` reads.
+
+        The file holds numbers only: the parameters, and the arguments of the model where they are numbers and tensors.
+
+        Args:
+            path: Where to write.
+
+        Raises:
+            ValueError: If the file cannot be written.
+        """
+        state = {
+            "format": FORMAT,
+            "sites": [(site.name, list(site.shape)) for site in self.density.sites],
+            "flow": _preset_name(self.guide),
+            "parameters": self.guide.state_dict(),
+            "arguments": _plain((list(self.density.args), self.density.kwargs)),
+            "history": self.history,
+            "seconds": self.seconds,
+            "interrupted": self.interrupted,
+        }
+        try:
+            torch.save(state, path)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"Expected a path that can be written; got {str(path)!r} ({error}).") from None
+
+    @torch.no_grad()
+    def _propose(self, n: int, seed: int | None, weigh: bool = True) -> tuple[Tensor, Tensor]:
+        """Draws of the guide, with their log weights."""
+        guide = self.guide.get_posterior()
+        with _forked(seed):
+            z, log_q = guide.rsample_and_log_prob((n,))
+        log_weights = self.density.log_prob(z) - log_q if weigh else torch.zeros_like(log_q)
+        return z, log_weights
+
+    def _dims(self) -> dict[str, list[str | None]]:
+        dims = {name: list(plates) for name, plates in self.site_dims.items()}
+        trace = self.density._trace(self.density.constrain(self.density.initial))
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and name not in dims and not site_is_subsample(site):
+                dims[name] = list(site_plates(site))
+        return {name: names for name, names in dims.items() if any(names)}
+
+
+def load_posterior(
+    path: str | PathLike[str],
+    model: Callable[..., Any],
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    guide: AutoFlow | None = None,
+) -> Posterior:
+    """Reads a posterior that :meth:`Posterior.save` wrote.
+
+    Args:
+        path: The file.
+        model: The model that was fitted.
+        args: Its positional arguments, where the file does not hold them.
+        kwargs: Its keyword arguments, where the file does not hold them.
+        guide: A fresh guide as the one that was fitted, where that was none of pyroflows' presets.
+
+    Returns:
+        The posterior, judged anew.
+
+    Raises:
+        ValueError: If the file is missing or no saved posterior, if the model is another one, or if something is needed
+            that the file does not hold.
+
+    Example:
+        >>> import tempfile, pyro, pyro.distributions as dist, pyroflows as pf
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pf.fit_posterior(model, steps=0, progress=False).save(f"{folder}/x.pt")
+        ...     pf.load_posterior(f"{folder}/x.pt", model).verdict.ok
+        True
+    """
+    state = _read(path)
+    if args is None and kwargs is None:
+        if state["arguments"] is None:
+            raise ValueError(f"Expected args and kwargs of the model, for {str(path)!r} could not hold them; got neither.")
+        args, kwargs = state["arguments"]
+    args, kwargs = tuple(args or ()), dict(kwargs or {})
+    density = LogDensity(model, args, kwargs)
+    of_file = {name: tuple(shape) for name, shape in state["sites"]}
+    of_model = {site.name: tuple(site.shape) for site in density.sites}
+    if of_file != of_model:
+        raise ValueError(f"Expected the model of the saved posterior, with latent sites {of_file}; got one with {of_model}.")
+    if guide is None:
+        if state["flow"] is None:
+            raise ValueError(f"Expected a guide made as the one saved in {str(path)!r}, whose flow is no preset; got None.")
+        continuous = poutine.block(model, hide=density.discrete) if density.discrete else model
+        guide = AutoFlow(continuous, flow=None if state["flow"] == "default" else getattr(flows, state["flow"]))
+    with poutine.block():
+        guide._setup_prototype(*args, **kwargs)
+        guide._create_plates(*args, **kwargs)
+    try:
+        guide.load_state_dict(state["parameters"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected a guide made as the one saved in {str(path)!r}; {' '.join(str(error).split())}"
+        ) from None
+    return Posterior(guide, density, state["history"], state["seconds"], state["interrupted"])
+
+
+def _systematic(weights: Tensor, n: int, seed: int | None) -> Tensor:
+    """Systematic resampling, in random order: each index comes ``n w_i`` times, rounded up or down."""
+    with _forked(seed):
+        offset, order = torch.rand((), dtype=weights.dtype), torch.randperm(n)
+    positions = (torch.arange(n, dtype=weights.dtype) + offset) / n
+    return torch.searchsorted(weights.cumsum(0), positions).clamp(max=len(weights) - 1)[order]
+
+
+class _forked:
+    """Draws within from a seed, and leaves the random state as it was; with ``None`` does nothing."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+        self._fork: Any = None
+
+    def __enter__(self) -> None:
+        if self.seed is not None:
+            self._fork = torch.random.fork_rng()
+            self._fork.__enter__()
+            torch.manual_seed(check_size("seed", self.seed, least=0))
+
+    def __exit__(self, *error: Any) -> None:
+        if self._fork is not None:
+            self._fork.__exit__(*error)
+
+
+def _preset_name(guide: AutoFlow) -> str | None:
+    made_by = guide._make_flow
+    if made_by is None:
+        return "default"
+    name = getattr(made_by, "__name__", "")
+    return name if getattr(flows, name, None) is made_by else None
+
+
+def _plain(value: Any) -> Any:
+    """The value if it is made of numbers, strings and tensors only; else ``None``."""
+
+    def plain(item: Any) -> bool:
+        if isinstance(item, (list, tuple)):
+            return all(map(plain, item))
+        if isinstance(item, dict):
+            return all(isinstance(key, str) for key in item) and all(map(plain, item.values()))
+        return item is None or type(item) in (bool, int, float, str, Tensor)
+
+    return value if plain(value) else None
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        state = torch.load(path, weights_only=True)
+    except OSError as error:
+        raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} cannot be read ({error}).") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+        state = None
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} is none.")
+    if state["format"] != FORMAT:
+        raise ValueError(f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}.")
+    return state
+
+
+def _numpy(value: Tensor) -> Any:
+    return value.detach().cpu().numpy()

@@ -1,0 +1,113 @@
+"""Running a model once per draw: its deterministic sites, its likelihood, its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .log_density import LogDensity
+
+__all__ = ["deterministic_sites", "log_likelihood", "observed_data", "posterior_predictive", "prior_draws"]
+
+Draws = dict[str, Tensor]
+
+
+def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
+    """Values of ``pyro.deterministic`` sites, one run of the model per draw ``z`` of shape ``(draws, features)``."""
+    if density.discrete:
+        return {}
+    return _per_draw(density, z, lambda trace: {n: s["value"] for n, s in trace.nodes.items() if _is_deterministic(s)})
+
+
+def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
+    """Log likelihood of each entry of the observed sites, given draws ``z`` of shape ``(draws, features)``."""
+    if density.discrete:
+        return {}
+
+    def of_trace(trace: Any) -> Draws:
+        trace.compute_log_prob()
+        return {name: trace.nodes[name]["log_prob"] for name in _observed(trace)}
+
+    observed = set(observed_data(density))
+    return _per_draw(density, z, lambda trace: {n: v for n, v in of_trace(trace).items() if n in observed})
+
+
+def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
+    """New data from the model, given draws ``z`` of shape ``(draws, features)``."""
+    if density.discrete:
+        return {}
+    names = list(observed_data(density))
+
+    def simulate(row: Tensor) -> Draws:
+        free = poutine.condition(poutine.uncondition(density.model), data=density.constrain(row))
+        trace = _trace(free, density)
+        return {name: trace.nodes[name]["value"] for name in names}
+
+    return _map(simulate, z, density.batched)
+
+
+def prior_draws(density: LogDensity, draws: int) -> Draws:
+    """Draws of the latent sites from the prior; nothing where a prior is improper."""
+    rows = density.initial.new_zeros(draws, 1)
+
+    def simulate(row: Tensor) -> Draws:
+        trace = _trace(poutine.uncondition(density.model), density)
+        return {site.name: trace.nodes[site.name]["value"] for site in density.sites}
+
+    try:
+        return _map(simulate, rows, density.batched)
+    except NotImplementedError:
+        return {}
+
+
+def observed_data(density: LogDensity) -> Draws:
+    """Values of the observed sites."""
+    trace = density._trace(density.constrain(density.initial))
+    names = set(_observed(trace)) - {site.name for site in density.sites}
+    return {n: s["value"] for n, s in trace.nodes.items() if n in names and isinstance(s["value"], Tensor)}
+
+
+def _observed(trace: Any) -> list[str]:
+    return [
+        name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and site["is_observed"] and not _is_deterministic(site) and not _is_factor(site)
+    ]
+
+
+def _is_deterministic(site: dict[str, Any]) -> bool:
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+
+
+def _is_factor(site: dict[str, Any]) -> bool:
+    return isinstance(site["fn"], dist.Unit)
+
+
+def _trace(model: Callable[..., Any], density: LogDensity) -> Any:
+    with poutine.block(), pyro.validation_enabled(False):
+        return poutine.trace(model).get_trace(*density.args, **density.kwargs)
+
+
+def _per_draw(density: LogDensity, z: Tensor, read: Callable[[Any], Draws]) -> Draws:
+    def run(row: Tensor) -> Draws:
+        with pyro.validation_enabled(False):
+            return read(density._trace(density.constrain(row)))
+
+    return _map(run, z, density.batched)
+
+
+@torch.no_grad()
+def _map(run: Callable[[Tensor], Draws], rows: Tensor, batched: bool) -> Draws:
+    if batched:
+        try:
+            return torch.func.vmap(run, randomness="different", chunk_size=1000)(rows)
+        except (RuntimeError, ValueError):
+            pass  # some samplers have no batching rule; one run at a time needs none
+    runs = [run(row) for row in rows]
+    return {name: torch.stack([values[name] for values in runs]) for name in runs[0]}

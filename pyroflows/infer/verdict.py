@@ -1,0 +1,133 @@
+"""How well a guide matches its posterior, and whether to trust it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import arviz
+
+__all__ = ["Verdict", "judge"]
+
+KHAT_LIMIT = 0.7
+ESS_LIMIT = 0.9
+SHIFT_LIMIT = 0.1
+ZERO_LIMIT = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    r"""What importance sampling says about a guide :math:`q` of a posterior :math:`p`.
+
+    From draws :math:`z_i \sim q` with weights :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)`. Importance sampling sees what
+    the guide covers: a mode that no draw comes near to leaves no trace here.
+
+    Attributes:
+        ok: Whether to trust the posterior.
+        reason: Why, and what to do if not.
+        khat: Shape of the Pareto tail of the weights; above 0.7 estimates that use them are unreliable.
+        ess: Effective sample size of the smoothed weights, as a fraction of the draws.
+        elbo: Evidence lower bound, the mean of :math:`\log w_i`.
+        log_evidence: :math:`\log \tfrac{1}{N} \sum_i w_i`, with smoothed weights.
+        log_evidence_error: Its Monte Carlo standard error.
+        shift: The furthest that weighting moves a mean or a log standard deviation of an unconstrained entry, in standard
+            deviations.
+        draws: How many draws this rests on.
+
+    Reference:
+        Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", 2024,
+        https://arxiv.org/abs/1507.02646
+
+        Yao, Vehtari, Simpson, Gelman, "Yes, but did it work? Evaluating variational inference", 2018,
+        https://arxiv.org/abs/1802.02538
+    """
+
+    ok: bool
+    reason: str
+    khat: float
+    ess: float
+    elbo: float
+    log_evidence: float
+    log_evidence_error: float
+    shift: float
+    draws: int
+
+    def __str__(self) -> str:
+        return ("Trust this posterior: " if self.ok else "Do not trust this posterior: ") + self.reason
+
+
+def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Tensor]:
+    """Judges a guide by the weights of its draws.
+
+    Args:
+        log_weights: Log joint less log guide, of shape ``(draws,)``; NaN counts as zero density.
+        z: The unconstrained draws, of shape ``(draws, features)``.
+        names: Names of the entries of a draw.
+
+    Returns:
+        The verdict, and smoothed log weights of shape ``(draws,)`` whose exponentials sum to one.
+
+    Example:
+        >>> z = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
+        >>> verdict, _ = judge(torch.zeros(1000), z, ["x"])
+        >>> verdict.ok, verdict.log_evidence
+        (True, 0.0)
+    """
+    n = len(log_weights)
+    raw = log_weights.detach().to("cpu", torch.float64).nan_to_num(nan=-math.inf, posinf=-math.inf)
+    z = z.detach().to("cpu", torch.float64)
+    zero = float((raw == -math.inf).double().mean())
+    if zero == 1.0:
+        reason = "the model gives every draw of the guide zero density; look at its priors and supports."
+        nothing = Verdict(False, reason, math.inf, 0.0, -math.inf, -math.inf, math.inf, math.inf, n)
+        return nothing, torch.full_like(raw, -math.log(n))
+    smoothed_array, khat = arviz.psis(raw.numpy())
+    smoothed = torch.from_numpy(smoothed_array)
+    weights = smoothed.exp()
+    ess = float(1 / weights.square().sum()) / n
+    # psis normalises; the total is that of the raw weights with their tail smoothed.
+    log_evidence = _log_total(raw, smoothed) - math.log(n)
+    error = math.sqrt(max(1 / ess - 1, 0.0) / n)
+    shifts = _shifts(z, weights)
+    worst = int(shifts.argmax())
+    verdict = _verdict(khat, ess, float(shifts[worst]), names[worst], zero)
+    return (
+        Verdict(*verdict, khat, ess, float(raw.mean()), log_evidence, error, float(shifts[worst]), n),
+        smoothed,
+    )
+
+
+def _log_total(raw: Tensor, smoothed: Tensor) -> float:
+    # The smallest finite weights are never smoothed, so that they show the constant that was divided out.
+    least = int(raw.masked_fill(raw == -math.inf, math.inf).argmin())
+    return float(raw[least] - smoothed[least])
+
+
+def _shifts(z: Tensor, weights: Tensor) -> Tensor:
+    mean, sd = z.mean(0), z.std(0)
+    weighted_mean = weights @ z
+    weighted_sd = (weights @ (z - weighted_mean).square()).sqrt()
+    return torch.maximum((weighted_mean - mean).abs() / sd, (weighted_sd / sd).log().abs())
+
+
+def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> tuple[bool, str]:
+    facts = f"k-hat is {khat:.2f} and {ess:.0%} of the importance draws are effective"
+    if zero > ZERO_LIMIT:
+        return (
+            False,
+            f"{zero:.0%} of the guide's draws have zero density under the model; look at its supports. {facts}.",
+        )
+    if khat >= KHAT_LIMIT and ess <= ESS_LIMIT:
+        return False, (
+            f"{facts} (k-hat below {KHAT_LIMIT} or {ESS_LIMIT:.0%} would do), so the guide misses part of it, most at "
+            f"{name}. Give it more steps or a wider flow, or reparametrise {name}."
+        )
+    if shift > SHIFT_LIMIT:
+        return False, (
+            f"{facts}, but weighting moves {name} by {shift:.2f} of its standard deviation (at most {SHIFT_LIMIT} is "
+            "fine). Give it more steps or a wider flow."
+        )
+    return True, f"{facts}, and weighting moves no mean or log sd by more than {max(shift, 0.005):.2f}."

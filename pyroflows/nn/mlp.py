@@ -1,0 +1,95 @@
+"""Multilayer perceptrons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_hidden, check_size
+
+__all__ = ["MLP"]
+
+
+class MLP(nn.Module):
+    r"""A fully connected network of an input and an optional context.
+
+    .. math:: h_1 = a(W_0 x + V c + b_0), \quad h_{k+1} = a(W_k h_k + b_k), \quad
+        \mathrm{out} = (W_K h_K + b_K) / \sqrt{n_K}.
+
+    The root of the last hidden width :math:`n_K` makes one step size serve networks of all widths. The context enters the first layer by a matrix of its own, so that one context serves many inputs by
+    broadcasting and is multiplied once.
+
+    Args:
+        in_features: Entries of the input, 0 for a network of the context alone.
+        out_features: Entries of the output.
+        hidden_features: Widths of the hidden layers.
+        context_features: Entries of the context, or ``None``.
+        activation: A callable without arguments that makes the activation module.
+
+    Raises:
+        ValueError: If a width is not positive, or if there is neither input nor context.
+
+    Reference:
+        Yang, Hu, Babuschkin et al., "Tensor programs V: Tuning large neural networks via zero-shot hyperparameter
+        transfer", 2022, https://arxiv.org/abs/2203.03466
+
+    Example:
+        >>> net = MLP(3, 2, hidden_features=(8,), context_features=1)
+        >>> net(torch.zeros(5, 3), torch.zeros(1)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_features: Sequence[int] = (64, 64),
+        context_features: int | None = None,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        if in_features == 0 and context_features is None:
+            raise ValueError("Expected an MLP with an input or a context; got in_features=0 and no context_features.")
+        check_size("out_features", out_features)
+        widths = check_hidden(hidden_features)
+        self.activation = activation()
+        widths = (*widths, out_features)
+        self.input = nn.Linear(in_features, widths[0]) if in_features else None
+        self.context = None if context_features is None else nn.Linear(context_features, widths[0], bias=in_features == 0)
+        self.output_scale = widths[-2] ** -0.5 if len(widths) > 1 else 1.0
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False))
+
+    @torch.no_grad()
+    def start_at(self, values: Tensor) -> None:
+        """Makes the network constant: its last weights are set to zero and its last bias to ``values``.
+
+        Args:
+            values: Tensor of shape ``(out_features,)``.
+        """
+        last = [self.layers[-1]] if len(self.layers) else [m for m in (self.input, self.context) if m is not None]
+        for layer in last:
+            layer.weight.zero_()
+            if layer.bias is not None:
+                layer.bias.copy_(values / self.output_scale)
+
+    def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """Evaluates the network.
+
+        Args:
+            x: Input of shape ``(*, in_features)``; ``None`` where there is none.
+            context: Context of shape ``(*, context_features)``, broadcast against ``x``.
+
+        Returns:
+            Output of shape ``(*, out_features)``.
+        """
+        h = None
+        if self.input is not None:
+            h = self.input(x)
+        if self.context is not None:
+            h = self.context(context) if h is None else h + self.context(context)
+        for layer in self.layers:
+            h = layer(self.activation(h))
+        assert h is not None
+        return h * self.output_scale

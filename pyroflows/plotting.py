@@ -1,0 +1,320 @@
+"""Pictures of a posterior, drawn on figures of their own: nothing of pyplot's global state is touched."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Protocol
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from torch import Tensor
+
+from pyroflows._checks import check_size
+
+__all__ = ["hardest_pair", "plot_marginals", "plot_pair", "plot_posterior"]
+
+MOST_MARGINALS = 12
+MOST_PAIRED = 1000  # parameters compared in pairs: a matrix of this size squared is held in memory
+NOTICEABLE = 0.1  # the least dependence that is called not Gaussian; its noise is 1 / sqrt(draws)
+BLUE, RED, GREY = "#2c6fad", "#b5342b", "#555555"
+
+
+class Sampler(Protocol):
+    """Anything with draws, a :class:`pyroflows.Posterior` before all."""
+
+    def sample(self, n: int) -> dict[str, Tensor]:
+        """Draw n values of each site, shapes ``(n, *site_shape)``."""
+        ...
+
+
+def plot_posterior(posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000) -> Figure:
+    """Draw the marginals of the scalar parameters, and the pair of them that is hardest to fit.
+
+    At most twelve marginals are drawn, some of every site; a sentence below says of how many. The pair is
+    that of :func:`hardest_pair`.
+
+    Args:
+        posterior: any object with ``sample(n)`` that returns a dict of tensors ``(n, *site_shape)``.
+        path: file to write the figure to, its suffix naming the format; ``None`` writes none.
+        draws: how many draws to ask for.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        TypeError: ``posterior`` cannot be sampled, or ``draws`` is no integer.
+        ValueError: ``draws`` is below 2, or there is nothing finite that varies.
+
+    >>> import torch
+    >>> class Normal:
+    ...     def sample(self, n):
+    ...         return {"mu": torch.randn(n), "theta": torch.randn(n, 3)}
+    >>> figure = plot_posterior(Normal(), draws=200)
+    """
+    names, values = _draw(posterior, draws)
+    shown = _choose(names)
+    pair = hardest_pair(values)
+    columns = 1 if len(shown) == 1 else 2 if len(shown) <= 4 else 3 if len(shown) <= 9 else 4
+    rows = -(-len(shown) // columns)
+    height = max(4.6, 1.75 * rows + 0.9)
+    if pair is None:
+        figure = _figure(4.5 * columns, 0.75 * height)
+        _marginals(figure, names, values, shown, columns)
+        return _written(figure, path)
+    figure = _figure(2.3 * columns + 5.2, height)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[2.3 * columns, 5.2])[0]
+    _marginals(left, names, values, shown, columns)
+    _pair(right, names, values, pair)
+    return _written(figure, path)
+
+
+def plot_marginals(posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000) -> Figure:
+    """Draw a histogram of each scalar parameter, with its mean and its shortest interval that holds 94 %.
+
+    Args:
+        posterior: any object with ``sample(n)`` that returns a dict of tensors ``(n, *site_shape)``.
+        path: file to write the figure to, its suffix naming the format; ``None`` writes none.
+        draws: how many draws to ask for.
+
+    Returns:
+        The matplotlib figure, of twelve marginals at most.
+
+    Raises:
+        TypeError: ``posterior`` cannot be sampled, or ``draws`` is no integer.
+        ValueError: ``draws`` is below 2, or there is nothing finite that varies.
+
+    >>> import torch
+    >>> class Normal:
+    ...     def sample(self, n):
+    ...         return {"mu": torch.randn(n)}
+    >>> len(plot_marginals(Normal(), draws=200).axes)
+    1
+    """
+    names, values = _draw(posterior, draws)
+    shown = _choose(names)
+    columns = min(4, len(shown))
+    figure = _figure(2.6 * columns + 0.4, 1.9 * -(-len(shown) // columns) + 0.9)
+    _marginals(figure, names, values, shown, columns)
+    return _written(figure, path)
+
+
+def plot_pair(
+    posterior: Sampler,
+    x: str | None = None,
+    y: str | None = None,
+    path: str | PathLike[str] | None = None,
+    draws: int = 4000,
+) -> Figure:
+    """Draw two scalar parameters against each other, by default the two that are hardest to fit.
+
+    A positive parameter whose draws span more than a factor of ten has a logarithmic axis.
+
+    Args:
+        posterior: any object with ``sample(n)`` that returns a dict of tensors ``(n, *site_shape)``.
+        x: parameter on the horizontal axis, such as ``"theta[0]"``; both ``None`` takes :func:`hardest_pair`.
+        y: parameter on the vertical axis.
+        path: file to write the figure to, its suffix naming the format; ``None`` writes none.
+        draws: how many draws to ask for.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        TypeError: ``posterior`` cannot be sampled, or ``draws`` is no integer.
+        ValueError: only one name is given or it is unknown, or there is no pair to draw.
+
+    >>> import torch
+    >>> class Normal:
+    ...     def sample(self, n):
+    ...         return {"mu": torch.randn(n), "tau": torch.rand(n)}
+    >>> figure = plot_pair(Normal(), "mu", "tau", draws=200)
+    """
+    names, values = _draw(posterior, draws)
+    if (x is None) != (y is None):
+        raise ValueError("plot_pair takes both x and y, or neither.")
+    if x is None or y is None:
+        pair = hardest_pair(values)
+        if pair is None:
+            raise ValueError("plot_pair needs two scalar parameters; this posterior has one.")
+    else:
+        pair = (_index(names, x), _index(names, y))
+    figure = _figure(5.6, 5.0)
+    _pair(figure, names, values, pair, chosen=x is None)
+    return _written(figure, path)
+
+
+def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
+    r"""Choose the two columns whose dependence a Gaussian explains least.
+
+    With :math:`z_i` the normal scores of column :math:`i` (the normal quantiles of its ranks) and
+    :math:`h(z) = (z^2 - 1) / \sqrt 2`, a Gaussian copula of correlation :math:`\rho` has
+    :math:`E[h(z_i) z_j] = 0` and :math:`E[h(z_i) h(z_j)] = \rho^2`. The pair is the one of the largest
+
+    .. math::
+        E[h(z_i) z_j]^2 + E[z_i h(z_j)]^2 + (E[h(z_i) h(z_j)] - \rho^2)^2,
+
+    the first terms of the Hermite series of the copula that are not Gaussian: a funnel shows in the first
+    two, whatever its scale. Where no pair has a root of it above 0.1, the pair of the largest
+    :math:`|\rho|` is taken. Columns beyond the thousandth are not looked at.
+
+    Args:
+        values: draws of the scalar parameters, shape ``(draws, parameters)``, none of them constant.
+
+    Returns:
+        Two column indices, the column with the varying spread first; ``None`` for fewer than two columns.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> v, plain = rng.normal(size=(2, 1000))
+    >>> hardest_pair(np.stack([plain, v, rng.normal(size=1000) * np.exp(v)], axis=1))
+    (2, 1)
+    """
+    values = values[:, :MOST_PAIRED]
+    draws, parameters = values.shape
+    if parameters < 2:
+        return None
+    ranks = torch.as_tensor(np.argsort(np.argsort(values, axis=0, kind="stable"), axis=0))
+    z = torch.special.ndtri((ranks.double() + 0.5) / draws)
+    z = z / z.square().mean(dim=0).sqrt()  # so that a column has a correlation of 1 with itself
+    h = (z.square() - 1) / 2**0.5
+    rho, skew, kurtosis = z.T @ z / draws, h.T @ z / draws, h.T @ h / draws
+    excess = skew.square() + skew.T.square() + (kurtosis - rho.square()).square()
+    # Two names for one quantity (an entry of a correlation matrix and its mirror image) make no pair.
+    other = (rho.abs() < 0.99999) & ~torch.eye(parameters, dtype=torch.bool)
+    if not other.any():
+        return None
+    if excess[other].max() < NOTICEABLE**2:
+        excess = rho.abs()
+    best = int(excess.masked_fill(~other, -1.0).argmax())
+    i, j = divmod(best, parameters)
+    return (i, j) if skew[i, j].abs() >= skew[j, i].abs() else (j, i)
+
+
+def _draw(posterior: Sampler, draws: int) -> tuple[list[str], np.ndarray]:
+    """The scalar parameters that are finite and vary, by name, and their draws in columns."""
+    if not callable(getattr(posterior, "sample", None)):
+        raise TypeError(f"Expected a posterior with a method sample(n); got {type(posterior).__name__}.")
+    names: list[str] = []
+    columns: list[np.ndarray] = []
+    for site, value in posterior.sample(check_size("draws", draws, least=2)).items():
+        array = value.detach().cpu().double().numpy()
+        for index in np.ndindex(array.shape[1:]):
+            column = array[(slice(None), *index)]
+            if np.isfinite(column).all() and column.min() < column.max():
+                names.append(f"{site}[{', '.join(map(str, index))}]" if index else site)
+                columns.append(column)
+    if not columns:
+        raise ValueError("There is nothing to draw: no scalar parameter has draws that are finite and vary.")
+    return names, np.stack(columns, axis=1)
+
+
+def _choose(names: list[str]) -> list[int]:
+    """The first entries of every site, so that a long vector does not crowd out the scalars after it."""
+    seen: dict[str, int] = {}
+    place = []
+    for name in names:
+        site = name.partition("[")[0]
+        place.append(seen.get(site, 0))
+        seen[site] = place[-1] + 1
+    return sorted(sorted(range(len(names)), key=lambda i: (place[i], i))[:MOST_MARGINALS])
+
+
+def _index(names: list[str], name: str) -> int:
+    if name not in names:
+        raise ValueError(f"There is no parameter {name!r} to draw; there are {', '.join(names[:30])}.")
+    return names.index(name)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _marginals(figure: FigureBase, names: list[str], values: np.ndarray, shown: list[int], columns: int) -> None:
+    grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
+    for axes in grid.flat[len(shown) :]:
+        axes.remove()
+    for axes, i in zip(grid.flat, shown, strict=False):
+        _marginal(axes, names[i], values[:, i])
+    figure.suptitle("Marginals, with mean and 94 % HDI", fontsize=12)
+    if len(shown) < len(names):
+        figure.supxlabel(f"{len(shown)} of {len(names)} scalar parameters are shown.", fontsize=9, color=GREY)
+
+
+def _marginal(axes: Axes, name: str, column: np.ndarray) -> None:
+    # Heavy tails would squeeze the bulk of the histogram into one bar.
+    low, high = _range(column)
+    inside = column[(column >= low) & (column <= high)]
+    axes.hist(inside, bins=40, range=(low, high), histtype="stepfilled", color=BLUE, alpha=0.45)
+    left, right = _hdi(column)
+    foot = -0.04 * axes.get_ylim()[1]
+    axes.plot([left, right], [foot, foot], color=RED, linewidth=2.5, solid_capstyle="butt")
+    axes.plot([column.mean()], [foot], "o", color=RED, markersize=4.5)
+    axes.set_ylim(2 * foot, None)
+    axes.set_title(_plain(name), fontsize=10)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+
+
+def _pair(
+    figure: FigureBase,
+    names: list[str],
+    values: np.ndarray,
+    pair: tuple[int, int],
+    chosen: bool = True,
+) -> None:
+    axes = figure.subplots()
+    x, y = values[:, pair[0]], values[:, pair[1]]
+    alpha = min(0.6, 40 / len(x) ** 0.6)
+    axes.plot(x, y, ".", color=BLUE, alpha=alpha, markersize=4, markeredgewidth=0)
+    for name, column, axis, scale, limits in (
+        (names[pair[0]], x, axes.xaxis, axes.set_xscale, axes.set_xlim),
+        (names[pair[1]], y, axes.yaxis, axes.set_yscale, axes.set_ylim),
+    ):
+        logarithmic = column.min() > 0 and np.quantile(column, 0.99) > 10 * np.quantile(column, 0.01)
+        axis.set_label_text(_plain(name) + (" (log scale)" if logarithmic else ""), fontsize=11)
+        if logarithmic:
+            scale("log")
+            limits(*np.exp(_range(np.log(column))))
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        else:
+            limits(*_range(column))
+    axes.tick_params(labelsize=9)
+    axes.spines[["right", "top"]].set_visible(False)
+    if chosen:
+        figure.suptitle("Hardest pair", fontsize=12)
+
+
+def _range(column: np.ndarray) -> tuple[float, float]:
+    """Where the draws are, but for the last 0.2 % on either side, with a margin."""
+    low, high = np.quantile(column, [0.002, 0.998])
+    margin = 0.05 * (high - low) or 0.5 * float(column.max() - column.min())
+    return max(float(low) - margin, float(column.min())), min(float(high) + margin, float(column.max()))
+
+
+def _hdi(column: np.ndarray, mass: float = 0.94) -> tuple[float, float]:
+    """The shortest interval that holds this share of the draws."""
+    ordered = np.sort(column)
+    width = max(1, int(mass * len(ordered)))
+    start = int(np.argmin(ordered[width:] - ordered[:-width]))
+    return float(ordered[start]), float(ordered[start + width])
+
+
+def _plain(name: str) -> str:
+    """The name as it is: a dollar would start a formula."""
+    return name.replace("$", r"\$")

@@ -1,0 +1,414 @@
+"""The contract of every transform, and what follows from it: inverses, conditioning, composition."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TransformModule
+from pyro.distributions.conditional import ConditionalTransform
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from .._checks import broadcast_batch, check_context, check_size, check_tensor
+from .._memory import Memory
+
+__all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
+
+
+def vjp(outputs: Iterable[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
+    r"""The vector-Jacobian product :math:`\sum_k v_k^\top \, \partial f_k / \partial x` at ``at``, keeping the graph.
+
+    Args:
+        outputs: Pairs :math:`(f_k, v_k)`; those that do not depend on ``at`` count nothing.
+        at: Tensor with a gradient.
+
+    Returns:
+        Tensor of the shape of ``at``.
+    """
+    pairs = [(output, vector) for output, vector in outputs if output.requires_grad]
+    if not pairs:
+        return torch.zeros_like(at)
+    values, vectors = zip(*pairs, strict=True)
+    (product,) = torch.autograd.grad(values, at, vectors, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(at) if product is None else product
+
+
+class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
+    r"""Base class of all transforms: an invertible map :math:`y = f(x; c)` from base to event with a known Jacobian.
+
+    A subclass writes two methods, pure mathematics for tensors of shape ``(*batch, *event_shape)``:
+    :meth:`forward_and_log_det` and :meth:`inverse_and_log_det`. All that torch and Pyro ask of a transform
+    (``t(x)``, ``t.inv``, ``log_abs_det_jacobian``, ``domain``, ``codomain``, shapes, ``condition``) follows from them, so
+    that it works in :class:`pyro.distributions.TransformedDistribution` and, when it takes a context, in
+    :class:`pyro.distributions.ConditionalTransformedDistribution`.
+
+    The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a sample just drawn
+    cost nothing more. What is remembered serves once and only while nothing has changed: neither a parameter, nor the
+    tensors, nor the gradient mode.
+
+    Args:
+        event_shape: Shape of one point; an integer stands for a vector.
+        context_features: Entries of the context, or ``None`` for a transform without one.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Example:
+        >>> class Double(Transform):
+        ...     def forward_and_log_det(self, x, context=None):
+        ...         return 2 * x, torch.full_like(x, 2.0).log().sum(-1)
+        ...     def inverse_and_log_det(self, y, context=None):
+        ...         return y / 2, -torch.full_like(y, 2.0).log().sum(-1)
+        >>> t = Double(3)
+        >>> t.inv(t(torch.ones(3)))
+        tensor([1., 1., 1.])
+    """
+
+    bijective = True
+    #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score) or ``"both"``.
+    fast: str = "both"
+
+    def __init__(self, event_shape: int | Sequence[int], context_features: int | None = None) -> None:
+        super().__init__()
+        sizes = [event_shape] if not isinstance(event_shape, Sequence) else event_shape
+        self.event_shape = torch.Size([check_size("features", size) for size in sizes])
+        self.context_features = None if context_features is None else check_size("context_features", context_features)
+        self._memory = Memory()
+        self._inverse_ref: weakref.ref[Inverse] | None = None
+
+    # What a subclass writes
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Maps base to event.
+
+        Args:
+            x: Points of shape ``(*, *event_shape)``.
+            context: Context of shape ``(*, context_features)``, broadcast against the batch of ``x``.
+
+        Returns:
+            :math:`y` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial y / \partial x|` of shape ``(*)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward_and_log_det.")
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Maps event to base.
+
+        Args:
+            y: Points of shape ``(*, *event_shape)``.
+            context: Context of shape ``(*, context_features)``, broadcast against the batch of ``y``.
+
+        Returns:
+            :math:`x` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial x / \partial y|` of shape ``(*)``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det.")
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Maps base to event and carries the score of the density along.
+
+        With :math:`s_x = \nabla_x \log q(x)`, the score of the transformed density is
+        :math:`s_y = J^{-\top} (s_x - \nabla_x \log|\det J|)`, which is what a path gradient needs. The default
+        differentiates the inverse; a transform with a cheaper recursion overrides it.
+
+        Args:
+            x: Points of shape ``(*, *event_shape)``, with gradients enabled.
+            score: Score at ``x``, of the same shape, without gradient.
+            context: Context of shape ``(*, context_features)``.
+
+        Returns:
+            :math:`y`, the log-determinant (both with gradients), and the score :math:`s_y` (without).
+
+        Reference:
+            Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
+            https://arxiv.org/abs/2403.15881
+        """
+        y, log_det = self.forward_and_log_det(x, context)
+        with torch.enable_grad():
+            point = y.detach().requires_grad_()
+            back, inverse_log_det = self.inverse_and_log_det(point, context)
+            pushed = vjp([(back, score), (inverse_log_det, torch.ones_like(inverse_log_det))], point)
+        return y, log_det, pushed
+
+    # What torch and Pyro ask for
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    codomain = domain  # type: ignore[assignment]
+
+    @property
+    def sign(self) -> int:
+        if len(self.event_shape):
+            raise AttributeError(f"Only maps of single numbers have a sign; {type(self).__name__} has none.")
+        return 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        check_tensor("x", x, self.event_shape)
+        return self._evaluate(x, inverted=False)
+
+    forward = __call__
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        check_tensor("y", y, self.forward_shape(self.event_shape))
+        return self._evaluate(y, inverted=True)
+
+    def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
+        if self.context_features is not None:
+            check_context(None, self.context_features, f"{type(self).__name__} (give it by condition(context))")
+        memory = self._memory.recall(given, self._definition())
+        if memory is not None and memory.tag != inverted:
+            result, log_det = memory.given, -memory.log_det
+        else:
+            result, log_det = (self.inverse_and_log_det if inverted else self.forward_and_log_det)(given)
+        self._memory.keep(given, result, log_det, self._definition(), tag=inverted)
+        return result
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Returns :math:`\log|\det \partial y / \partial x|` for ``y = t(x)``, of the shape of the batch."""
+        for given, result, inverted in ((x, y, False), (y, x, True)):
+            memory = self._memory.recall(result, self._definition())
+            if memory is not None and memory.given is given and memory.tag == inverted:
+                if memory.log_det.requires_grad:
+                    self._memory.clear()  # a graph can be walked back only once
+                return -memory.log_det if inverted else memory.log_det
+        if self.fast == "inverse":
+            return -self.inverse_and_log_det(y)[1]
+        return self.forward_and_log_det(x)[1]
+
+    @property
+    def inv(self) -> Transform:
+        """The inverse transform: a module that shares these parameters, and whose own ``inv`` is this transform."""
+        inverse = self._inverse_ref() if self._inverse_ref is not None else None
+        if inverse is None:
+            inverse = Inverse(self)
+            self._inverse_ref = weakref.ref(inverse)
+        return inverse
+
+    def condition(self, context: Tensor) -> Transform:
+        """Fixes the context.
+
+        Args:
+            context: Context of shape ``(*, context_features)``.
+
+        Returns:
+            A transform that shares these parameters and takes no context; this very transform where it takes none.
+
+        Raises:
+            ValueError: If the context has another width.
+        """
+        if self.context_features is None:
+            return self
+        context = check_context(context, self.context_features, type(self).__name__)  # type: ignore[assignment]
+        return Conditioned(self, context)
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        """Returns this transform, which needs no cache."""
+        if cache_size not in (0, 1):
+            raise ValueError(f"Expected cache_size to be 0 or 1; got {cache_size}.")
+        return self
+
+    __hash__ = nn.Module.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    def extra_repr(self) -> str:
+        shape = f"{self.event_shape[0]}" if len(self.event_shape) == 1 else f"{tuple(self.event_shape)}"
+        context = "" if self.context_features is None else f", context_features={self.context_features}"
+        fast = {"both": "both directions", "forward": "sampling", "inverse": "scoring"}[self.fast]
+        return f"{shape}{context}, fast: {fast}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_inverse_ref": None}
+
+    def _definition(self) -> Iterable[Tensor]:
+        """The tensors that define the map."""
+        return (*self.parameters(), *self.buffers())
+
+
+class Inverse(Transform):
+    """The inverse of a transform, sharing its parameters.
+
+    Args:
+        transform: The transform to invert.
+
+    Example:
+        >>> from pyroflows.transforms import Reverse
+        >>> t = Reverse(3)
+        >>> t.inv.inv is t
+        True
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__(transform.forward_shape(transform.event_shape), transform.context_features)
+        self.transform = transform
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        return {"forward": "inverse", "inverse": "forward"}.get(self.transform.fast, "both")
+
+    domain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
+    codomain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
+
+    @property
+    def inv(self) -> Transform:
+        return self.transform
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_log_det(x, context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_log_det(y, context)
+
+    # One memory serves both directions, so that t.inv(t(x)) is x without a second evaluation.
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.transform._inv_call(x)
+
+    forward = __call__
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def condition(self, context: Tensor) -> Transform:
+        return self.transform.condition(context).inv
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self.transform.forward_shape(shape)
+
+
+class Conditioned(Transform):
+    """A transform whose context is fixed; its batch shape is broadcast against that of the context.
+
+    Args:
+        transform: A transform with a context.
+        context: Context of shape ``(*, context_features)``.
+    """
+
+    def __init__(self, transform: Transform, context: Tensor) -> None:
+        super().__init__(transform.event_shape)
+        self.transform = transform
+        self.context = context
+
+    domain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
+    codomain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_log_det(y, self.context)
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.push_score(x, score, self.context)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return broadcast_batch(self.transform.forward_shape(shape), self.codomain.event_dim, self.context)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return broadcast_batch(self.transform.inverse_shape(shape), self.domain.event_dim, self.context)
+
+    def _definition(self) -> Iterable[Tensor]:
+        return (*super()._definition(), self.context)
+
+    def extra_repr(self) -> str:
+        return f"context of shape {tuple(self.context.shape)}"
+
+
+class Compose(Transform):
+    r"""Several transforms one after the other, :math:`f = f_K \circ \dots \circ f_1`, first applied first.
+
+    Args:
+        transforms: Transforms in generative order. Those that take a context all get the same one.
+
+    Raises:
+        TypeError: If one of them is not a :class:`Transform`.
+        ValueError: If there is none, or if event shapes or context widths do not fit together.
+
+    Example:
+        >>> from pyroflows.transforms import Compose, Reverse
+        >>> Compose([Reverse(3), Reverse(3)])(torch.arange(3.0))
+        tensor([0., 1., 2.])
+    """
+
+    def __init__(self, transforms: Iterable[Transform]) -> None:
+        layers = list(transforms)
+        if not layers:
+            raise ValueError("Expected at least one transform; got none.")
+        for layer in layers:
+            if not isinstance(layer, Transform):
+                raise TypeError(f"Expected transforms of type pyroflows.transforms.Transform; got {layer!r}.")
+        shape = layers[0].event_shape
+        for number, layer in enumerate(layers):
+            if layer.event_shape != shape:
+                raise ValueError(
+                    f"Expected transform {number} of event shape {tuple(shape)}, as the one before it gives; "
+                    f"got {tuple(layer.event_shape)}."
+                )
+            shape = layer.forward_shape(shape)
+        widths = sorted({layer.context_features for layer in layers} - {None})  # type: ignore[type-var]
+        if len(widths) > 1:
+            raise ValueError(f"Expected one width of context in all transforms; got {widths}.")
+        super().__init__(layers[0].event_shape, widths[0] if widths else None)
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        slow = {layer.fast for layer in self.layers} - {"both"}
+        return slow.pop() if len(slow) == 1 else "both"
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layers[0].domain  # type: ignore[return-value]
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.layers[-1].codomain  # type: ignore[return-value]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for layer, given in self._with_context(context):
+            x, log_det = layer.forward_and_log_det(x, given)
+            total = log_det if total is None else total + log_det
+        return x, total  # type: ignore[return-value]
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for layer, given in reversed(list(self._with_context(context))):
+            y, log_det = layer.inverse_and_log_det(y, given)
+            total = log_det if total is None else total + log_det
+        return y, total  # type: ignore[return-value]
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        total: Tensor | None = None
+        for layer, given in self._with_context(context):
+            x, log_det, score = layer.push_score(x, score, given)
+            total = log_det if total is None else total + log_det
+        return x, total, score  # type: ignore[return-value]
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        for layer in self.layers:
+            shape = layer.forward_shape(shape)  # type: ignore[operator]
+        return shape
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        for layer in reversed(self.layers):  # type: ignore[arg-type]
+            shape = layer.inverse_shape(shape)
+        return shape
+
+    def _with_context(self, context: Tensor | None) -> Iterator[tuple[Transform, Tensor | None]]:
+        for layer in self.layers:
+            assert isinstance(layer, Transform)
+            yield layer, None if layer.context_features is None else context

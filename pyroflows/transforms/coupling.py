@@ -1,0 +1,258 @@
+"""Coupling layers: one part of the vector stays and tells how to move the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_size
+from ..nn import MLP
+from .base import Transform, vjp
+from .elementwise import identity_table
+from .linear import inverse_permutation
+from .univariate import Affine, Shift, Univariate
+
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "coupling_masks"]
+
+Mask = str | Tensor | Sequence[bool]
+
+
+def coupling_masks(mask: Mask | Sequence[Mask], features: int, transforms: int, seed: int = 0) -> list[Tensor]:
+    r"""Masks for a stack of couplings; ``True`` marks the entries that stay and condition the others.
+
+    Args:
+        mask: ``"half"`` (the first half stays), ``"checkerboard"`` (entries of even index stay), ``"random"`` (a random
+            half stays, a new one for every second layer), each swapped with its complement from layer to layer;
+            ``"alternating"`` (half and checkerboard in turn, then both swapped); one boolean mask of shape
+            ``(features,)``, swapped from layer to layer; or one boolean mask per layer, ``(transforms, features)``.
+        features: Entries of the vector.
+        transforms: Number of layers.
+        seed: Seed of the random masks. They depend on nothing else, so that a flow made again, to load saved
+            parameters, has the masks that the parameters were trained with.
+
+    Returns:
+        One boolean tensor of shape ``(features,)`` per layer.
+
+    Raises:
+        ValueError: If the name is unknown, the shape is wrong, or a mask leaves no entry to condition on or none to
+            transform.
+
+    Example:
+        >>> coupling_masks("half", 3, 2)
+        [tensor([ True, False, False]), tensor([False,  True,  True])]
+    """
+    if check_size("features", features) < 2:
+        raise ValueError(
+            "Expected features >= 2 for a coupling, which needs one entry to condition on and one to transform; "
+            f"got {features}. For one feature use Elementwise instead."
+        )
+    if isinstance(mask, str):
+        return _named_masks(mask, features, transforms, seed)
+    given = torch.as_tensor(mask, device="cpu")
+    if given.dtype != torch.bool:
+        raise TypeError(f"Expected mask to be boolean; got {given.dtype}.")
+    if given.shape == (features,):
+        masks = [given if layer % 2 == 0 else ~given for layer in range(transforms)]
+    elif given.shape == (transforms, features):
+        masks = list(given)
+    else:
+        raise ValueError(f"Expected mask of shape ({features},) or ({transforms}, {features}); got {tuple(given.shape)}.")
+    for row in masks:
+        if bool(row.all()):
+            raise ValueError("Expected mask to leave an entry to transform; got one that is True everywhere.")
+        if not bool(row.any()):
+            raise ValueError(
+                "Expected mask to leave an entry to condition on; got one that is False everywhere. Use Elementwise instead."
+            )
+    return masks
+
+
+def _named_masks(name: str, features: int, transforms: int, seed: int) -> list[Tensor]:
+    index = torch.arange(features, device="cpu")
+    half, checkerboard = index < features // 2, index % 2 == 0
+    if name == "half":
+        cycle = [half, ~half]
+    elif name == "checkerboard":
+        cycle = [checkerboard, ~checkerboard]
+    elif name == "alternating":
+        cycle = [half, checkerboard, ~half, ~checkerboard]
+    elif name == "random":
+        cycle = []
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range((transforms + 1) // 2):
+            chosen = half[torch.randperm(features, generator=generator, device="cpu")]
+            cycle += [chosen, ~chosen]
+    else:
+        raise ValueError(f"Expected mask to be half, checkerboard, alternating, random or a tensor; got {name!r}.")
+    return [cycle[layer % len(cycle)].clone() for layer in range(transforms)]
+
+
+class Coupling(Transform):
+    r"""Coupling of any univariate map.
+
+    With a mask that splits :math:`x` in :math:`(x_A, x_B)`,
+
+    .. math:: y_A = x_A, \quad y_B = f(x_B;\, \theta(x_A, c)), \quad
+        \log|\det J| = \sum_{i \in B} \log \partial y_i / \partial x_i,
+
+    where :math:`\theta` is a network. Both directions cost one evaluation of it. The layer starts at the identity.
+
+    Args:
+        univariate: A monotone map, such as ``Affine()``.
+        features: Entries of the vector, at least 2.
+        context_features: Entries of the context :math:`c`, or ``None``.
+        mask: ``"half"``, ``"checkerboard"``, ``"random"`` or a boolean mask of shape ``(features,)``; ``True`` stays.
+        hidden_features: Widths of the network.
+        activation: Its activation, a callable without arguments that makes a module.
+
+    Raises:
+        ValueError: If a size is not positive or the mask leaves nothing to condition on or to transform.
+
+    Reference:
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+
+    Example:
+        >>> from pyroflows.transforms import Affine, Coupling
+        >>> t = Coupling(Affine(), 3, mask=[True, False, False])
+        >>> t(torch.ones(5, 3)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        univariate: Univariate,
+        features: int,
+        context_features: int | None = None,
+        mask: Mask = "half",
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(features, context_features)
+        self.univariate = univariate
+        (chosen,) = coupling_masks(mask, features, 1)
+        stays, moves = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
+        self.register_buffer("stays", torch.tensor(stays))
+        self.register_buffer("moves", torch.tensor(moves))
+        self.register_buffer("merge", torch.tensor(inverse_permutation(stays + moves)))
+        table = identity_table(univariate, len(moves)).flatten()
+        self.conditioner = MLP(len(stays), len(table), hidden_features, context_features, activation)
+        self.conditioner.start_at(table)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.index_select(-1, self.stays), x.index_select(-1, self.moves)
+
+    def _merge(self, stays: Tensor, moves: Tensor) -> Tensor:
+        stays = stays.expand(moves.shape[:-1] + stays.shape[-1:])
+        return torch.cat([stays, moves], -1).index_select(-1, self.merge)
+
+    def _raw(self, stays: Tensor, context: Tensor | None) -> Tensor:
+        return self.conditioner(stays, context).unflatten(-1, (self.univariate.parameters, -1))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        stays, moves = self._split(x)
+        moves, log_det = self.univariate.forward_and_log_det(moves, self._raw(stays, context))
+        return self._merge(stays, moves), log_det.sum(-1)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        stays, moves = self._split(y)
+        moves, log_det = self.univariate.inverse_and_log_det(moves, self._raw(stays, context))
+        return self._merge(stays, moves), log_det.sum(-1)
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        # The Jacobian is triangular, so its transpose is solved by substitution: first the entries that move, whose
+        # block is diagonal, then those that stay, by one vector-Jacobian product of the network.
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            stays, moves = self._split(x)
+            moved, log_det = self.univariate.forward_and_log_det(moves, self._raw(stays, context))
+            ones = torch.ones_like(log_det)
+            score_stays, score_moves = self._split(score)
+            with torch.no_grad():
+                pushed = (score_moves - vjp([(log_det, ones)], moves)) * log_det.neg().exp()
+            correction = vjp([(moved, pushed), (log_det, ones)], stays)
+        return self._merge(stays, moved), log_det.sum(-1), self._merge(score_stays - correction, pushed)
+
+    def extra_repr(self) -> str:
+        return f"{self.univariate}, {super().extra_repr()}"
+
+
+class AdditiveCoupling(Coupling):
+    r"""The coupling of NICE, :math:`y_B = x_B + t(x_A, c)`; it keeps volumes.
+
+    Args:
+        features: Entries of the vector, at least 2.
+        context_features: Entries of the context, or ``None``.
+        mask: See :class:`Coupling`.
+        hidden_features: Widths of the network.
+        activation: Its activation.
+
+    Raises:
+        ValueError: As :class:`Coupling`.
+
+    Reference:
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+
+    Example:
+        >>> AdditiveCoupling(3)
+        AdditiveCoupling(
+          Shift(), 3, fast: both directions
+          (conditioner): MLP(
+            (activation): SiLU()
+            (input): Linear(in_features=1, out_features=64, bias=True)
+            (layers): ModuleList(
+              (0): Linear(in_features=64, out_features=64, bias=True)
+              (1): Linear(in_features=64, out_features=2, bias=True)
+            )
+          )
+        )
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int | None = None,
+        mask: Mask = "half",
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        super().__init__(Shift(), features, context_features, mask, hidden_features, activation)
+
+
+class AffineCoupling(Coupling):
+    r"""The coupling of RealNVP, :math:`y_B = e^{s(x_A, c)} x_B + t(x_A, c)`.
+
+    Args:
+        features: Entries of the vector, at least 2.
+        context_features: Entries of the context, or ``None``.
+        mask: See :class:`Coupling`.
+        hidden_features: Widths of the network.
+        activation: Its activation.
+        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``; see
+            :class:`Affine`.
+        bound: Bound of the soft clip on the log-scale.
+
+    Raises:
+        ValueError: As :class:`Coupling`, or if ``scale`` is unknown or ``bound`` is not positive.
+
+    Reference:
+        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
+
+    Example:
+        >>> t = AffineCoupling(3, context_features=2)
+        >>> t.condition(torch.zeros(2))(torch.ones(5, 3)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int | None = None,
+        mask: Mask = "half",
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        scale: str = "softclip",
+        bound: float = 2.0,
+    ) -> None:
+        super().__init__(Affine(scale, bound), features, context_features, mask, hidden_features, activation)

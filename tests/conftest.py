@@ -1,0 +1,37 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh_pyro() -> Iterator[None]:
+    """Every test starts from one seed and an empty param store, and leaves torch's settings as they were."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    pyro.clear_param_store()
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=_devices())
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A device that computes."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[*_devices(), "meta"])
+def placement(request: pytest.FixtureRequest) -> torch.device:
+    """A device that computes, or torch's meta device, where a tensor made elsewhere or a host synchronisation fails."""
+    return torch.device(request.param)

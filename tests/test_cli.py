@@ -1,0 +1,480 @@
+"""The command line, in process on a stand-in for the fit, and once for real."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas
+import pytest
+import torch
+
+import pyroflows
+from pyroflows.cli import FLOWS, main
+from pyroflows.examples import EXAMPLES
+
+MODEL = """
+from __future__ import annotations
+from dataclasses import dataclass
+import pyro, torch
+import pyro.distributions as dist
+from pyro.nn import PyroModule
+import neighbour
+
+@dataclass
+class Options:
+    scale: float = neighbour.SCALE
+
+LEVEL = 3.0
+
+def model(y, sigma, power=2):
+    mu = pyro.sample("mu", dist.Normal(0.0, Options().scale))
+    with pyro.plate("n", len(y)):
+        pyro.sample("y", dist.Normal(mu, sigma), obs=y)
+
+def nothing():
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+def anything(**data):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+def by_place(a, b=None, /, *, c):
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+def broken(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    return y.missing
+
+def misshapen(y):
+    with pyro.plate("n", 3):
+        pyro.sample("y", dist.Normal(torch.zeros(2), 1.0), obs=y)
+
+class Module(PyroModule):
+    def forward(self, y):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+module = Module()
+"""
+
+
+class FakePosterior:
+    """What the command line asks of a posterior, and no more."""
+
+    seconds = 1.25
+
+    def __init__(self, interrupted: bool = False) -> None:
+        self.interrupted = interrupted
+        self.verdict = FakeVerdict()
+
+    def sample(self, n: int) -> dict[str, torch.Tensor]:
+        return {"mu": torch.randn(n), "theta": torch.randn(n, 2)}
+
+    def summary(self, n: int) -> pandas.DataFrame:
+        rows = [(4.43219, 3.3, -1.5, 10.61), (0.000123456, 0.0002, 0.0, 0.0004), (3.0, 0.0, 3.0, 3.0)]
+        columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
+        return pandas.DataFrame(rows, index=["mu", "theta[0]", "k"], columns=columns)
+
+    def to_arviz(self, draws: int) -> SimpleNamespace:
+        return SimpleNamespace(to_netcdf=lambda path, engine: Path(path).write_text(f"{draws} draws"))
+
+
+class FakeVerdict(SimpleNamespace):
+    def __init__(self) -> None:
+        super().__init__(ok=True, elbo=-31.338, log_evidence=-31.2876, log_evidence_error=0.0042, khat=0.517)
+        self.ess, self.draws = 0.941, 10000
+
+    def __str__(self) -> str:
+        return "This posterior can be trusted."
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Puts a stand-in in the place of the fit; remembers how it was called."""
+    record = SimpleNamespace(calls=[], result=FakePosterior())
+
+    def fit_posterior(model: Any, **options: Any) -> FakePosterior:
+        record.calls.append((model, options))
+        if isinstance(record.result, BaseException):
+            raise record.result
+        return record.result
+
+    monkeypatch.setattr(pyroflows, "fit_posterior", fit_posterior, raising=False)
+    return record
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs each test in a folder with a model file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "m.py").write_text(MODEL)
+    (tmp_path / "neighbour.py").write_text("SCALE = 2.0\n")
+    return tmp_path
+
+
+def data(**values: Any) -> str:
+    Path("data.json").write_text(json.dumps(values))
+    return "data.json"
+
+
+def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
+    assert main(["fit", "eight_schools", "--draws", "500", "--seed", "7", "--time-limit", "60"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line.split() for line in out.splitlines()]
+    assert ["mean", "sd", "hdi_3%", "hdi_97%"] in lines
+    assert ["mu", "4.43", "3.30", "-1.50", "10.61"] in lines
+    assert ["theta[0]", "0.000123", "0.000200", "0.000000", "0.000400"] in lines
+    for expected in (
+        "This posterior can be trusted.",
+        "ELBO            -31.34",
+        "log evidence    -31.288, Monte Carlo error 0.004",
+        "k-hat           0.52",
+        "importance ESS  94.1% of 10000 draws",
+        "seconds         1.2",
+        "Saved eight_schools.nc and eight_schools.png.",
+    ):
+        assert expected in out
+    assert (folder / "eight_schools.nc").read_text() == "500 draws"
+    assert (folder / "eight_schools.png").read_bytes().startswith(b"\x89PNG")
+    [(model, options)] = fit.calls
+    assert model is EXAMPLES["eight_schools"].model
+    assert set(options.pop("kwargs")) == {"y", "sigma"}
+    assert options.pop("progress") is True
+    assert options == {"args": (), "guide": "auto", "seed": 7, "time_limit": 60.0, "device": None}
+
+
+def test_quiet_prints_the_verdict_alone(fit, folder, capsys):
+    assert main(["fit", "funnel", "--quiet"]) == 0
+    assert capsys.readouterr().out == "This posterior can be trusted.\n"
+    assert (folder / "funnel.nc").exists() and fit.calls[0][1]["progress"] is False
+
+
+def test_out_names_both_files(fit, folder):
+    (folder / "deep").mkdir()
+    assert main(["fit", "funnel", "--out", "deep/foo.nc"]) == 0
+    assert sorted(path.name for path in (folder / "deep").iterdir()) == ["foo.nc", "foo.png"]
+    assert not (folder / "funnel.nc").exists()
+
+
+@pytest.mark.parametrize("flow", list(FLOWS))
+def test_flow_names_a_preset(fit, flow, monkeypatch):
+    preset = object()
+    monkeypatch.setattr(pyroflows, FLOWS[flow], preset, raising=False)
+    assert main(["fit", "funnel", "--flow", flow]) == 0
+    assert fit.calls[0][1]["guide"] is preset
+
+
+def test_interrupted_fit_is_printed_and_saved(fit, folder, capsys):
+    fit.result = FakePosterior(interrupted=True)
+    assert main(["fit", "funnel"]) == 130
+    assert "Interrupted: this is the best posterior found in 1.2 s." in capsys.readouterr().out
+    assert (folder / "funnel.nc").exists() and (folder / "funnel.png").exists()
+
+
+def test_interrupt_without_a_posterior(fit, folder, capsys):
+    fit.result = KeyboardInterrupt()
+    assert main(["fit", "funnel"]) == 130
+    assert capsys.readouterr().err == "pyroflows: Interrupted.\n"
+    assert not (folder / "funnel.nc").exists()
+
+
+def test_data_become_tensors(fit):
+    Path("data.json").write_text(
+        '{"f": [1, 2.5], "i": [[1, 2], [3, 4]], "b": [true, false], "none": null, "x": 2.5, "k": 3,'
+        ' "yes": true, "word": "a", "nan": [NaN, Infinity, 1], "empty": []}'
+    )
+    assert main(["fit", "m.py:anything", "--data", "data.json"]) == 0
+    kwargs = fit.calls[0][1]["kwargs"]
+    expected = {
+        "f": torch.tensor([1.0, 2.5]),
+        "i": torch.tensor([[1, 2], [3, 4]]),
+        "b": torch.tensor([True, False]),
+        "nan": torch.tensor([math.nan, math.inf, 1.0]),
+        "empty": torch.zeros(0),
+    }
+    for key, value in expected.items():
+        torch.testing.assert_close(kwargs.pop(key), value, equal_nan=True)
+    assert kwargs == {"none": None, "x": 2.5, "k": 3, "yes": True, "word": "a"}
+    assert isinstance(kwargs["yes"], bool) and isinstance(kwargs["k"], int)
+
+
+def test_data_follow_the_default_dtype(fit):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert main(["fit", "m.py:anything", "--data", data(x=[0.1])]) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert fit.calls[0][1]["kwargs"]["x"].item() == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "args", "kwargs"),
+    [
+        ("model", {"y": 1, "sigma": 2}, (), {"y": 1, "sigma": 2}),
+        ("model", {"y": 1, "sigma": 2, "power": 3}, (), {"y": 1, "sigma": 2, "power": 3}),
+        ("by_place", {"c": 3, "b": 2, "a": 1}, (1, 2), {"c": 3}),
+        ("by_place", {"c": 3, "a": 1}, (1, None), {"c": 3}),
+        ("module", {"y": 1}, (), {"y": 1}),
+        ("nothing", {}, (), {}),
+    ],
+)
+def test_models_of_ones_own(fit, folder, name, values, args, kwargs):
+    assert main(["fit", f"m.py:{name}", "--data", data(**values)]) == 0
+    options = fit.calls[0][1]
+    assert (options["args"], options["kwargs"]) == (args, kwargs)
+    assert (folder / f"{name}.nc").exists()
+
+
+def test_a_model_elsewhere_finds_its_neighbours(fit, folder, monkeypatch):
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    monkeypatch.delitem(sys.modules, "neighbour", raising=False)
+    assert main(["fit", "../m.py:nothing"]) == 0
+
+
+def test_data_replace_those_of_an_example(fit):
+    assert main(["fit", "eight_schools", "--data", data(y=[1.0], sigma=[2.0])]) == 0
+    kwargs = fit.calls[0][1]["kwargs"]
+    assert {key: value.tolist() for key, value in kwargs.items()} == {"y": [1.0], "sigma": [2.0]}
+
+
+# Name of the test: the arguments after "fit", and what the sentence must say.
+MISTAKES = {
+    "unknown example": ("nine_schools", "no example 'nine_schools'; the examples are eight_schools, "),
+    "file without function": ("m.py", "path/to/model.py:function"),
+    "no model file": ("gone.py:model", "no model file gone.py"),
+    "model file too long": ("f" * 300 + ".py:model", "no model file fff"),
+    "folder for a model": (".:model", "no model file ."),
+    "not Python by name": ("model.txt:model", "ends in .py; got model.txt"),
+    "no function": ("m.py:modle", "no 'modle' in m.py; its functions are anything, broken, "),
+    "no function at all": ("neighbour.py:model", "no 'model' in neighbour.py, nor any function"),
+    "not a function": (
+        "m.py:LEVEL",
+        "'LEVEL' in m.py to be a function or a PyroModule instance; it is of type float",
+    ),
+    "a class": ("m.py:Module", "it is a class"),
+    "syntax": ("syntax.py:model", "SyntaxError (invalid syntax) at syntax.py, line 2"),
+    "import raises": ("raises.py:model", "NameError (name 'foo' is not defined) at raises.py, line 3"),
+    "import exits": ("exits.py:model", "SystemExit (1) at exits.py, line 2"),
+    "import lacks": ("lacks.py:model", "No module named 'no_such_thing'"),
+    "no data": ("m.py:model", "'model' needs 'y' and 'sigma'; give a JSON file with --data"),
+    "missing file": ("m.py:model --data gone.json", "Cannot read --data gone.json: No such file"),
+    "folder for data": ("m.py:model --data .", "Cannot read --data .: Is a directory"),
+    "out in no folder": ("funnel --out no/such/f.nc", "Cannot write no/such/f.nc: No such file or directory"),
+    "out under a file": ("funnel --out m.py/f.nc", "Cannot write m.py/f.nc: Not a directory"),
+    "out is no .nc": ("funnel --out f.png", "ends in .nc; got 'f.png'"),
+    "out is too long": ("funnel --out " + "f" * 300 + ".nc", "File name too long"),
+    "draws": ("funnel --draws 0", "--draws: expected a whole number from 10 to 100000000, got '0'"),
+    "draws in words": ("funnel --draws many", "--draws"),
+    "seed": ("funnel --seed -1", "--seed"),
+    "seed fraction": ("funnel --seed 1.5", "--seed"),
+    "time limit": ("funnel --time-limit 0", "--time-limit: expected a positive number of seconds, got '0'"),
+    "time limit nan": ("funnel --time-limit nan", "--time-limit"),
+    "time limit inf": ("funnel --time-limit inf", "--time-limit"),
+    "time limit in words": ("funnel --time-limit 1m", "--time-limit"),
+    "flow": ("funnel --flow planar", "--flow"),
+    "device": ("funnel --device gpu", "to name a torch device such as cpu or cuda:0; got 'gpu'"),
+    "device without numbers": ("funnel --device meta", "--device meta"),
+    "device not there": ("funnel --device cuda:99", "Cannot compute on --device cuda:99"),
+    "option": ("funnel --sed 1", "Unrecognized arguments: --sed 1"),
+    "no model": ("", "model"),
+}
+
+FILES = {
+    "model.txt": "",
+    "syntax.py": "x = 1\ndef model(:\n",
+    "raises.py": "\n\nfoo.bar\n",
+    "exits.py": "import sys\nsys.exit(1)",
+    "lacks.py": "import no_such_thing",
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_mistakes_are_told_before_the_fit(fit, folder, capsys, mistake):
+    arguments, sentence = MISTAKES[mistake]
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    before = {path.name for path in folder.iterdir()}
+    assert main(["fit", *arguments.split()]) == 2
+    assert sentence in _one_sentence(capsys)
+    assert fit.calls == []
+    assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
+
+
+# Name of the test: the model, what the file "d" holds, and what the sentence must say.
+DATA_MISTAKES: dict[str, tuple[str, str | bytes, str]] = {
+    "malformed": ("m.py:model", '{"y": [1,\n2', "d is not JSON: Expecting ',' delimiter at line 2"),
+    "empty": ("m.py:model", "", "d is not JSON: Expecting value at line 1, column 1"),
+    "binary": ("m.py:model", b"\xff\xfe\x00", "d is not JSON"),
+    "endless": ("m.py:model", '{"y": ' + "1" * 5000 + "}", "d is not JSON"),
+    "bottomless": ("m.py:model", "[" * 200000, "d is not JSON"),
+    "not an object": ("m.py:model", "[1, 2]", "JSON object, its keys the model's arguments; got a list"),
+    "incomplete": ("m.py:model", '{"y": [1.0]}', "d lacks 'sigma', which the model 'model' needs"),
+    "unknown key": (
+        "m.py:model",
+        '{"y": 1, "sigma": 1, "sgima": 2}',
+        "d holds 'sgima', but the model 'model' takes 'y', 'sigma' and 'power'",
+    ),
+    "no arguments": ("m.py:nothing", '{"y": 1}', "d holds 'y', but the model 'nothing' takes no arguments"),
+    "example incomplete": ("eight_schools", '{"y": [1]}', "d lacks 'sigma'"),
+    "ragged": ("m.py:model", '{"y": [[1, 2], [3]], "sigma": 1}', "'y' in d is ragged"),
+    "ragged depth": ("m.py:model", '{"y": [1, [2]], "sigma": 1}', "'y' in d is ragged"),
+    "words": ("m.py:model", '{"y": [1, "a"], "sigma": 1}', "'y' in d to hold nothing but numbers"),
+    "null inside": ("m.py:model", '{"y": [1, null], "sigma": 1}', "'y' in d to hold nothing but numbers"),
+    "object inside": ("m.py:model", '{"y": [{}], "sigma": 1}', "'y' in d to hold nothing but numbers"),
+    "too large": ("m.py:model", '{"y": [9223372036854775808], "sigma": 1}', "below 2**63"),
+    "object": ("m.py:model", '{"y": {"a": 1}, "sigma": 1}', "'y' in d to be a number, a list"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(DATA_MISTAKES))
+def test_mistakes_in_the_data_are_told_before_the_fit(fit, folder, capsys, mistake):
+    model, content, sentence = DATA_MISTAKES[mistake]
+    (folder / "d").write_bytes(content.encode() if isinstance(content, str) else content)
+    assert main(["fit", model, "--data", "d"]) == 2
+    assert sentence in _one_sentence(capsys)
+    assert fit.calls == []
+
+
+def _one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("pyroflows: ") and err.endswith(".\n") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("arguments", [[], ["fti"], ["fit"], ["list", "more"], ["--sed"]])
+def test_mistaken_commands_are_told(capsys, arguments):
+    assert main(arguments) == 2
+    assert "--help" in _one_sentence(capsys)
+
+
+def test_files_that_were_there_survive_the_check(fit, folder):
+    (folder / "f.nc").write_text("old")
+    (folder / "f.png").mkdir()
+    assert main(["fit", "funnel", "--out", "f.nc"]) == 2
+    assert (folder / "f.nc").read_text() == "old" and fit.calls == []
+
+
+def test_an_output_lost_after_the_fit_is_told(fit, capsys):
+    def to_netcdf(path: str, engine: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    fit.result.to_arviz = lambda draws: SimpleNamespace(to_netcdf=to_netcdf)
+    assert main(["fit", "funnel"]) == 2
+    out, err = capsys.readouterr()
+    assert "ELBO" in out and err.count("\n") == 1 and "No space left on device" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("The site 'y' holds NaN."), "The site 'y' holds NaN."),
+        (TypeError("Expected y to be\n   a tensor."), "Expected y to be a tensor."),
+        (ValueError("It is so.\n Trace Shapes:\n  y  8"), "It is so."),
+    ],
+)
+def test_what_the_fit_refuses_is_told(fit, capsys, error, sentence):
+    fit.result = error
+    assert main(["fit", "funnel"]) == 2
+    assert capsys.readouterr().err == f"pyroflows: {sentence}\n"
+
+
+def test_a_mistake_of_the_package_keeps_its_traceback(fit):
+    fit.result = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", "funnel"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("broken", "The model raised AttributeError ("), ("misshapen", "The model raised ValueError (")],
+)
+def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, sentence):
+    from pyro import poutine
+
+    def trace(model: Any, args: Any, kwargs: Any, **_: Any) -> None:
+        poutine.trace(model).get_trace(*args, **kwargs)
+
+    monkeypatch.setattr(pyroflows, "fit_posterior", trace, raising=False)
+    assert main(["fit", f"m.py:{name}", "--data", data(y=[1.0, 2.0])]) == 2
+    err = capsys.readouterr().err
+    line = 1 + next(
+        i
+        for i, text in enumerate(MODEL.splitlines())
+        if text.endswith("y.missing" if name == "broken" else "dist.Normal(torch.zeros(2), 1.0), obs=y)")
+    )
+    assert sentence in err and err.endswith(f" at m.py, line {line}.\n") and err.count("\n") == 1
+
+
+def test_list_shows_the_examples(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == list(EXAMPLES)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fit", "--help"], ["list", "--help"]])
+def test_help(capsys, arguments):
+    assert main(arguments) == 0
+    assert "usage: pyroflows" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyroflows {pyroflows.__version__}\n"
+
+
+def _python(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    root = str(Path(pyroflows.__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    run = _python("-m", "pyroflows", "fit", "nine_schools")
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("pyroflows: There is no example") and run.stderr.count("\n") == 1
+
+
+def test_the_command_line_imports_nothing_heavy():
+    heavy = "torch", "pyro", "arviz", "matplotlib", "pyroflows.examples"
+    code = f"""
+import sys
+from pyroflows.cli import main
+before = set(sys.modules)
+main(["fit", "--help"])
+sys.exit(not (set(sys.modules) - before).isdisjoint({heavy}))
+"""
+    assert _python("-c", code).returncode == 0
+
+
+def test_end_to_end(folder):
+    values = data(y=[2.0, 2.5, 3.0], sigma=0.5)
+    options = f"--data {values} --time-limit 10 --draws 400 --out p.nc"
+    run = _python("-m", "pyroflows", "fit", "m.py:model", *options.split())
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    row = next(line.split() for line in run.stdout.splitlines() if line.startswith("mu "))
+    # The posterior is normal: precision 1 / 4 + 3 / 0.25, mean 2.5 * 12 / 12.25.
+    assert float(row[1]) == pytest.approx(2.449, abs=0.06)
+    assert float(row[2]) == pytest.approx(0.2857, abs=0.04)
+    for word in ("ELBO", "log evidence", "k-hat", "importance ESS", "seconds"):
+        assert word in run.stdout
+    import xarray
+
+    with xarray.open_dataset("p.nc", group="posterior") as posterior:
+        assert posterior["mu"].size == 400
+    assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
