@@ -107,8 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pyroflows",
         description="Fit Pyro models with normalizing flows.",
-        epilog="To begin: pyroflows fit eight_schools. How to bring a model and data of your own: "
-        "pyroflows fit --help.",
+        epilog="To begin: pyroflows fit eight_schools. How to bring a model and data of your own: pyroflows fit --help.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

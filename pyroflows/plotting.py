@@ -202,8 +202,8 @@ def _draw(posterior: Sampler, draws: int) -> tuple[list[str], np.ndarray]:
     columns: list[np.ndarray] = []
     for site, value in posterior.sample(check_size("draws", draws, least=2)).items():
         array = value.detach().cpu().double().numpy()
-        for index in np.ndindex(array.shape[1:]):
-            column = array[(slice(None), *index)]
+        flat = array.reshape(len(array), -1).T
+        for index, column in zip(np.ndindex(array.shape[1:]), flat, strict=True):
             if np.isfinite(column).all() and column.min() < column.max():
                 names.append(f"{site}[{', '.join(map(str, index))}]" if index else site)
                 columns.append(column)

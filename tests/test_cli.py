@@ -153,7 +153,8 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
 def test_quiet_prints_the_verdict_alone(fit, folder, capsys):
     assert main(["fit", "funnel", "--quiet"]) == 0
     assert capsys.readouterr().out == "This posterior can be trusted.\n"
-    assert (folder / "funnel.nc").exists() and fit.calls[0][1]["progress"] is False
+    assert (folder / "funnel.nc").exists()
+    assert fit.calls[0][1]["progress"] is False
 
 
 def test_out_names_both_files(fit, folder):
@@ -175,7 +176,8 @@ def test_interrupted_fit_is_printed_and_saved(fit, folder, capsys):
     fit.result = FakePosterior(interrupted=True)
     assert main(["fit", "funnel"]) == 130
     assert "Interrupted: this is the best posterior found in 1.2 s." in capsys.readouterr().out
-    assert (folder / "funnel.nc").exists() and (folder / "funnel.png").exists()
+    assert (folder / "funnel.nc").exists()
+    assert (folder / "funnel.png").exists()
 
 
 def test_interrupt_without_a_posterior(fit, folder, capsys):
@@ -202,7 +204,8 @@ def test_data_become_tensors(fit):
     for key, value in expected.items():
         torch.testing.assert_close(kwargs.pop(key), value, equal_nan=True)
     assert kwargs == {"none": None, "x": 2.5, "k": 3, "yes": True, "word": "a"}
-    assert isinstance(kwargs["yes"], bool) and isinstance(kwargs["k"], int)
+    assert isinstance(kwargs["yes"], bool)
+    assert isinstance(kwargs["k"], int)
 
 
 def test_data_follow_the_default_dtype(fit):
@@ -346,7 +349,9 @@ def test_mistakes_in_the_data_are_told_before_the_fit(fit, folder, capsys, mista
 def _one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("pyroflows: ") and err.endswith(".\n") and err.count("\n") == 1
+    assert err.startswith("pyroflows: ")
+    assert err.endswith(".\n")
+    assert err.count("\n") == 1
     return err
 
 
@@ -360,7 +365,8 @@ def test_files_that_were_there_survive_the_check(fit, folder):
     (folder / "f.nc").write_text("old")
     (folder / "f.png").mkdir()
     assert main(["fit", "funnel", "--out", "f.nc"]) == 2
-    assert (folder / "f.nc").read_text() == "old" and fit.calls == []
+    assert (folder / "f.nc").read_text() == "old"
+    assert fit.calls == []
 
 
 def test_an_output_lost_after_the_fit_is_told(fit, capsys):
@@ -370,7 +376,9 @@ def test_an_output_lost_after_the_fit_is_told(fit, capsys):
     fit.result.to_arviz = lambda draws: SimpleNamespace(to_netcdf=to_netcdf)
     assert main(["fit", "funnel"]) == 2
     out, err = capsys.readouterr()
-    assert "ELBO" in out and err.count("\n") == 1 and "No space left on device" in err
+    assert "ELBO" in out
+    assert err.count("\n") == 1
+    assert "No space left on device" in err
 
 
 @pytest.mark.parametrize(
@@ -411,7 +419,9 @@ def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, se
         for i, text in enumerate(MODEL.splitlines())
         if text.endswith("y.missing" if name == "broken" else "dist.Normal(torch.zeros(2), 1.0), obs=y)")
     )
-    assert sentence in err and err.endswith(f" at m.py, line {line}.\n") and err.count("\n") == 1
+    assert sentence in err
+    assert err.endswith(f" at m.py, line {line}.\n")
+    assert err.count("\n") == 1
 
 
 def test_list_shows_the_examples(capsys):
@@ -445,8 +455,10 @@ def _python(*arguments: str, timeout: float = 300) -> subprocess.CompletedProces
 
 def test_a_mistake_in_a_process_of_its_own():
     run = _python("-m", "pyroflows", "fit", "nine_schools")
-    assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("pyroflows: There is no example") and run.stderr.count("\n") == 1
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("pyroflows: There is no example")
+    assert run.stderr.count("\n") == 1
 
 
 def test_the_command_line_imports_nothing_heavy():

@@ -91,7 +91,8 @@ def test_challenger_numbers_give_the_published_fit():
     # Dalal, Fowlkes and Hoadley's binary model by maximum likelihood: logit p = 15.043 - 0.2322 t.
     data = load_example("logistic_regression").kwargs
     t, y = data["temperature"].double(), data["distress"].double()
-    assert len(t) == 23 and y.sum() == 7
+    assert len(t) == 23
+    assert y.sum() == 7
     design = torch.stack([torch.ones_like(t), t], dim=1)
     beta = torch.zeros(2, dtype=torch.float64)
     for _ in range(30):

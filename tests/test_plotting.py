@@ -41,8 +41,10 @@ def test_eight_schools_shows_all_marginals_and_the_funnel(tmp_path):
     figure = plot_posterior(schools(), tmp_path / "schools.png")
     assert titles(figure) == ["mu", "tau", *(f"theta[{j}]" for j in range(8))]
     pair = figure.axes[-1]
-    assert pair.get_ylabel() == "tau (log scale)" and pair.get_yscale() == "log"
-    assert pair.get_xlabel().startswith("theta[") and pair.get_xscale() == "linear"
+    assert pair.get_ylabel() == "tau (log scale)"
+    assert pair.get_yscale() == "log"
+    assert pair.get_xlabel().startswith("theta[")
+    assert pair.get_xscale() == "linear"
     assert (tmp_path / "schools.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,7 +94,8 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
 
 def test_marginals_alone():
     figure = plot_marginals(schools())
-    assert len(figure.axes) == 10 and "94 % HDI" in words(figure)
+    assert len(figure.axes) == 10
+    assert "94 % HDI" in words(figure)
 
 
 def test_a_pair_by_name():

@@ -12,7 +12,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -20,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._checks import check_tensor
 from ..guides.initialization import init_to_median
+from .enumeration import enumerated_log_prob
 
 __all__ = ["LatentSite", "LogDensity"]
 
@@ -102,9 +102,9 @@ class LogDensity:
         self.mode, reason = self._choose_mode()
         if self.mode == "loop":
             warnings.warn(
-                f"The model cannot be evaluated for a batch of points by torch.func.vmap ({reason}); its log density is "
-                "evaluated one point at a time, which is slow.",
-                stacklevel=2,
+                "This model cannot be evaluated for a batch of points, so its log density is evaluated one point at a time, "
+                f"which is slow. What torch.func.vmap says: {reason}",
+                stacklevel=3,
             )
 
     @property
@@ -183,7 +183,7 @@ class LogDensity:
         Returns:
             For each sample site, latent or observed, a tensor without dimensions.
         """
-        with torch.no_grad():
+        with torch.no_grad(), pyro.validation_enabled(False):
             trace = self._trace(self.constrain(z))
             trace.compute_log_prob()
         return {name: node["log_prob"].sum() for name, node in _sample_nodes(trace)}
@@ -214,8 +214,7 @@ class LogDensity:
             trace = self._trace(values)
             if not self.discrete:
                 return trace.log_prob_sum() + log_det
-            evaluator = TraceEinsumEvaluator(trace, True, self._max_plate_nesting)
-            return evaluator.log_prob(trace) + log_det
+            return enumerated_log_prob(trace, self._max_plate_nesting) + log_det
 
     def _loop(self, z: Tensor) -> tuple[Tensor, Tensor]:
         grads, values = [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ class MLP(nn.Module):
     .. math:: h_1 = a(W_0 x + V c + b_0), \quad h_{k+1} = a(W_k h_k + b_k), \quad
         \mathrm{out} = (W_K h_K + b_K) / \sqrt{n_K}.
 
-    The root of the last hidden width :math:`n_K` makes one step size serve networks of all widths. The context enters the first layer by a matrix of its own, so that one context serves many inputs by
-    broadcasting and is multiplied once.
+    The root of the last hidden width :math:`n_K` makes one step size serve networks of all widths. The context enters the
+    first layer by a matrix of its own, so that one context serves many inputs by broadcasting and is multiplied once.
 
     Args:
         in_features: Entries of the input, 0 for a network of the context alone.
@@ -59,7 +60,7 @@ class MLP(nn.Module):
         self.input = nn.Linear(in_features, widths[0]) if in_features else None
         self.context = None if context_features is None else nn.Linear(context_features, widths[0], bias=in_features == 0)
         self.output_scale = widths[-2] ** -0.5 if len(widths) > 1 else 1.0
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
     @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
