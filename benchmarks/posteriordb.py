@@ -112,7 +112,8 @@ def flatten(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         for index in np.ndindex(*array.shape[1:]):
             label = ",".join(str(i + 1) for i in index)
-            scalars[f"{name}[{label}]" if label else name] = array[(slice(None), *index)]
+            where: tuple[Any, ...] = (slice(None), *index)
+            scalars[f"{name}[{label}]" if label else name] = array[where]
     return scalars
 
 

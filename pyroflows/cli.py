@@ -72,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(argv)
         with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             # ArviZ 0.23 announces its version 1 to everyone who imports it.
             warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")
+            # The fit itself says which site is not finite.
+            warnings.filterwarnings("ignore", message="Encountered (NaN|[+]?inf)")
             code: int = options.run(options)
             return code
     except SystemExit as stop:  # argparse, after --help and --version
@@ -223,7 +226,29 @@ def _posterior(problem: Problem, options: argparse.Namespace) -> Any:
             raise UserError(f"The model raised {_described(error)} at {where}.") from error
         if isinstance(error, (ValueError, TypeError)):
             raise UserError(_sentence(error)) from error
+        site = _site_at_fault(problem)
+        if site is not None:
+            raise UserError(site) from error
         raise  # a mistake of this package: its traceback is of use
+
+
+def _site_at_fault(problem: Problem) -> str | None:
+    """A sentence on the first site that cannot be scored: the log densities are computed outside the model."""
+    from pyro import poutine
+
+    trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
+    site: Any
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            try:
+                site["fn"].log_prob(site["value"])
+            except Exception as error:  # of any type: the distribution may be the user's own
+                shapes = tuple(site["value"].shape), tuple(site["fn"].shape())
+                return (
+                    f"The site {name!r} holds a value of shape {shapes[0]} that its distribution, of shape {shapes[1]}, "
+                    f"cannot score: {_sentence(error)}"
+                )
+    return None
 
 
 def _report(name: str, posterior: Any, draws: int) -> None:
@@ -236,7 +261,7 @@ def _report(name: str, posterior: Any, draws: int) -> None:
     print()
     for label, value in (
         ("ELBO", f"{verdict.elbo:.2f}"),
-        ("log evidence", f"{verdict.log_evidence:.3f}, Monte Carlo error {verdict.log_evidence_error:.3f}"),
+        ("log evidence", f"{verdict.log_evidence:.3f}, Monte Carlo error {verdict.log_evidence_error:.1g}"),
         ("k-hat", f"{verdict.khat:.2f}"),
         ("importance ESS", f"{verdict.ess:.1%} of {verdict.draws} draws"),
         ("seconds", f"{posterior.seconds:.1f}"),
@@ -420,6 +445,12 @@ def _argument(file: str, key: str, value: Any) -> Any:
     return torch.tensor(array, dtype=dtype)
 
 
+def _show_warning(
+    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    print(f"pyroflows: {_sentence(message)}", file=sys.stderr)
+
+
 def _line_in(source: str, error: BaseException) -> int | None:
     """The last line of this file that the error passed through."""
     file = Path(source).resolve()
@@ -433,7 +464,7 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__} ({text})" if text else type(error).__name__
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException | str) -> str:
     # Pyro appends the shapes of a trace, torch the values of a tensor, over many lines.
     text = textwrap.shorten(str(error).split("Trace Shapes:")[0], width=400, placeholder=" ...")
     return text if not text or text.endswith(".") else f"{text}."

@@ -119,7 +119,7 @@ def test_reader_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected --db to name a posteriordb folder"):
         PosteriorDB(tmp_path / "nowhere")
     db = PosteriorDB(folder)
-    with pytest.raises(ValueError, match="Expected a posterior of the database .*got 'x'"):
+    with pytest.raises(ValueError, match=r"Expected a posterior of the database .*got 'x'"):
         db.load("x")
     (db.root / "data" / "data" / f"{REGRESSION}-data.json.zip").unlink()
     with pytest.raises(ValueError, match="lacks the file"):

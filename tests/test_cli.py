@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
+from pyro import poutine
 
 import pyroflows
 from pyroflows.cli import FLOWS, main
@@ -104,7 +106,7 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise record.result
         return record.result
 
-    monkeypatch.setattr(pyroflows, "fit_posterior", fit_posterior, raising=False)
+    monkeypatch.setattr(pyroflows, "fit_posterior", fit_posterior)
     return record
 
 
@@ -167,7 +169,7 @@ def test_out_names_both_files(fit, folder):
 @pytest.mark.parametrize("flow", list(FLOWS))
 def test_flow_names_a_preset(fit, flow, monkeypatch):
     preset = object()
-    monkeypatch.setattr(pyroflows, FLOWS[flow], preset, raising=False)
+    monkeypatch.setattr(pyroflows, FLOWS[flow], preset)
     assert main(["fit", "funnel", "--flow", flow]) == 0
     assert fit.calls[0][1]["guide"] is preset
 
@@ -238,7 +240,7 @@ def test_models_of_ones_own(fit, folder, name, values, args, kwargs):
 def test_a_model_elsewhere_finds_its_neighbours(fit, folder, monkeypatch):
     (folder / "here").mkdir()
     monkeypatch.chdir(folder / "here")
-    monkeypatch.delitem(sys.modules, "neighbour", raising=False)
+    monkeypatch.delitem(sys.modules, "neighbour")
     assert main(["fit", "../m.py:nothing"]) == 0
 
 
@@ -406,12 +408,10 @@ def test_a_mistake_of_the_package_keeps_its_traceback(fit):
     [("broken", "The model raised AttributeError ("), ("misshapen", "The model raised ValueError (")],
 )
 def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, sentence):
-    from pyro import poutine
-
     def trace(model: Any, args: Any, kwargs: Any, **_: Any) -> None:
         poutine.trace(model).get_trace(*args, **kwargs)
 
-    monkeypatch.setattr(pyroflows, "fit_posterior", trace, raising=False)
+    monkeypatch.setattr(pyroflows, "fit_posterior", trace)
     assert main(["fit", f"m.py:{name}", "--data", data(y=[1.0, 2.0])]) == 2
     err = capsys.readouterr().err
     line = 1 + next(
@@ -422,6 +422,24 @@ def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, se
     assert sentence in err
     assert err.endswith(f" at m.py, line {line}.\n")
     assert err.count("\n") == 1
+
+
+def test_data_of_a_wrong_shape_are_told_with_their_site(fit, capsys):
+    fit.result = RuntimeError("The size of tensor a (2) must match the size of tensor b (3).")
+    assert main(["fit", "eight_schools", "--data", data(y=[1.0, 2.0], sigma=[1.0, 2.0, 3.0])]) == 2
+    sentence = _one_sentence(capsys)
+    assert "site 'y' holds a value of shape (2,) that its distribution, of shape (3,), cannot score" in sentence
+
+
+def test_warnings_are_sentences(monkeypatch, capsys):
+    def warn(*_: Any, **__: Any) -> FakePosterior:
+        warnings.warn("The model is\nslow.", stacklevel=1)
+        warnings.warn("Encountered NaN: log_prob_sum at site 'y'", stacklevel=1)
+        return FakePosterior()
+
+    monkeypatch.setattr(pyroflows, "fit_posterior", warn)
+    assert main(["fit", "funnel", "--quiet"]) == 0
+    assert capsys.readouterr().err == "pyroflows: The model is slow.\n"
 
 
 def test_list_shows_the_examples(capsys):
