@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_size(name: str, value: Any, least: int = 1) -> int:
@@ -33,6 +33,21 @@ def check_hidden(value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(f"Expected hidden_features to be a sequence of integers such as (64, 64); got {value!r}.")
     return tuple(check_size("hidden_features", width) for width in value)
+
+
+def check_activation(value: Any) -> nn.Module:
+    """Returns the module that an activation makes."""
+    made = None
+    if callable(value) and not isinstance(value, nn.Module):
+        try:
+            made = value()
+        except TypeError:
+            pass
+    if not isinstance(made, nn.Module):
+        raise TypeError(
+            f"Expected activation to make a module when called without arguments, as torch.nn.SiLU does; got {value!r}."
+        )
+    return made
 
 
 def check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ class Evaluation(NamedTuple):
     result: weakref.ref[Tensor]
     log_det: Tensor
     tag: Any
+    definition: tuple[Tensor | bool, ...]
     state: tuple[Any, ...]
 
 
@@ -25,17 +26,23 @@ class Memory:
 
     It holds what was given and only watches what came out, so that it empties itself once the result is gone. It
     answers only for the very tensor that came out, and only while no tensor involved has been written to since, under
-    the same gradient mode. Under compilation and function transforms, where tensors are stand-ins, it keeps nothing; a copy
-    or a pickle starts empty.
+    the same gradient mode. It holds the definition of the map too, so that no other tensor can come by its identity.
+    Under compilation and function transforms, where tensors are stand-ins, and for tensors of inference mode, which do
+    not count their writes, it keeps nothing; a copy or a pickle starts empty.
     """
 
     def __init__(self) -> None:
         self._last: Evaluation | None = None
 
-    def keep(self, given: Tensor, result: Tensor, log_det: Tensor, definition: Iterable[Tensor], tag: Any = None) -> None:
-        """Replaces what is remembered."""
+    def keep(
+        self, given: Tensor, result: Tensor, log_det: Tensor, define: Callable[[], Iterable[Tensor | bool]], tag: Any = None
+    ) -> None:
+        """Replaces what is remembered; ``define`` returns all that defines the map, tensors and flags."""
+        if _transforming():
+            return
         self.clear()
-        if given is result or _transforming() or any(t.is_inference() for t in (given, result, log_det)):
+        definition = tuple(define())
+        if given is result or any(_is_inference(part) for part in (given, result, log_det, *definition)):
             return
         owner = weakref.ref(self)
 
@@ -44,15 +51,17 @@ class Memory:
             if memory is not None and memory._last is not None and memory._last.result is dead:
                 memory.clear()
 
-        state = _state(*definition, given, result)
-        self._last = Evaluation(given, weakref.ref(result, forget), log_det, tag, state)
+        state = _state(given, result, log_det, *definition)
+        self._last = Evaluation(given, weakref.ref(result, forget), log_det, tag, definition, state)
 
-    def recall(self, result: Tensor, definition: Iterable[Tensor]) -> Evaluation | None:
+    def recall(self, result: Tensor, define: Callable[[], Iterable[Tensor | bool]]) -> Evaluation | None:
         """The last evaluation, if ``result`` came out of it and nothing has changed since."""
-        last = self._last
-        if last is None or last.result() is not result or _transforming():
+        if _transforming():
             return None
-        return last if last.state == _state(*definition, last.given, result) else None
+        last = self._last
+        if last is None or last.result() is not result:
+            return None
+        return last if last.state == _state(last.given, result, last.log_det, *define()) else None
 
     def clear(self) -> None:
         """Forgets."""
@@ -62,8 +71,20 @@ class Memory:
         return Memory, ()
 
 
-def _state(*tensors: Tensor) -> tuple[Any, ...]:
-    return (torch.is_grad_enabled(), *((id(t), t._version, t.requires_grad, t.retains_grad) for t in tensors))
+def _state(*parts: Tensor | bool) -> tuple[Any, ...]:
+    return (torch.is_grad_enabled(), *map(_stamp, parts))
+
+
+def _stamp(part: Tensor | bool) -> Any:
+    if isinstance(part, bool):
+        return part
+    # The version counts writes; an assignment to ``.data``, as in ``module.double()``, only shows in the storage.
+    version = None if part.is_inference() else part._version
+    return id(part), version, part.untyped_storage()._cdata, part.requires_grad, part.retains_grad
+
+
+def _is_inference(part: Tensor | bool) -> bool:
+    return not isinstance(part, bool) and part.is_inference()
 
 
 def _transforming() -> bool:

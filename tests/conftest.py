@@ -15,6 +15,7 @@ def _fresh_pyro() -> Iterator[None]:
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+    torch.set_num_threads(1)  # tensors are small: more threads cost more than they give
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

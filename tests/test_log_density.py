@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pyro
@@ -12,8 +13,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.autoname import scope
 from pyro.distributions import constraints
-from pyro.infer.autoguide import init_to_sample, init_to_value
+from pyro.infer.autoguide import init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
@@ -103,8 +105,9 @@ def ordered() -> Model:
         pyro.sample("prior", dist.Normal(0.0, 2.0).expand([3]).to_event(1), obs=cuts)
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
         with pyro.plate("n", 4):
-            logits = slope * data(4)
-            pyro.sample("y", dist.OrderedLogistic(logits, cuts), obs=torch.tensor([0, 1, 3, 2]))
+            below = torch.sigmoid(cuts - (slope * data(4)).unsqueeze(-1))
+            edges = torch.nn.functional.pad(torch.nn.functional.pad(below, (1, 0)), (0, 1), value=1.0)
+            pyro.sample("y", dist.Categorical(edges.diff(dim=-1)), obs=torch.tensor([0, 1, 3, 2]))
 
     return model
 
@@ -208,7 +211,7 @@ def conditioned() -> Model:
 
 @case
 def scoped() -> Model:
-    return poutine.scope(normal(), prefix="part")
+    return scope(normal(), prefix="part")
 
 
 @case
@@ -231,6 +234,7 @@ def module() -> Model:
         def __init__(self) -> None:
             super().__init__()
             self.layer = PyroModule[torch.nn.Linear](2, 1)
+            self.layer.bias.data.fill_(0.1)
             self.layer.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
             self.noise = PyroParam(torch.tensor(0.5), constraint=constraints.positive)
             self.shift = PyroSample(dist.LogNormal(0.0, 1.0))
@@ -281,15 +285,22 @@ def mixture() -> Model:
     return model
 
 
-@pytest.fixture(params=sorted(CASES))
-def model(request: pytest.FixtureRequest) -> Model:
-    return CASES[request.param]()
+every_case = pytest.mark.parametrize("name", sorted(CASES))
 
 
 @pytest.fixture
 def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
+
+
+@cache
+def double(name: str) -> LogDensity:
+    """The log density of a case in double precision, made without a warning."""
+    assert torch.get_default_dtype() == torch.float64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return LogDensity(CASES[name]())
 
 
 def points(density: LogDensity, n: int = 4) -> Tensor:
@@ -300,7 +311,8 @@ def points(density: LogDensity, n: int = 4) -> Tensor:
 
 def pyros_log_density(model: Model, density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
     """The log density and its gradient by the potential energy that Pyro's HMC uses."""
-    potential = initialize_model(model, init_strategy=init_to_sample)[1]
+    start = init_to_value(values=density.constrain(density.initial))
+    potential = initialize_model(model, init_strategy=start, max_plate_nesting=2)[1]
     values, grads = [], []
     for row in z:
         row = row.clone().requires_grad_()
@@ -317,40 +329,43 @@ def pyros_log_density(model: Model, density: LogDensity, z: Tensor) -> tuple[Ten
 # Values and gradients
 
 
+@every_case
 @pytest.mark.usefixtures("float64")
-def test_agrees_with_the_potential_energy_of_pyro(model: Model) -> None:
-    density = LogDensity(model)
+def test_agrees_with_the_potential_energy_of_pyro(name: str) -> None:
+    density = double(name)
     z = points(density)
-    values, grads = pyros_log_density(model, density, z)
+    values, grads = pyros_log_density(density.model, density, z)
     value, grad = density.value_and_grad(z)
     torch.testing.assert_close(value, values)
     torch.testing.assert_close(grad, grads)
     torch.testing.assert_close(density.log_prob(z), values)
-    assert density.mode == "captured"
+    # A sequential plate reads its indices, which a graph cannot.
+    assert density.mode == ("vmap" if name == "sequential_plate" else "captured")
     assert density.batched
 
 
+@every_case
 @pytest.mark.usefixtures("float64")
-def test_captured_vmap_and_loop_are_the_same_function(model: Model) -> None:
-    density = LogDensity(model)
+def test_captured_vmap_and_loop_are_the_same_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    density = double(name)
     z = points(density)
     value, grad = density.value_and_grad(z)
-    for mode in ("vmap", "loop"):
-        density.mode = mode
+    for mode in ("loop", "vmap"):
+        monkeypatch.setattr(density, "mode", mode)
         other_value, other_grad = density.value_and_grad(z)
         torch.testing.assert_close(other_value, value)
         torch.testing.assert_close(other_grad, grad)
 
 
-def test_single_precision_agrees_with_double(model: Model, request: pytest.FixtureRequest) -> None:
-    name = request.node.callspec.params["model"]
-    single = LogDensity(model)
+@every_case
+def test_single_precision_agrees_with_double(name: str) -> None:
+    single = LogDensity(CASES[name]())
     z = points(single)
     value, grad = single.value_and_grad(z)
     assert value.dtype == grad.dtype == torch.float32
     pyro.clear_param_store()
     torch.set_default_dtype(torch.float64)
-    expected_value, expected_grad = LogDensity(CASES[name]()).value_and_grad(z.double())
+    expected_value, expected_grad = double(name).value_and_grad(z.double())
     torch.testing.assert_close(value.double(), expected_value, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3, atol=1e-3 * float(1 + expected_grad.abs().max()))
 
@@ -461,7 +476,7 @@ def test_a_simplex_integrates_to_one() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_the_gradient_by_finite_differences() -> None:
-    density = LogDensity(CASES["cholesky"]())
+    density = double("cholesky")
     z, h = points(density, 1), 1e-6
     steps = h * torch.eye(density.features)
     slopes = (density.log_prob(z + steps) - density.log_prob(z - steps)) / (2 * h)
@@ -474,7 +489,7 @@ def test_the_gradient_by_finite_differences() -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (255,), (256,), (257,), (3, 100), (2, 0), (2, 1, 3)], ids=str)
 def test_any_batch_shape(shape: tuple[int, ...]) -> None:
-    density = LogDensity(CASES["nested_plates"]())
+    density = double("nested_plates")
     z = density.initial + 0.3 * torch.randn(*shape, density.features)
     value, grad = density.value_and_grad(z)
     assert value.shape == shape
@@ -488,9 +503,11 @@ def test_any_batch_shape(shape: tuple[int, ...]) -> None:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_any_batch_size(batch_size: int) -> None:
-    model = CASES["nested_plates"]()
-    z = points(LogDensity(model), 11)
-    torch.testing.assert_close(LogDensity(model, batch_size=batch_size).log_prob(z), LogDensity(model).log_prob(z))
+    density = double("masks")
+    z = points(density, 11)
+    other = LogDensity(density.model, batch_size=batch_size)
+    assert other.mode == "captured"
+    torch.testing.assert_close(other.log_prob(z), density.log_prob(z))
 
 
 def test_one_bad_point_leaves_the_others_alone() -> None:
@@ -530,12 +547,13 @@ def test_wrong_points_are_refused(z: Any, kind: type[Exception], said: str) -> N
 # Sites
 
 
+@every_case
 @pytest.mark.usefixtures("float64")
-def test_constrain_satisfies_the_supports_and_unconstrain_is_its_inverse(model: Model) -> None:
-    density = LogDensity(model)
+def test_constrain_satisfies_the_supports_and_unconstrain_is_its_inverse(name: str) -> None:
+    density = double(name)
     z = points(density, 6).reshape(2, 3, density.features)
     values = density.constrain(z)
-    trace = poutine.trace(poutine.condition(model, data=density.constrain(z[0, 0]))).get_trace()
+    trace = poutine.trace(poutine.condition(density.model, data=density.constrain(z[0, 0]))).get_trace()
     assert list(values) == [site.name for site in density.sites]
     for site in density.sites:
         assert values[site.name].shape == (2, 3, *site.shape)
@@ -548,9 +566,9 @@ def test_constrain_satisfies_the_supports_and_unconstrain_is_its_inverse(model: 
 
 @pytest.mark.usefixtures("float64")
 def test_sites_know_their_plates() -> None:
-    plates = {site.name: site.plates for site in LogDensity(CASES["nested_plates"]()).sites}
+    plates = {site.name: site.plates for site in double("nested_plates").sites}
     assert plates == {"scale": (), "a": ("rows", None), "b": ("columns",), "c": ("rows", "columns")}
-    (site,) = LogDensity(CASES["simplex"]()).sites
+    (site,) = double("simplex").sites
     assert (site.shape, site.unconstrained_shape, site.plates) == ((2, 3), (2, 2), ("n", None))
 
 
@@ -614,6 +632,21 @@ def goes_through_numpy() -> None:
     pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(0.5))
 
 
+def fills_in_place() -> None:
+    # Pyro's OrderedLogistic writes into a tensor of zeros, which vmap refuses.
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.OrderedLogistic(x, torch.tensor([-1.0, 1.0])), obs=torch.tensor(1))
+
+
+def test_a_distribution_of_pyro_that_cannot_be_batched_is_looped_over() -> None:
+    with pytest.warns(UserWarning, match="one point at a time"):
+        density = LogDensity(fills_in_place)
+    x = torch.tensor([-1.0, 0.3])
+    chance = torch.sigmoid(1 - x) - torch.sigmoid(-1 - x)
+    expected = dist.Normal(0.0, 1.0).log_prob(x) + chance.log()
+    torch.testing.assert_close(density.log_prob(x.unsqueeze(-1)), expected)
+
+
 @pytest.mark.parametrize("model", [branches, reads_a_value, goes_through_numpy])
 def test_a_model_that_cannot_be_batched_is_looped_over_with_a_warning(model: Model) -> None:
     with pytest.warns(UserWarning, match="one point at a time") as caught:
@@ -633,10 +666,13 @@ def test_a_model_that_cannot_be_batched_is_looped_over_with_a_warning(model: Mod
     assert density.log_prob(torch.zeros(0, 1)).shape == (0,)
 
 
-def test_a_model_that_is_batched_warns_of_nothing(model: Model) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        LogDensity(model)
+@pytest.mark.parametrize("mode", ["captured", "vmap", "loop"])
+def test_a_flat_density_has_no_gradient(mode: str) -> None:
+    density = LogDensity(lambda: pyro.sample("x", dist.ImproperUniform(constraints.real, (), (2,))))
+    density.mode = mode
+    value, grad = density.value_and_grad(torch.ones(3, 2))
+    assert torch.equal(value, torch.zeros(3))
+    assert torch.equal(grad, torch.zeros(3, 2))
 
 
 # Models that are refused
@@ -658,3 +694,71 @@ def test_a_support_that_depends_on_data_is_fine() -> None:
     top = torch.tensor([2.0, 5.0])
     density = LogDensity(model, (top,))
     torch.testing.assert_close(density.constrain(torch.zeros(2))["u"], top / 2)
+
+
+def test_a_support_of_the_data_that_depends_on_a_latent_is_fine() -> None:
+    def model() -> None:
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(0.0, top), obs=torch.tensor(3.0))
+
+    z = torch.tensor([[0.0], [2.0]])
+    below, above = LogDensity(model).log_prob(z)
+    assert below == -math.inf
+    torch.testing.assert_close(above, dist.Normal(0.0, 1.0).log_prob(torch.tensor(2.0)) - 2.0)
+
+
+@pytest.mark.parametrize(
+    ("law", "value"),
+    [
+        (lambda x: dist.Bernoulli(logits=x), 2.0),
+        (lambda x: dist.Exponential(x.exp()), -1.0),
+        (lambda x: dist.Poisson(x.exp()), 0.5),
+        (lambda x: dist.Normal(x, 1.0).expand([2]).to_event(1), [0.0, 1.0]),
+    ],
+    ids=["bernoulli", "exponential", "poisson", "normal"],
+)
+def test_data_outside_of_their_support_are_refused(law: Callable[[Tensor], Any], value: Any) -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", law(x), obs=torch.tensor(value))
+
+    if isinstance(value, list):
+        LogDensity(model)
+        return
+    with pytest.raises(ValueError, match="site 'y'.*outside of"):
+        LogDensity(model)
+    with pyro.validation_enabled(False):
+        LogDensity(model)
+
+
+def test_nan_in_the_parameters_of_a_distribution_names_its_site() -> None:
+    def model(x: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 2):
+            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=torch.zeros(2))
+
+    with pytest.raises(ValueError, match=r"^Expected a model with a finite log density .*'y' gives nan") as caught:
+        LogDensity(model, (torch.tensor([1.0, math.nan]),))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_model_itself_is_left_as_it_is() -> None:
+    def model() -> None:
+        raise ValueError("the data are too short")
+
+    with pytest.raises(ValueError, match="the data are too short"):
+        LogDensity(model)
+
+
+def test_a_value_that_a_distribution_made_with_validation_is_not_validated() -> None:
+    law = dist.Normal(0.0, 1.0, validate_args=True)
+    density = LogDensity(lambda: pyro.sample("x", law))
+    assert density.mode == "captured"
+    assert bool(density.log_prob(torch.tensor([math.nan])).isnan())
+    assert law._validate_args
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "all"])
+def test_a_bad_batch_size_is_refused(size: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="batch_size"):
+        LogDensity(CASES["normal"](), batch_size=size)

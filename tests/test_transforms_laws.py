@@ -17,10 +17,10 @@ import torch
 from pyro.distributions import ConditionalTransformedDistribution, TransformedDistribution
 from registry import (
     AFFINE,
-    C,
-    D,
     MOVED,
     TRANSFORMS,
+    C,
+    D,
     context_for,
     normal_log_prob,
     perturbed,
@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.func import functional_call, jacrev, stack_module_state, vmap
 
-from pyroflows.transforms import AffineCoupling, Compose, Inverse, LowerTriangularAffine, Permute, Transform
+from pyroflows.transforms import AffineCoupling, Compose, Inverse, LowerTriangularAffine, Permute, Rescale, Transform
 
 DTYPES = [torch.float32, torch.float64]
-BATCHES: dict[str, tuple[int, ...]] = {"rank-0": (), "rank-1": (5,), "rank-3": (2, 1, 3), "empty": (0,), "empty-2": (4, 0)}
+BATCHES: list[tuple[int, ...]] = [(), (5,), (2, 1, 3), (0,), (4, 0)]
+WITH_CONTEXT = [name for name, make in TRANSFORMS.items() if make().context_features is not None]
 
 
 @pytest.fixture(params=list(TRANSFORMS))
@@ -83,7 +84,7 @@ def test_log_det_is_that_of_the_autograd_jacobian(moved):
     for x in points(t, 4):
         sign, expected = torch.linalg.slogdet(jacrev(lambda x: t.forward_and_log_det(x)[0])(x))
         torch.testing.assert_close(t.forward_and_log_det(x)[1], expected)
-        assert sign == 1 or isinstance(t, Permute) or sign.abs() == 1
+        assert sign.abs() == 1
         _, expected = torch.linalg.slogdet(jacrev(lambda y: t.inverse_and_log_det(y)[0])(x))
         torch.testing.assert_close(t.inverse_and_log_det(x)[1], expected)
 
@@ -107,32 +108,43 @@ def test_starts_at_the_identity(name, make, dtype):
     x, c = points(t, 20, dtype=dtype), context_for(t, 20, dtype=dtype)
     for y, log_det in (t.forward_and_log_det(x, c), t.inverse_and_log_det(x, c)):
         if name in MOVED:
-            y, x = y.sort(-1).values, x.sort(-1).values  # noqa: PLW2901
+            y, x = y.sort(-1).values, x.sort(-1).values
         torch.testing.assert_close(y, x, **tolerance(dtype, 4))
         torch.testing.assert_close(log_det, torch.zeros(20, dtype=dtype), **tolerance(dtype, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e30])
-def test_holds_in_the_tails(name, make, dtype, size):
+def test_holds_in_the_tails(name, make, dtype):
     """Affine maps far out, where the error may be a few roundings of the largest entry."""
     t = make().to(dtype) if name not in AFFINE else perturbed(make().to(dtype))
-    if name in AFFINE and size < 1:
-        for parameter_name, parameter in t.named_parameters():
-            # Without a shift nothing tiny drowns.
-            if "loc" in parameter_name:
-                nn.init.zeros_(parameter)
-    x, c = size * points(t, 20, dtype=dtype), context_for(t, 20, dtype=dtype)
+    sizes = torch.tensor([1e-30, 1e-10, 1e10, 1e30], dtype=dtype)
+    x = sizes[:, None, None] * points(t, 4, 20, dtype=dtype)
+    c = context_for(t, 4, 20, dtype=dtype)
     y, log_det = t.forward_and_log_det(x, c)
     back, inverse_log_det = t.inverse_and_log_det(y, c)
     assert bool(y.isfinite().all()) and bool(log_det.isfinite().all())
     torch.testing.assert_close(inverse_log_det, -log_det, **tolerance(dtype))
-    scale = torch.maximum(x.abs(), y.abs()).amax(-1, keepdim=True).expand_as(x)
+    # Beside a shift what is tiny may drown, but no more than that.
+    scale = torch.maximum(x.abs(), y.abs()).amax(-1, keepdim=True)
     torch.testing.assert_close((back - x) / scale, torch.zeros_like(x), **tolerance(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("make", [lambda: Rescale(D), lambda: Permute(D), lambda: LowerTriangularAffine(D)])
+def test_keeps_what_is_tiny(make, dtype):
+    """Without a shift nothing drowns, however small."""
+    t = perturbed(make().to(dtype))
+    if isinstance(t, LowerTriangularAffine):
+        nn.init.zeros_(t.loc)
+    x = 1e-30 * points(t, 20, dtype=dtype)
+    back = t.inverse_and_log_det(t.forward_and_log_det(x)[0])[0]
+    torch.testing.assert_close(back / 1e-30, x / 1e-30, **tolerance(dtype))
+
+
 @pytest.mark.parametrize("size", [1e3, 1e30])
-def test_is_finite_and_steep_gradients_are_too_in_the_tails(moved, size):
+def test_values_and_gradients_are_finite_in_the_tails(name, moved, size):
+    if name in {"affine-coupling-exp", "affine-coupling-softplus", "affine-coupling-sigmoid"}:
+        pytest.skip("scales without bound overflow, as documented")
     t = given_context(moved)
     x = (size * points(t, 20)).requires_grad_()
     for f in (t.forward_and_log_det, t.inverse_and_log_det):
@@ -147,18 +159,17 @@ def test_is_finite_and_steep_gradients_are_too_in_the_tails(moved, size):
 # Shapes
 
 
-@pytest.mark.parametrize("batch", list(BATCHES.values()), ids=list(BATCHES))
-def test_shapes(moved, batch):
-    x, c = points(moved, *batch), context_for(moved, *batch)
-    for f in (moved.forward_and_log_det, moved.inverse_and_log_det):
-        y, log_det = f(x, c)
-        assert y.shape == x.shape
-        assert log_det.shape == batch
+def test_shapes(moved):
+    for batch in BATCHES:
+        x, c = points(moved, *batch), context_for(moved, *batch)
+        for f in (moved.forward_and_log_det, moved.inverse_and_log_det):
+            y, log_det = f(x, c)
+            assert y.shape == x.shape
+            assert log_det.shape == batch
 
 
+@pytest.mark.parametrize("name", WITH_CONTEXT)
 def test_broadcasts_context_against_batch(moved):
-    if moved.context_features is None:
-        pytest.skip("takes no context")
     x, c = points(moved, 4, 1), context_for(moved, 3)
     for f in (moved.forward_and_log_det, moved.inverse_and_log_det):
         y, log_det = f(x, c)
@@ -253,9 +264,8 @@ def test_push_score_carries_the_gradients_of_the_map(moved):
         torch.testing.assert_close(left, right)
 
 
+@pytest.mark.parametrize("name", WITH_CONTEXT)
 def test_push_score_broadcasts_context(moved):
-    if moved.context_features is None:
-        pytest.skip("takes no context")
     x, c, s = points(moved, 4, 1), context_for(moved, 3), points(moved, 4, 1, seed=8)
     expected = moved.push_score(x.expand(4, 3, D), s.expand(4, 3, D), c.expand(4, 3, C))
     for own in (moved.push_score(x, s, c), Transform.push_score(moved, x, s, c)):
@@ -363,8 +373,8 @@ def test_is_trained_by_a_param_store(moved):
 
 def same_function(left: Transform, right: Transform) -> None:
     x, c = points(left, 5), context_for(left, 5)
-    for f, g in ((left.forward_and_log_det, right.forward_and_log_det), (left.inverse_and_log_det, right.inverse_and_log_det)):
-        for a, b in zip(f(x, c), g(x, c), strict=True):
+    for direction in ("forward_and_log_det", "inverse_and_log_det"):
+        for a, b in zip(getattr(left, direction)(x, c), getattr(right, direction)(x, c), strict=True):
             assert torch.equal(a, b)
 
 
@@ -385,42 +395,38 @@ def test_state_dict_restores(make, moved):
     same_function(moved, other)
 
 
-COPIES: dict[str, Callable[[Transform], Transform]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda t: pickle.loads(pickle.dumps(t)),
-    "copy": copy.copy,
-}
+def test_copies_before_and_after_use(moved):
+    def duplicates() -> list[Transform]:
+        return [copy.deepcopy(moved), pickle.loads(pickle.dumps(moved))]
 
-
-@pytest.mark.parametrize("duplicate", list(COPIES.values()), ids=list(COPIES))
-def test_copies_before_and_after_use(moved, duplicate):
-    before = duplicate(moved)
+    before = duplicates()
     kept = use(moved)
-    after = duplicate(moved)
-    del kept
-    for twin in (before, after):
+    shallow = copy.copy(moved)
+    for twin in (*before, *duplicates()):
         same_function(moved, twin)
-        if duplicate is not copy.copy:
-            assert {id(p) for p in twin.parameters()}.isdisjoint(id(p) for p in moved.parameters())
+        assert {id(p) for p in twin.parameters()}.isdisjoint(id(p) for p in moved.parameters())
         assert twin.inv.inv is twin
         assert twin.inv is not moved.inv
         x = points(twin, 3)
         t = given_context(twin)
         torch.testing.assert_close(t.inv(t(x)), x)
+    same_function(moved, shallow)
+    assert [id(p) for p in shallow.parameters()] == [id(p) for p in moved.parameters()]
+    del kept
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_pickle_does_not_grow_with_use(moved, grad):
+def test_pickle_does_not_grow_with_use(moved):
     def size(t: Transform) -> int:
         buffer = io.BytesIO()
         torch.save(t, buffer)
         return len(pickle.dumps(t)) + buffer.tell()
 
     before = size(moved)
-    kept = use(moved, grad)
-    # The names of a few more attributes at the most, nothing of the size of a batch.
-    assert size(moved) <= before + 200
-    del kept
+    for grad in (True, False):
+        kept = use(moved, grad)
+        # The names of a few more attributes at the most, nothing of the size of a batch.
+        assert size(moved) <= before + 200
+        del kept
 
 
 def test_places_itself(make, placement):
@@ -431,8 +437,6 @@ def test_places_itself(make, placement):
 
 
 def test_is_made_in_place(make, placement):
-    if any(isinstance(m, Inverse) for m in make().modules()) and placement.type == "meta":
-        pass
     with placement:
         t = make()
         x = torch.zeros(4, *t.event_shape)
@@ -584,15 +588,14 @@ def test_compiles_by_default_to_the_same_values():
 def test_conditioned_transforms_die_without_the_cyclic_collector(moved):
     c = torch.zeros(100, C, dtype=torch.float64) if moved.context_features is None else context_for(moved, 100)
     x = points(moved, 100)
-    gc.collect()
     gc.disable()
     try:
-        held = [moved.inv] if moved.context_features is None else [t := moved.condition(c), t.inv]
-        t = held[0].inv if moved.context_features is None else held[0]
+        t = Compose([moved]).condition(c)
+        inverse = t.inv
         y = t(x)
-        loss = t.log_abs_det_jacobian(x, y).sum() + t.inv(y).sum()
-        watched = [weakref.ref(o) for o in (*held, y)]
-        del held, t, y, loss
+        loss = t.log_abs_det_jacobian(x, y).sum() + inverse(y).sum() + t(inverse(y)).sum()
+        watched = [weakref.ref(o) for o in (t, inverse, x, y, loss)]
+        del t, inverse, x, y, loss
         assert [w() for w in watched] == [None] * len(watched)
     finally:
         gc.enable()

@@ -7,12 +7,13 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._checks import check_context, check_tensor
 from .._memory import Memory
 from ..transforms import Transform
+from ..transforms.base import check_transform
 
 __all__ = ["FlowDistribution"]
 
@@ -36,7 +37,8 @@ class FlowDistribution(dist.TransformedDistribution):
         validate_args: Whether to check values against the support.
 
     Raises:
-        ValueError: If there is no bijection of vectors onto the support.
+        TypeError: If ``transform`` or ``support`` is of the wrong type.
+        ValueError: If the transform still lacks its context, or if there is no bijection of vectors onto the support.
 
     Reference:
         Roeder, Wu, Duvenaud, "Sticking the landing", 2017, https://arxiv.org/abs/1703.09194
@@ -57,17 +59,30 @@ class FlowDistribution(dist.TransformedDistribution):
         path_gradient: bool = False,
         validate_args: bool | None = None,
     ) -> None:
+        if check_transform("transform", transform).context_features is not None:
+            owner = f"{type(transform).__name__} (give it by condition(context))"
+            check_context(None, transform.context_features, owner)
         self.transform = transform
         self.path_gradient = path_gradient
+        self._support = support
         self._onto = [] if support is None else [bijection_onto(support)]
         self._memory = Memory()
         super().__init__(base, [transform, *self._onto], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
         new = self._get_checked_instance(FlowDistribution, _instance)
-        new.transform, new.path_gradient, new._onto = self.transform, self.path_gradient, self._onto
+        new.transform, new.path_gradient = self.transform, self.path_gradient
+        new._support, new._onto = self._support, self._onto
         new._memory = Memory()
         return super().expand(batch_shape, _instance=new)
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        """The constraint that values satisfy."""
+        # Not the codomain of the last transform, as torch has it: biject_to(greater_than(0)) calls its own the reals.
+        support = self.transform.codomain if self._support is None else self._support
+        spare = len(self.event_shape) - support.event_dim
+        return constraints.independent(support, spare) if spare else support
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws reparametrised samples of shape ``sample_shape + batch_shape + event_shape``."""
@@ -95,9 +110,10 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values of shape ``(*, *batch_shape, *event_shape)``."""
-        if self._validate_args:
+        check_tensor("value", value, self.event_shape)
+        if self._validate_args and value.numel():  # torch's check of a support fails on empty batches
             self._validate_sample(value)
-        last = self._memory.recall(value, self.transform._definition())
+        last = self._memory.recall(value, self.transform._definition)
         if last is not None:
             if last.log_det.requires_grad:
                 self._memory.clear()  # a graph can be walked back only once
@@ -111,7 +127,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """The terms of Pyro's gradient estimators, with the path gradient where it was asked for."""
-        last = self._memory.recall(x, self.transform._definition())
+        last = self._memory.recall(x, self.transform._definition)
         score = None if last is None else last.tag
         parts = super().score_parts(x, *args, **kwargs)
         if score is None:
@@ -127,7 +143,7 @@ class FlowDistribution(dist.TransformedDistribution):
         else:
             y, log_det = self.transform.forward_and_log_det(x)
         value, log_det = self._constrain(y, log_det)
-        self._memory.keep(x, value, log_det, self.transform._definition(), tag=score)
+        self._memory.keep(x, value, log_det, self.transform._definition, tag=score)
         return value
 
     def _constrain(self, y: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,13 +157,21 @@ class FlowDistribution(dist.TransformedDistribution):
         return len(self.event_shape) - onto.codomain.event_dim
 
     def _base_log_prob(self, x: Tensor) -> Tensor:
-        return self.base_dist.log_prob(x)
+        base = self.base_dist
+        if isinstance(base, torch.distributions.Independent):
+            return sum_rightmost(base.base_dist.log_prob(x), base.reinterpreted_batch_ndims)
+        return base.log_prob(x)
 
     def _base_score(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             (score,) = torch.autograd.grad(self._base_log_prob(point).sum(), point)
         return score
+
+
+def sum_rightmost(value: Tensor, dims: int) -> Tensor:
+    """Sums the last dimensions; torch's and Pyro's own fail on empty batches."""
+    return value.sum(tuple(range(-dims, 0))) if dims else value
 
 
 def bijection_onto(support: constraints.Constraint) -> torch.distributions.Transform:

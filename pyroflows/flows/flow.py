@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Flow(PyroModule):
         transforms: Transforms in generative order, first applied first.
         base: Any distribution over events of the first transform; the standard normal by default. It moves with the
             module from device to device.
-        support: Any constraint with a bijection from real vectors, such as ``constraints.positive``.
+        support: Any constraint with a bijection from real vectors, such as ``constraints.positive``. It moves likewise.
         name: Name in the param store; the class's by default. Two flows in one model need two names.
 
     Raises:
@@ -64,12 +65,11 @@ class Flow(PyroModule):
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(type(self).__name__ if name is None else name)
+        super().__init__(type(self).__name__ if name is None else _check_name(name))
         self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms)
-        if support is not None:
-            bijection_onto(support)
-        self.support = support
-        self._base = None if base is None else copy.deepcopy(_check_base(base, self.event_shape))
+        # Copies, for they move with the module.
+        self.support = None if support is None else copy.deepcopy(_check_support(support, self.transform))
+        self._base = None if base is None else _copy(_check_base(base, self.event_shape))
         self.register_buffer("_zeros", torch.zeros(self.event_shape), persistent=False)
 
     @property
@@ -116,8 +116,8 @@ class Flow(PyroModule):
         return nn.Module.__getattr__(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Flow:
-        if self._base is not None:
-            _apply_to_distribution(self._base, fn)
+        for part in (self._base, self.support):
+            _apply_to_tensors(part, fn, set())
         return super()._apply(fn, recurse)
 
 
@@ -133,58 +133,113 @@ def register_parameters(module: PyroModule) -> None:
     Raises:
         ValueError: If another flow goes by the same name in the same trace, or if what was loaded has another shape.
     """
-    if pyro.settings.get("module_local_params"):
-        for name, parameter in module.named_parameters():
-            full = module._pyro_get_fullname(name)
-            statement = pyro.poutine.runtime.effectful(lambda *_, value=parameter, **__: value, type="param")
-            statement(full, parameter, constraint=constraints.real, name=full)
-        return
-    store = pyro.get_param_store()
+    local = pyro.settings.get("module_local_params")
     for name, parameter in module.named_parameters():
         full = module._pyro_get_fullname(name)
-        stored = store._params.get(full)
-        if stored is not None and stored is not parameter:
-            if stored in _OWN_PARAMETERS:
-                _check_single_name(full, stored, module._pyro_name)
-            else:
-                if stored.shape != parameter.shape:
-                    raise ValueError(
-                        f"Expected the param store to hold {full} of shape {tuple(parameter.shape)}; got "
-                        f"{tuple(stored.shape)}. Call pyro.clear_param_store(), or give the flow another name."
-                    )
-                with torch.no_grad():
-                    parameter.copy_(stored)
-            del store[full]
-        if parameter.requires_grad:
-            pyro.param(full, parameter)
-            _OWN_PARAMETERS[parameter] = True
+        if local:
+            _check_single_name(full, parameter, module._pyro_name)
+            _state_local(full, parameter)
+        elif not _has_other_name(full, parameter):
+            _register(full, parameter, module._pyro_name)
 
 
-def _check_single_name(full: str, stored: Tensor, name: str) -> None:
-    for handler in _PYRO_STACK:
-        if isinstance(handler, TraceMessenger) and full in handler.trace.nodes:
-            value = handler.trace.nodes[full]["value"]
-            if getattr(value, "unconstrained", lambda: None)() is stored:
+def _register(full: str, parameter: nn.Parameter, module_name: str) -> None:
+    store = pyro.get_param_store()
+    stored = store._params.get(full)
+    if stored is not None and stored is not parameter:
+        if stored in _OWN_PARAMETERS:
+            _check_single_name(full, parameter, module_name)
+        else:
+            if stored.shape != parameter.shape:
                 raise ValueError(
-                    f"Expected flows with different names in one model; got two named {name!r}. "
-                    f"Give each its own, as in RealNVP(..., name='prior')."
+                    f"Expected the param store to hold {full} of shape {tuple(parameter.shape)}; got "
+                    f"{tuple(stored.shape)}. Call pyro.clear_param_store(), or give the flow another name."
                 )
+            with torch.no_grad():
+                parameter.copy_(stored)
+        del store[full]
+    if parameter.requires_grad:
+        pyro.param(full, parameter)
+        _OWN_PARAMETERS[parameter] = True
+
+
+def _state_local(full: str, parameter: nn.Parameter) -> None:
+    """A statement that handlers see, without the store; SVI asks what it finds for ``unconstrained``."""
+    if parameter.requires_grad:
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
+        statement = pyro.poutine.runtime.effectful(lambda *_, **__: parameter, type="param")
+        statement(full, parameter, constraint=constraints.real, name=full)
+
+
+def _has_other_name(full: str, parameter: nn.Parameter) -> bool:
+    """Whether ``pyro.module`` has put the parameter into this very trace; under two names compiled ELBOs fail."""
+    other = pyro.get_param_store().param_name(parameter)
+    return other is not None and other != full and any(traced is parameter for traced in _traced(other))
+
+
+def _check_single_name(full: str, parameter: nn.Parameter, module_name: str) -> None:
+    if any(traced is not parameter for traced in _traced(full)):
+        raise ValueError(
+            f"Expected flows with different names in one model; got two named {module_name!r}. "
+            f"Give each its own, as in RealNVP(..., name='prior')."
+        )
+
+
+def _traced(name: str) -> list[Tensor]:
+    """What goes by a name in the traces that are being recorded."""
+    traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+    values = [trace.nodes[name]["value"] for trace in traces if name in trace.nodes]
+    return [value.unconstrained() for value in values if hasattr(value, "unconstrained")]
 
 
 def _check_base(base: Any, event_shape: torch.Size) -> torch.distributions.Distribution:
     if not isinstance(base, torch.distributions.Distribution):
         raise TypeError(f"Expected base to be a distribution; got {base!r}.")
     shape = base.batch_shape + base.event_shape
-    if shape[max(0, len(shape) - len(event_shape)) :] != event_shape:
+    if shape[max(0, len(shape) - len(event_shape)) :] != event_shape or len(base.event_shape) > len(event_shape):
         raise ValueError(f"Expected base of shape (*, {', '.join(map(str, event_shape))}); got {tuple(shape)}.")
     if not base.has_rsample:
         raise ValueError(f"Expected a base with reparametrised samples (has_rsample); got {type(base).__name__}.")
     return base
 
 
-def _apply_to_distribution(distribution: torch.distributions.Distribution, fn: Callable[[Tensor], Tensor]) -> None:
-    for key, value in list(vars(distribution).items()):
-        if isinstance(value, Tensor):
-            vars(distribution)[key] = fn(value)
-        elif isinstance(value, torch.distributions.Distribution):
-            _apply_to_distribution(value, fn)
+def _copy(base: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    try:
+        return copy.deepcopy(base)
+    except RuntimeError:
+        raise ValueError(
+            "Expected a base whose tensors are leaves; got one whose parameters were computed with gradients. Detach them."
+        ) from None
+
+
+def _check_support(support: Any, transform: Transform) -> constraints.Constraint:
+    onto, shape = bijection_onto(support), transform.forward_shape(transform.event_shape)
+    try:
+        onto.forward_shape(shape)
+    except (ValueError, RuntimeError):
+        raise ValueError(f"Expected features that fit the support {support}; got events of shape {tuple(shape)}.") from None
+    return support
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"Expected name to be a string; got {name!r}.")
+    if not name:
+        raise ValueError("Expected name to have at least one character; got ''.")
+    return name
+
+
+def _apply_to_tensors(value: Any, fn: Callable[[Tensor], Tensor], seen: set[int]) -> Any:
+    """Applies a function to all tensors within distributions, transforms and constraints, in place, each once."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, nn.Module):
+        return value._apply(fn)
+    if isinstance(value, list):
+        return [_apply_to_tensors(item, fn, seen) for item in value]
+    parts = (torch.distributions.Distribution, torch.distributions.Transform, constraints.Constraint)
+    if isinstance(value, parts) and id(value) not in seen:
+        seen.add(id(value))  # a transform and its inverse refer to each other
+        for key, item in list(vars(value).items()):
+            vars(value)[key] = _apply_to_tensors(item, fn, seen)
+    return value

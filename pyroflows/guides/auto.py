@@ -17,7 +17,7 @@ from .._checks import check_positive
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..transforms import Affine, Compose, Elementwise, LowerTriangularAffine, Transform
-from .initialization import init_to_median
+from .initialization import check_support, init_to_median
 
 __all__ = ["AutoFlow"]
 
@@ -35,8 +35,8 @@ class AutoFlow(AutoContinuous):
     Args:
         model: A Pyro model.
         flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a :class:`Flow` or a
-            :class:`Transform` over the whole space. By default ``RealNVP``, and for a single latent feature an affine
-            map, which makes the guide a normal.
+            :class:`Transform` over the whole space. By default a ``RealNVP`` with narrow networks, and for a
+            single latent feature an affine map, which makes the guide a normal.
         init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default, which knows improper
             sites too.
         init_scale: Standard deviation at the start, in unconstrained units.
@@ -86,6 +86,22 @@ class AutoFlow(AutoContinuous):
     # Construction, once the model has run
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self._model is None:
+            raise RuntimeError(
+                "Expected a guide with a model; got one that was pickled before its first call, and pickles hold no model. "
+                f"Make a new {type(self).__name__}(model)."
+            )
+        try:
+            self._build(*args, **kwargs)
+        except Exception as error:
+            # A guide that refused a model once must refuse it again, and not go on half made.
+            trace, self.prototype_trace = self.prototype_trace, None
+            if isinstance(error, NotImplementedError) and trace is not None:
+                for name, site in trace.iter_stochastic_nodes():
+                    check_support(name, site["fn"].support)
+            raise
+
+    def _build(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         _refuse_subsampled_latents(self.prototype_trace)
         loc = self._init_loc()
@@ -94,8 +110,8 @@ class AutoFlow(AutoContinuous):
         self.flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(loc.device, loc.dtype)
         self.whiten(loc, self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device))
         if self._waiting_state is not None:
-            state, self._waiting_state = self._waiting_state, None
-            self.load_state_dict(state)
+            self.load_state_dict(self._waiting_state)
+            self._waiting_state = None
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
@@ -192,9 +208,14 @@ class AutoFlow(AutoContinuous):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.prototype_trace is None:
             # The flow is made in the first call, when the model tells its size; the state waits until then.
-            self._waiting_state = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+            named = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+            self._waiting_state = {k: v.detach().clone() for k, v in named.items()}
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + k: v for k, v in (self._waiting_state or {}).items()})
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own forgets the model and the master of the original, not only of the copy.
@@ -214,7 +235,7 @@ class AutoFlow(AutoContinuous):
 
 
 def _default_flow(features: int) -> Flow | Transform:
-    return RealNVP(features) if features > 1 else Elementwise(Affine(), features)
+    return RealNVP(features, hidden_features=(32, 32)) if features > 1 else Elementwise(Affine(), features)
 
 
 def _parts(made: Any, features: int) -> tuple[list[Transform], torch.distributions.Distribution | None]:
@@ -245,7 +266,7 @@ def _refuse_subsampled_latents(trace: Any) -> None:
 
 
 class _ScoredDelta(dist.Delta):
-    """A point mass with a log-density, whose Kullback-Leibler divergence does not leave that log-density out."""
+    """A point mass with a log-density, without the Kullback-Leibler divergence of Delta, which leaves that out."""
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _ScoredDelta:
         return super().expand(batch_shape, self._get_checked_instance(_ScoredDelta, _instance))
@@ -253,11 +274,12 @@ class _ScoredDelta(dist.Delta):
 
 @register_kl(_ScoredDelta, dist.Distribution)
 def _kl_scored_delta(p: _ScoredDelta, q: Any) -> Tensor:
-    return p.log_density - q.log_prob(p.v)
+    # Then TraceMeanField_ELBO takes the log-densities of the sites, with the scale and the mask that each one has.
+    raise NotImplementedError
 
 
 class _ScoredDeltas(Messenger):
-    """Makes the sites of an AutoContinuous scored deltas, for TraceMeanField_ELBO takes divergences of them."""
+    """Makes the sites of an AutoContinuous scored deltas, for TraceMeanField_ELBO takes divergences where it can."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
         if type(msg["fn"]) is dist.Delta:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pyro.infer.autoguide import init_to_median as _pyro_init_to_median
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Transform, biject_to, constraints
 
 __all__ = ["init_to_median"]
 
@@ -34,6 +34,21 @@ def init_to_median(site: dict[str, Any] | None = None, num_samples: int = 15) ->
         return _pyro_init_to_median(site, num_samples=num_samples)
     except NotImplementedError:
         fn = site["fn"]
-        onto = biject_to(fn.support)
+        onto = check_support(site["name"], fn.support)
         zeros: Tensor = torch.zeros(onto.inverse_shape(fn.batch_shape + fn.event_shape))
         return onto(zeros)
+
+
+def check_support(name: str, support: constraints.Constraint) -> Transform:
+    """Returns the bijection onto the support of a latent site.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"Expected latent sites whose support has a bijection from real vectors; got {name!r} on {support}, for which "
+            "biject_to knows none. Build it from sites that have one, a covariance for instance from LKJCholesky and scales."
+        ) from None

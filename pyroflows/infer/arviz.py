@@ -32,6 +32,8 @@ SHORTEST_TAIL = 6
 # Over so small a range of log weights smoothing changes nothing, and what varies may be rounding: a float32
 # log density of 1e4 is known to 1e-3, which leaves ties that no Pareto distribution fits.
 FLAT_TAIL = 1e-2
+# The shape from which on a generalised Pareto distribution has no mean.
+NO_MEAN = 1.0
 
 
 def to_inference_data(
@@ -104,6 +106,9 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
       `-inf`.
     - Fewer than 30 draws, or fewer draws of non-zero weight than the fit needs: the draws do not show that
       the weights are reliable. k-hat is `inf`.
+    - k-hat is 1 or more: the fitted distribution has no mean. So it comes out where most of the tail lies on a
+      plateau, as with a guide that is all but exact; its quantiles in place of the weights would then bias every
+      estimate.
     - ArviZ finds no fit (1.x finds none where a quarter of the tail is one and the same weight). k-hat is
       `inf`.
 
@@ -145,7 +150,9 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
     elif fits and ordered[-length - 2] - ordered[-1] > math.log(np.finfo(np.float64).tiny):
         smoothed, shape = _arviz_psis(weights)
         if math.isfinite(shape):
-            weights, khat = _normalise(smoothed), shape
+            khat = shape
+            if shape < NO_MEAN:
+                weights = _normalise(smoothed)
     return weights.reshape(given.shape), khat
 
 

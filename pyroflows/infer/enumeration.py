@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.util import TraceEinsumEvaluator
+from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = ["enumerated_log_prob"]
 
 
-def enumerated_log_prob(trace: Any, max_plate_nesting: int) -> Tensor:
-    """Sums the enumerated sites out of a trace.
+def enumerated_log_prob(trace: Any) -> Tensor:
+    """Sums the enumerated sites out of a trace, as ``TraceEnum_ELBO`` does: masks act inside of the sum, scales outside.
 
     Args:
         trace: A trace of a model under ``poutine.enum``.
-        max_plate_nesting: How many dimensions on the right belong to plates.
 
     Returns:
         The log density, a tensor without dimensions.
+
+    Raises:
+        ValueError: If the sites that depend on an enumerated one do not share one ``poutine.scale``.
     """
-    evaluator = TraceEinsumEvaluator(trace, True, max_plate_nesting)
-    return contract_to_tensor(evaluator._get_log_factors(trace), evaluator._enum_dims, ring=_EliminationRing())
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    plates = trace.plate_to_symbol
+    enumerated = set(trace.symbol_to_dim) - set(plates.values())
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    total: Any = 0.0
+    scales = []
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        term = site["packed"]["unscaled_log_prob"]
+        if enumerated.isdisjoint(term._pyro_dims):
+            total = total + site["log_prob_sum"]
+            continue
+        if site["infer"].get("_enumerate_dim") is None:
+            term = packed.scale_and_mask(term, mask=site["packed"]["mask"])
+        ordinal = frozenset(plates[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+        factors.setdefault(ordinal, []).append(term)
+        scales.append(site["scale"])
+    if not factors:
+        return total
+    return total + _common(scales) * contract_to_tensor(factors, enumerated, ring=_EliminationRing())
+
+
+def _common(scales: list[Any]) -> float:
+    numbers = {float(scale) if torch.as_tensor(scale).numel() == 1 else None for scale in scales}
+    (scale, *others) = numbers
+    if others or scale is None:
+        raise ValueError(
+            "Expected one number as poutine.scale of all sites that depend on a discrete latent site; got several."
+        )
+    return scale
 
 
 class _EliminationRing(LogRing):

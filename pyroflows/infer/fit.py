@@ -17,14 +17,15 @@ from tqdm.auto import tqdm
 from .._checks import check_positive, check_size
 from ..flows import Flow
 from ..guides import AutoFlow
+from ..transforms import Compose, LowerTriangularAffine, Transform
 from .gaussian import fit_gaussian
-from .log_density import LogDensity
+from .log_density import LogDensity, check_arguments
 from .posterior import Posterior
 
 __all__ = ["fit_posterior"]
 
 PARTICLES = 256
-STEPS = 1500
+STEPS = 2500
 STEP_SIZE = 2e-2
 # The whitening map moves all of the guide at once, so that it is stepped more carefully than the networks.
 WHITENING_STEP_SIZE = 5e-3
@@ -99,9 +100,9 @@ def fit_posterior(
         time_limit = check_positive("time_limit", time_limit)
     check_size("steps", steps, least=0)
     start = time.perf_counter()
-    args, kwargs = _on_device(device, model, tuple(args), dict(kwargs or {}))
+    args, kwargs = _on_device(device, model, *check_arguments(args, kwargs))
     with _seeded(seed):
-        density = LogDensity(model, args, kwargs, batch_size=PARTICLES)
+        density = LogDensity(model, args, kwargs, batch_size=PARTICLES, device=device)
         auto, fresh = _make_guide(guide, model, density, args, kwargs)
         history: list[Tensor] = []
         interrupted = False
@@ -137,19 +138,19 @@ def train(
         progress: Whether to show a progress bar.
     """
     start = time.perf_counter() if start is None else start
-    transform, base = flow.transform, flow.base.expand((PARTICLES,))
-    whitening = list(transform.layers[-1].parameters())
-    networks = [p for layer in transform.layers[:-1] for p in layer.parameters()]
-    parameters = [*networks, *whitening]
+    networks, whitening = flow.transform.layers[:-1], flow.transform.layers[-1]
+    # Steps in whitened units, z = mu + L (delta + M x): in its own units a step on L would depend on those of the model.
+    adjustment = LowerTriangularAffine(density.features).to(density.initial)
+    groups = [
+        {"params": list(networks.parameters()), "lr": STEP_SIZE, "peak": STEP_SIZE},
+        {"params": list(adjustment.parameters()), "lr": WHITENING_STEP_SIZE, "peak": WHITENING_STEP_SIZE},
+    ]
     optimizer = torch.optim.Adam(
-        [
-            {"params": networks, "lr": STEP_SIZE, "peak": STEP_SIZE},
-            {"params": whitening, "lr": WHITENING_STEP_SIZE, "peak": WHITENING_STEP_SIZE},
-        ],
-        betas=(0.9, 0.99),
-        fused=parameters[0].device.type in ("cpu", "cuda"),
+        groups, betas=(0.9, 0.99), fused=density.initial.device.type in ("cpu", "cuda")
     )
-    best = _Best(transform)
+    whitening.requires_grad_(False)
+    stack, base = Compose([*networks, adjustment, whitening]), flow.base.expand((PARTICLES,))
+    best = _Best(stack)
     try:
         with tqdm(total=steps, disable=not progress, desc="Fitting", leave=True) as bar:
             for step in range(steps):
@@ -160,8 +161,8 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["peak"]
                 optimizer.zero_grad()
-                history.append(path_gradient(flow, base, density))
-                norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+                history.append(path_gradient(stack, base, density))
+                norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], GRADIENT_NORM)
                 if bool(norm.isfinite()):
                     optimizer.step()
                 bar.update()
@@ -172,14 +173,19 @@ def train(
     except KeyboardInterrupt:
         best.restore()
         raise
+    finally:
+        whitening.requires_grad_(True)
+        delta, scale = adjustment.loc_and_scale_tril()
+        loc, scale_tril = whitening.loc_and_scale_tril()
+        whitening.set(loc + scale_tril @ delta, scale_tril @ scale)
 
 
-def path_gradient(flow: Flow, base: Any, density: LogDensity) -> Tensor:
-    """Adds the path gradient of the negative ELBO to the gradients of a flow's parameters.
+def path_gradient(transform: Transform, base: Any, density: LogDensity) -> Tensor:
+    """Adds the path gradient of the negative ELBO to the gradients of a transform's parameters.
 
     Args:
-        flow: The flow.
-        base: Its base, expanded to the number of particles.
+        transform: The transform from the base to the latent vector.
+        base: The base, expanded to the number of particles.
         density: The log density.
 
     Returns:
@@ -189,7 +195,7 @@ def path_gradient(flow: Flow, base: Any, density: LogDensity) -> Tensor:
     point = x.requires_grad_()
     log_base = base.log_prob(point)
     (score,) = torch.autograd.grad(log_base.sum(), point)
-    z, log_det, score = flow.transform.push_score(x.detach(), score)
+    z, log_det, score = transform.push_score(x.detach(), score)
     with torch.no_grad():
         log_joint, slope = density.value_and_grad(z)
         finite = log_joint.isfinite() & slope.isfinite().all(-1)
@@ -232,14 +238,19 @@ def _make_guide(
         continuous = poutine.block(model, hide=density.discrete) if density.discrete else model
         auto = AutoFlow(continuous, flow=None if guide == "auto" else guide)
     else:
-        raise TypeError(f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {guide!r}.")
+        got = f"a made {type(guide).__name__}" if isinstance(guide, torch.nn.Module) else repr(guide)
+        raise TypeError(f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}.")
     fresh = auto.prototype_trace is None
     if fresh:
-        with poutine.block():
+        with density.on_device(), poutine.block():
             auto._setup_prototype(*args, **kwargs)
             auto._create_plates(*args, **kwargs)
-    of_guide = {name: tuple(site["value"].shape) for name, site in auto.prototype_trace.iter_stochastic_nodes()}
-    of_model = {site.name: tuple(site.shape) for site in density.sites}
+    nodes = list(auto.prototype_trace.iter_stochastic_nodes())
+    of_guide = [(name, tuple(node["value"].shape)) for name, node in nodes]
+    of_model = [(site.name, tuple(site.shape)) for site in density.sites]
+    for name, node in nodes:
+        if of_guide == of_model and not density.has_support(name, node["fn"].support):
+            raise ValueError(f"Expected a guide of this model; got one in which {name!r} has support {node['fn'].support}.")
     if of_guide != of_model:
         raise ValueError(f"Expected a guide of this model, with latent sites {of_model}; got one with {of_guide}.")
     return auto, fresh
@@ -270,7 +281,7 @@ def _on_device(
         return args, kwargs
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"Expected device to be one of this machine; got {str(device)!r} ({error}).") from None
     if isinstance(model, torch.nn.Module):
         model.to(device)
@@ -286,7 +297,8 @@ def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    check_size("seed", seed, least=0)
+    if check_size("seed", seed, least=0) >= 2**32:
+        raise ValueError(f"Expected seed < 2**32; got {seed}.")
     state = get_rng_state()
     with torch.random.fork_rng():
         set_rng_seed(seed)

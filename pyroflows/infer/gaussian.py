@@ -12,6 +12,10 @@ from .log_density import LogDensity
 __all__ = ["Gaussian", "fit_gaussian"]
 
 
+# Where a density does not fall off, the widths grow until they overflow.
+WIDEST = 1e15
+
+
 class Gaussian(NamedTuple):
     """A normal law and its ELBO.
 
@@ -63,6 +67,8 @@ def fit_gaussian(density: LogDensity, start: Tensor, steps: int = 30, draws: int
     unimproved = 0
     for _ in range(steps):
         root, gradient = _renew_root(density, z, root, width)
+        if not bool(root.abs().amax() < WIDEST):
+            break
         direction = root @ (root.mT @ gradient)
         z, moved = _line_search(density, z, direction, lengths)
         elbo = _elbo(density, z, root, noise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +14,13 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .._checks import check_tensor
+from .._checks import check_size, check_tensor
 from ..guides.initialization import init_to_median
 from .enumeration import enumerated_log_prob
 
@@ -57,6 +60,7 @@ class LogDensity:
         kwargs: Its keyword arguments.
         init_loc_fn: Where the sites start; one of Pyro's initialisation functions.
         batch_size: How many vectors one captured evaluation takes.
+        device: Where tensors that the model makes itself are put; torch's default device if ``None``.
 
     Attributes:
         features: Entries of :math:`z`.
@@ -84,9 +88,12 @@ class LogDensity:
         kwargs: Mapping[str, Any] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         batch_size: int = 256,
+        device: str | torch.device | None = None,
     ) -> None:
-        self.model, self.args, self.kwargs = model, tuple(args), dict(kwargs or {})
-        self.batch_size = batch_size
+        self.model = model
+        self.args, self.kwargs = check_arguments(args, kwargs)
+        self.batch_size = check_size("batch_size", batch_size)
+        self.device = device
         first, second = (self._prototype(init_loc_fn) for _ in range(2))
         _refuse_changing_shapes(first, second)
         self.sites = latent_sites(first)
@@ -95,6 +102,7 @@ class LogDensity:
         self._max_plate_nesting = max([0, *(-frame.dim for frame in _frames(first))])
         values = {site.name: first.nodes[site.name]["value"] for site in self.sites}
         self.initial = self.unconstrain({name: value.detach() for name, value in values.items()})
+        self._refuse_moving_supports()
         self._evaluators: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
             "vmap": torch.func.vmap(torch.func.grad_and_value(self._single)),
             "loop": self._loop,
@@ -141,6 +149,8 @@ class LogDensity:
         """
         check_tensor("z", z, (self.features,))
         rows = z.detach().reshape(-1, self.features)
+        if not len(rows):
+            return z.new_zeros(z.shape[:-1]), torch.zeros_like(z)
         values, grads = [], []
         for chunk in rows.split(self.batch_size):
             n = len(chunk)
@@ -150,9 +160,11 @@ class LogDensity:
             grad, value = self._evaluators[self.mode](chunk)
             values.append(value[:n])
             grads.append(grad[:n])
-        if not values:
-            return z.new_zeros(z.shape[:-1]), torch.zeros_like(z)
         return torch.cat(values).reshape(z.shape[:-1]), torch.cat(grads).reshape(z.shape)
+
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the model is run, so that what it makes is made on its device."""
+        return contextlib.nullcontext() if self.device is None else torch.device(self.device)
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Maps vectors to values of the sites.
@@ -188,6 +200,23 @@ class LogDensity:
             trace.compute_log_prob()
         return {name: node["log_prob"].sum() for name, node in _sample_nodes(trace)}
 
+    def has_support(self, name: str, support: Any) -> bool:
+        """Whether a latent site is mapped to a support, judged by one point.
+
+        Args:
+            name: The site.
+            support: A constraint.
+
+        Returns:
+            Whether ``biject_to(support)`` is the map of the site.
+        """
+        unconstrained, value = next((u, v) for site, u, v in self._unpack(self.initial + 1) if site.name == name)
+        try:
+            image = biject_to(support)(unconstrained)
+        except (NotImplementedError, RuntimeError):
+            return False
+        return image.shape == value.shape and torch.allclose(image, value, equal_nan=True)
+
     # How a point is evaluated
 
     def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
@@ -202,7 +231,7 @@ class LogDensity:
             enumerated = config_enumerate(model, default="parallel")
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
         # Validation reads values, which a batch under vmap does not have.
-        with poutine.block(), pyro.validation_enabled(False):
+        with self.on_device(), poutine.block(), pyro.validation_enabled(False), _Unvalidated():
             return poutine.trace(poutine.condition(model, data=values)).get_trace(*self.args, **self.kwargs)
 
     def _single(self, z: Tensor) -> Tensor:
@@ -214,7 +243,7 @@ class LogDensity:
             trace = self._trace(values)
             if not self.discrete:
                 return trace.log_prob_sum() + log_det
-            return enumerated_log_prob(trace, self._max_plate_nesting) + log_det
+            return enumerated_log_prob(trace) + log_det
 
     def _loop(self, z: Tensor) -> tuple[Tensor, Tensor]:
         grads, values = [], []
@@ -222,7 +251,8 @@ class LogDensity:
             with torch.enable_grad():
                 point = row.detach().requires_grad_()
                 value = self._single(point)
-                (grad,) = torch.autograd.grad(value, point)
+                # A density that is flat everywhere has no graph.
+                (grad,) = torch.autograd.grad(value, point) if value.requires_grad else (torch.zeros_like(row),)
             grads.append(grad)
             values.append(value.detach())
         return torch.stack(grads), torch.stack(values)
@@ -230,7 +260,7 @@ class LogDensity:
     def _choose_mode(self) -> tuple[str, str]:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(3, self.features, generator=generator, device="cpu").to(self.initial)
-        points = self.initial + 0.1 * noise
+        points = (self.initial + 0.1 * noise)[: self.batch_size]
         grads, values = self._loop(points)
         again = self._loop(points)[1]
         if not _agree(values, again):
@@ -238,13 +268,14 @@ class LogDensity:
                 "Expected a model whose log density is a function of its latent sites; got two values at one point. Does it "
                 "draw random numbers outside of pyro.sample?"
             )
-        batch = points.repeat(-(-self.batch_size // 3), 1)[: self.batch_size]
+        n = len(points)
+        batch = points.repeat(-(-self.batch_size // n), 1)[: self.batch_size]
         reason = "its values differ from those of single traces"
         try:
             g, v = self._evaluators["vmap"](batch)
         except Exception as error:
             return "loop", _first_sentence(error)
-        if not (_agree(v[:3], values) and _agree(g[:3], grads)):
+        if not (_agree(v[:n], values) and _agree(g[:n], grads)):
             return "loop", reason
         try:
             batched = self._evaluators["vmap"]
@@ -254,14 +285,27 @@ class LogDensity:
             g, v = graph(batch)
         except Exception:
             return "vmap", ""
-        if not (_agree(v[:3], values) and _agree(g[:3], grads)):
+        if not (_agree(v[:n], values) and _agree(g[:n], grads)):
             return "vmap", ""
         self._evaluators["captured"] = graph
         return "captured", ""
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
-        with poutine.block():
-            trace = poutine.trace(InitMessenger(init_loc_fn)(self.model)).get_trace(*self.args, **self.kwargs)
+        def start(site: dict[str, Any]) -> Any:
+            return site["fn"].sample() if _is_discrete(site) else init_loc_fn(site)
+
+        def run() -> Any:
+            with self.on_device(), poutine.block():
+                return poutine.trace(InitMessenger(start)(self.model)).get_trace(*self.args, **self.kwargs)
+
+        try:
+            trace = run()
+        except ValueError:
+            # Pyro names no site when NaN reaches the parameters of a distribution.
+            with pyro.validation_enabled(False):
+                _refuse_nan(run())
+            raise
+        _refuse_data_off_support(trace)
         for frame in _frames(trace):
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
@@ -269,6 +313,55 @@ class LogDensity:
                     f"{frame.full_size} subsampled. Train an AutoFlow with pyro.infer.SVI instead."
                 )
         return trace
+
+
+    def _refuse_moving_supports(self) -> None:
+        trace = self._trace(self.constrain(self.initial + 1))
+        for site in self.sites:
+            if not self.has_support(site.name, trace.nodes[site.name]["fn"].support):
+                raise ValueError(
+                    f"Expected latent sites whose support is the same everywhere; got {site.name!r}, whose support depends on "
+                    "other latent sites. Write it as a function of a site with a fixed support."
+                )
+
+
+class _Unvalidated(Messenger):
+    """Lifts validation from distributions that were made before it was switched off, such as those of a PyroModule."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
+        msg["fn"] = _unvalidated(msg["fn"])
+
+
+def _unvalidated(fn: Any) -> Any:
+    base = getattr(fn, "base_dist", None)
+    bare = base if base is None else _unvalidated(base)
+    if bare is base and not getattr(fn, "_validate_args", False):
+        return fn
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    if base is not None:
+        fn.base_dist = bare
+    return fn
+
+
+def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a model as a tuple and a dictionary.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments, or ``None``.
+
+    Returns:
+        Both.
+
+    Raises:
+        TypeError: If they are not a list or tuple, and a mapping.
+    """
+    if not isinstance(args, (list, tuple)):
+        raise TypeError(f"Expected args to be a sequence of arguments such as (x, y); got {type(args).__name__}.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"Expected kwargs to be a mapping of names to arguments; got {type(kwargs).__name__}.")
+    return tuple(args), dict(kwargs or {})
 
 
 def latent_sites(trace: Any) -> list[LatentSite]:
@@ -335,7 +428,7 @@ def _is_discrete(node: dict[str, Any]) -> bool:
     try:
         return bool(node["fn"].support.is_discrete)
     except NotImplementedError:
-        return not node["value"].is_floating_point()
+        return isinstance(node["value"], Tensor) and not node["value"].is_floating_point()
 
 
 def _law(fn: Any) -> str:
@@ -363,6 +456,35 @@ def _refuse_changing_shapes(first: Any, second: Any) -> None:
             raise ValueError(
                 f"Expected latent sites of one shape in every run of the model; {name!r} was {was} in one run and {now} in "
                 "the next."
+            )
+
+
+def _refuse_nan(trace: Any) -> None:
+    trace.compute_log_prob()
+    at_fault = [repr(name) for name, node in _sample_nodes(trace) if bool(node["log_prob_sum"].isnan())]
+    if at_fault:
+        raise ValueError(
+            f"Expected a model with a finite log density where it starts; site {', site '.join(at_fault)} gives nan. Look for "
+            "NaN in the data."
+        ) from None
+
+
+def _refuse_data_off_support(trace: Any) -> None:
+    """Refuses data to which a distribution, unvalidated, would give a density that means nothing."""
+    for name, node in _sample_nodes(trace):
+        fn = node["fn"]
+        if not node["is_observed"] or not fn._validate_args:
+            continue
+        value = torch.as_tensor(node["value"])
+        try:
+            inside = fn.support.check(value)
+        except NotImplementedError:
+            continue
+        log_prob = torch.as_tensor(_unvalidated(fn).log_prob(value))
+        if bool((~inside & log_prob.isfinite()).any()):
+            raise ValueError(
+                f"Expected data within the support of their site; site {name!r} with {_law(fn)} observes values outside of "
+                f"{fn.support}."
             )
 
 

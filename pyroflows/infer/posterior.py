@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from .. import flows
 from .._checks import check_size
 from ..guides import AutoFlow
 from . import arviz, simulate
-from .log_density import LogDensity, site_plates
+from .log_density import LogDensity, check_arguments, site_plates
 from .verdict import Verdict, judge
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Posterior", "load_posterior"]
 
 FORMAT = 1
+PARTS = ("sites", "flow", "parameters", "arguments", "history", "seconds", "interrupted")
 JUDGE_DRAWS = 10_000
 # Candidates per draw when draws are corrected: enough that a draw is seldom taken twice.
 CANDIDATES = 4
@@ -76,7 +76,7 @@ class Posterior:
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{site.name}{list(site.shape) or ''}" for site in self.density.sites)
-        return f"<Posterior of {sites}. {self.verdict}>"
+        return f"<Posterior of {sites}. {self.verdict}{' The fit was interrupted.' if self.interrupted else ''}>"
 
     @property
     def log_evidence(self) -> float:
@@ -283,10 +283,10 @@ def load_posterior(
         if state["arguments"] is None:
             raise ValueError(f"Expected args and kwargs of the model, for {str(path)!r} could not hold them; got neither.")
         args, kwargs = state["arguments"]
-    args, kwargs = tuple(args or ()), dict(kwargs or {})
+    args, kwargs = check_arguments(() if args is None else args, kwargs)
     density = LogDensity(model, args, kwargs)
-    of_file = {name: tuple(shape) for name, shape in state["sites"]}
-    of_model = {site.name: tuple(site.shape) for site in density.sites}
+    of_file = [(name, tuple(shape)) for name, shape in state["sites"]]
+    of_model = [(site.name, tuple(site.shape)) for site in density.sites]
     if of_file != of_model:
         raise ValueError(f"Expected the model of the saved posterior, with latent sites {of_file}; got one with {of_model}.")
     if guide is None:
@@ -358,12 +358,16 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
         state = torch.load(path, weights_only=True)
     except OSError as error:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} cannot be read ({error}).") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+    except Exception:
+        # What the bytes of another file make the reader do is anyone's guess.
         state = None
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} is none.")
     if state["format"] != FORMAT:
         raise ValueError(f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}.")
+    missing = [part for part in PARTS if part not in state]
+    if missing:
+        raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} lacks {', '.join(missing)}.")
     return state
 
 

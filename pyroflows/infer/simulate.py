@@ -39,7 +39,7 @@ def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
 
 
 def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
-    """New data from the model, given draws ``z`` of shape ``(draws, features)``."""
+    """New data from the model, given draws ``z`` of shape ``(draws, features)``; nothing where data cannot be drawn."""
     if density.discrete:
         return {}
     names = list(observed_data(density))
@@ -49,7 +49,10 @@ def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
         trace = _trace(free, density)
         return {name: trace.nodes[name]["value"] for name in names}
 
-    return _map(simulate, z, density.batched)
+    try:
+        return _map(simulate, z, density.batched)
+    except NotImplementedError:
+        return {}
 
 
 def prior_draws(density: LogDensity, draws: int) -> Draws:
@@ -90,7 +93,7 @@ def _is_factor(site: dict[str, Any]) -> bool:
 
 
 def _trace(model: Callable[..., Any], density: LogDensity) -> Any:
-    with poutine.block(), pyro.validation_enabled(False):
+    with density.on_device(), poutine.block(), pyro.validation_enabled(False):
         return poutine.trace(model).get_trace(*density.args, **density.kwargs)
 
 

@@ -33,8 +33,8 @@ class Verdict:
         elbo: Evidence lower bound, the mean of :math:`\log w_i`.
         log_evidence: :math:`\log \tfrac{1}{N} \sum_i w_i`, with smoothed weights.
         log_evidence_error: Its Monte Carlo standard error.
-        shift: The furthest that weighting moves a mean or a log standard deviation of an unconstrained entry, in standard
-            deviations.
+        shift: The furthest that weighting moves the mean of an unconstrained entry, in standard deviations, or the log
+            width of its central 90 % interval.
         draws: How many draws this rests on.
 
     Reference:
@@ -63,7 +63,7 @@ def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Te
     """Judges a guide by the weights of its draws.
 
     Args:
-        log_weights: Log joint less log guide, of shape ``(draws,)``; NaN counts as zero density.
+        log_weights: Log joint less log guide, of shape ``(draws,)``; NaN and infinity count as zero density.
         z: The unconstrained draws, of shape ``(draws, features)``.
         names: Names of the entries of a draw.
 
@@ -77,8 +77,9 @@ def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Te
         (True, 0.0)
     """
     n = len(log_weights)
-    raw = log_weights.detach().to("cpu", torch.float64).nan_to_num(nan=-math.inf, posinf=-math.inf)
-    z = z.detach().to("cpu", torch.float64)
+    raw, z = log_weights.detach().to("cpu", torch.float64), z.detach().to("cpu", torch.float64)
+    usable = raw.isfinite() & z.isfinite().all(-1)
+    raw = raw.masked_fill(~usable, -math.inf)
     zero = float((raw == -math.inf).double().mean())
     if zero == 1.0:
         reason = "the model gives every draw of the guide zero density; look at its priors and supports."
@@ -91,7 +92,7 @@ def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Te
     # psis normalises; the total is that of the raw weights with their tail smoothed.
     log_evidence = _log_total(raw, smoothed) - math.log(n)
     error = math.sqrt(max(1 / ess - 1, 0.0) / n)
-    shifts = _shifts(z, weights)
+    shifts = _shifts(z[usable], weights[usable])
     worst = int(shifts.argmax())
     verdict = _verdict(khat, ess, float(shifts[worst]), names[worst], zero)
     return (
@@ -107,10 +108,19 @@ def _log_total(raw: Tensor, smoothed: Tensor) -> float:
 
 
 def _shifts(z: Tensor, weights: Tensor) -> Tensor:
-    mean, sd = z.mean(0), z.std(0)
-    weighted_mean = weights @ z
-    weighted_sd = (weights @ (z - weighted_mean).square()).sqrt()
-    return torch.maximum((weighted_mean - mean).abs() / sd, (weighted_sd / sd).log().abs())
+    """How far weights move each mean, and the log width of each central 90 % interval, in standard deviations."""
+    mean_shift = (weights @ z - z.mean(0)).abs() / z.std(0)
+    # Widths by quantiles: under heavy tails a standard deviation hangs on a few draws.
+    width_shift = (_width(z, weights) / _width(z, torch.full_like(weights, 1 / len(weights)))).log().abs()
+    return torch.maximum(mean_shift, width_shift)
+
+
+def _width(z: Tensor, weights: Tensor) -> Tensor:
+    values, order = z.sort(0)
+    levels = torch.tensor([0.05, 0.95], dtype=z.dtype) * weights.sum()
+    index = torch.searchsorted(weights[order].cumsum(0).mT.contiguous(), levels.expand(z.shape[1], 2).contiguous())
+    ends = values.mT.gather(1, index.clamp(max=len(z) - 1))
+    return ends[:, 1] - ends[:, 0]
 
 
 def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> tuple[bool, str]:
@@ -125,9 +135,9 @@ def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> t
             f"{facts} (k-hat below {KHAT_LIMIT} or {ESS_LIMIT:.0%} would do), so the guide misses part of it, most at "
             f"{name}. Give it more steps or a wider flow, or reparametrise {name}."
         )
-    if shift > SHIFT_LIMIT:
+    if not shift <= SHIFT_LIMIT:
         return False, (
             f"{facts}, but weighting moves {name} by {shift:.2f} of its standard deviation (at most {SHIFT_LIMIT} is "
             "fine). Give it more steps or a wider flow."
         )
-    return True, f"{facts}, and weighting moves no mean or log sd by more than {max(shift, 0.005):.2f}."
+    return True, f"{facts}, and weighting moves no mean or width by more than {max(shift, 0.005):.2f}."

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_hidden, check_size
+from .._checks import check_activation, check_hidden, check_size
 
 __all__ = ["MLP"]
 
@@ -30,6 +30,7 @@ class MLP(nn.Module):
         activation: A callable without arguments that makes the activation module.
 
     Raises:
+        TypeError: If a width is not an integer or ``activation`` does not make modules.
         ValueError: If a width is not positive, or if there is neither input nor context.
 
     Reference:
@@ -51,11 +52,14 @@ class MLP(nn.Module):
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
-        if in_features == 0 and context_features is None:
+        check_size("in_features", in_features, least=0)
+        if context_features is not None:
+            check_size("context_features", context_features)
+        elif in_features == 0:
             raise ValueError("Expected an MLP with an input or a context; got in_features=0 and no context_features.")
         check_size("out_features", out_features)
         widths = check_hidden(hidden_features)
-        self.activation = activation()
+        self.activation = check_activation(activation)
         widths = (*widths, out_features)
         self.input = nn.Linear(in_features, widths[0]) if in_features else None
         self.context = None if context_features is None else nn.Linear(context_features, widths[0], bias=in_features == 0)

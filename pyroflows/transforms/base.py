@@ -17,6 +17,8 @@ from .._memory import Memory
 
 __all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
 
+_FAST = {"both": "both directions", "forward": "sampling", "inverse": "scoring", "neither": "neither direction"}
+
 
 def vjp(outputs: Iterable[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
     r"""The vector-Jacobian product :math:`\sum_k v_k^\top \, \partial f_k / \partial x` at ``at``, keeping the graph.
@@ -68,7 +70,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     """
 
     bijective = True
-    #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score) or ``"both"``.
+    #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
     fast: str = "both"
 
     def __init__(self, event_shape: int | Sequence[int], context_features: int | None = None) -> None:
@@ -128,7 +130,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         with torch.enable_grad():
             point = y.detach().requires_grad_()
             back, inverse_log_det = self.inverse_and_log_det(point, context)
-            pushed = vjp([(back, score), (inverse_log_det, torch.ones_like(inverse_log_det))], point)
+            pushed = vjp([(back, score.expand_as(back)), (inverse_log_det, torch.ones_like(inverse_log_det))], point)
         return y, log_det, pushed
 
     # What torch and Pyro ask for
@@ -158,18 +160,17 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
         if self.context_features is not None:
             check_context(None, self.context_features, f"{type(self).__name__} (give it by condition(context))")
-        memory = self._memory.recall(given, self._definition())
+        memory = self._memory.recall(given, self._definition)
         if memory is not None and memory.tag != inverted:
-            result, log_det = memory.given, -memory.log_det
-        else:
-            result, log_det = (self.inverse_and_log_det if inverted else self.forward_and_log_det)(given)
-        self._memory.keep(given, result, log_det, self._definition(), tag=inverted)
+            return memory.given
+        result, log_det = (self.inverse_and_log_det if inverted else self.forward_and_log_det)(given)
+        self._memory.keep(given, result, log_det, self._definition, tag=inverted)
         return result
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Returns :math:`\log|\det \partial y / \partial x|` for ``y = t(x)``, of the shape of the batch."""
         for given, result, inverted in ((x, y, False), (y, x, True)):
-            memory = self._memory.recall(result, self._definition())
+            memory = self._memory.recall(result, self._definition)
             if memory is not None and memory.given is given and memory.tag == inverted:
                 if memory.log_det.requires_grad:
                     self._memory.clear()  # a graph can be walked back only once
@@ -201,7 +202,6 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """
         if self.context_features is None:
             return self
-        context = check_context(context, self.context_features, type(self).__name__)  # type: ignore[assignment]
         return Conditioned(self, context)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
@@ -221,15 +221,34 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     def extra_repr(self) -> str:
         shape = f"{self.event_shape[0]}" if len(self.event_shape) == 1 else f"{tuple(self.event_shape)}"
         context = "" if self.context_features is None else f", context_features={self.context_features}"
-        fast = {"both": "both directions", "forward": "sampling", "inverse": "scoring"}[self.fast]
+        fast = _FAST[self.fast]
         return f"{shape}{context}, fast: {fast}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_inverse_ref": None}
 
-    def _definition(self) -> Iterable[Tensor]:
-        """The tensors that define the map."""
-        return (*self.parameters(), *self.buffers())
+    def _definition(self) -> Iterable[Tensor | bool]:
+        """What defines the map: its tensors, and which of its modules train."""
+        parts: list[Tensor | bool] = []
+        modules: list[nn.Module] = [self]
+        while modules:  # several times faster than parameters() and buffers(), in every call
+            module = modules.pop()
+            parts.append(module.training)
+            parts += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            modules += [m for m in module._modules.values() if m is not None]
+        return parts
+
+
+def check_transform(name: str, value: Any) -> Transform:
+    """Returns ``value`` if it is a transform of this package.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if isinstance(value, Transform):
+        return value
+    kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    raise TypeError(f"Expected {name} of type pyroflows.transforms.Transform; got {kind}.")
 
 
 class Inverse(Transform):
@@ -237,6 +256,9 @@ class Inverse(Transform):
 
     Args:
         transform: The transform to invert.
+
+    Raises:
+        TypeError: If it is not a :class:`Transform`.
 
     Example:
         >>> from pyroflows.transforms import Reverse
@@ -246,19 +268,24 @@ class Inverse(Transform):
     """
 
     def __init__(self, transform: Transform) -> None:
+        check_transform("transform", transform)
         super().__init__(transform.forward_shape(transform.event_shape), transform.context_features)
         self.transform = transform
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        return {"forward": "inverse", "inverse": "forward"}.get(self.transform.fast, "both")
+        fast = self.transform.fast
+        return {"forward": "inverse", "inverse": "forward"}.get(fast, fast)
 
     domain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
     codomain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
 
     @property
     def inv(self) -> Transform:
-        return self.transform
+        transform = self.transform
+        if transform._inverse_ref is None or transform._inverse_ref() is None:
+            transform._inverse_ref = weakref.ref(self)
+        return transform
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_log_det(x, context)
@@ -294,13 +321,22 @@ class Conditioned(Transform):
 
     Args:
         transform: A transform with a context.
-        context: Context of shape ``(*, context_features)``.
+        context: Context of shape ``(*, context_features)``; a buffer, saved and moved with the module.
+
+    Raises:
+        TypeError: If ``transform`` is not a :class:`Transform`.
+        ValueError: If the context has another width.
     """
 
     def __init__(self, transform: Transform, context: Tensor) -> None:
+        check_transform("transform", transform)
         super().__init__(transform.event_shape)
         self.transform = transform
-        self.context = context
+        self.register_buffer("context", check_context(context, transform.context_features, type(transform).__name__))
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        return self.transform.fast
 
     domain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
     codomain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
@@ -319,9 +355,6 @@ class Conditioned(Transform):
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         return broadcast_batch(self.transform.inverse_shape(shape), self.domain.event_dim, self.context)
-
-    def _definition(self) -> Iterable[Tensor]:
-        return (*super()._definition(), self.context)
 
     def extra_repr(self) -> str:
         return f"context of shape {tuple(self.context.shape)}"
@@ -344,12 +377,13 @@ class Compose(Transform):
     """
 
     def __init__(self, transforms: Iterable[Transform]) -> None:
+        if not isinstance(transforms, Iterable):
+            raise TypeError(f"Expected transforms to be a sequence of transforms; got {type(transforms).__name__}.")
         layers = list(transforms)
         if not layers:
-            raise ValueError("Expected at least one transform; got none.")
+            raise ValueError("Expected at least one transform in transforms; got none.")
         for layer in layers:
-            if not isinstance(layer, Transform):
-                raise TypeError(f"Expected transforms of type pyroflows.transforms.Transform; got {layer!r}.")
+            check_transform("transforms", layer)
         shape = layers[0].event_shape
         for number, layer in enumerate(layers):
             if layer.event_shape != shape:
@@ -366,8 +400,10 @@ class Compose(Transform):
 
     @property
     def fast(self) -> str:  # type: ignore[override]
-        slow = {layer.fast for layer in self.layers} - {"both"}
-        return slow.pop() if len(slow) == 1 else "both"
+        limits = {layer.fast for layer in self.layers} - {"both"}
+        if len(limits) > 1:
+            return "neither"
+        return limits.pop() if limits else "both"  # type: ignore[return-value]
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]

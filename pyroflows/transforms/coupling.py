@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_size
+from .._checks import broadcast_batch, check_size
 from ..nn import MLP
 from .base import Transform, vjp
 from .elementwise import identity_table
@@ -36,6 +36,7 @@ def coupling_masks(mask: Mask | Sequence[Mask], features: int, transforms: int, 
         One boolean tensor of shape ``(features,)`` per layer.
 
     Raises:
+        TypeError: If the mask is neither a name nor boolean.
         ValueError: If the name is unknown, the shape is wrong, or a mask leaves no entry to condition on or none to
             transform.
 
@@ -48,9 +49,14 @@ def coupling_masks(mask: Mask | Sequence[Mask], features: int, transforms: int, 
             "Expected features >= 2 for a coupling, which needs one entry to condition on and one to transform; "
             f"got {features}. For one feature use Elementwise instead."
         )
+    check_size("transforms", transforms)
+    check_size("seed", seed, least=0)
     if isinstance(mask, str):
         return _named_masks(mask, features, transforms, seed)
-    given = torch.as_tensor(mask, device="cpu")
+    try:
+        given = torch.as_tensor(mask, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Expected mask to be a name or a boolean tensor; got {mask!r}.") from None
     if given.dtype != torch.bool:
         raise TypeError(f"Expected mask to be boolean; got {given.dtype}.")
     if given.shape == (features,):
@@ -79,14 +85,28 @@ def _named_masks(name: str, features: int, transforms: int, seed: int) -> list[T
     elif name == "alternating":
         cycle = [half, checkerboard, ~half, ~checkerboard]
     elif name == "random":
-        cycle = []
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range((transforms + 1) // 2):
-            chosen = half[torch.randperm(features, generator=generator, device="cpu")]
-            cycle += [chosen, ~chosen]
+        halves = _spread_halves(half, (transforms + 1) // 2, torch.Generator().manual_seed(seed))
+        cycle = [mask for chosen in halves for mask in (chosen, ~chosen)]
     else:
         raise ValueError(f"Expected mask to be half, checkerboard, alternating, random or a tensor; got {name!r}.")
     return [cycle[layer % len(cycle)].clone() for layer in range(transforms)]
+
+
+def _spread_halves(half: Tensor, count: int, generator: torch.Generator, candidates: int = 64) -> list[Tensor]:
+    """Random halves, each the one of some candidates that parts most pairs of entries that none before it has parted.
+
+    Two entries that are never parted never condition each other.
+    """
+    together = torch.ones(len(half), len(half), dtype=torch.bool, device="cpu")
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        shuffled = (half[torch.randperm(len(half), generator=generator, device="cpu")] for _ in range(candidates))
+        best = max(shuffled, key=lambda mask: int((together & (mask[:, None] != mask)).sum()))
+        together &= best[:, None] == best
+        chosen.append(best)
+        if not bool(together.triu(1).any()):
+            together.fill_(True)
+    return chosen
 
 
 class Coupling(Transform):
@@ -163,14 +183,17 @@ class Coupling(Transform):
     def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         # The Jacobian is triangular, so its transpose is solved by substitution: first the entries that move, whose
         # block is diagonal, then those that stay, by one vector-Jacobian product of the network.
+        shape = broadcast_batch(x.shape, 1, context)
+        x, score = x.expand(shape), score.expand(shape)
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             stays, moves = self._split(x)
             moved, log_det = self.univariate.forward_and_log_det(moves, self._raw(stays, context))
             ones = torch.ones_like(log_det)
             score_stays, score_moves = self._split(score)
+            curvature = 0.0 if self.univariate.linear else vjp([(log_det, ones)], moves)
             with torch.no_grad():
-                pushed = (score_moves - vjp([(log_det, ones)], moves)) * log_det.neg().exp()
+                pushed = (score_moves - curvature) * log_det.neg().exp()
             correction = vjp([(moved, pushed), (log_det, ones)], stays)
         return self._merge(stays, moved), log_det.sum(-1), self._merge(score_stays - correction, pushed)
 
@@ -253,6 +276,6 @@ class AffineCoupling(Coupling):
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         scale: str = "softclip",
-        bound: float = 2.0,
+        bound: float = 3.0,
     ) -> None:
         super().__init__(Affine(scale, bound), features, context_features, mask, hidden_features, activation)

@@ -15,7 +15,16 @@ __all__ = ["Elementwise", "Rescale"]
 
 
 def identity_table(univariate: Univariate, features: int) -> Tensor:
-    """Raw parameters of shape ``(parameters, features)`` that make the map the identity."""
+    """Raw parameters of shape ``(parameters, features)`` that make the map the identity.
+
+    Raises:
+        TypeError: If ``univariate`` is no univariate map.
+    """
+    asked = ("parameters", "identity", "linear", "forward_and_log_det", "inverse_and_log_det")
+    missing = [name for name in asked if not hasattr(univariate, name)]
+    if isinstance(univariate, type) or missing:
+        lack = f" without {', '.join(missing)}" if missing else ""
+        raise TypeError(f"Expected univariate to be a monotone map such as Affine(); got {univariate!r}{lack}.")
     return torch.tensor(univariate.identity).unsqueeze(-1).repeat(1, features)
 
 
@@ -101,7 +110,7 @@ class Rescale(Elementwise):
         features: int,
         context_features: int | None = None,
         scale: str = "exp",
-        bound: float = 2.0,
+        bound: float = 3.0,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:

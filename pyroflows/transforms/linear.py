@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_size
+from .._checks import check_size, check_tensor
 from ..nn import MLP
 from .base import Transform
 
@@ -62,16 +62,35 @@ class LowerTriangularAffine(Transform):
             scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
 
         Raises:
-            ValueError: If the map has a context, or if the diagonal is not positive.
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If the map has a context, or if an argument is not as described.
         """
         if self.context_features is not None:
             raise ValueError("Expected a LowerTriangularAffine without context; this one is set by its network.")
+        n = self.event_shape[0]
+        for name, given, dim in (("loc", loc, 1), ("scale_tril", scale_tril, 2)):
+            if check_tensor(name, given, (n,) * dim).dim() != dim:
+                raise ValueError(f"Expected {name} of shape {(n,) * dim}; got {tuple(given.shape)}.")
         diagonal = scale_tril.diagonal()
         if not bool((diagonal > 0).all()):
             raise ValueError(f"Expected scale_tril with a positive diagonal; got {diagonal.tolist()}.")
+        if bool(scale_tril.triu(1).any()):
+            raise ValueError("Expected scale_tril to be lower-triangular; got one with entries above the diagonal.")
         self.loc.copy_(loc)
         self.log_diag.copy_(diagonal.log())
         self.lower.copy_(scale_tril.tril(-1))
+
+    @torch.no_grad()
+    def loc_and_scale_tril(self) -> tuple[Tensor, Tensor]:
+        """The offset, of shape ``(features,)``, and the matrix, of shape ``(features, features)``, without gradient.
+
+        Raises:
+            ValueError: If the map has a context.
+        """
+        if self.context_features is not None:
+            raise ValueError("Expected a LowerTriangularAffine without context; this one is set by its network.")
+        loc, _, matrix = self._loc_matrix(None)
+        return loc.clone(), matrix
 
     def _loc_matrix(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.context_features is None:
@@ -128,6 +147,7 @@ class Permute(Transform):
             has the permutation that the parameters were trained with.
 
     Raises:
+        TypeError: If an entry is not an integer.
         ValueError: If the sequence is no permutation.
 
     Example:
@@ -136,8 +156,12 @@ class Permute(Transform):
     """
 
     def __init__(self, permutation: int | Sequence[int] | Tensor, seed: int = 0) -> None:
+        check_size("seed", seed, least=0)
+        if isinstance(permutation, str):
+            raise TypeError(f"Expected permutation to be a sequence of integers or their number; got {permutation!r}.")
         if isinstance(permutation, (Sequence, Tensor)):
-            order = [int(i) for i in permutation]
+            given = permutation.tolist() if isinstance(permutation, Tensor) and permutation.dim() else permutation
+            order = [check_size("permutation", i, least=0) for i in given]
             if sorted(order) != list(range(len(order))):
                 raise ValueError(f"Expected permutation to hold each of 0 .. {len(order) - 1} once; got {order}.")
         else:

@@ -33,6 +33,11 @@ class Univariate(Protocol):
         """Raw parameters that make the map the identity."""
         ...
 
+    @property
+    def linear(self) -> bool:
+        """Whether the derivative is the same everywhere."""
+        ...
+
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``y`` and ``log dy/dx``, entry by entry, for ``x`` of shape ``(*, features)``."""
         ...
@@ -56,6 +61,7 @@ class Shift:
 
     parameters = 1
     identity = (0.0,)
+    linear = True
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         y = x + raw.select(-2, 0)
@@ -69,10 +75,10 @@ class Shift:
 @dataclass(frozen=True)
 class _Scaled:
     scale: str = "softclip"
-    bound: float = 2.0
+    bound: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.scale not in _LOG_SCALES:
+        if not isinstance(self.scale, str) or self.scale not in _LOG_SCALES:
             raise ValueError(f"Expected scale to be one of {', '.join(_LOG_SCALES)}; got {self.scale!r}.")
         check_positive("bound", self.bound)
 
@@ -99,6 +105,7 @@ class Scale(_Scaled):
 
     parameters = 1
     identity = (0.0,)
+    linear = True
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         s = self.log_scale(raw.select(-2, 0))
@@ -117,7 +124,7 @@ class Affine(_Scaled):
 
     The raw parameter :math:`a` gives the log-scale by one of
 
-    - ``"softclip"``: :math:`s(a) = B \tanh(a / B)`, so that scales stay within :math:`e^{\pm B}` (the default, B = 2);
+    - ``"softclip"``: :math:`s(a) = B \tanh(a / B)`, so that scales stay within :math:`e^{\pm B}` (the default, B = 3);
     - ``"exp"``: :math:`s(a) = a`, unbounded;
     - ``"softplus"``: :math:`e^{s(a)} = \log(1 + e^{a + a_0})` with :math:`a_0 = \log(e - 1)`;
     - ``"sigmoid"``: :math:`e^{s(a)} = 2 / (1 + e^{-a})`, at most 2.
@@ -142,6 +149,7 @@ class Affine(_Scaled):
 
     parameters = 2
     identity = (0.0, 0.0)
+    linear = True
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         s, t = self.log_scale(raw.select(-2, 0)), raw.select(-2, 1)
