@@ -23,7 +23,7 @@ def check_positive(name: str, value: Any) -> float:
     """Returns ``value`` as a finite ``float`` above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Expected {name} to be a number; got {value!r}.")
-    if not 0 < value < float("inf"):
+    if not 0 < float(value) < float("inf"):
         raise ValueError(f"Expected {name} to be positive and finite; got {value}.")
     return float(value)
 

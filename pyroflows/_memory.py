@@ -46,9 +46,9 @@ class Memory:
             return
         owner = weakref.ref(self)
 
-        def forget(dead: weakref.ref[Tensor]) -> None:
+        def forget(_: weakref.ref[Tensor]) -> None:
             memory = owner()
-            if memory is not None and memory._last is not None and memory._last.result is dead:
+            if memory is not None:
                 memory.clear()
 
         state = _state(given, result, log_det, *definition)

@@ -100,6 +100,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "compose-inverse": lambda: Compose(
         [Compose([AffineCoupling(D, **NET), Permute([1, 2, 0])]).inv, LowerTriangularAffine(D).inv]
     ),
+    "compose-shared": lambda: Compose([t := LowerTriangularAffine(D), AffineCoupling(D, **NET), t]),
     "compose-conditioned": lambda: Compose([AffineCoupling(D, C, **NET).condition(torch.ones(C)), Rescale(D)]),
     "conditioned": lambda: AffineCoupling(D, C, **NET).condition(torch.tensor([0.5, -1.0])),
     "conditioned-lower-triangular": lambda: Conditioned(LowerTriangularAffine(D, C, **NET), torch.ones(C)),

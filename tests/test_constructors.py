@@ -175,8 +175,15 @@ for owner, make in FLOWS.items():
             "computed",
             dist.Normal(torch.zeros(D, requires_grad=True).exp(), 1.0).to_event(1),
             ValueError,
-            "base whose tensors are leaves",
+            "base without tensors that require gradients",
         ),
+        (
+            "learnt",
+            dist.Normal(nn.Parameter(torch.zeros(D)), 1.0).to_event(1),
+            ValueError,
+            "base without tensors that require gradients",
+        ),
+        ("flow", pf.RealNVP(D)(), ValueError, "base without tensors that require gradients"),
     ]:
         mistake(f"{owner}-base-{label}", lambda m=make, v=base: m(base=v), error, fragment)
     for label, support, error, fragment in [

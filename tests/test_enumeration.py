@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -22,9 +22,8 @@ Y = 1.3 * torch.sin(1.7 * torch.arange(6.0) + 1).double()
 
 
 @pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
+def _float64() -> None:
     torch.set_default_dtype(torch.float64)
-    yield
 
 
 def by_trace_enum(model: Model, density: LogDensity, z: Tensor) -> Tensor:
@@ -197,9 +196,10 @@ def test_a_scale_around_all_of_the_model_weighs_the_summed_density() -> None:
             pyro.sample("y", dist.Normal(x + k, 1.0), obs=Y)
 
     x = torch.tensor(0.3)
-    single = (dist.Bernoulli(0.3).log_prob(torch.tensor([[0.0], [1.0]])) + dist.Normal(
-        x + torch.tensor([[0.0], [1.0]]), 1.0
-    ).log_prob(Y)).logsumexp(0)
+    single = (
+        dist.Bernoulli(0.3).log_prob(torch.tensor([[0.0], [1.0]]))
+        + dist.Normal(x + torch.tensor([[0.0], [1.0]]), 1.0).log_prob(Y)
+    ).logsumexp(0)
     expected = dist.Normal(0.0, 1.0).log_prob(x) + 2.5 * single.sum()
     density = LogDensity(model)
     torch.testing.assert_close(density.log_prob(x.reshape(1)), expected)

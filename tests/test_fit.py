@@ -202,8 +202,7 @@ def test_eight_schools_centred() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eight_schools", "eight_schools_noncentered"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("seed", "dtype"), [(0, torch.float32), (1, torch.float32), (2, torch.float32), (0, torch.float64)])
 def test_eight_schools_for_every_seed(name: str, seed: int, dtype: torch.dtype) -> None:
     mean, sd, evidence = schools_by_quadrature()
     torch.set_default_dtype(dtype)
@@ -549,7 +548,7 @@ def test_an_interruption_within_the_model(monkeypatch: pytest.MonkeyPatch) -> No
         nonlocal calls
         calls += 1
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        if float(x) > 1e9 or calls == 3000:
+        if float(x.detach()) > 1e9 or calls == 3000:
             raise KeyboardInterrupt
 
     posterior = quickly(model, steps=10)

@@ -167,6 +167,16 @@ def test_gradients_reach_every_parameter(moved):
             assert bool(grad.isfinite().all()) and bool((grad.tril(-1) if parameter_name.endswith("lower") else grad).any())
 
 
+@pytest.mark.parametrize("name", WITH_CONTEXT)
+def test_gradients_reach_the_context(moved):
+    c = context_for(moved, 4).requires_grad_()
+    d = moved(c)
+    y = d.rsample()
+    for total in (y.sum(), d.log_prob(y.detach()).sum()):
+        (slope,) = torch.autograd.grad(total, c, retain_graph=True)
+        assert bool(slope.isfinite().all()) and bool(slope.any())
+
+
 def test_score_has_the_same_gradient_by_sampling_and_by_inverting(moved):
     """The total derivative of log q(y(params), params) is one, whichever way it was computed."""
     shape = () if moved.context_features else (7,)

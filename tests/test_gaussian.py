@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
@@ -17,9 +17,8 @@ from pyroflows.infer.gaussian import Gaussian, fit_gaussian
 
 
 @pytest.fixture
-def float64() -> Iterator[None]:
+def float64() -> None:
     torch.set_default_dtype(torch.float64)
-    yield
 
 
 def gaussian_density(loc: Tensor, covariance: Tensor) -> LogDensity:

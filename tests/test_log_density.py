@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -252,7 +252,7 @@ def flow_prior_and_likelihood() -> Model:
     prior = pf.RealNVP(2, transforms=2, support=constraints.positive, name="prior")
     likelihood = pf.RealNVP(2, context_features=2, transforms=2, name="likelihood")
     for parameter in [*prior.parameters(), *likelihood.parameters()]:
-        parameter.data += 0.1 * data(*parameter.shape)
+        parameter.data.copy_(0.2 * data(*parameter.shape))
 
     def model() -> None:
         x = pyro.sample("x", prior())
@@ -289,9 +289,8 @@ every_case = pytest.mark.parametrize("name", sorted(CASES))
 
 
 @pytest.fixture
-def float64() -> Iterator[None]:
+def float64() -> None:
     torch.set_default_dtype(torch.float64)
-    yield
 
 
 @cache
@@ -725,7 +724,7 @@ def test_data_outside_of_their_support_are_refused(law: Callable[[Tensor], Any],
     if isinstance(value, list):
         LogDensity(model)
         return
-    with pytest.raises(ValueError, match="site 'y'.*outside of"):
+    with pytest.raises(ValueError, match=r"site 'y'.*outside of"):
         LogDensity(model)
     with pyro.validation_enabled(False):
         LogDensity(model)

@@ -163,6 +163,26 @@ def test_two_scores_of_one_sample_and_one_backward(kind):
     (first.sum() + second.sum()).backward()
 
 
+def test_two_backward_passes_through_one_evaluation():
+    """What is remembered holds a graph, which can be walked back only once."""
+    t = stack()
+    x = torch.randn(5, D, requires_grad=True)
+    y = t(x)
+    for passes in (1, 2):
+        t.log_abs_det_jacobian(x, y).sum().backward()
+        once = torch.autograd.grad(t.forward_and_log_det(x)[1].sum(), x)[0]
+        torch.testing.assert_close(x.grad, passes * once)
+
+
+def test_a_score_lets_go_of_its_graph(kind):
+    d = kind.make()
+    y = d.rsample((5,))
+    d.log_prob(y)
+    module = d if isinstance(d, pf.FlowDistribution) else d.transforms[0]
+    module = module.parts[0] if hasattr(module, "parts") else module
+    assert module._memory._last is None
+
+
 def test_a_sample_without_grad_is_scored_with_its_gradient_path(kind):
     d = kind.make()
     with torch.no_grad():

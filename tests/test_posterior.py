@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -243,8 +243,8 @@ def groups(data: Any) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def exported() -> Iterator[Any]:
-    yield fitted(hierarchy, SIGMA, Y).to_arviz(500)
+def exported() -> Any:
+    return fitted(hierarchy, SIGMA, Y).to_arviz(500)
 
 
 def test_all_groups_are_there(exported: Any) -> None:
@@ -597,7 +597,7 @@ def other_shape(sigma: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("model", [other_name, other_shape])
 def test_the_wrong_model_is_refused(model: Model, posterior: pf.Posterior, tmp_path: Path) -> None:
     posterior.save(tmp_path / "p.pt")
-    with pytest.raises(ValueError, match="Expected the model of the saved posterior, with latent sites .*'mu'"):
+    with pytest.raises(ValueError, match=r"Expected the model of the saved posterior, with latent sites .*'mu'"):
         load_posterior(tmp_path / "p.pt", model)
 
 
@@ -640,7 +640,7 @@ def test_a_truncated_file_is_refused(posterior: pf.Posterior, tmp_path: Path) ->
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "p.pt")
-    with pytest.raises(ValueError, match="of format 1; .* has format 99"):
+    with pytest.raises(ValueError, match=r"of format 1; .* has format 99"):
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 
@@ -656,7 +656,7 @@ def test_a_file_of_which_a_part_is_missing_is_refused(posterior: pf.Posterior, t
 
 @pytest.mark.parametrize("where", ["missing.pt", "folder/missing.pt", "."])
 def test_a_missing_file_is_refused(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Expected the file of a saved posterior; .* cannot be read"):
+    with pytest.raises(ValueError, match=r"Expected the file of a saved posterior; .* cannot be read"):
         load_posterior(tmp_path / where, hierarchy)
 
 
@@ -684,7 +684,7 @@ def test_the_guide_works_with_predictive(posterior: pf.Posterior) -> None:
 def test_the_guide_works_with_neutra_and_nuts(posterior: pf.Posterior) -> None:
     neutra = NeuTraReparam(posterior.guide)
     model = neutra.reparam(hierarchy)
-    mcmc = MCMC(NUTS(model), num_samples=40, warmup_steps=20, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=40, warmup_steps=50, disable_progbar=True)
     mcmc.run(SIGMA, Y)
     (latent,) = [value for name, value in mcmc.get_samples().items() if name.endswith("_shared_latent")]
     # A dimension for the plate, as Pyro asks for.

@@ -118,7 +118,7 @@ class FlowDistribution(dist.TransformedDistribution):
             if last.log_det.requires_grad:
                 self._memory.clear()  # a graph can be walked back only once
             return self._base_log_prob(last.given) - last.log_det
-        y, log_det_onto = value, 0.0
+        y, log_det_onto = value, value.new_zeros(())
         for onto in self._onto:
             y = onto.inv(value)
             log_det_onto = sum_rightmost(onto.log_abs_det_jacobian(y, value), self._spare_dims(onto))

@@ -188,7 +188,7 @@ def _check_single_name(full: str, parameter: nn.Parameter, module_name: str) -> 
 def _traced(name: str) -> list[Tensor]:
     """What goes by a name in the traces that are being recorded."""
     traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
-    values = [trace.nodes[name]["value"] for trace in traces if name in trace.nodes]
+    values: list[Any] = [trace.nodes[name]["value"] for trace in traces if name in trace.nodes]
     return [value.unconstrained() for value in values if hasattr(value, "unconstrained")]
 
 
@@ -205,11 +205,17 @@ def _check_base(base: Any, event_shape: torch.Size) -> torch.distributions.Distr
 
 def _copy(base: torch.distributions.Distribution) -> torch.distributions.Distribution:
     try:
-        return copy.deepcopy(base)
-    except RuntimeError:
+        own = copy.deepcopy(base)
+    except RuntimeError:  # torch copies no tensor that was computed with gradients
+        own = None
+    learnt: list[bool] = []
+    _apply_to_tensors(own, lambda t: learnt.append(t.requires_grad) or t, set())  # type: ignore[func-returns-value]
+    if own is None or any(learnt):
         raise ValueError(
-            "Expected a base whose tensors are leaves; got one whose parameters were computed with gradients. Detach them."
-        ) from None
+            "Expected a base without tensors that require gradients, which the flow would not train; got "
+            f"{type(base).__name__} with some. Detach them, or let a first transform such as LowerTriangularAffine learn."
+        )
+    return own
 
 
 def _check_support(support: Any, transform: Transform) -> constraints.Constraint:

@@ -239,6 +239,7 @@ def _default_flow(features: int) -> Flow | Transform:
 
 
 def _parts(made: Any, features: int) -> tuple[list[Transform], torch.distributions.Distribution | None]:
+    transform: Transform
     if isinstance(made, Flow):
         if made.support is not None:
             raise ValueError(f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}.")

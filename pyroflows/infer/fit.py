@@ -138,18 +138,23 @@ def train(
         progress: Whether to show a progress bar.
     """
     start = time.perf_counter() if start is None else start
-    networks, whitening = flow.transform.layers[:-1], flow.transform.layers[-1]
+    networks, whitening = list(flow.transform.layers[:-1]), flow.transform.layers[-1]
+    assert isinstance(whitening, LowerTriangularAffine)
     # Steps in whitened units, z = mu + L (delta + M x): in its own units a step on L would depend on those of the model.
     adjustment = LowerTriangularAffine(density.features).to(density.initial)
     groups = [
-        {"params": list(networks.parameters()), "lr": STEP_SIZE, "peak": STEP_SIZE},
-        {"params": list(adjustment.parameters()), "lr": WHITENING_STEP_SIZE, "peak": WHITENING_STEP_SIZE},
+        ([p for network in networks for p in network.parameters()], STEP_SIZE),
+        (list(adjustment.parameters()), WHITENING_STEP_SIZE),
     ]
+    trained = [p for parameters, _ in groups for p in parameters]
     optimizer = torch.optim.Adam(
-        groups, betas=(0.9, 0.99), fused=density.initial.device.type in ("cpu", "cuda")
+        [{"params": parameters, "lr": peak, "peak": peak} for parameters, peak in groups],
+        betas=(0.9, 0.99),
+        fused=density.initial.device.type in ("cpu", "cuda"),
     )
     whitening.requires_grad_(False)
-    stack, base = Compose([*networks, adjustment, whitening]), flow.base.expand((PARTICLES,))
+    stack = Compose([*networks, adjustment, whitening])  # type: ignore[list-item]
+    base = flow.base.expand((PARTICLES,))
     best = _Best(stack)
     try:
         with tqdm(total=steps, disable=not progress, desc="Fitting", leave=True) as bar:
@@ -162,7 +167,7 @@ def train(
                     group["lr"] = rate * group["peak"]
                 optimizer.zero_grad()
                 history.append(path_gradient(stack, base, density))
-                norm = torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], GRADIENT_NORM)
+                norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
                 if bool(norm.isfinite()):
                     optimizer.step()
                 bar.update()

@@ -232,7 +232,7 @@ class LogDensity:
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
         # Validation reads values, which a batch under vmap does not have.
         with self.on_device(), poutine.block(), pyro.validation_enabled(False), _Unvalidated():
-            return poutine.trace(poutine.condition(model, data=values)).get_trace(*self.args, **self.kwargs)
+            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*self.args, **self.kwargs)
 
     def _single(self, z: Tensor) -> Tensor:
         values, log_det = {}, z.new_zeros(())
@@ -314,14 +314,13 @@ class LogDensity:
                 )
         return trace
 
-
     def _refuse_moving_supports(self) -> None:
         trace = self._trace(self.constrain(self.initial + 1))
         for site in self.sites:
             if not self.has_support(site.name, trace.nodes[site.name]["fn"].support):
                 raise ValueError(
-                    f"Expected latent sites whose support is the same everywhere; got {site.name!r}, whose support depends on "
-                    "other latent sites. Write it as a function of a site with a fixed support."
+                    f"Expected latent sites whose support is the same everywhere; got {site.name!r}, whose support "
+                    "depends on other latent sites. Write it as a function of a site with a fixed support."
                 )
 
 
@@ -464,8 +463,8 @@ def _refuse_nan(trace: Any) -> None:
     at_fault = [repr(name) for name, node in _sample_nodes(trace) if bool(node["log_prob_sum"].isnan())]
     if at_fault:
         raise ValueError(
-            f"Expected a model with a finite log density where it starts; site {', site '.join(at_fault)} gives nan. Look for "
-            "NaN in the data."
+            f"Expected a model with a finite log density where it starts; site {', site '.join(at_fault)} gives nan. Look "
+            "for NaN in the data."
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,10 @@ def _per_draw(density: LogDensity, z: Tensor, read: Callable[[Any], Draws]) -> D
 def _map(run: Callable[[Tensor], Draws], rows: Tensor, batched: bool) -> Draws:
     if batched:
         try:
-            return torch.func.vmap(run, randomness="different", chunk_size=1000)(rows)
+            with warnings.catch_warnings():
+                # torch says so of its own binomial sampler; the samples are right.
+                warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
+                return torch.func.vmap(run, randomness="different", chunk_size=1000)(rows)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none
     runs = [run(row) for row in rows]

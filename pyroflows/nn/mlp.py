@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class MLP(nn.Module):
         widths = check_hidden(hidden_features)
         self.activation = check_activation(activation)
         widths = (*widths, out_features)
-        self.input = nn.Linear(in_features, widths[0]) if in_features else None
+        self.input: nn.Linear | None = nn.Linear(in_features, widths[0]) if in_features else None
         self.context = None if context_features is None else nn.Linear(context_features, widths[0], bias=in_features == 0)
         self.output_scale = widths[-2] ** -0.5 if len(widths) > 1 else 1.0
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
@@ -73,7 +74,7 @@ class MLP(nn.Module):
         Args:
             values: Tensor of shape ``(out_features,)``.
         """
-        last = [self.layers[-1]] if len(self.layers) else [m for m in (self.input, self.context) if m is not None]
+        last: list[Any] = [self.layers[-1]] if len(self.layers) else [m for m in (self.input, self.context) if m is not None]
         for layer in last:
             layer.weight.zero_()
             if layer.bias is not None:
@@ -91,9 +92,10 @@ class MLP(nn.Module):
         """
         h = None
         if self.input is not None:
-            h = self.input(x)
+            h = self.input(x)  # type: ignore[operator]
         if self.context is not None:
-            h = self.context(context) if h is None else h + self.context(context)
+            given = self.context(context)  # type: ignore[operator]
+            h = given if h is None else h + given
         for layer in self.layers:
             h = layer(self.activation(h))
         assert h is not None

@@ -328,6 +328,8 @@ class Conditioned(Transform):
         ValueError: If the context has another width.
     """
 
+    context: Tensor
+
     def __init__(self, transform: Transform, context: Tensor) -> None:
         check_transform("transform", transform)
         super().__init__(transform.event_shape)
@@ -375,6 +377,9 @@ class Compose(Transform):
         >>> Compose([Reverse(3), Reverse(3)])(torch.arange(3.0))
         tensor([0., 1., 2.])
     """
+
+    transform: Transform
+    context: Tensor
 
     def __init__(self, transforms: Iterable[Transform]) -> None:
         if not isinstance(transforms, Iterable):
@@ -441,7 +446,7 @@ class Compose(Transform):
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
         for layer in reversed(self.layers):  # type: ignore[arg-type]
-            shape = layer.inverse_shape(shape)
+            shape = layer.inverse_shape(shape)  # type: ignore[operator]
         return shape
 
     def _with_context(self, context: Tensor | None) -> Iterator[tuple[Transform, Tensor | None]]:

@@ -140,6 +140,10 @@ class Coupling(Transform):
         torch.Size([5, 3])
     """
 
+    stays: Tensor
+    moves: Tensor
+    merge: Tensor
+
     def __init__(
         self,
         univariate: Univariate,

@@ -155,6 +155,9 @@ class Permute(Transform):
         tensor([3., 1., 2.])
     """
 
+    permutation: Tensor
+    inverse_permutation: Tensor
+
     def __init__(self, permutation: int | Sequence[int] | Tensor, seed: int = 0) -> None:
         check_size("seed", seed, least=0)
         if isinstance(permutation, str):
