@@ -187,6 +187,25 @@ def test_broadcasts_context_against_batch(moved):
     assert conditioned.inverse_shape(torch.Size([4, 1, D])) == (4, 3, D)
 
 
+@pytest.mark.parametrize("name", WITH_CONTEXT)
+def test_a_batch_of_contexts_fixed_in_a_stack(moved):
+    """The batch of a fixed context is no part of the event."""
+    c = context_for(moved, 4, 1)
+    fixed = moved.condition(c)
+    x = points(moved, 3)
+    y, log_det = moved.forward_and_log_det(x, c)
+    for t in (fixed, fixed.inv.inv, Inverse(fixed.inv), Compose([fixed]), Compose([fixed, Permute([0, 1, 2])])):
+        assert t.event_shape == t.inv.event_shape == t.image_shape == t.inv.image_shape == (D,)
+        torch.testing.assert_close(t(x), y)
+        torch.testing.assert_close(t.inv(y), x.expand(4, 3, D))
+        torch.testing.assert_close(t.inv(y[0]), fixed.inverse_and_log_det(y[0])[0])
+        torch.testing.assert_close(t.log_abs_det_jacobian(x, t(x)), log_det)
+        assert t.forward_shape(x.shape) == t.inv.forward_shape(x.shape) == (4, 3, D)
+        d = TransformedDistribution(dist.Normal(torch.zeros(D, dtype=torch.float64), 1.0).to_event(1), [t])
+        assert d.batch_shape == (4, 1) and d.event_shape == (D,)
+        torch.testing.assert_close(d.log_prob(y), normal_log_prob(x) - log_det)
+
+
 def test_rows_are_independent_and_memory_layout_does_not_matter(moved):
     x, c = points(moved, 6), context_for(moved, 6)
     for f in (moved.forward_and_log_det, moved.inverse_and_log_det):

@@ -219,7 +219,7 @@ def _copy(base: torch.distributions.Distribution) -> torch.distributions.Distrib
 
 
 def _check_support(support: Any, transform: Transform) -> constraints.Constraint:
-    onto, shape = bijection_onto(support), transform.forward_shape(transform.event_shape)
+    onto, shape = bijection_onto(support), transform.image_shape
     try:
         onto.forward_shape(shape)
     except (ValueError, RuntimeError):

@@ -142,6 +142,12 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     codomain = domain  # type: ignore[assignment]
 
     @property
+    def image_shape(self) -> torch.Size:
+        """Shape of one point after the map."""
+        shape = self.forward_shape(self.event_shape)
+        return shape[len(shape) - self.codomain.event_dim :]
+
+    @property
     def sign(self) -> int:
         if len(self.event_shape):
             raise AttributeError(f"Only maps of single numbers have a sign; {type(self).__name__} has none.")
@@ -154,7 +160,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     forward = __call__
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        check_tensor("y", y, self.forward_shape(self.event_shape))
+        check_tensor("y", y, self.image_shape)
         return self._evaluate(y, inverted=True)
 
     def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
@@ -269,7 +275,7 @@ class Inverse(Transform):
 
     def __init__(self, transform: Transform) -> None:
         check_transform("transform", transform)
-        super().__init__(transform.forward_shape(transform.event_shape), transform.context_features)
+        super().__init__(transform.image_shape, transform.context_features)
         self.transform = transform
 
     @property
@@ -396,7 +402,7 @@ class Compose(Transform):
                     f"Expected transform {number} of event shape {tuple(shape)}, as the one before it gives; "
                     f"got {tuple(layer.event_shape)}."
                 )
-            shape = layer.forward_shape(shape)
+            shape = layer.image_shape
         widths = sorted({layer.context_features for layer in layers} - {None})  # type: ignore[type-var]
         if len(widths) > 1:
             raise ValueError(f"Expected one width of context in all transforms; got {widths}.")
