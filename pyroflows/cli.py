@@ -143,6 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="device to fit on, such as cuda or cuda:1 (default: that of the data)",
     )
+    add(
+        "--threads",
+        type=_threads,
+        default=1,
+        metavar="N",
+        help="threads of torch (default: 1; more pay only for models with much data)",
+    )
     add("--quiet", action="store_true", help="print the verdict only: no progress, no table")
     about = "list the packaged examples"
     listing = commands.add_parser("list", help=about, description=about, allow_abbrev=False)
@@ -178,6 +185,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number of threads, got {text!r}")
+    return int(text)
+
+
 def _list(options: argparse.Namespace) -> int:
     from pyroflows.examples import EXAMPLES
 
@@ -188,10 +201,13 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    import torch
+
     # All that can be wrong with the input is looked at before the fit, which takes minutes.
     problem = _own_model(options) if ":" in options.model else _example(options)
     out = _output(options.out or f"{problem.name}.nc")
     _check_device(options.device)
+    torch.set_num_threads(options.threads)
     posterior = _posterior(problem, options)
     if options.quiet:
         print(posterior.verdict)

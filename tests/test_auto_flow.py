@@ -878,7 +878,7 @@ def test_follows_the_device_of_the_model(device: torch.device) -> None:
         loc = pyro.sample("loc", dist.Normal(zeros, 1.0).to_event(1))
         scale = pyro.sample("scale", dist.LogNormal(zeros.sum(), 1.0))
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(loc, scale.unsqueeze(-1)).to_event(1), obs=x)
 
     x = torch.ones(5, 3, device=device)
     guide = pf.AutoFlow(model, flow=SMALL)

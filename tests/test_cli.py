@@ -276,6 +276,7 @@ MISTAKES = {
     "out under a file": ("funnel --out m.py/f.nc", "Cannot write m.py/f.nc: Not a directory"),
     "out is no .nc": ("funnel --out f.png", "ends in .nc; got 'f.png'"),
     "out is too long": ("funnel --out " + "f" * 300 + ".nc", "File name too long"),
+    "threads": ("funnel --threads 0", "--threads: expected a positive number of threads, got '0'"),
     "draws": ("funnel --draws 0", "--draws: expected a whole number from 10 to 100000000, got '0'"),
     "draws in words": ("funnel --draws many", "--draws"),
     "seed": ("funnel --seed -1", "--seed"),
