@@ -589,3 +589,17 @@ def test_standard_normal_flow_by_hand():
     torch.testing.assert_close(flow().log_prob(y), expected)
     x = torch.randn(4, 2)
     torch.testing.assert_close(pf.Flow([Reverse(2)])().log_prob(x), normal_log_prob(x))
+
+
+@pytest.mark.parametrize(
+    "support",
+    [constraints.positive, constraints.greater_than(2.0), constraints.interval(-1.0, 3.0), constraints.simplex],
+    ids=str,
+)
+def test_the_support_of_a_flow_is_the_one_asked_for(support):
+    # torch's own, the codomain of biject_to(support), is the whole space for some of these.
+    d = pf.RealNVP(3, support=support)()
+    assert bool(d.support.check(d.sample((50,))).all())
+    assert not bool(d.support.check(torch.full(d.event_shape, -5.0)))
+    latent = torch.distributions.biject_to(d.support)(torch.randn(20, 3))
+    assert bool(d.support.check(latent).all())
