@@ -1,7 +1,8 @@
 # ---
-# # The notebook is made from this file, in this folder, by one command (it takes two minutes):
-# #     jupytext --to ipynb --execute eight_schools.py
 # jupyter:
+#   # The notebook is made from this file, in this folder, by one command of about two minutes:
+#   #     jupytext --to ipynb --execute eight_schools.py
+#   # ruff: noqa: E402
 #   jupytext:
 #     text_representation:
 #       extension: .py
@@ -211,21 +212,22 @@ plt.show()
 # divergence that we want to be small:
 #
 # $$
-# \text{ELBO}(q) \;=\; \mathbb{E}_{q(z)}\!\left[\log p(z, y) - \log q(z)\right] \;=\; \log p(y) - \text{KL}\!\left(q \,\|\, p(\cdot \mid y)\right).
+# \text{ELBO}(q) \;=\; \mathbb{E}_{q(z)}\!\left[\log p(z, y) - \log q(z)\right]
+# \;=\; \log p(y) - \text{KL}\!\left(q \,\|\, p(\cdot \mid y)\right).
 # $$
 #
 # As we know $\log p(y)$ from the grid, we can read the divergence off the training. Here is an ordinary SVI loop, with
-# three settings that make it a good one: 64 particles per step, all in one go (`vectorize_particles=True`); a step size
+# three settings that make it a good one: 256 particles per step, all in one go (`vectorize_particles=True`); a step size
 # that decays to zero along a cosine; and gradients clipped by their norm, so that one wild draw cannot wreck the fit.
 
 
 # %%
-def train(guide, steps, step_size, seed=0):
+def train(guide, step_size, steps=2500, particles=256):
     pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
+    pyro.set_rng_seed(0)
     optim_args = {"optimizer": torch.optim.Adam, "optim_args": {"lr": step_size, "betas": (0.9, 0.99)}, "T_max": steps}
     optimizer = pyro.optim.CosineAnnealingLR(optim_args, clip_args={"clip_norm": 10.0})
-    elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
+    elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(model, guide, optimizer, elbo)
     start = time.perf_counter()
     history = []
@@ -240,7 +242,7 @@ DRAWS = 20_000
 guides = {"AutoNormal": AutoNormal(model), "AutoMultivariateNormal": AutoMultivariateNormal(model)}
 histories, tables = {}, {}
 for name, guide in guides.items():
-    histories[name] = train(guide, steps=3000, step_size=0.03)
+    histories[name] = train(guide, step_size=0.03)
     tables[name] = table_of(Predictive(guide, num_samples=DRAWS, parallel=True)(**data))
 
 # %% [markdown]
@@ -285,19 +287,19 @@ display(posterior.summary())
 #
 # If $q$ were the posterior, all weights would be equal (to $p(y)$, in fact: their mean estimates the evidence). Two numbers
 # say how far from equal they are. The **effective sample size**, $\text{ESS} = (\sum_i w_i)^2 / \sum_i w_i^2$, is given as
-# a fraction of $N$: near 100 % the draws are nearly as good as draws from the posterior, at 1 % a few draws carry
-# all the weight. **$\hat k$** (k-hat) looks at the largest weights only. It is the shape of a Pareto distribution fitted to them,
-# and tells how heavy the tail is: up to 0.5 the weights have a finite variance, up to 0.7 they can be relied on in practice,
-# above that there may be regions which the guide hardly ever visits, and so the averages may not have settled yet. Last, the
-# verdict applies the weights to the draws, and looks whether any mean or any 90 % interval moves. If it
-# does, the guide was off by at least that much.
+# a fraction of $N$: near 100 % the draws are nearly as good as draws from the posterior, at 1 % a few draws carry all the
+# weight. **$\hat k$** (k-hat) looks at the largest weights only. It is the shape of a Pareto distribution fitted to them,
+# and tells how heavy their tail is: up to 0.5 the weights have a finite variance; up to 0.7 they can be relied on in
+# practice; above that there may be regions that the guide hardly ever visits, so that averages over the draws may not have
+# settled yet. Last, the verdict applies the weights to the draws and looks whether any mean, or the width of any 90 %
+# interval, moves. If one does, the guide was off by at least that much.
 #
 # A large $\hat k$ beside an ESS near 100 % is no contradiction, and a funnel is where you meet it: deep in the neck the
-# weights are large, but the neck holds little of the mass. And a good verdict is no proof. Importance
-# sampling can only see places that some draw has reached.
+# weights are large, but the neck holds little of the mass. And a good verdict is no proof: importance sampling can only
+# see places that some draw has reached.
 #
-# Where the weights are good enough, `posterior.sample` uses them: it resamples the guide's draws, and corrects what
-# was left to correct.
+# Where the weights are good enough, `posterior.sample` uses them: it resamples the guide's draws, which corrects most of
+# what was left to correct.
 
 # %%
 tables["AutoFlow"] = table_of(posterior.sample(DRAWS, seed=1))
@@ -306,7 +308,8 @@ histories["AutoFlow"] = posterior.history
 # %% [markdown]
 # ### The evidence
 #
-# The mean weight is an estimate of $p(y)$, so the fit comes with a number for model comparison. We happen to know the right one.
+# The mean weight is an estimate of $p(y)$, so the fit comes with a number for model comparison. Here we know the right
+# one.
 
 # %%
 verdict = posterior.verdict
@@ -318,10 +321,9 @@ floor = tables["AutoFlow"]["tau"].min()
 print(f"share of the exact posterior below {floor:.2g}, the smallest tau drawn: {(reference['tau'] < floor).mean():.2%}")
 
 # %% [markdown]
-# The two agree to a fraction of a percent. What little is missing has a place: it is the tip of the funnel's neck, which none of the
-# draws has reached. This is the fine print of every importance-sampling estimate: its Monte Carlo error
-# counts only what the draws have seen. For all practical purposes the tip does not matter; for the principle it does, and
-# section 8 reaches it.
+# The two values are very close, and what little is missing has a place: the tip of the funnel's neck, which no draw has
+# reached. This is the fine print of every importance-sampling estimate: its Monte Carlo error counts only what the draws
+# have seen. For most purposes the tip does not matter; for the principle it does, and section 8 reaches it.
 
 # %% [markdown]
 # ### In pictures
@@ -339,15 +341,15 @@ axes[0].set(ylabel="$\\log\\,\\tau$", xlim=(-25, 45), ylim=(-7, 4.5))
 plt.show()
 
 # %% [markdown]
-# An ellipse cannot follow a funnel, whether it stands upright or is tilted. To see why the Gaussians settle for such a short piece of
-# it, look at the ELBO again: it is an average over the *guide's* draws, and a draw outside of the funnel costs
-# dearly, while a part of the funnel without draws costs little. So they stay where their one width fits. The
-# flow opens and closes with $\tau$.
+# An ellipse cannot follow a funnel, whether its axes are those of the plot or not. To see why the Gaussians settle for
+# such a short piece of it, look at the ELBO again: it is an average over the *guide's* draws, so a draw outside of the
+# funnel costs dearly, while a part of the funnel without draws costs little. So they stay where their one width fits. The
+# flow widens and narrows with $\tau$.
 #
 # The same in marginals:
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 STYLES = {"AutoNormal": ":", "AutoMultivariateNormal": "--", "AutoFlow": "-"}
 panels = (("tau", "$\\tau$", np.linspace(0, 20, 61)), ("theta[0]", "$\\theta_0$ (school A)", np.linspace(-15, 35, 61)))
 for ax, (column, label, bins) in zip(axes, panels, strict=True):
@@ -361,13 +363,15 @@ for ax, (column, label, bins) in zip(axes, panels, strict=True):
     ax.set_xlabel(label)
     ax.set_ylim(bottom=0)
 axes[0].set_ylabel("posterior density")
-axes[1].legend(frameon=False)
+fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
 plt.show()
 
 # %% [markdown]
-# And in numbers. For each of the ten scalars we take the error of the mean, in units of the reference's standard
-# deviation (sd), and the logarithm of the ratio of the two standard deviations (0 is right; $-0.7$ is half as wide as it should be).
-# The last row is what twenty thousand exact draws would score: nobody can do better than that.
+# The school's own effect looks almost right under all three guides: look at $\tau$ before you trust a fit like that.
+#
+# And in numbers. For each of the ten scalars we take the error of the mean, in units of the reference's standard deviation
+# (sd), and the logarithm of the ratio of the two standard deviations: 0 is right, $-0.7$ is half as wide as it should be.
+# The last row is what other exact draws score, as many as the guides get: the noise in this table.
 
 
 # %%
@@ -392,11 +396,12 @@ show_errors(tables)
 # ## 6. The same guide in plain SVI
 #
 # `AutoFlow` is a Pyro autoguide like the others, so the training loop of section 4 takes it as it is. Nothing of
-# `fit_posterior` is used here: no Gaussian to start from, no importance weights, and Pyro's own effect handlers run at each step.
+# `fit_posterior` is used here: there is no Gaussian to start from, there are no importance weights, and Pyro's effect
+# handlers run the model and the guide at every step.
 
 # %%
 svi_guide = pf.AutoFlow(model)
-histories["AutoFlow, SVI"] = train(svi_guide, steps=1500, step_size=0.01)
+histories["AutoFlow, SVI"] = train(svi_guide, step_size=0.01)
 tables["AutoFlow, SVI"] = table_of(Predictive(svi_guide, num_samples=DRAWS, parallel=True)(**data))
 show_errors(tables)
 
@@ -409,13 +414,14 @@ judged = pf.fit_posterior(model, kwargs=data, guide=svi_guide, steps=0, progress
 print(judged.verdict)
 print()
 for name, fitted in {"fit_posterior": posterior, "plain SVI": judged}.items():
-    print(f"{name:14} ELBO {fitted.verdict.elbo:.3f}, short of the exact log evidence by "
-          f"{exact_log_evidence - fitted.verdict.elbo:.3f}")
+    gap = exact_log_evidence - fitted.verdict.elbo
+    print(f"{name:14} ELBO {fitted.verdict.elbo:.3f}, short of the exact log evidence by {gap:.3f}")
 
 # %% [markdown]
-# The means and widths of the draws are about as good, and are the guide's own, without any weights. The verdict is stricter
-# than that table: it also sees the tails, where the guide from plain SVI is a little less accurate. The gap
-# between the ELBO and the evidence tells the same story for the whole training:
+# The means and widths of its draws are nearly as good, and they are the guide's own, without any weights. The verdict is
+# stricter than the table, because it also sees the tails, and there the guide from plain SVI is a little less accurate. It
+# comes close to the limits of the verdict: with another seed it can land on the other side, and would need more steps.
+# The gap between the evidence and the ELBO shows the whole training:
 
 # %%
 fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
@@ -433,11 +439,11 @@ ax.legend(frameon=False, ncols=2, loc="upper right")
 plt.show()
 
 # %% [markdown]
-# The Gaussians reach their floor early, and no number of steps gets them below it: this is the divergence of the best
-# Gaussian. The flow's floor is lower by two orders of magnitude.
+# The Gaussians soon reach a floor, and no number of steps gets them below it: it is the divergence of the best Gaussian of
+# their kind. The flow gets far below.
 #
-# Two remarks for your own loops. Leave the clipping in: early in the training a single draw deep in the
-# neck can have an enormous gradient. And let the step size decay: the last factor of ten in the gap comes from there.
+# Two remarks for your own loops. Leave the clipping in: early in the training a single draw deep in the neck can have an
+# enormous gradient. And let the step size decay: the last gains come at the end, when the steps are small.
 
 # %% [markdown]
 # ## 7. Into ArviZ
@@ -455,8 +461,9 @@ az.plot_forest(idata, var_names=["mu", "tau", "theta"], combined=True)
 plt.show()
 
 # %% [markdown]
-# Compare this with the first picture. School A reported the largest effect by far, and C a negative one; in the posterior all eight
-# are pulled towards $\mu$, the noisiest most. This is the *shrinkage* that a hierarchical model is for.
+# Schools A to H are `theta[0]` to `theta[7]`. Compare this with the first picture: school A reported the largest effect by
+# far, and C a negative one; in the posterior all eight are pulled towards $\mu$, the noisiest most. This *shrinkage* is
+# what a hierarchical model is for.
 #
 # Leave-one-out cross-validation needs the log likelihood of each observation, which is there too:
 
@@ -464,9 +471,9 @@ plt.show()
 print(az.loo(idata))
 
 # %% [markdown]
-# The Pareto $\hat k$ in this output is the same diagnostic for another question: can the posterior without school $j$ be
-# reached from the posterior with all schools, by weighting? Since an observation *is* a school here, `elpd_loo` scores the prediction of a
-# school's result from the other seven.
+# The Pareto $\hat k$ in this output is the same diagnostic for another question: can the posterior without observation $j$
+# be reached from the posterior of all of them, by weighting? `elpd_loo` is the sum, over the schools, of the log density
+# that the model gives to a school's result when it has not seen it.
 
 # %% [markdown]
 # ## 8. When the verdict says no
@@ -507,27 +514,28 @@ for name, table in tip.items():
     print(f"posterior probability of tau < 0.01, {name:17} {(table['tau'] < 0.01).mean():.3%}")
 
 # %% [markdown]
-# Now the tip of the neck is there as well. The lesson is not "flows or reparametrisation" but both: reparametrise what you understand,
-# let the flow take the rest, and let the verdict tell you whether it did.
+# Now the tip of the neck is there as well. The choice is not "flow or reparametrisation": reparametrise what you
+# understand, let the flow take the rest, and let the verdict tell you whether it did.
 #
-# One warning remains. If a posterior has several modes, a guide that has found one of them can look perfect: no draw
-# visits the others, so no weight knows of them. If you suspect as much, fit with several seeds and
-# compare the log evidences; the largest one saw the most.
+# One warning remains. If a posterior has several modes, a guide that has found only one of them can look perfect: no draw
+# visits the others, so no weight knows of them. If you suspect as much, start fits from different places
+# (`guide=pf.AutoFlow(model, init_loc_fn=init_to_sample)`, several seeds) and compare their log evidences: the one that
+# is larger saw more.
 
 # %% [markdown]
 # ## Exercises
 #
-# 1. **Another prior.** Copy the model and replace the half-Cauchy prior of $\tau$ by `HalfNormal(5)`. Adapt the grid, and fit
-#    again with `pf.fit_posterior`. By how much do the log evidences differ, and do the two ways of computing them
-#    agree on the Bayes factor? Which model does the data prefer, and would you bet on it?
+# 1. **Another prior.** Copy the model and replace the half-Cauchy prior of $\tau$ by `HalfNormal(5)`. Adapt the grid, and
+#    fit again with `pf.fit_posterior`. By how much do the log evidences differ, and do the two ways of computing them agree
+#    on the Bayes factor? Which prior do the data prefer, and would you bet on it?
 #
-# 2. **What a flow needs.** `pf.NICE` has couplings that only shift, and one global scale for each coordinate. Fit with
-#    `guide=pf.NICE`, and draw the pair $(\theta_0, \log\tau)$. Why is it so hard for NICE to make a funnel? Then fit a RealNVP
-#    with 1, 2, 4 and 8 transforms (`guide=lambda features: pf.RealNVP(features, transforms=2)`) and plot the gap
+# 2. **What a flow needs.** `pf.NICE` has couplings that only shift, and one fixed scale for each coordinate. Fit with
+#    `guide=pf.NICE`, and draw the pair $(\theta_0, \log\tau)$. Why is it so hard for NICE to make a funnel? Then fit a
+#    RealNVP with 1, 2, 4 and 8 transforms (`guide=lambda features: pf.RealNVP(features, transforms=2)`) and plot the gap
 #    between log evidence and ELBO against their number. What does the verdict say of each?
 #
-# 3. **NUTS with a map.** Pyro's NeuTra runs NUTS in the flow's base space, in which a good guide makes the posterior look like a
-#    standard normal:
+# 3. **NUTS with a map.** Pyro's NeuTra runs NUTS in the base space of a flow, where a good guide makes the posterior look
+#    like a standard normal:
 #
 #    ```python
 #    from pyro.infer import MCMC, NUTS

@@ -130,6 +130,10 @@ class FlowDistribution(dist.TransformedDistribution):
         last = self._memory.recall(x, self.transform._definition)
         score = None if last is None else last.tag
         parts = super().score_parts(x, *args, **kwargs)
+        if score is None and self.path_gradient and torch.is_grad_enabled():
+            # The density at a fixed value has the gradient of its own parameters only, which the path gradient omits.
+            fixed = self.log_prob(x.detach())
+            return ScoreParts(parts.log_prob, parts.score_function, parts.log_prob - fixed + fixed.detach())
         if score is None:
             return parts
         # Equal to log q(x) in value; its gradient is the score times dx, with the density's own parameters held fixed.

@@ -30,7 +30,9 @@ class AutoFlow(AutoContinuous):
     .. math:: x \sim N(0, I), \qquad z = \mu + L\, f(x),
 
     with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that starts at
-    ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. ELBOs of Pyro get the path gradient.
+    ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs of Pyro
+    that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``, ``TraceMeanField_ELBO`` and their jitted
+    kin) get the path gradient.
 
     Args:
         model: A Pyro model.

@@ -231,6 +231,8 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         return f"{shape}{context}, fast: {fast}"
 
     def __getstate__(self) -> dict[str, Any]:
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)  # a weak reference of Pyro's param store, which no pickle takes
         return {**super().__getstate__(), "_inverse_ref": None}
 
     def _definition(self) -> Iterable[Tensor | bool]:
