@@ -94,9 +94,7 @@ def run_pyroflows(task: Task) -> Result:
     import pyroflows as pf
 
     start = time.process_time()
-    posterior = pf.fit_posterior(
-        task.entry.model, args=(), kwargs=task.kwargs, seed=task.seed, progress=False
-    )
+    posterior = pf.fit_posterior(task.entry.model, args=(), kwargs=task.kwargs, seed=task.seed, progress=False)
     seconds = time.process_time() - start
     verdict = posterior.verdict
     draws = posterior.sample(DRAWS, seed=task.seed)

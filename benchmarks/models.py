@@ -315,9 +315,7 @@ MODELS: dict[str, Entry] = {
             *(_get(name) for name in ("diam1", "diam2", "canopy_height", "total_height", "density", "group")),
         ),
     ),
-    "earnings-log10earn_height": Entry(
-        flat_regression, _columns(lambda d: d["earn"].log10(), _get("height"))
-    ),
+    "earnings-log10earn_height": Entry(flat_regression, _columns(lambda d: d["earn"].log10(), _get("height"))),
     "nes1976-nes": Entry(
         flat_regression,
         _columns(

@@ -88,9 +88,7 @@ def errors(draws: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> tu
     """
     missing = sorted(set(reference) - set(draws))
     if missing:
-        raise ValueError(
-            f"Expected draws of every scalar of the reference; {', '.join(missing)} are missing."
-        )
+        raise ValueError(f"Expected draws of every scalar of the reference; {', '.join(missing)} are missing.")
     mean, log_sd = [], []
     for name, values in reference.items():
         sd = values.std()
@@ -254,10 +252,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _line(cells: Sequence[str], error: str = "") -> str:
-    padded = [
-        cell.ljust(w) if i < 2 else cell.rjust(w)
-        for i, (cell, w) in enumerate(zip(cells, _WIDTHS, strict=True))
-    ]
+    padded = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, _WIDTHS, strict=True))]
     return " ".join([*padded, f" {error}" if error else ""]).rstrip()
 
 
@@ -341,19 +336,13 @@ def _finite(value: Any) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriors", description=__doc__)
     parser.add_argument("--db", required=True, metavar="DIR", help="a posteriordb folder")
-    parser.add_argument(
-        "--models", default="eight", help="all, eight (both eight schools; default) or names, by commas"
-    )
+    parser.add_argument("--models", default="eight", help="all, eight (both eight schools; default) or names, by commas")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, by commas (default: 0,1,2)")
     parser.add_argument("--methods", default=",".join(METHODS), help="methods, by commas (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument(
-        "--budget", type=float, help="CPU seconds for Pyro's methods (default: what pyroflows took)"
-    )
+    parser.add_argument("--budget", type=float, help="CPU seconds for Pyro's methods (default: what pyroflows took)")
     parser.add_argument("--json", metavar="FILE", help="write the results, rewritten after every row")
-    parser.add_argument(
-        "--check", action="store_true", help="check the models against the reference draws and stop"
-    )
+    parser.add_argument("--check", action="store_true", help="check the models against the reference draws and stop")
     return parser
 
 

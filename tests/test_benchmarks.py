@@ -40,9 +40,7 @@ def write_zip(file: Path, content: Any) -> None:
         archive.writestr(file.name.removesuffix(".zip"), json.dumps(content))
 
 
-def write_posterior(
-    root: Path, name: str, data: dict[str, Any], chains: list[dict[str, list[float]]]
-) -> None:
+def write_posterior(root: Path, name: str, data: dict[str, Any], chains: list[dict[str, list[float]]]) -> None:
     info = {"name": name, "data_name": f"{name}-data", "reference_posterior_name": f"{name}-draws"}
     file = root / "posteriors" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -57,14 +55,11 @@ def regression() -> tuple[dict[str, Any], list[dict[str, list[float]]]]:
     x = rng.normal(size=(30, 2))
     y = x @ [1.0, -2.0] + rng.normal(size=30)
     precision = x.T @ x + np.eye(2) / 100
-    beta = rng.multivariate_normal(
-        np.linalg.solve(precision, x.T @ y), np.linalg.inv(precision), size=(2, 400)
-    )
+    beta = rng.multivariate_normal(np.linalg.solve(precision, x.T @ y), np.linalg.inv(precision), size=(2, 400))
     data = {"N": 30, "D": 2, "X": x.tolist(), "y": y.tolist()}
     sigma = (1 + 0.1 * rng.normal(size=(2, 400))).tolist()
     chains = [
-        {"beta[1]": b[:, 0].tolist(), "beta[2]": b[:, 1].tolist(), "sigma": s}
-        for b, s in zip(beta, sigma, strict=True)
+        {"beta[1]": b[:, 0].tolist(), "beta[2]": b[:, 1].tolist(), "sigma": s} for b, s in zip(beta, sigma, strict=True)
     ]
     return data, chains
 
@@ -124,9 +119,7 @@ def test_reader_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     (db.root / "data" / "data" / f"{REGRESSION}-data.json.zip").unlink()
     with pytest.raises(ValueError, match="lacks the file"):
         db.load(REGRESSION)
-    (db.root / "posteriors" / "bare.json").write_text(
-        json.dumps({"name": "bare", "reference_posterior_name": None})
-    )
+    (db.root / "posteriors" / "bare.json").write_text(json.dumps({"name": "bare", "reference_posterior_name": None}))
     with pytest.raises(ValueError, match="no reference draws"):
         db.load("bare")
 
@@ -304,10 +297,7 @@ def test_interrupt_keeps_what_was_done(
 
     monkeypatch.setitem(METHODS, "pyroflows", copies_of_the_reference)
     monkeypatch.setitem(METHODS, "NUTS", interrupted)
-    assert (
-        main(["--db", str(folder), "--models", REGRESSION, "--methods", "pyroflows,NUTS", "--seeds", "0"])
-        == 0
-    )
+    assert main(["--db", str(folder), "--models", REGRESSION, "--methods", "pyroflows,NUTS", "--seeds", "0"]) == 0
     out = capsys.readouterr().out
     assert "Interrupted" in out and "Medians" in out
 
@@ -359,9 +349,7 @@ def test_check_rejects_draws_of_another_posterior(folder: Path, capsys: pytest.C
 # Pyro's methods, on a model in closed form
 
 
-@pytest.mark.parametrize(
-    "method", ["AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "AutoNormalizingFlow"]
-)
+@pytest.mark.parametrize("method", ["AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "AutoNormalizingFlow"])
 def test_guides_run_on_an_improper_prior(method: str) -> None:
     torch.set_default_dtype(torch.float64)
     x = torch.stack([torch.ones(20), torch.linspace(-1, 1, 20)], -1)
