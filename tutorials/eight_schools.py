@@ -544,7 +544,8 @@ for name, table in tip.items():
 #    neutra = NeuTraReparam(posterior.guide)
 #    mcmc = MCMC(NUTS(neutra.reparam(model)), num_samples=300, warmup_steps=200)
 #    mcmc.run(**data)
-#    draws = neutra.transform_sample(mcmc.get_samples()["_AutoFlow_shared_latent"])
+#    (latent,) = mcmc.get_samples().values()
+#    draws = neutra.transform_sample(latent.unsqueeze(1))  # room for the dimension of the plate
 #    ```
 #
 #    Compare the draws with the reference, in a table as above. How many effective draws of $\tau$ do you get, and how
