@@ -55,6 +55,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 import pyroflows as pf
+from pyroflows.examples import load_example
 
 Callback = Callable[..., Any]
 SMALL = functools.partial(pf.RealNVP, transforms=2, hidden_features=(8,))
@@ -1156,3 +1157,15 @@ def test_no_warnings() -> None:
         guide = pf.AutoFlow(line_model)
         fit(line_model, guide, OBSERVED, steps=2)
         guide.median()
+
+
+@pytest.mark.parametrize("seed", [0, 4, 5, 6, 10])
+def test_the_default_guide_survives_plain_svi_on_a_funnel(seed):
+    # Networks that grow without bound gave infinite draws here, within thirty steps, for some of these seeds.
+    example = load_example("eight_schools")
+    pyro.set_rng_seed(seed)
+    guide = pf.AutoFlow(example.model)
+    elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
+    svi = SVI(example.model, guide, pyro.optim.ClippedAdam({"lr": 5e-3}), elbo)
+    losses = [svi.step(*example.args, **example.kwargs) for _ in range(100)]
+    assert sum(losses[-10:]) / 10 < 45.0

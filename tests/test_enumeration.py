@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -279,3 +280,34 @@ def test_a_discrete_site_without_finite_support_is_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match="'events' with Poisson, which is discrete without a finite support"):
         LogDensity(model)
+
+
+def test_impossible_states_have_a_finite_gradient():
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Categorical(logits=torch.tensor([0.0, -torch.inf, -torch.inf])))
+        j = pyro.sample("j", dist.Categorical(torch.tensor([[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]])[k]))
+        pyro.sample("y", dist.Normal(x * (1.0 + j), 1.0), obs=torch.tensor(0.3))
+
+    density = LogDensity(model)
+    value, grad = density.value_and_grad(torch.tensor([[0.2], [-1.0]]))
+    assert bool(value.isfinite().all())
+    assert bool(grad.isfinite().all())
+
+
+def test_a_star_of_discrete_sites_needs_no_table_of_all_of_them():
+    leaves = 24
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        centre = pyro.sample("a_centre", dist.Bernoulli(torch.tensor(0.3)))
+        for i in range(leaves):
+            leaf = pyro.sample(f"leaf_{i}", dist.Bernoulli(0.2 + 0.5 * centre))
+            pyro.sample(f"y_{i}", dist.Normal(x + leaf, 1.0), obs=torch.tensor(0.1 * i))
+
+    z = torch.tensor([0.4])
+    y = 0.1 * torch.arange(leaves)
+    low, high = (dist.Normal(0.4 + leaf, 1.0).log_prob(y).exp() for leaf in (0.0, 1.0))
+    given_centre = [((1 - p) * low + p * high).log().sum() + math.log(c) for p, c in ((0.2, 0.7), (0.7, 0.3))]
+    expected = torch.stack(given_centre).logsumexp(0) + dist.Normal(0.0, 1.0).log_prob(z[0])
+    torch.testing.assert_close(LogDensity(model).log_prob(z)[()], expected, rtol=1e-5, atol=1e-4)

@@ -761,3 +761,15 @@ def test_a_value_that_a_distribution_made_with_validation_is_not_validated() -> 
 def test_a_bad_batch_size_is_refused(size: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="batch_size"):
         LogDensity(CASES["normal"](), batch_size=size)
+
+
+def test_data_that_broadcast_against_their_site_are_refused():
+    x, y = torch.randn(20, 1), torch.randn(20)
+
+    def model():
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("d", 20):
+            pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"site 'y' observes shape \(20,\) under a distribution of batch shape"):
+        pf.LogDensity(model)

@@ -701,3 +701,39 @@ def test_the_guide_has_medians_and_quantiles(posterior: pf.Posterior) -> None:
     for name in ("mu", "tau", "eta"):
         expected = draws[name].median(0).values
         assert float(((median[name] - expected) / draws[name].std(0)).abs().max()) < 0.2
+
+
+def test_a_single_seeded_draw_is_a_draw_from_the_posterior():
+    """Over seeds, single draws have the moments of the posterior, for proposal and resampling are independent."""
+
+    def model():
+        pyro.sample("x", dist.Gamma(3.0, 1.0))
+
+    posterior = pf.fit_posterior(model, steps=0, progress=False)
+    assert posterior.corrects
+    draws = torch.stack([posterior.sample(1, seed=seed)["x"][0] for seed in range(400)])
+    assert abs(float(draws.mean()) - 3.0) < 4 * (3.0 / 400) ** 0.5
+    # The relative variance of a sample variance is (kurtosis - 1) / n, and the kurtosis is 5.
+    assert abs(float(draws.var()) / 3.0 - 1) < 4 * (4.0 / 400) ** 0.5
+
+
+def test_a_reparametrised_site_is_among_the_draws():
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("j", 3):
+            theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=torch.zeros(3))
+
+    centred = pyro.poutine.reparam(model, config={"theta": pyro.infer.reparam.LocScaleReparam(0.0)})
+    posterior = pf.fit_posterior(centred, steps=0, progress=False)
+    assert posterior.sample(5)["theta"].shape == (5, 3)
+    data = posterior.to_arviz(draws=50)
+    assert list(data.observed_data.data_vars) == ["y"]
+    assert list(data.log_likelihood.data_vars) == ["y"]
+
+
+def test_a_class_of_guides_is_made_for_the_model():
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    assert isinstance(pf.fit_posterior(model, guide=pf.AutoFlow, steps=0, progress=False).guide, pf.AutoFlow)

@@ -61,7 +61,7 @@ pd.set_option("display.precision", 3)
 #
 # In eight schools, students were coached for a college entrance test (the verbal part of the SAT). Each school $j$ was an
 # experiment of its own, and reported an estimated effect of the coaching, $y_j$ points, with a standard error $\sigma_j$
-# (Rubin, 1981). The example comes with the package.
+# ([Rubin, 1981](https://doi.org/10.3102/10769986006004377)). The example comes with the package.
 
 # %%
 example = load_example("eight_schools")
@@ -261,9 +261,9 @@ for name, guide in guides.items():
 # \qquad x_0 = x, \quad x_k = f_k(x_{k-1}).
 # $$
 #
-# In a RealNVP, each $f_k$ leaves half of the coordinates as they are, and shifts and *scales* the others by amounts that
-# small neural networks compute from the first half. A scale that depends on another coordinate is just what a funnel
-# needs.
+# In a RealNVP ([Dinh et al., 2016](https://arxiv.org/abs/1605.08803)), each $f_k$ leaves half of the coordinates as they
+# are, and shifts and *scales* the others by amounts that small neural networks compute from the first half. A scale that
+# depends on another coordinate is just what a funnel needs.
 #
 # `pf.fit_posterior` does the rest: it fits a Gaussian first, lets the flow start from it, trains it, and judges the result.
 
@@ -276,10 +276,14 @@ print(f"{posterior.seconds:.0f} s")
 display(posterior.summary())
 
 # %% [markdown]
+# (The same from a shell, with files for ArviZ and a picture: `python -m pyroflows fit eight_schools`.)
+
+# %% [markdown]
 # ### What the verdict says
 #
-# How can a guide be judged when the truth is not known? By importance sampling. Draw $z_1, \dots, z_N$ from the guide and
-# compare its density with the model's,
+# How can a guide be judged when the truth is not known? By importance sampling
+# ([Yao et al., 2018](https://arxiv.org/abs/1802.02538); [Vehtari et al., 2024](https://arxiv.org/abs/1507.02646)). Draw
+# $z_1, \dots, z_N$ from the guide and compare its density with the model's,
 #
 # $$
 # w_i = \frac{p(z_i, y)}{q(z_i)}.
@@ -292,7 +296,8 @@ display(posterior.summary())
 # and tells how heavy their tail is: up to 0.5 the weights have a finite variance; up to 0.7 they can be relied on in
 # practice; above that there may be regions that the guide hardly ever visits, so that averages over the draws may not have
 # settled yet. Last, the verdict applies the weights to the draws and looks whether any mean, or the width of any 90 %
-# interval, moves. If one does, the guide was off by at least that much.
+# interval, moves. If one does, the guide was off by at least that much. The verdict is a "yes" when $\hat k$ or the ESS is
+# good, and nothing moves by more than a trifle.
 #
 # A large $\hat k$ beside an ESS near 100 % is no contradiction, and a funnel is where you meet it: deep in the neck the
 # weights are large, but the neck holds little of the mass. And a good verdict is no proof: importance sampling can only
@@ -449,8 +454,8 @@ plt.show()
 # ## 7. Into ArviZ
 #
 # `posterior.to_arviz()` gives ArviZ's own container (an `InferenceData`, or a `DataTree` from ArviZ 1.0 on). Besides
-# the draws it has the log likelihood, posterior and prior predictive draws and the data, as far as the model allows, with
-# dimensions that are named by the model's plates.
+# the draws it has the log likelihood, predictions of new data, draws from the prior, and the data, as far as the model
+# allows. Its dimensions are named by the plates of the model.
 
 # %%
 idata = posterior.to_arviz()
@@ -534,8 +539,8 @@ for name, table in tip.items():
 #    RealNVP with 1, 2, 4 and 8 transforms (`guide=lambda features: pf.RealNVP(features, transforms=2)`) and plot the gap
 #    between log evidence and ELBO against their number. What does the verdict say of each?
 #
-# 3. **NUTS with a map.** Pyro's NeuTra runs NUTS in the base space of a flow, where a good guide makes the posterior look
-#    like a standard normal:
+# 3. **NUTS with a map.** Pyro's NeuTra ([Hoffman et al., 2019](https://arxiv.org/abs/1903.03704)) runs NUTS in the base
+#    space of a flow, where a good guide makes the posterior look like a standard normal:
 #
 #    ```python
 #    from pyro.infer import MCMC, NUTS

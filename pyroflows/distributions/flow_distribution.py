@@ -41,7 +41,8 @@ class FlowDistribution(dist.TransformedDistribution):
         ValueError: If the transform still lacks its context, or if there is no bijection of vectors onto the support.
 
     Reference:
-        Roeder, Wu, Duvenaud, "Sticking the landing", 2017, https://arxiv.org/abs/1703.09194
+        Roeder, Wu, Duvenaud, "Sticking the landing: Simple, lower-variance gradient estimators for variational
+        inference", 2017, https://arxiv.org/abs/1703.09194
 
     Example:
         >>> import pyroflows as pf

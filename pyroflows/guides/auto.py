@@ -37,8 +37,8 @@ class AutoFlow(AutoContinuous):
     Args:
         model: A Pyro model.
         flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a :class:`Flow` or a
-            :class:`Transform` over the whole space. By default a ``RealNVP`` with narrow networks, and for a
-            single latent feature an affine map, which makes the guide a normal.
+            :class:`Transform` over the whole space. By default a ``RealNVP`` with narrow, bounded networks,
+            and for a single latent feature an affine map, which makes the guide a normal.
         init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default, which knows improper
             sites too.
         init_scale: Standard deviation at the start, in unconstrained units.
@@ -107,7 +107,7 @@ class AutoFlow(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         _refuse_subsampled_latents(self.prototype_trace)
         loc = self._init_loc()
-        made = (self._make_flow or _default_flow)(self.latent_dim)
+        made = (self._make_flow or default_flow)(self.latent_dim)
         layers, base = _parts(made, self.latent_dim)
         self.flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(loc.device, loc.dtype)
         self.whiten(loc, self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device))
@@ -236,8 +236,16 @@ class AutoFlow(AutoContinuous):
         return new
 
 
-def _default_flow(features: int) -> Flow | Transform:
-    return RealNVP(features, hidden_features=(32, 32)) if features > 1 else Elementwise(Affine(), features)
+def default_flow(features: int) -> Flow | Transform:
+    """The flow of a guide that any optimiser may train: its networks are bounded, so that no draw runs away."""
+    if features == 1:
+        return Elementwise(Affine(), features)
+    return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh)
+
+
+def flow_of_fit(features: int) -> Flow | Transform:
+    """The flow that ``fit_posterior`` trains from a Gaussian fit: its networks grow linearly, to follow a funnel further."""
+    return RealNVP(features, hidden_features=(32, 32)) if features > 1 else default_flow(features)
 
 
 def _parts(made: Any, features: int) -> tuple[list[Transform], torch.distributions.Distribution | None]:

@@ -68,14 +68,29 @@ class _EliminationRing(LogRing):
     """
 
     def sumproduct(self, terms: list[Tensor], dims: Any) -> Tensor:
-        for dim in sorted(set(dims)):
-            touched = [term for term in terms if dim in term._pyro_dims]  # type: ignore[attr-defined]
-            if touched:
-                product = _product(touched)
-                rest = product._pyro_dims.replace(dim, "")  # type: ignore[attr-defined]
-                summed = _named(product.logsumexp(product._pyro_dims.index(dim)), rest)  # type: ignore[attr-defined]
-                terms = [term for term in terms if all(term is not t for t in touched)] + [summed]
+        left = {dim for dim in dims if _touched(terms, dim)}
+        while left:
+            # The one with the smallest table first: in a star the leaves, not the centre that joins them all.
+            dim = min(sorted(left), key=lambda dim: len(set("".join(t._pyro_dims for t in _touched(terms, dim)))))
+            touched = _touched(terms, dim)
+            product = _product(touched)
+            rest = product._pyro_dims.replace(dim, "")  # type: ignore[attr-defined]
+            summed = _named(_logsumexp(product, product._pyro_dims.index(dim)), rest)  # type: ignore[attr-defined]
+            terms = [term for term in terms if all(term is not t for t in touched)] + [summed]
+            left.remove(dim)
         return _product(terms)
+
+
+def _touched(terms: list[Tensor], dim: str) -> list[Any]:
+    return [term for term in terms if dim in term._pyro_dims]  # type: ignore[attr-defined]
+
+
+def _logsumexp(term: Tensor, dim: int) -> Tensor:
+    """As torch's, but with gradient zero, not NaN, where all is impossible."""
+    shift = term.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(term.dtype).min)
+    total = (term - shift).exp().sum(dim)
+    possible = total > 0
+    return torch.where(possible, torch.where(possible, total, 1.0).log() + shift.squeeze(dim), -torch.inf)
 
 
 def _product(terms: list[Tensor]) -> Tensor:

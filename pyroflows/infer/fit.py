@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .._checks import check_positive, check_size
 from ..flows import Flow
 from ..guides import AutoFlow
+from ..guides.auto import flow_of_fit
 from ..transforms import Compose, LowerTriangularAffine, Transform
 from .gaussian import fit_gaussian
 from .log_density import LogDensity, check_arguments
@@ -154,7 +155,7 @@ def train(
     )
     whitening.requires_grad_(False)
     stack = Compose([*networks, adjustment, whitening])  # type: ignore[list-item]
-    base = flow.base.expand((PARTICLES,))
+    base = flow().base_dist.expand((PARTICLES,))
     best = _Best(stack)
     try:
         with tqdm(total=steps, disable=not progress, desc="Fitting", leave=True) as bar:
@@ -241,7 +242,10 @@ def _make_guide(
         auto = guide
     elif guide == "auto" or (callable(guide) and not isinstance(guide, torch.nn.Module)):
         continuous = poutine.block(model, hide=density.discrete) if density.discrete else model
-        auto = AutoFlow(continuous, flow=None if guide == "auto" else guide)
+        if isinstance(guide, type) and issubclass(guide, AutoFlow):
+            auto = guide(continuous)
+        else:
+            auto = AutoFlow(continuous, flow=flow_of_fit if guide == "auto" else guide)
     else:
         got = f"a made {type(guide).__name__}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}.")
@@ -276,7 +280,10 @@ def _finite_start(density: LogDensity, tries: int = 256) -> Tensor:
         if not bool(value.isfinite())
     ]
     where = f"site {', site '.join(at_fault)}" if at_fault else "its gradient is not finite"
-    raise ValueError(f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the data.")
+    raise ValueError(
+        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the data, and for data "
+        "outside of a support."
+    )
 
 
 def _on_device(

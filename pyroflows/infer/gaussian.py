@@ -53,7 +53,8 @@ def fit_gaussian(density: LogDensity, start: Tensor, steps: int = 30, draws: int
         The Gaussian with the best ELBO.
 
     Reference:
-        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle point problem", 2014,
+        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle point problem in
+        high-dimensional non-convex optimization", 2014,
         https://arxiv.org/abs/1406.2572
     """
     n = density.features
@@ -103,7 +104,7 @@ def _line_search(density: LogDensity, z: Tensor, direction: Tensor, lengths: Ten
 def _elbo(density: LogDensity, z: Tensor, root: Tensor, noise: Tensor) -> float:
     value = density.log_prob(z + noise @ root.mT)
     entropy = torch.linalg.slogdet(root)[1] + 0.5 * len(z) * (1 + torch.log(torch.tensor(2 * torch.pi)))
-    return float((value.mean() + entropy).nan_to_num(nan=-torch.inf))
+    return float((value.mean() + entropy).nan_to_num(nan=-torch.inf, posinf=-torch.inf))
 
 
 def _lower_root(root: Tensor) -> Tensor:

@@ -475,11 +475,21 @@ def _refuse_data_off_support(trace: Any) -> None:
         if not node["is_observed"] or not fn._validate_args:
             continue
         value = torch.as_tensor(node["value"])
+        log_prob = torch.as_tensor(_unvalidated(fn).log_prob(value))
+        given = value.shape[: value.dim() - fn.event_dim]
+        plates = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
+        if any(
+            size > 1 and -k not in plates and (k > len(given) or given[-k] != size)
+            for k, size in enumerate(reversed(log_prob.shape), start=1)
+        ):
+            raise ValueError(
+                f"Expected data of the shape of their site; site {name!r} observes shape {tuple(value.shape)} under a "
+                f"distribution of batch shape {tuple(fn.batch_shape)}, which together make {tuple(log_prob.shape)}."
+            )
         try:
             inside = fn.support.check(value)
         except NotImplementedError:
             continue
-        log_prob = torch.as_tensor(_unvalidated(fn).log_prob(value))
         if bool((~inside & log_prob.isfinite()).any()):
             raise ValueError(
                 f"Expected data within the support of their site; site {name!r} with {_law(fn)} observes values outside of "

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import flows
 from .._checks import check_size
 from ..guides import AutoFlow
+from ..guides.auto import flow_of_fit
 from . import arviz, simulate
 from .log_density import LogDensity, check_arguments, site_plates
 from .verdict import Verdict, judge
@@ -28,6 +29,8 @@ PARTS = ("sites", "flow", "parameters", "arguments", "history", "seconds", "inte
 JUDGE_DRAWS = 10_000
 # Candidates per draw when draws are corrected: enough that a draw is seldom taken twice.
 CANDIDATES = 4
+LEAST_CANDIDATES = 1000
+_OWN_FLOWS: dict[str, Any] = {"default": None, "fit": flow_of_fit}
 
 
 class Posterior:
@@ -136,9 +139,10 @@ class Posterior:
         check_size("n", n)
         if not self.corrects:
             return self._propose(n, seed, weigh=False)[0]
-        z, log_weights = self._propose(CANDIDATES * n, seed)
-        smoothed = judge(log_weights, z, self.entry_names)[1]
-        chosen = _systematic(smoothed.exp(), n, seed)
+        with _forked(seed):
+            z, log_weights = self._propose(max(CANDIDATES * n, LEAST_CANDIDATES), seed=None)
+            smoothed = judge(log_weights, z, self.entry_names)[1]
+            chosen = _systematic(smoothed.exp(), n)
         return z[chosen.to(z.device)]
 
     def summary(self, n: int = 4000, seed: int | None = 0) -> pandas.DataFrame:
@@ -293,7 +297,8 @@ def load_posterior(
         if state["flow"] is None:
             raise ValueError(f"Expected a guide made as the one saved in {str(path)!r}, whose flow is no preset; got None.")
         continuous = poutine.block(model, hide=density.discrete) if density.discrete else model
-        guide = AutoFlow(continuous, flow=None if state["flow"] == "default" else getattr(flows, state["flow"]))
+        own = state["flow"] in _OWN_FLOWS
+        guide = AutoFlow(continuous, flow=_OWN_FLOWS[state["flow"]] if own else getattr(flows, state["flow"]))
     with poutine.block():
         guide._setup_prototype(*args, **kwargs)
         guide._create_plates(*args, **kwargs)
@@ -306,10 +311,9 @@ def load_posterior(
     return Posterior(guide, density, state["history"], state["seconds"], state["interrupted"])
 
 
-def _systematic(weights: Tensor, n: int, seed: int | None) -> Tensor:
+def _systematic(weights: Tensor, n: int) -> Tensor:
     """Systematic resampling, in random order: each index comes ``n w_i`` times, rounded up or down."""
-    with _forked(seed):
-        offset, order = torch.rand((), dtype=weights.dtype), torch.randperm(n)
+    offset, order = torch.rand((), dtype=weights.dtype), torch.randperm(n)
     positions = (torch.arange(n, dtype=weights.dtype) + offset) / n
     return torch.searchsorted(weights.cumsum(0), positions).clamp(max=len(weights) - 1)[order]
 
@@ -334,8 +338,9 @@ class _forked:
 
 def _preset_name(guide: AutoFlow) -> str | None:
     made_by = guide._make_flow
-    if made_by is None:
-        return "default"
+    for name, flow in _OWN_FLOWS.items():
+        if made_by is flow:
+            return name
     name = getattr(made_by, "__name__", "")
     return name if getattr(flows, name, None) is made_by else None
 

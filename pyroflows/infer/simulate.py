@@ -86,7 +86,13 @@ def _observed(trace: Any) -> list[str]:
 
 
 def _is_deterministic(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+    """Whether a site is no more than a function of others: of ``pyro.deterministic``, or reparametrised away."""
+    if site["type"] != "sample":
+        return False
+    fn = site["fn"]
+    while isinstance(fn, (dist.MaskedDistribution, torch.distributions.Independent)):
+        fn = fn.base_dist
+    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and isinstance(fn, dist.Delta))
 
 
 def _is_factor(site: dict[str, Any]) -> bool:

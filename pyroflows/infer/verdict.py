@@ -125,6 +125,8 @@ def _width(z: Tensor, weights: Tensor) -> Tensor:
 
 def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> tuple[bool, str]:
     facts = f"k-hat is {khat:.2f} and {ess:.0%} of the importance draws are effective"
+    if khat == -math.inf:
+        facts = "the importance weights are equal"
     if zero > ZERO_LIMIT:
         return (
             False,
@@ -140,4 +142,6 @@ def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> t
             f"{facts}, but weighting moves {name} by {shift:.2f} of its standard deviation (at most {SHIFT_LIMIT} is "
             "fine). Give it more steps or a wider flow."
         )
+    if math.isfinite(khat) and khat >= KHAT_LIMIT:
+        facts = f"{ess:.0%} of the importance draws are effective (k-hat {khat:.2f}: only a far tail of no weight is off)"
     return True, f"{facts}, and weighting moves no mean or width by more than {max(shift, 0.005):.2f}."

@@ -20,8 +20,9 @@ class MLP(nn.Module):
     .. math:: h_1 = a(W_0 x + V c + b_0), \quad h_{k+1} = a(W_k h_k + b_k), \quad
         \mathrm{out} = (W_K h_K + b_K) / \sqrt{n_K}.
 
-    The root of the last hidden width :math:`n_K` makes one step size serve networks of all widths. The context enters the
-    first layer by a matrix of its own, so that one context serves many inputs by broadcasting and is multiplied once.
+    The root of the last hidden width :math:`n_K` tempers the first steps of wide networks: without it one step of Adam
+    moves the output in proportion to the width, with it to its root. The context enters the first layer by a matrix of its
+    own, so that one context serves many inputs by broadcasting and is multiplied once.
 
     Args:
         in_features: Entries of the input, 0 for a network of the context alone.
@@ -35,8 +36,8 @@ class MLP(nn.Module):
         ValueError: If a width is not positive, or if there is neither input nor context.
 
     Reference:
-        Yang, Hu, Babuschkin et al., "Tensor programs V: Tuning large neural networks via zero-shot hyperparameter
-        transfer", 2022, https://arxiv.org/abs/2203.03466
+        Jacot, Gabriel, Hongler, "Neural tangent kernel: Convergence and generalization in neural networks", 2018,
+        https://arxiv.org/abs/1806.07572
 
     Example:
         >>> net = MLP(3, 2, hidden_features=(8,), context_features=1)
