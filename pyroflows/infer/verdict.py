@@ -32,7 +32,7 @@ class Verdict:
         ess: Effective sample size of the smoothed weights, as a fraction of the draws.
         elbo: Evidence lower bound, the mean of :math:`\log w_i`.
         log_evidence: :math:`\log \tfrac{1}{N} \sum_i w_i`, with smoothed weights.
-        log_evidence_error: Its Monte Carlo standard error.
+        log_evidence_error: Its Monte Carlo standard error; what no draw of the guide reaches is not in it.
         shift: The furthest that weighting moves the mean of an unconstrained entry, in standard deviations, or the log
             width of its central 90 % interval.
         draws: How many draws this rests on.
@@ -143,5 +143,5 @@ def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> t
             "fine). Give it more steps or a wider flow."
         )
     if math.isfinite(khat) and khat >= KHAT_LIMIT:
-        facts = f"{ess:.0%} of the importance draws are effective (k-hat {khat:.2f}: only a far tail of no weight is off)"
+        facts = f"{ess:.0%} of the importance draws are effective (k-hat {khat:.2f}: a far tail of little weight is off)"
     return True, f"{facts}, and weighting moves no mean or width by more than {max(shift, 0.005):.2f}."
