@@ -737,3 +737,12 @@ def test_a_class_of_guides_is_made_for_the_model():
         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     assert isinstance(pf.fit_posterior(model, guide=pf.AutoFlow, steps=0, progress=False).guide, pf.AutoFlow)
+
+
+def test_saving_to_no_path_is_refused():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    posterior = pf.fit_posterior(model, steps=0, progress=False)
+    with pytest.raises(TypeError, match="PathLike"):
+        posterior.save(3)

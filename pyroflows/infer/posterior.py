@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,6 +215,7 @@ class Posterior:
             path: Where to write.
 
         Raises:
+            TypeError: If ``path`` is no path.
             ValueError: If the file cannot be written.
         """
         state = {
@@ -228,7 +229,7 @@ class Posterior:
             "interrupted": self.interrupted,
         }
         try:
-            torch.save(state, path)
+            torch.save(state, fspath(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"Expected a path that can be written; got {str(path)!r} ({error}).") from None
 
