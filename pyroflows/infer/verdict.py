@@ -126,11 +126,11 @@ def _width(z: Tensor, weights: Tensor) -> Tensor:
 def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> tuple[bool, str]:
     facts = f"k-hat is {khat:.2f} and {ess:.0%} of the importance draws are effective"
     if khat == -math.inf:
-        facts = "the importance weights are equal"
+        facts = f"{ess:.0%} of the importance draws are effective, all of equal weight"
     if zero > ZERO_LIMIT:
         return (
             False,
-            f"{zero:.0%} of the guide's draws have zero density under the model; look at its supports. {facts}.",
+            f"{zero:.0%} of the guide's draws have zero density under the model; look at its supports. {facts[0].upper()}{facts[1:]}.",
         )
     if khat >= KHAT_LIMIT and ess <= ESS_LIMIT:
         return False, (
