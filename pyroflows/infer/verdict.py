@@ -128,9 +128,9 @@ def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> t
     if khat == -math.inf:
         facts = f"{ess:.0%} of the importance draws are effective, all of equal weight"
     if zero > ZERO_LIMIT:
-        return (
-            False,
-            f"{zero:.0%} of the guide's draws have zero density under the model; look at its supports. {facts[0].upper()}{facts[1:]}.",
+        return False, (
+            f"{zero:.0%} of the guide's draws have zero density under the model; look at its supports. "
+            f"{facts[0].upper()}{facts[1:]}."
         )
     if khat >= KHAT_LIMIT and ess <= ESS_LIMIT:
         return False, (
