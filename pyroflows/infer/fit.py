@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -104,7 +103,7 @@ def fit_posterior(
     args, kwargs = _on_device(device, model, *check_arguments(args, kwargs))
     with _seeded(seed):
         density = LogDensity(model, args, kwargs, batch_size=PARTICLES, device=device)
-        auto, fresh = _make_guide(guide, model, density, args, kwargs)
+        auto, fresh = _make_guide(guide, density)
         history: list[Tensor] = []
         interrupted = False
         try:
@@ -234,26 +233,21 @@ def _fraction_done(step: int, steps: int, time_limit: float | None, start: float
     return by_steps if time_limit is None else max(by_steps, (time.perf_counter() - start) / time_limit)
 
 
-def _make_guide(
-    guide: Any, model: Callable[..., Any], density: LogDensity, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[AutoFlow, bool]:
+def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
     """The guide, and whether it has yet to meet its model."""
     if isinstance(guide, AutoFlow):
         auto = guide
     elif guide == "auto" or (callable(guide) and not isinstance(guide, torch.nn.Module)):
-        continuous = poutine.block(model, hide=density.discrete) if density.discrete else model
         if isinstance(guide, type) and issubclass(guide, AutoFlow):
-            auto = guide(continuous)
+            auto = guide(density.continuous_model)
         else:
-            auto = AutoFlow(continuous, flow=flow_of_fit if guide == "auto" else guide)
+            auto = AutoFlow(density.continuous_model, flow=flow_of_fit if guide == "auto" else guide)
     else:
         got = f"a made {type(guide).__name__}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}.")
     fresh = auto.prototype_trace is None
     if fresh:
-        with density.on_device(), poutine.block():
-            auto._setup_prototype(*args, **kwargs)
-            auto._create_plates(*args, **kwargs)
+        density.introduce(auto)
     nodes = list(auto.prototype_trace.iter_stochastic_nodes())
     of_guide = [(name, tuple(node["value"].shape)) for name, node in nodes]
     of_model = [(site.name, tuple(site.shape)) for site in density.sites]

@@ -162,6 +162,17 @@ class LogDensity:
             grads.append(grad[:n])
         return torch.cat(values).reshape(z.shape[:-1]), torch.cat(grads).reshape(z.shape)
 
+    @property
+    def continuous_model(self) -> Callable[..., Any]:
+        """The model as a guide of its continuous sites sees it: without the discrete ones."""
+        return poutine.block(self.model, hide=self.discrete) if self.discrete else self.model
+
+    def introduce(self, guide: Any) -> None:
+        """Runs a fresh autoguide once on the model's arguments, outside of all traces, so that it is built."""
+        with self.on_device(), poutine.block():
+            guide._setup_prototype(*self.args, **self.kwargs)
+            guide._create_plates(*self.args, **self.kwargs)
+
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which the model is run, so that what it makes is made on its device."""
         return contextlib.nullcontext() if self.device is None else torch.device(self.device)

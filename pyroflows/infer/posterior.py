@@ -7,7 +7,6 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -297,12 +296,9 @@ def load_posterior(
     if guide is None:
         if state["flow"] is None:
             raise ValueError(f"Expected a guide made as the one saved in {str(path)!r}, whose flow is no preset; got None.")
-        continuous = poutine.block(model, hide=density.discrete) if density.discrete else model
         own = state["flow"] in _OWN_FLOWS
-        guide = AutoFlow(continuous, flow=_OWN_FLOWS[state["flow"]] if own else getattr(flows, state["flow"]))
-    with poutine.block():
-        guide._setup_prototype(*args, **kwargs)
-        guide._create_plates(*args, **kwargs)
+        guide = AutoFlow(density.continuous_model, flow=_OWN_FLOWS[state["flow"]] if own else getattr(flows, state["flow"]))
+    density.introduce(guide)
     try:
         guide.load_state_dict(state["parameters"])
     except RuntimeError as error:
