@@ -14,6 +14,9 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from families import autoregressive, continuous, linear, monotone, planar, polynomial, residual, splines, tails
+from families.sizes import NET, C, D
+
 import pyroflows as pf
 from pyroflows.transforms import (
     AdditiveCoupling,
@@ -36,8 +39,7 @@ from pyroflows.transforms import (
 
 Module = TypeVar("Module", bound=nn.Module)
 
-D, C = 3, 2
-NET: dict[str, Any] = {"hidden_features": (8, 8)}
+FAMILIES = (autoregressive, continuous, linear, monotone, planar, polynomial, residual, splines, tails)
 SCALES = ("softclip", "exp", "softplus", "sigmoid")
 MASKS: dict[str, Any] = {
     "half": "half",
@@ -149,6 +151,18 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "flow-1": lambda: pf.Flow([Elementwise(Affine(), 1)]),
     "flow-1-context": lambda: pf.Flow([Elementwise(Affine(), 1, C, **NET)], support=constraints.positive),
 }
+
+#: Laws that cannot hold for a case, by the name of their test, with the reason.
+EXEMPT: dict[str, dict[str, str]] = {}
+
+for family in FAMILIES:
+    TRANSFORMS |= family.TRANSFORMS
+    TRANSFORMS |= {f"elementwise-{n}": (lambda u=u: Elementwise(u, D)) for n, u in family.UNIVARIATES.items()}
+    FLOWS |= family.FLOWS
+    MOVED |= family.MOVED
+    AFFINE |= family.AFFINE
+    for law, cases in family.EXEMPT.items():
+        EXEMPT.setdefault(law, {}).update(cases)
 
 
 def perturbed(module: Module, scale: float = 0.3, seed: int = 1) -> Module:

@@ -1,0 +1,1 @@
+"""The families of transforms and flows, each with the cases that the laws try out."""
