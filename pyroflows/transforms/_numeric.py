@@ -1,0 +1,124 @@
+"""One numeric inverse for every increasing map that has no formula for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["invert", "readable"]
+
+Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+#: Most rounds of growth (each by the factor) and most steps, where the search may stop early and where it may not.
+_FACTOR = 64.0
+_ROUNDS = {True: (200, 200), False: (12, 40)}
+
+
+def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]:
+    r"""Solves :math:`f(x) = y` entry by entry for an increasing function of the line onto itself.
+
+    From the guess :math:`x = y` a bracket grows until it holds the root; then come Newton's steps, with bisection wherever
+    they leave the bracket or are slow. Two more steps of Newton carry the derivatives: by the implicit function theorem the
+    first gives :math:`\partial x / \partial \theta = -(\partial f / \partial \theta) / f'`, and the second those of second
+    and third order.
+
+    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a compiled graph, on the meta
+    device) it takes a fixed number of steps instead, and cannot raise.
+
+    Args:
+        function: Returns :math:`f(x)` and :math:`\log f'(x)`, both of the shape of ``x``.
+        y: Values.
+        owner: Name of the map, for the error.
+
+    Returns:
+        :math:`x` and :math:`\log \partial x / \partial y`.
+
+    Raises:
+        RuntimeError: If the search does not converge.
+    """
+    with torch.no_grad():
+        x = _search(function, y.detach(), owner)
+    if torch.is_grad_enabled():
+        for _ in range(2):
+            value, log_slope = function(x)
+            # Where a slope underflows, so does what the step could carry.
+            step = (value - y) * log_slope.neg().exp().clamp(max=torch.finfo(y.dtype).max ** 0.5)
+            x = x - (step - step.detach())
+    return x, -function(x)[1]
+
+
+def readable(values: Tensor) -> bool:
+    """Whether Python may read values from the device here."""
+    if torch.compiler.is_compiling() or values.is_meta:
+        return False
+    try:
+        bool((values == values).all())
+    except RuntimeError:  # within vmap or a tracer
+        return False
+    return True
+
+
+def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
+    stops = readable(y)
+    growings, steps = _ROUNDS[stops]
+    low, high, held = _bracket(function, y, growings, stops)
+    x = torch.minimum(torch.maximum(y, low), high)
+    value, log_slope = function(x)
+    last = before = high - low
+    for _ in range(steps):
+        excess = value - y
+        low, high = torch.where(excess < 0, x, low), torch.where(excess > 0, x, high)
+        newton = x - excess * log_slope.neg().exp()
+        # Newton's step is taken where it stays inside and halves the step before the last.
+        good = (newton >= low) & (newton <= high) & ((newton - x).abs() <= 0.5 * before)
+        proposal = torch.where(excess == 0, x, torch.where(good, newton, _middle(low, high)))
+        before, last = last, (proposal - x).abs()
+        x = proposal
+        value, log_slope = function(x)
+        if stops and bool(_settled(x, last, low, high, y).all()):
+            break
+    if stops and not bool(((held & _settled(x, last, low, high, y)) | _close(value, y)).all()):
+        worst = float(torch.where(y.isfinite(), value - y, 0.0).abs().max())
+        raise RuntimeError(
+            f"The numeric inverse of {owner} does not converge: after {steps} steps a value is missed by {worst:.3g}."
+        )
+    return x
+
+
+def _bracket(function: Increasing, y: Tensor, growings: int, stops: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds between which the function takes the values, which coincide where the guess is right, and whether they hold."""
+    largest = torch.finfo(y.dtype).max / 4
+    near = far = y.clamp(-largest, largest)
+    excess = function(near)[0] - y
+    direction, width = -excess.sign(), 2 * excess.abs()
+    held = (excess == 0) | ~y.isfinite()
+    for _ in range(growings):
+        if stops and bool(held.all()):
+            break
+        probe = (near + direction * width).clamp(-largest, largest)
+        crossed = (function(probe)[0] - y) * direction >= 0
+        far = torch.where(held, far, probe)
+        held = held | crossed
+        near, width = torch.where(held, near, probe), width * _FACTOR
+    return torch.minimum(near, far), torch.maximum(near, far), held
+
+
+def _middle(low: Tensor, high: Tensor) -> Tensor:
+    """The midpoint, on a logarithmic scale where the bounds are of different orders of magnitude."""
+    plain = 0.5 * low + 0.5 * high
+    wide = high - low > 0.5 * torch.maximum(low.abs(), high.abs())
+    scaled = torch.sinh(0.5 * (torch.asinh(low) + torch.asinh(high)))
+    return torch.where(wide, torch.minimum(torch.maximum(scaled, low), high), plain)
+
+
+def _settled(x: Tensor, step: Tensor, low: Tensor, high: Tensor, y: Tensor) -> Tensor:
+    """Whether the search moves no further: rounding allows no better root."""
+    rounding = 2 * torch.finfo(x.dtype).eps * x.abs() + torch.finfo(x.dtype).tiny
+    return (step <= rounding) | (high - low <= rounding) | ~y.isfinite()
+
+
+def _close(value: Tensor, y: Tensor) -> Tensor:
+    """Whether a root is right to half the digits, which is as far as a map of large internal terms may get."""
+    return (value - y).abs() <= torch.finfo(y.dtype).eps ** 0.5 * (1 + y.abs())
