@@ -38,7 +38,7 @@ class Memory:
         self, given: Tensor, result: Tensor, log_det: Tensor, define: Callable[[], Iterable[Tensor | bool]], tag: Any = None
     ) -> None:
         """Replaces what is remembered; ``define`` returns all that defines the map, tensors and flags."""
-        if _transforming():
+        if transforming():
             return
         self.clear()
         definition = tuple(define())
@@ -56,7 +56,7 @@ class Memory:
 
     def recall(self, result: Tensor, define: Callable[[], Iterable[Tensor | bool]]) -> Evaluation | None:
         """The last evaluation, if ``result`` came out of it and nothing has changed since."""
-        if _transforming():
+        if transforming():
             return None
         last = self._last
         if last is None or last.result() is not result:
@@ -87,5 +87,5 @@ def _is_inference(part: Tensor | bool) -> bool:
     return not isinstance(part, bool) and part.is_inference()
 
 
-def _transforming() -> bool:
+def transforming() -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -43,10 +43,12 @@ class Flow(PyroModule):
             module from device to device.
         support: Any constraint with a bijection from real vectors, such as ``constraints.positive``. It moves likewise.
         name: Name in the param store; the class's by default. Two flows in one model need two names.
+        reversible: Whether training recomputes activations by inversion instead of keeping them; see
+            :class:`pyroflows.transforms.Compose`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the shapes of the parts do not fit together.
+        ValueError: If the shapes of the parts do not fit together, or if ``reversible`` is asked of transforms that cannot.
 
     Reference:
         Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
@@ -64,9 +66,10 @@ class Flow(PyroModule):
         base: torch.distributions.Distribution | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        reversible: bool = False,
     ) -> None:
         super().__init__(type(self).__name__ if name is None else _check_name(name))
-        self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms)
+        self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms, reversible)
         # Copies, for they move with the module.
         self.support = None if support is None else copy.deepcopy(_check_support(support, self.transform))
         self._base = None if base is None else _copy(_check_base(base, self.event_shape))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._checks import broadcast_batch, check_context, check_size, check_tensor
-from .._memory import Memory
+from .._memory import Memory, transforming
+from ._recompute import Step, recomputed
 
 __all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
 
@@ -70,6 +71,8 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     """
 
     bijective = True
+    #: Whether a second evaluation at the same point gives the same, so that it can replace what was not kept.
+    repeatable: bool = True
     #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
     fast: str = "both"
 
@@ -259,6 +262,18 @@ def check_transform(name: str, value: Any) -> Transform:
     raise TypeError(f"Expected {name} of type pyroflows.transforms.Transform; got {kind}.")
 
 
+def _check_reversible(layer: Transform) -> None:
+    kind = type(layer).__name__
+    if layer.fast != "both":
+        raise ValueError(
+            f"Expected reversible=True with transforms fast in both directions; got {kind} (fast: {_FAST[layer.fast]})."
+        )
+    if not all(module.repeatable for module in layer.modules() if isinstance(module, Transform)):
+        raise ValueError(
+            f"Expected reversible=True with transforms that repeat themselves; got {kind}, which changes with use."
+        )
+
+
 class Inverse(Transform):
     """The inverse of a transform, sharing its parameters.
 
@@ -375,10 +390,17 @@ class Compose(Transform):
 
     Args:
         transforms: Transforms in generative order. Those that take a context all get the same one.
+        reversible: Whether the backward pass recomputes activations by inversion instead of keeping them, so that the
+            memory of a training step does not grow with depth; see the reference. The result is differentiable once.
 
     Raises:
         TypeError: If one of them is not a :class:`Transform`.
-        ValueError: If there is none, or if event shapes or context widths do not fit together.
+        ValueError: If there is none, if event shapes or context widths do not fit together, or if ``reversible`` is asked of
+            transforms that are slow in one direction or do not repeat themselves.
+
+    Reference:
+        Gomez, Ren, Urtasun, Grosse, "The reversible residual network: Backpropagation without storing activations", 2017,
+        https://arxiv.org/abs/1707.04585
 
     Example:
         >>> from pyroflows.transforms import Compose, Reverse
@@ -389,7 +411,7 @@ class Compose(Transform):
     transform: Transform
     context: Tensor
 
-    def __init__(self, transforms: Iterable[Transform]) -> None:
+    def __init__(self, transforms: Iterable[Transform], reversible: bool = False) -> None:
         if not isinstance(transforms, Iterable):
             raise TypeError(f"Expected transforms to be a sequence of transforms; got {type(transforms).__name__}.")
         layers = list(transforms)
@@ -410,6 +432,9 @@ class Compose(Transform):
             raise ValueError(f"Expected one width of context in all transforms; got {widths}.")
         super().__init__(layers[0].event_shape, widths[0] if widths else None)
         self.layers = nn.ModuleList(layers)
+        self.reversible = reversible
+        for layer in layers if reversible else []:
+            _check_reversible(layer)
 
     @property
     def fast(self) -> str:  # type: ignore[override]
@@ -427,18 +452,22 @@ class Compose(Transform):
         return self.layers[-1].codomain  # type: ignore[return-value]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for layer, given in self._with_context(context):
-            x, log_det = layer.forward_and_log_det(x, given)
-            total = log_det if total is None else total + log_det
-        return x, total  # type: ignore[return-value]
+        return self._run(x, context, inverted=False)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(y, context, inverted=True)
+
+    def _run(self, x: Tensor, context: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
+        layers = list(self._with_context(context))
+        if inverted:
+            layers.reverse()
+        if self.reversible and torch.is_grad_enabled() and not transforming():
+            return recomputed([Step(layer, inverted) for layer, _ in layers], x, context)
         total: Tensor | None = None
-        for layer, given in reversed(list(self._with_context(context))):
-            y, log_det = layer.inverse_and_log_det(y, given)
+        for layer, given in layers:
+            x, log_det = layer.inverse_and_log_det(x, given) if inverted else layer.forward_and_log_det(x, given)
             total = log_det if total is None else total + log_det
-        return y, total  # type: ignore[return-value]
+        return x, total  # type: ignore[return-value]
 
     def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | None = None
