@@ -5,12 +5,12 @@ from __future__ import annotations
 import pyro
 import pytest
 import torch
-from benchmarks.memory import compare
 from pyro.infer import SVI, Trace_ELBO
 from registry import NET, C, D, context_for, perturbed, points
 from torch.func import functional_call, vmap
 
 import pyroflows as pf
+from benchmarks.memory import compare
 from pyroflows.transforms import AffineCoupling, Compose, LowerTriangularAffine, Permute, Rescale, Transform
 
 

@@ -265,13 +265,11 @@ def check_transform(name: str, value: Any) -> Transform:
 def _check_reversible(layer: Transform) -> None:
     kind = type(layer).__name__
     if layer.fast != "both":
-        raise ValueError(
-            f"Expected reversible=True with transforms fast in both directions; got {kind} (fast: {_FAST[layer.fast]})."
-        )
+        kind = f"{kind} (fast: {_FAST[layer.fast]})"
+        raise ValueError(f"Expected reversible=True with transforms fast in both directions; got {kind}.")
     if not all(module.repeatable for module in layer.modules() if isinstance(module, Transform)):
-        raise ValueError(
-            f"Expected reversible=True with transforms that repeat themselves; got {kind}, which changes with use."
-        )
+        kind = f"{kind}, which changes with use"
+        raise ValueError(f"Expected reversible=True with transforms that repeat themselves; got {kind}.")
 
 
 class Inverse(Transform):
