@@ -420,7 +420,7 @@ def test_masks_may_be_lists_tensors_and_arrays():
     given = [True, False, True]
     for mask in (given, tuple(given), torch.tensor(given), numpy.array(given)):
         t = AffineCoupling(D, mask=mask)
-        assert t.stays.tolist() == [0, 2] and t.moves.tolist() == [1]
+        assert t.order.tolist() == [0, 2, 1]
 
 
 def test_an_activation_may_be_any_maker_of_modules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,7 +16,20 @@ from .._memory import Memory
 from ..transforms import Transform
 from ..transforms.base import check_transform
 
-__all__ = ["FlowDistribution"]
+__all__ = ["FlowDistribution", "StandardNormal"]
+
+
+class StandardNormal(dist.Normal):
+    r"""The normal of mean zero and scale one, whose density takes no division: :math:`-x^2/2 - \log(2\pi)/2`.
+
+    Example:
+        >>> StandardNormal(torch.zeros(2), torch.ones(2)).log_prob(torch.zeros(2))
+        tensor([-0.9189, -0.9189])
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of values of shape ``(*, *batch_shape)``."""
+        return value.square().mul(-0.5).sub(0.5 * math.log(2 * math.pi))
 
 
 class FlowDistribution(dist.TransformedDistribution):

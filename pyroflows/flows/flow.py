@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._checks import check_context
-from ..distributions.flow_distribution import FlowDistribution, bijection_onto
+from ..distributions.flow_distribution import FlowDistribution, StandardNormal, bijection_onto
 from ..transforms import Compose, Transform
 
 __all__ = ["Flow"]
@@ -92,7 +92,7 @@ class Flow(PyroModule):
             return self._base
         zeros = self._buffers["_zeros"]
         assert zeros is not None
-        normal = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
+        normal = StandardNormal(zeros, torch.ones_like(zeros), validate_args=False)
         return dist.Independent(normal, zeros.dim(), validate_args=False)
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:

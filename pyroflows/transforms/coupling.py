@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,9 +141,8 @@ class Coupling(Transform):
         torch.Size([5, 3])
     """
 
-    stays: Tensor
-    moves: Tensor
-    merge: Tensor
+    order: Tensor
+    inverse_order: Tensor
 
     def __init__(
         self,
@@ -157,19 +157,35 @@ class Coupling(Transform):
         self.univariate = univariate
         (chosen,) = coupling_masks(mask, features, 1)
         stays, moves = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
-        self.register_buffer("stays", torch.tensor(stays))
-        self.register_buffer("moves", torch.tensor(moves))
-        self.register_buffer("merge", torch.tensor(inverse_permutation(stays + moves)))
+        self._sizes = [len(stays), len(moves)]
+        self._contiguous = _contiguous_part(stays + moves)
+        # The entries that stay, then those that move.
+        self.register_buffer("order", torch.tensor(stays + moves))
+        self.register_buffer("inverse_order", torch.tensor(inverse_permutation(stays + moves)))
         table = identity_table(univariate, len(moves)).flatten()
         self.conditioner = MLP(len(stays), len(table), hidden_features, context_features, activation)
         self.conditioner.start_at(table)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.index_select(-1, self.stays), x.index_select(-1, self.moves)
+        if self._contiguous == "moves":
+            moves, stays = x.split(self._sizes[::-1], -1)
+            return stays, moves
+        x = x if self._contiguous else x.index_select(-1, self.order)
+        stays, moves = x.split(self._sizes, -1)
+        return stays, moves
 
     def _merge(self, stays: Tensor, moves: Tensor) -> Tensor:
         stays = stays.expand(moves.shape[:-1] + stays.shape[-1:])
-        return torch.cat([stays, moves], -1).index_select(-1, self.merge)
+        if self._contiguous == "moves":
+            return torch.cat([moves, stays], -1)
+        x = torch.cat([stays, moves], -1)
+        return x if self._contiguous else x.index_select(-1, self.inverse_order)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        order = state_dict.get(f"{prefix}order")
+        if isinstance(order, Tensor) and not order.is_meta:
+            self._contiguous = _contiguous_part(order.tolist())
 
     def _raw(self, stays: Tensor, context: Tensor | None) -> Tensor:
         return self.conditioner(stays, context).unflatten(-1, (self.univariate.parameters, -1))
@@ -203,6 +219,14 @@ class Coupling(Transform):
 
     def extra_repr(self) -> str:
         return f"{self.univariate}, {super().extra_repr()}"
+
+
+def _contiguous_part(order: list[int]) -> str | None:
+    """Which part comes first in an event whose parts are slices of it, which cost less than gathered entries."""
+    if order == sorted(order):
+        return "stays"
+    size = order.index(0)
+    return "moves" if order[size:] + order[:size] == sorted(order) else None
 
 
 class AdditiveCoupling(Coupling):

@@ -152,14 +152,16 @@ class Affine(_Scaled):
     linear = True
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = self.log_scale(raw.select(-2, 0)), raw.select(-2, 1)
+        a, t = raw.unbind(-2)
+        s = self.log_scale(a)
         y = torch.addcmul(t, x, s.exp())
         return y, s.expand_as(y)
 
     def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        s, t = self.log_scale(raw.select(-2, 0)), raw.select(-2, 1)
-        x = (y - t) * s.neg().exp()
-        return x, s.neg().expand_as(x)
+        a, t = raw.unbind(-2)
+        s = self.log_scale(a).neg()
+        x = (y - t) * s.exp()
+        return x, s.expand_as(x)
 
 
 _SOFTPLUS_AT_ONE = math.log(math.expm1(1.0))
