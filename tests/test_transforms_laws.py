@@ -274,6 +274,17 @@ def test_push_score_agrees_with_the_default(moved):
         torch.testing.assert_close(of_own, of_default)
 
 
+def test_pull_score_is_the_push_of_the_inverse(moved):
+    y, s, c = points(moved, 6), points(moved, 6, seed=4), context_for(moved, 6)
+    x, log_det, score = moved.pull_score(y, s, c)
+    for pushed in (moved.inv.push_score(y, s, c), Transform.pull_score(moved, y, s, c)):
+        for left, right in zip(pushed, (x, log_det, score), strict=True):
+            torch.testing.assert_close(left, right)
+    back, _, again = moved.push_score(x.detach(), score, c)
+    torch.testing.assert_close(back, y)
+    torch.testing.assert_close(again, s)
+
+
 def test_push_score_carries_the_gradients_of_the_map(moved):
     weights = points(moved, 6, seed=8)
     inputs = [points(moved, 6).requires_grad_(), *moved.parameters()]
@@ -346,8 +357,10 @@ def test_hash_and_equality(make):
 def test_repr_says_what_is_fast(make):
     t = make()
     assert type(t).__name__ in repr(t)
-    assert "fast: both directions" in repr(t)
-    assert "fast: both directions" in repr(t.inv)
+    words = {"both": "both directions", "forward": "sampling", "inverse": "scoring", "neither": "neither direction"}
+    assert f"fast: {words[t.fast]}" in repr(t)
+    swapped = {"forward": "inverse", "inverse": "forward"}.get(t.fast, t.fast)
+    assert t.inv.fast == swapped and f"fast: {words[swapped]}" in repr(t.inv)
 
 
 def test_in_pyros_own_distributions(moved):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -129,12 +129,20 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
             Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
             https://arxiv.org/abs/2403.15881
         """
-        y, log_det = self.forward_and_log_det(x, context)
-        with torch.enable_grad():
-            point = y.detach().requires_grad_()
-            back, inverse_log_det = self.inverse_and_log_det(point, context)
-            pushed = vjp([(back, score.expand_as(back)), (inverse_log_det, torch.ones_like(inverse_log_det))], point)
-        return y, log_det, pushed
+        return _carry_score(self.forward_and_log_det, self.inverse_and_log_det, x, score, context)
+
+    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Maps event to base and carries the score of the density along, as :meth:`push_score` does for the inverse.
+
+        Args:
+            y: Points of shape ``(*, *event_shape)``, with gradients enabled.
+            score: Score at ``y``, of the same shape, without gradient.
+            context: Context of shape ``(*, context_features)``.
+
+        Returns:
+            :math:`x`, the log-determinant (both with gradients), and the score :math:`s_x` (without).
+        """
+        return _carry_score(self.inverse_and_log_det, self.forward_and_log_det, y, score, context)
 
     # What torch and Pyro ask for
 
@@ -250,6 +258,22 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         return parts
 
 
+def _carry_score(
+    there: Callable[..., tuple[Tensor, Tensor]],
+    back: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    score: Tensor,
+    context: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carries a score one way by differentiating the map of the other."""
+    y, log_det = there(x, context)
+    with torch.enable_grad():
+        point = y.detach().requires_grad_()
+        x, log_det_back = back(point, context)
+        pushed = vjp([(x, score.expand_as(x)), (log_det_back, torch.ones_like(log_det_back))], point)
+    return y, log_det, pushed
+
+
 def check_transform(name: str, value: Any) -> Transform:
     """Returns ``value`` if it is a transform of this package.
 
@@ -314,6 +338,12 @@ class Inverse(Transform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_log_det(y, context)
 
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.pull_score(x, score, context)
+
+    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.push_score(y, score, context)
+
     # One memory serves both directions, so that t.inv(t(x)) is x without a second evaluation.
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -372,6 +402,9 @@ class Conditioned(Transform):
 
     def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.push_score(x, score, self.context)
+
+    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        return self.transform.pull_score(y, score, self.context)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return broadcast_batch(self.transform.forward_shape(shape), self.codomain.event_dim, self.context)
@@ -473,6 +506,13 @@ class Compose(Transform):
             x, log_det, score = layer.push_score(x, score, given)
             total = log_det if total is None else total + log_det
         return x, total, score  # type: ignore[return-value]
+
+    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        total: Tensor | None = None
+        for layer, given in reversed(list(self._with_context(context))):
+            y, log_det, score = layer.pull_score(y, score, given)
+            total = log_det if total is None else total + log_det
+        return y, total, score  # type: ignore[return-value]
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         for layer in self.layers:

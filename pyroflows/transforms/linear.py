@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,55 @@ from .._checks import check_size, check_tensor
 from ..nn import MLP
 from .base import Transform
 
-__all__ = ["LowerTriangularAffine", "Permute", "Reverse"]
+__all__ = ["Householder", "LULinear", "LowerTriangularAffine", "MatrixExponential", "Orthogonal", "Permute", "Reverse"]
+
+
+def multiply(matrix: Tensor, x: Tensor) -> Tensor:
+    """The product of one matrix, or one per point, with vectors in the last dimension."""
+    return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
+
+
+def solve_triangle(matrix: Tensor, y: Tensor, upper: bool = False, transposed: bool = False) -> Tensor:
+    """Solves ``matrix x = y``, or with the transposed matrix, for one triangular matrix or one per point."""
+    if transposed:
+        matrix, upper = matrix.mT, not upper
+    if matrix.dim() == 2:
+        columns = y.reshape(-1, y.shape[-1]).mT
+        return torch.linalg.solve_triangular(matrix, columns, upper=upper).mT.reshape(y.shape)
+    return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper).squeeze(-1)
+
+
+class Parametric(Transform):
+    """Base class of vector maps defined by one table of raw numbers, which is learned or comes from the context.
+
+    Args:
+        features: Entries of the vector.
+        table: The raw numbers to start at.
+        context_features: Entries of the context; with them the table is the output of a network.
+        hidden_features: Widths of that network.
+        activation: Its activation.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        table: Tensor,
+        context_features: int | None,
+        hidden_features: Sequence[int],
+        activation: Callable[[], nn.Module],
+    ) -> None:
+        super().__init__(features, context_features)
+        self._table_shape = table.shape
+        if context_features is None:
+            self.raw = nn.Parameter(table)
+        else:
+            self.conditioner = MLP(0, table.numel(), hidden_features, context_features, activation)
+            self.conditioner.start_at(table.flatten())
+
+    def _raw(self, context: Tensor | None) -> Tensor:
+        if self.context_features is None:
+            return self.raw
+        return self.conditioner(None, context).unflatten(-1, self._table_shape)
 
 
 class LowerTriangularAffine(Transform):
@@ -103,33 +152,20 @@ class LowerTriangularAffine(Transform):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         loc, log_diag, matrix = self._loc_matrix(context)
-        y = (x @ matrix.mT if matrix.dim() == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)) + loc
+        y = multiply(matrix, x) + loc
         return y, log_diag.sum(-1).expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         loc, log_diag, matrix = self._loc_matrix(context)
-        x = _solve_lower(matrix, y - loc)
+        x = solve_triangle(matrix, y - loc)
         return x, -log_diag.sum(-1).expand(x.shape[:-1])
 
     def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x, context)
         with torch.no_grad():
-            matrix = self._loc_matrix(context)[2]
-            # J = L, so the new score solves L' s = score; as rows, s L = score.
-            if matrix.dim() == 2:
-                rows = torch.linalg.solve_triangular(matrix, score.reshape(-1, matrix.shape[-1]), upper=False, left=False)
-                pushed = rows.reshape(score.shape)
-            else:
-                score = score.expand(y.shape).unsqueeze(-1)
-                pushed = torch.linalg.solve_triangular(matrix.mT, score, upper=True).squeeze(-1)
+            # J = L, so the new score solves L' s = score.
+            pushed = solve_triangle(self._loc_matrix(context)[2], score.expand(y.shape), transposed=True)
         return y, log_det, pushed
-
-
-def _solve_lower(matrix: Tensor, value: Tensor) -> Tensor:
-    if matrix.dim() == 2:
-        columns = value.reshape(-1, matrix.shape[-1]).mT
-        return torch.linalg.solve_triangular(matrix, columns, upper=False).mT.reshape(value.shape)
-    return torch.linalg.solve_triangular(matrix, value.unsqueeze(-1), upper=False).squeeze(-1)
 
 
 def inverse_permutation(permutation: list[int]) -> list[int]:
@@ -198,3 +234,317 @@ class Reverse(Permute):
 
     def __init__(self, features: int) -> None:
         super().__init__(list(reversed(range(check_size("features", features)))))
+
+
+class LinearMap(Parametric):
+    """Base class of linear maps, which say how to multiply with their matrix and how to solve, given the raw numbers."""
+
+    @abstractmethod
+    def _multiply(self, raw: Tensor, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _solve(self, raw: Tensor, y: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor: ...
+
+    def _log_det(self, raw: Tensor) -> Tensor:
+        return raw.new_zeros(()).expand(raw.shape[: raw.dim() - 2])
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raw = self._raw(context)
+        y = self._multiply(raw, x)
+        return y, self._log_det(raw).expand(y.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raw = self._raw(context)
+        x = self._solve(raw, y)
+        return x, -self._log_det(raw).expand(x.shape[:-1])
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        raw = self._raw(context)
+        y = self._multiply(raw, x)
+        with torch.no_grad():
+            pushed = self._solve_transposed(raw, score.expand(y.shape))
+        return y, self._log_det(raw).expand(y.shape[:-1]), pushed
+
+
+class LULinear(LinearMap):
+    r"""An invertible matrix by its factors, :math:`y = P L U x + b`, as the 1 x 1 convolution of Glow.
+
+    :math:`P` is a fixed permutation, :math:`L` lower-triangular with a unit diagonal, :math:`U` upper-triangular with the
+    diagonal :math:`\pm e^{d_i}` of fixed signs, so that :math:`\log|\det W| = \sum_i d_i`. One table of raw numbers holds
+    them as LAPACK does: :math:`L` below the diagonal, :math:`d` on it, :math:`U` above, and :math:`b` in one more row. It
+    starts at the identity, with ``rotate`` at a random rotation. With a context, the table is the output of a network.
+    Sampling multiplies by two triangles and scoring solves with them.
+
+    Args:
+        features: Entries of the vector.
+        context_features: Entries of the context, or ``None``.
+        bias: Whether there is an offset :math:`b`.
+        rotate: Whether to start at a random rotation, as in Glow.
+        seed: Seed of that rotation, which depends on nothing else.
+        hidden_features: Widths of the network that reads the context.
+        activation: Its activation.
+
+    Raises:
+        ValueError: If a size is not positive or ``seed`` is negative.
+
+    Reference:
+        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018, https://arxiv.org/abs/1807.03039
+
+    Example:
+        >>> t = LULinear(3, rotate=True)
+        >>> y = t(torch.tensor([3.0, 0.0, 4.0]))
+        >>> torch.testing.assert_close(y.norm(), torch.tensor(5.0))
+        >>> torch.testing.assert_close(t.inv(y), torch.tensor([3.0, 0.0, 4.0]))
+    """
+
+    permutation: Tensor
+    inverse_permutation: Tensor
+    signs: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int | None = None,
+        bias: bool = True,
+        rotate: bool = False,
+        seed: int = 0,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        check_size("features", features)
+        check_size("seed", seed, least=0)
+        start = random_rotation(features, seed) if rotate else torch.eye(features, dtype=torch.float64, device="cpu")
+        factors, pivots = torch.linalg.lu_factor(start)
+        permutation = torch.lu_unpack(factors, pivots, unpack_data=False)[0].argmax(-1).tolist()
+        diagonal = factors.diagonal()
+        table = factors - diagonal.diag() + diagonal.abs().log().diag()
+        if bias:
+            table = torch.cat([table, table.new_zeros(1, features)])
+        # By way of lists, so that the tensors are of the default dtype and on the default device.
+        super().__init__(features, torch.tensor(table.tolist()), context_features, hidden_features, activation)
+        self.register_buffer("permutation", torch.tensor(permutation))
+        self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(permutation)))
+        self.register_buffer("signs", torch.tensor(diagonal.sign().tolist()))
+
+    def _triangles(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        raw = raw[..., : self.signs.shape[0], :]
+        diagonal = self.signs * raw.diagonal(dim1=-2, dim2=-1).exp()
+        return raw.tril(-1) + torch.diag_embed(torch.ones_like(diagonal)), raw.triu(1) + torch.diag_embed(diagonal)
+
+    def _bias(self, raw: Tensor) -> Tensor | float:
+        return raw[..., -1, :] if raw.shape[-2] > raw.shape[-1] else 0.0
+
+    def _log_det(self, raw: Tensor) -> Tensor:
+        return raw.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
+        lower, upper = self._triangles(raw)
+        return multiply(lower, multiply(upper, x)).index_select(-1, self.permutation) + self._bias(raw)
+
+    def _solve(self, raw: Tensor, y: Tensor) -> Tensor:
+        lower, upper = self._triangles(raw)
+        y = (y - self._bias(raw)).index_select(-1, self.inverse_permutation)
+        return solve_triangle(upper, solve_triangle(lower, y), upper=True)
+
+    def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor:
+        lower, upper = self._triangles(raw)
+        score = solve_triangle(upper, score, upper=True, transposed=True)
+        return solve_triangle(lower, score, transposed=True).index_select(-1, self.permutation)
+
+
+def random_rotation(features: int, seed: int) -> Tensor:
+    """A rotation drawn uniformly, of shape ``(features, features)``, in double precision on the CPU."""
+    normal = torch.randn(
+        features, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
+    q, r = torch.linalg.qr(normal)
+    q = q * r.diagonal().sign()  # without which q is not uniform
+    q[:, 0] *= torch.linalg.det(q).sign()
+    return q
+
+
+class Orthogonal(LinearMap):
+    r"""A rotation by Cayley's map, :math:`y = Q x` with :math:`Q = (I - A)^{-1} (I + A)`.
+
+    :math:`A = R - R^\top` is skew-symmetric, :math:`R` strictly lower-triangular and learned or the output of a network of
+    the context. Every rotation without the eigenvalue -1 is such a :math:`Q`, and the others are limits of them. Volumes
+    are kept. Both directions cost one matrix product, after one solve per call. It starts at the identity.
+
+    Args:
+        features: Entries of the vector.
+        context_features: Entries of the context, or ``None``.
+        hidden_features: Widths of the network that reads the context.
+        activation: Its activation.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Reference:
+        Helfrich, Willmott, Ye, "Orthogonal recurrent neural networks with scaled Cayley transform", 2018,
+        https://arxiv.org/abs/1707.09520
+
+    Example:
+        >>> t = Orthogonal(2)
+        >>> _ = nn.init.ones_(t.raw)
+        >>> t(torch.tensor([1.0, 0.0])).detach()  # a quarter turn
+        tensor([0., 1.])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int | None = None,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        check_size("features", features)
+        super().__init__(features, torch.zeros(features, features), context_features, hidden_features, activation)
+
+    def _matrix(self, raw: Tensor) -> Tensor:
+        lower = raw.tril(-1)
+        skew = lower - lower.mT
+        eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
+        # I - A has no singular value below one, so there is no error to check for, which would wait for the device.
+        return torch.linalg.solve_ex(eye - skew, eye + skew)[0]
+
+    def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
+        return multiply(self._matrix(raw), x)
+
+    def _solve(self, raw: Tensor, y: Tensor) -> Tensor:
+        return multiply(self._matrix(raw).mT, y)
+
+    def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor:
+        return self._multiply(raw, score)
+
+
+class Householder(LinearMap):
+    r"""A product of reflections, :math:`y = H_1 H_2 \cdots H_K x` with :math:`H_k = I - 2 v_k v_k^\top / |v_k|^2`.
+
+    Its matrix is orthogonal, so volumes are kept, and its inverse is the same product in the opposite order. The product is
+    never formed: with unit vectors as columns of :math:`V` it is :math:`I - V S^{-1} V^\top`, where :math:`S` has the
+    entries of :math:`V^\top V` above its diagonal and one half on it. Both directions cost :math:`2DK` operations per point.
+    An even number of reflections is a rotation, and ``features`` of them give every rotation. It starts at the identity:
+    reflections 1 and 2 are equal, 3 and 4, and so on.
+
+    Args:
+        features: Entries of the vector.
+        context_features: Entries of the context, or ``None``; with them the vectors are the output of a network.
+        reflections: Even number :math:`K` of reflections; by default enough for every rotation.
+        hidden_features: Widths of the network that reads the context.
+        activation: Its activation.
+
+    Raises:
+        ValueError: If a size is not positive or ``reflections`` is odd.
+
+    Reference:
+        Tomczak, Welling, "Improving variational auto-encoders using Householder flow", 2016,
+        https://arxiv.org/abs/1611.09630
+
+    Example:
+        >>> Householder(3)(torch.tensor([1.0, 2.0, 3.0])).detach()
+        tensor([1., 2., 3.])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int | None = None,
+        reflections: int | None = None,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        check_size("features", features)
+        count = 2 * max(features // 2, 1) if reflections is None else check_size("reflections", reflections)
+        if count % 2:
+            raise ValueError(f"Expected reflections to be even, so that they can start as equal pairs; got {count}.")
+        # Along the axes two equal reflections undo each other without a rounding.
+        axes = torch.eye(features)[(torch.arange(count, device="cpu") // 2 % features).tolist()]
+        super().__init__(features, axes, context_features, hidden_features, activation)
+
+    def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
+        return reflect(raw, x)
+
+    def _solve(self, raw: Tensor, y: Tensor) -> Tensor:
+        return reflect(raw, y, transposed=True)
+
+    def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor:
+        return self._multiply(raw, score)
+
+
+def reflect(vectors: Tensor, x: Tensor, transposed: bool = False) -> Tensor:
+    """The product of reflections along ``vectors``, the last applied first, or its transpose, times ``x``."""
+    units, mixing = accumulate(vectors)
+    weights = solve_triangle(mixing, multiply(units, x), upper=True, transposed=transposed)
+    return x - multiply(units.mT, weights)
+
+
+def accumulate(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Factors of a product of reflections, :math:`H_1 \cdots H_K = I - V S^{-1} V^\top`.
+
+    Args:
+        vectors: Tensor of shape ``(*, K, features)``.
+
+    Returns:
+        :math:`V^\top` of shape ``(*, K, features)`` and the upper-triangular :math:`S` of shape ``(*, K, K)``.
+
+    Reference:
+        Joffrain, Low, Quintana-Ortí, van de Geijn, van Zee, "Accumulating Householder transformations, revisited", 2006,
+        https://doi.org/10.1145/1141885.1141886
+    """
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    units = vectors / norm.clamp(min=torch.finfo(vectors.dtype).tiny)
+    half = torch.full_like(units[..., 0], 0.5)
+    return units, (units @ units.mT).triu(1) + torch.diag_embed(half)
+
+
+class MatrixExponential(LinearMap):
+    r"""The exponential of a matrix.
+
+    .. math:: y = e^A x, \quad x = e^{-A} y, \quad \log\det e^A = \mathrm{tr} A.
+
+    :math:`A` is any matrix, learned or the output of a network of the context. Volumes and orientation change smoothly and
+    no constraint is needed, but scales grow as :math:`e^{|A|}`. Both directions cost one matrix product, after one
+    exponential per call. It starts at the identity.
+
+    Args:
+        features: Entries of the vector.
+        context_features: Entries of the context, or ``None``.
+        hidden_features: Widths of the network that reads the context.
+        activation: Its activation.
+
+    Raises:
+        ValueError: If a size is not positive.
+
+    Reference:
+        Xiao, Liu, "Generative flows with matrix exponential", 2020, https://arxiv.org/abs/2007.09651
+
+    Example:
+        >>> t = MatrixExponential(2)
+        >>> t.log_abs_det_jacobian(torch.zeros(2), t(torch.zeros(2))).detach()
+        tensor(0.)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int | None = None,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
+        check_size("features", features)
+        super().__init__(features, torch.zeros(features, features), context_features, hidden_features, activation)
+
+    def _log_det(self, raw: Tensor) -> Tensor:
+        return raw.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
+        return multiply(torch.matrix_exp(raw), x)
+
+    def _solve(self, raw: Tensor, y: Tensor) -> Tensor:
+        return multiply(torch.matrix_exp(-raw), y)
+
+    def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor:
+        return multiply(torch.matrix_exp(-raw).mT, score)

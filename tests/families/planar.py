@@ -6,9 +6,21 @@ from collections.abc import Callable
 
 import pyroflows as pf
 from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms.planar import Planar, Radial, Sylvester
 
-TRANSFORMS: dict[str, Callable[[], Transform]] = {}
-FLOWS: dict[str, Callable[[], pf.Flow]] = {}
+from .sizes import NET, C, D
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "planar": lambda: Planar(D),
+    "planar-context": lambda: Planar(D, C, **NET),
+    "radial": lambda: Radial(D),
+    "radial-context": lambda: Radial(D, C, **NET),
+    "sylvester": lambda: Sylvester(D),
+    "sylvester-context": lambda: Sylvester(D, C, units=2, **NET),
+}
+FLOWS: dict[str, Callable[[], pf.Flow]] = {
+    "planar-stack": lambda: pf.Flow([Planar(D), Radial(D), Planar(D).inv, Sylvester(D, units=2)]),
+}
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
