@@ -26,7 +26,7 @@ from pyroflows.transforms import Affine, AffineCoupling, Compose, Elementwise, L
 DTYPES = [torch.float32, torch.float64]
 WITH_CONTEXT = [name for name, make in FLOWS.items() if make().context_features is not None]
 #: The base or the support of these needs kernels that the meta device lacks.
-NEEDS_KERNELS = {"realnvp-base-student", "realnvp-corr-cholesky"}
+NEEDS_KERNELS = {"realnvp-base-student", "realnvp-corr-cholesky", "realnvp-tails-student"}
 #: Parts of torch that cannot take an empty batch: their own sums and solves fail.
 NOT_EMPTY = {"realnvp-real-vector", *(f"realnvp-base-{n}" for n in ("multivariate", "low-rank", "transformed"))}
 
@@ -407,7 +407,10 @@ def test_support_and_base_move_with_the_flow():
 
 def test_all_of_a_stack_shows_in_the_repr(make):
     flow = make()
-    assert type(flow).__name__ in repr(flow) and "fast: both directions" in repr(flow)
+    assert type(flow).__name__ in repr(flow)
+    assert all(type(layer).__name__ in repr(flow) for layer in flow.transform.layers)
+    words = {"both": "both directions", "forward": "sampling", "inverse": "scoring", "neither": "neither direction"}
+    assert f"fast: {words[flow.transform.fast]}" in repr(flow)
 
 
 # Saving, copying, moving

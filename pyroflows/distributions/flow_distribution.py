@@ -184,8 +184,10 @@ class FlowDistribution(dist.TransformedDistribution):
     def _base_score(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            (score,) = torch.autograd.grad(self._base_log_prob(point).sum(), point)
-        return score
+            log_prob = self._base_log_prob(point)
+        if not log_prob.requires_grad:  # a uniform base
+            return torch.zeros_like(x)
+        return torch.autograd.grad(log_prob.sum(), point)[0]
 
 
 def sum_rightmost(value: Tensor, dims: int) -> Tensor:

@@ -1,6 +1,45 @@
-"""Flows: a base, a stack of transforms and a support, as one module of Pyro."""
+"""Flows: transforms over a base, that are distributions when called."""
 
+from .assembly import MIXINGS
 from .flow import Flow
-from .presets import NICE, RealNVP
+from .presets import (
+    BNAF,
+    BPF,
+    FFJORD,
+    IAF,
+    MAF,
+    NAF,
+    NICE,
+    NSF,
+    SOSPF,
+    UNAF,
+    FlowPlusPlus,
+    Glow,
+    PlanarFlow,
+    RadialFlow,
+    RealNVP,
+    ResidualFlow,
+    SylvesterFlow,
+)
 
-__all__ = ["NICE", "Flow", "RealNVP"]
+__all__ = [
+    "BNAF",
+    "BPF",
+    "FFJORD",
+    "IAF",
+    "MAF",
+    "MIXINGS",
+    "NAF",
+    "NICE",
+    "NSF",
+    "SOSPF",
+    "UNAF",
+    "Flow",
+    "FlowPlusPlus",
+    "Glow",
+    "PlanarFlow",
+    "RadialFlow",
+    "RealNVP",
+    "ResidualFlow",
+    "SylvesterFlow",
+]

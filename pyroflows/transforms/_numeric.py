@@ -62,7 +62,7 @@ def readable(values: Tensor) -> bool:
 
 def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
     stops = readable(y)
-    growings, steps = _ROUNDS[stops]
+    growings, steps = (1, 1) if y.is_meta else _ROUNDS[stops]
     low, high, held = _bracket(function, y, growings, stops)
     x = torch.minimum(torch.maximum(y, low), high)
     value, log_slope = function(x)

@@ -6,9 +6,17 @@ from collections.abc import Callable
 
 import pyroflows as pf
 from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms.continuous import ContinuousFlow
 
-TRANSFORMS: dict[str, Callable[[], Transform]] = {}
-FLOWS: dict[str, Callable[[], pf.Flow]] = {}
+from .sizes import NET, C, D
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "continuous": lambda: ContinuousFlow(D, solver="gbs", steps=3, **NET),
+    "continuous-context": lambda: ContinuousFlow(D, C, solver="gbs", steps=3, **NET),
+}
+FLOWS: dict[str, Callable[[], pf.Flow]] = {
+    "flow-continuous-context": lambda: pf.Flow([ContinuousFlow(D, C, solver="gbs", steps=3, **NET)]),
+}
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()

@@ -6,9 +6,17 @@ from collections.abc import Callable
 
 import pyroflows as pf
 from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms.residual import Residual
 
-TRANSFORMS: dict[str, Callable[[], Transform]] = {}
-FLOWS: dict[str, Callable[[], pf.Flow]] = {}
+from .sizes import NET, C, D
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "residual": lambda: Residual(D, **NET),
+    "residual-context": lambda: Residual(D, C, **NET),
+}
+FLOWS: dict[str, Callable[[], pf.Flow]] = {
+    "flow-residual-context": lambda: pf.Flow([Residual(D, C, **NET), Residual(D, C, **NET).inv]),
+}
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()

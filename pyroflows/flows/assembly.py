@@ -1,0 +1,96 @@
+"""What ready-made flows share: maps that mix entries between layers, and heavy tails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .._checks import check_size
+from ..distributions.bases import student_t_base
+from ..transforms import (
+    ActNorm,
+    BatchNorm,
+    Householder,
+    LULinear,
+    MatrixExponential,
+    Orthogonal,
+    Permute,
+    Reverse,
+    Transform,
+)
+from ..transforms.base import check_transform
+from ..transforms.tails import tail_transform
+
+__all__ = ["MIXINGS", "Mixing"]
+
+Mixing = str | Callable[[int], Transform] | None
+
+#: What the option ``mixing`` of a ready-made flow puts between two layers, by name; made of features and the layer's number.
+MIXINGS: dict[str, Callable[[int, int], Transform]] = {
+    "reverse": lambda features, layer: Reverse(features),
+    "permute": lambda features, layer: Permute(features, seed=layer),
+    "householder": lambda features, layer: Householder(features),
+    "orthogonal": lambda features, layer: Orthogonal(features),
+    "lu": lambda features, layer: LULinear(features),
+    "exponential": lambda features, layer: MatrixExponential(features),
+    "actnorm": lambda features, layer: ActNorm(features),
+    "batchnorm": lambda features, layer: BatchNorm(features).inv,
+}
+
+
+def mixed(layers: Iterable[Transform], features: int, mixing: Mixing) -> list[Transform]:
+    """The layers with something between each two of them that mixes entries.
+
+    Args:
+        layers: Transforms in generative order.
+        features: Entries of the vector.
+        mixing: A name of :data:`MIXINGS`, a callable that makes a transform of so many features, or ``None``.
+
+    Raises:
+        TypeError: If ``mixing`` is neither, or makes no transform.
+        ValueError: If the name is unknown.
+    """
+    first, *rest = layers
+    if mixing is None:
+        return [first, *rest]
+    together = [first]
+    for number, layer in enumerate(rest):
+        together += [_mixing_layer(mixing, features, number), layer]
+    return together
+
+
+def _mixing_layer(mixing: Any, features: int, number: int) -> Transform:
+    if isinstance(mixing, str):
+        if mixing not in MIXINGS:
+            raise ValueError(f"Expected mixing to be one of {', '.join(MIXINGS)}; got {mixing!r}.")
+        return MIXINGS[mixing](features, number)
+    if isinstance(mixing, Transform) or not callable(mixing):
+        raise TypeError(f"Expected mixing to be a name or a callable features -> transform; got {mixing!r}.")
+    return check_transform("the result of mixing", mixing(features))
+
+
+def with_tails(
+    tails: str | None, features: int, base: torch.distributions.Distribution | None
+) -> tuple[list[Transform], torch.distributions.Distribution | None]:
+    """The last layer and the base that give a flow heavy tails.
+
+    Args:
+        tails: ``"gpd"`` or ``"loft"`` for a last layer (see :mod:`pyroflows.transforms.tails`), ``"student"`` for a base of
+            Student-t, or ``None``.
+        features: Entries of the vector.
+        base: The base that the user gave.
+
+    Raises:
+        ValueError: If ``tails`` is unknown, or needs a base while another is given.
+    """
+    if tails is None:
+        return [], base
+    if tails == "student":
+        if base is not None:
+            raise ValueError("Expected either tails='student', which brings its base, or base; got both.")
+        return [], student_t_base(check_size("features", features))
+    if tails in ("gpd", "loft"):
+        return [tail_transform(tails, features)], base
+    raise ValueError(f"Expected tails to be gpd, loft, student or None; got {tails!r}.")
