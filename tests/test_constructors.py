@@ -158,9 +158,9 @@ for owner in ("NICE", "RealNVP"):
 
 for owner, make in FLOWS.items():
     for label, base, error, fragment in [
-        ("word", "normal", TypeError, "base to be a distribution; got 'normal'"),
-        ("class", dist.Normal, TypeError, "base to be a distribution; got"),
-        ("module", nn.Linear(1, 1), TypeError, "base to be a distribution; got"),
+        ("word", "normal", TypeError, "base to be a distribution, or a module that makes one without arguments; got 'normal'"),
+        ("class", dist.Normal, TypeError, "base to be a distribution, or a module that makes one without arguments; got"),
+        ("module", nn.Linear(1, 1), TypeError, "base to be a distribution, or a module that makes one without arguments; got"),
         ("width", dist.Normal(torch.zeros(D + 1), 1.0).to_event(1), ValueError, "base of shape (*, 3); got (4,)"),
         ("scalar", dist.Normal(0.0, 1.0), ValueError, "base of shape (*, 3); got ()"),
         ("matrix", dist.Normal(torch.zeros(2, D), 1.0).to_event(2), ValueError, "base of shape (*, 3); got (2, 3)"),

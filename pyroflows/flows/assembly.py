@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from .._checks import check_size
-from ..distributions.bases import student_t_base
+from ..distributions.bases import StudentTBase
 from ..transforms import (
     ActNorm,
     BatchNorm,
@@ -22,6 +20,7 @@ from ..transforms import (
 )
 from ..transforms.base import check_transform
 from ..transforms.tails import tail_transform
+from .flow import Base
 
 __all__ = ["MIXINGS", "Mixing"]
 
@@ -71,14 +70,12 @@ def _mixing_layer(mixing: Any, features: int, number: int) -> Transform:
     return check_transform("the result of mixing", mixing(features))
 
 
-def with_tails(
-    tails: str | None, features: int, base: torch.distributions.Distribution | None
-) -> tuple[list[Transform], torch.distributions.Distribution | None]:
+def with_tails(tails: str | None, features: int, base: Base | None) -> tuple[list[Transform], Base | None]:
     """The last layer and the base that give a flow heavy tails.
 
     Args:
         tails: ``"gpd"`` or ``"loft"`` for a last layer (see :mod:`pyroflows.transforms.tails`), ``"student"`` for a base of
-            Student-t, or ``None``.
+            Student-t with learned degrees, or ``None``.
         features: Entries of the vector.
         base: The base that the user gave.
 
@@ -90,7 +87,7 @@ def with_tails(
     if tails == "student":
         if base is not None:
             raise ValueError("Expected either tails='student', which brings its base, or base; got both.")
-        return [], student_t_base(check_size("features", features))
+        return [], StudentTBase(check_size("features", features))
     if tails in ("gpd", "loft"):
         return [tail_transform(tails, features)], base
     raise ValueError(f"Expected tails to be gpd, loft, student or None; got {tails!r}.")

@@ -23,6 +23,9 @@ from ..transforms import Compose, Transform
 
 __all__ = ["Flow"]
 
+#: A base: a distribution, or a module that returns one when called.
+Base = torch.distributions.Distribution | nn.Module
+
 # Parameters that some flow of this process has put into a param store; all others there were loaded.
 _OWN_PARAMETERS: Any = WeakIdKeyDictionary()
 
@@ -40,7 +43,8 @@ class Flow(PyroModule):
     Args:
         transforms: Transforms in generative order, first applied first.
         base: Any distribution over events of the first transform; the standard normal by default. It moves with the
-            module from device to device.
+            module from device to device. Or a module that returns one when called without arguments, such as
+            :class:`pyroflows.distributions.StudentTBase`, whose parameters train with the flow.
         support: Any constraint with a bijection from real vectors, such as ``constraints.positive``. It moves likewise.
         name: Name in the param store; the class's by default. Two flows in one model need two names.
         reversible: Whether training recomputes activations by inversion instead of keeping them; see
@@ -63,7 +67,7 @@ class Flow(PyroModule):
     def __init__(
         self,
         transforms: Iterable[Transform],
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
@@ -72,7 +76,9 @@ class Flow(PyroModule):
         self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms, reversible)
         # Copies, for they move with the module.
         self.support = None if support is None else copy.deepcopy(_check_support(support, self.transform))
-        self._base = None if base is None else _copy(_check_base(base, self.event_shape))
+        self.learned_base = base if isinstance(base, nn.Module) else None
+        checked = None if base is None else _check_base(_made(base), self.event_shape)
+        self._base = None if checked is None or self.learned_base is not None else _copy(checked)
         self.register_buffer("_zeros", torch.zeros(self.event_shape), persistent=False)
 
     @property
@@ -88,6 +94,9 @@ class Flow(PyroModule):
     @property
     def base(self) -> torch.distributions.Distribution:
         """The base distribution."""
+        learned = self._modules.get("learned_base")
+        if learned is not None:
+            return learned()
         if self._base is not None:
             return self._base
         zeros = self._buffers["_zeros"]
@@ -195,9 +204,19 @@ def _traced(name: str) -> list[Tensor]:
     return [value.unconstrained() for value in values if hasattr(value, "unconstrained")]
 
 
+def _made(base: Any) -> Any:
+    """The distribution that a module makes; what is no module comes back as it is."""
+    if not isinstance(base, nn.Module):
+        return base
+    try:
+        return base()
+    except TypeError:  # a module that takes arguments
+        return base
+
+
 def _check_base(base: Any, event_shape: torch.Size) -> torch.distributions.Distribution:
     if not isinstance(base, torch.distributions.Distribution):
-        raise TypeError(f"Expected base to be a distribution; got {base!r}.")
+        raise TypeError(f"Expected base to be a distribution, or a module that makes one without arguments; got {base!r}.")
     shape = base.batch_shape + base.event_shape
     if shape[max(0, len(shape) - len(event_shape)) :] != event_shape or len(base.event_shape) > len(event_shape):
         raise ValueError(f"Expected base of shape (*, {', '.join(map(str, event_shape))}); got {tuple(shape)}.")
@@ -216,7 +235,7 @@ def _copy(base: torch.distributions.Distribution) -> torch.distributions.Distrib
     if own is None or any(learnt):
         raise ValueError(
             "Expected a base without tensors that require gradients, which the flow would not train; got "
-            f"{type(base).__name__} with some. Detach them, or let a first transform such as LowerTriangularAffine learn."
+            f"{type(base).__name__} with some. Detach them, or give a module that makes the base, such as StudentTBase."
         )
     return own
 

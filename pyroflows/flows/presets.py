@@ -39,7 +39,7 @@ from ..transforms import (
     coupling_masks,
 )
 from .assembly import Mixing, mixed, with_tails
-from .flow import Flow
+from .flow import Base, Flow
 
 __all__ = [
     "BNAF",
@@ -77,7 +77,8 @@ class NICE(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -105,7 +106,7 @@ class NICE(Flow):
         mask: str | Tensor | Sequence[bool] = "random",
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
@@ -133,7 +134,8 @@ class RealNVP(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         scale: How raw parameters give scales; see :class:`pyroflows.transforms.Affine`.
@@ -164,7 +166,7 @@ class RealNVP(Flow):
         mask: str | Tensor | Sequence[bool] = "random",
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         scale: str = "softclip",
         bound: float = 3.0,
@@ -198,7 +200,8 @@ class MAF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -229,7 +232,7 @@ class MAF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -266,7 +269,8 @@ class IAF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -298,7 +302,7 @@ class IAF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -340,7 +344,8 @@ class NSF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -377,7 +382,7 @@ class NSF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
@@ -417,7 +422,8 @@ class NAF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -446,7 +452,7 @@ class NAF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -481,7 +487,8 @@ class UNAF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -509,7 +516,7 @@ class UNAF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -534,7 +541,8 @@ class BNAF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -560,7 +568,7 @@ class BNAF(Flow):
         order: str | Sequence[int] | Tensor = "alternating",
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -591,7 +599,8 @@ class SOSPF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -621,7 +630,7 @@ class SOSPF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -658,7 +667,8 @@ class BPF(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -689,7 +699,7 @@ class BPF(Flow):
         residual: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -721,7 +731,8 @@ class PlanarFlow(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -747,7 +758,7 @@ class PlanarFlow(Flow):
         activation: Callable[[], nn.Module] = nn.SiLU,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -773,7 +784,8 @@ class RadialFlow(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -799,7 +811,7 @@ class RadialFlow(Flow):
         activation: Callable[[], nn.Module] = nn.SiLU,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -826,7 +838,8 @@ class SylvesterFlow(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -854,7 +867,7 @@ class SylvesterFlow(Flow):
         activation: Callable[[], nn.Module] = nn.SiLU,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -885,7 +898,8 @@ class Glow(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -915,7 +929,7 @@ class Glow(Flow):
         bound: float = 3.0,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
@@ -944,7 +958,8 @@ class ResidualFlow(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -973,7 +988,7 @@ class ResidualFlow(Flow):
         trace: str = "auto",
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -1005,7 +1020,8 @@ class FFJORD(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -1038,7 +1054,7 @@ class FFJORD(Flow):
         adjoint: bool = False,
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
@@ -1053,9 +1069,9 @@ class FFJORD(Flow):
 
 
 class FlowPlusPlus(Flow):
-    r"""Flow++ on vectors: couplings by the distribution function of a mixture of logistics.
+    r"""Flow++ on vectors: couplings by the distribution function of a mixture of logistics; fast to score.
 
-    .. math:: y_B = e^{s} \operatorname{logit} \big( \sum_j \pi_j \, \sigma((x_B - \mu_j) / \varsigma_j) \big) + t.
+    .. math:: x_B = e^{s} \operatorname{logit} \big( \sum_j \pi_j \, \sigma((y_B - \mu_j) / \varsigma_j) \big) + t.
 
     Args:
         features: Entries of the vector, at least 2.
@@ -1068,7 +1084,8 @@ class FlowPlusPlus(Flow):
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
-            ``"student"``, a base of Student-t.
+            ``"student"``, a base of Student-t with learned
+            degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
@@ -1097,12 +1114,12 @@ class FlowPlusPlus(Flow):
         mask: str | Tensor | Sequence[bool] = "random",
         mixing: Mixing = None,
         tails: str | None = None,
-        base: torch.distributions.Distribution | None = None,
+        base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
     ) -> None:
         layers = [
-            Coupling(LogisticMixture(components), features, context_features, chosen, hidden_features, activation)
+            Coupling(LogisticMixture(components), features, context_features, chosen, hidden_features, activation).inv
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)

@@ -1,15 +1,25 @@
-"""Cases of the polynomial family."""
+"""Cases of the polynomial family, and of mixtures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import pyroflows as pf
-from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms import Bernstein, Coupling, Elementwise, LogisticMixture, SumOfSquares, Transform, Univariate
 
-TRANSFORMS: dict[str, Callable[[], Transform]] = {}
+from .sizes import NET, C, D
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "elementwise-sum-of-squares-context": lambda: Elementwise(SumOfSquares(2, 2), D, C, **NET),
+    "coupling-bernstein-context": lambda: Coupling(Bernstein(4), D, C, **NET),
+    "coupling-mixture-context": lambda: Coupling(LogisticMixture(3), D, C, **NET),
+}
 FLOWS: dict[str, Callable[[], pf.Flow]] = {}
-UNIVARIATES: dict[str, Univariate] = {}
+UNIVARIATES: dict[str, Univariate] = {
+    "sum-of-squares": SumOfSquares(),
+    "bernstein": Bernstein(),
+    "mixture": LogisticMixture(4),
+}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
 EXEMPT: dict[str, dict[str, str]] = {}
