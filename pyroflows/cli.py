@@ -23,7 +23,25 @@ from typing import Any, NoReturn
 __all__ = ["FLOWS", "main"]
 
 # Name on the command line -> name in the package.
-FLOWS = {"realnvp": "RealNVP", "nice": "NICE"}
+FLOWS = {
+    "realnvp": "RealNVP",
+    "nice": "NICE",
+    "iaf": "IAF",
+    "maf": "MAF",
+    "nsf": "NSF",
+    "glow": "Glow",
+    "planar": "PlanarFlow",
+    "radial": "RadialFlow",
+    "sylvester": "SylvesterFlow",
+    "naf": "NAF",
+    "unaf": "UNAF",
+    "bnaf": "BNAF",
+    "sospf": "SOSPF",
+    "bpf": "BPF",
+    "residual": "ResidualFlow",
+    "ffjord": "FFJORD",
+    "flowpp": "FlowPlusPlus",
+}
 
 DATA_HELP = """\
 data:

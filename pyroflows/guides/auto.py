@@ -16,7 +16,8 @@ from torch import Tensor
 from .._checks import check_positive
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
-from ..transforms import Affine, Compose, Elementwise, LowerTriangularAffine, Transform
+from ..flows.flow import Base
+from ..transforms import Compose, Elementwise, LowerTriangularAffine, RationalQuadraticSpline, Transform
 from .initialization import check_support, init_to_median
 
 __all__ = ["AutoFlow"]
@@ -196,7 +197,7 @@ class AutoFlow(AutoContinuous):
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             x = self.flow.base.sample((pairs,))
-        if self.flow._base is None:
+        if self.flow._base is None and self.flow.learned_base is None:
             # Antithetic pairs make the median of a normal exact.
             x = torch.cat([x, -x])
         return self.flow.transform.forward_and_log_det(x)[0]
@@ -239,7 +240,7 @@ class AutoFlow(AutoContinuous):
 def default_flow(features: int) -> Flow | Transform:
     """The flow of a guide that any optimiser may train: its networks are bounded, so that no draw runs away."""
     if features == 1:
-        return Elementwise(Affine(), features)
+        return Elementwise(RationalQuadraticSpline(), features)
     return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh)
 
 
@@ -248,12 +249,12 @@ def flow_of_fit(features: int) -> Flow | Transform:
     return RealNVP(features, hidden_features=(32, 32)) if features > 1 else default_flow(features)
 
 
-def _parts(made: Any, features: int) -> tuple[list[Transform], torch.distributions.Distribution | None]:
+def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:
     transform: Transform
     if isinstance(made, Flow):
         if made.support is not None:
             raise ValueError(f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}.")
-        transform, base = made.transform, made._base
+        transform, base = made.transform, made._base if made.learned_base is None else made.learned_base
     elif isinstance(made, Transform):
         transform, base = made, None
     else:

@@ -97,7 +97,13 @@ class MLP(nn.Module):
         if self.context is not None:
             given = self.context(context)  # type: ignore[operator]
             h = given if h is None else h + given
-        for layer in self.layers:
-            h = layer(self.activation(h))
         assert h is not None
-        return h * self.output_scale
+        if not len(self.layers):
+            return h
+        *hidden, last = self.layers
+        for layer in hidden:
+            h = layer(self.activation(h))
+        # The product's own factor, which spares a pass over the output.
+        rows = self.activation(h).reshape(h.shape[:-1].numel(), h.shape[-1])
+        out = torch.addmm(last.bias * self.output_scale, rows, last.weight.mT, alpha=self.output_scale)
+        return out.reshape(*h.shape[:-1], out.shape[-1])

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from .._checks import broadcast_batch, check_size
 from ..nn import MLP
 from .base import Transform, vjp
 from .elementwise import identity_table
 from .linear import inverse_permutation
-from .univariate import Affine, Shift, Univariate
+from .univariate import Affine, Shift, Univariate, codes_of, encode, fast_of, support_of
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "coupling_masks"]
 
@@ -163,8 +164,19 @@ class Coupling(Transform):
         self.register_buffer("order", torch.tensor(stays + moves))
         self.register_buffer("inverse_order", torch.tensor(inverse_permutation(stays + moves)))
         table = identity_table(univariate, len(moves)).flatten()
-        self.conditioner = MLP(len(stays), len(table), hidden_features, context_features, activation)
+        width = codes_of(univariate) * len(stays)
+        self.conditioner = MLP(width, len(table), hidden_features, context_features, activation)
         self.conditioner.start_at(table)
+
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        return fast_of(self.univariate)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(support_of(self.univariate), 1)
+
+    codomain = domain  # type: ignore[assignment]
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self._contiguous == "moves":
@@ -188,7 +200,7 @@ class Coupling(Transform):
             self._contiguous = _contiguous_part(order.tolist())
 
     def _raw(self, stays: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(stays, context).unflatten(-1, (self.univariate.parameters, -1))
+        return self.conditioner(encode(self.univariate, stays), context).unflatten(-1, (self.univariate.parameters, -1))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         stays, moves = self._split(x)

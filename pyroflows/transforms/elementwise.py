@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
+from .._checks import broadcast_batch
 from ..nn import MLP
-from .base import Transform
-from .univariate import Scale, Univariate
+from .base import Transform, vjp
+from .univariate import Scale, Univariate, fast_of, support_of
 
 __all__ = ["Elementwise", "Rescale"]
 
@@ -66,6 +68,16 @@ class Elementwise(Transform):
             self.conditioner = MLP(0, table.numel(), hidden_features, context_features, activation)
             self.conditioner.start_at(table.flatten())
 
+    @property
+    def fast(self) -> str:  # type: ignore[override]
+        return fast_of(self.univariate)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(support_of(self.univariate), 1)
+
+    codomain = domain  # type: ignore[assignment]
+
     def _parameters_for(self, context: Tensor | None) -> Tensor:
         if self.context_features is None:
             return self.raw
@@ -78,6 +90,14 @@ class Elementwise(Transform):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.univariate.inverse_and_log_det(y, self._parameters_for(context))
         return x, log_det.sum(-1)
+
+    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.expand(broadcast_batch(x.shape, 1, context))
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            y, log_slope = self.univariate.forward_and_log_det(x, self._parameters_for(context))
+            curvature = 0.0 if self.univariate.linear else vjp([(log_slope, torch.ones_like(log_slope))], x)
+        return y, log_slope.sum(-1), ((score - curvature) * log_slope.neg().exp()).detach()
 
     def extra_repr(self) -> str:
         return f"{self.univariate}, {super().extra_repr()}"

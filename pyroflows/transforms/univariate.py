@@ -3,6 +3,9 @@
 A univariate map says how many raw parameters it takes (``parameters``), which values of them make it the identity
 (``identity``), and how it runs both ways. Raw parameters are any real numbers; they come as a tensor of shape
 ``(*, parameters, features)``, from a network or from a table.
+
+A map that is not of the whole line onto itself says so by ``support``. Where its entries are not fit for a network as they
+are, ``encode`` makes ``codes`` numbers of each.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.nn import functional as F
 
 from .._checks import check_positive
@@ -21,7 +25,13 @@ __all__ = ["Affine", "Scale", "Shift", "Univariate"]
 
 
 class Univariate(Protocol):
-    """What a structure asks of a monotone map of the line."""
+    """What a structure asks of a monotone map of the line.
+
+    More members are optional: ``support``, the constraint that arguments and values satisfy, where that is not the real
+    line; ``fast``, ``"forward"`` for a map whose inverse is numeric; ``encode(x)``, which turns entries ``(*, features)``
+    into what networks read, ``(*, codes * features)``, the first code of every entry before the second; and ``codes``, how
+    many there are of each.
+    """
 
     @property
     def parameters(self) -> int:
@@ -45,6 +55,26 @@ class Univariate(Protocol):
     def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` and ``log dx/dy``, entry by entry, for ``y`` of shape ``(*, features)``."""
         ...
+
+
+def support_of(univariate: Univariate) -> constraints.Constraint:
+    """The constraint that the map's arguments and values satisfy."""
+    return getattr(univariate, "support", constraints.real)
+
+
+def fast_of(univariate: Univariate) -> str:
+    """Which of the map's directions is fast."""
+    return getattr(univariate, "fast", "both")
+
+
+def codes_of(univariate: Univariate) -> int:
+    """How many numbers a network reads of one entry."""
+    return getattr(univariate, "codes", 1)
+
+
+def encode(univariate: Univariate, x: Tensor) -> Tensor:
+    """What a network reads of entries of shape ``(*, features)``."""
+    return univariate.encode(x) if hasattr(univariate, "encode") else x
 
 
 @dataclass(frozen=True)
