@@ -463,6 +463,8 @@ class Compose(Transform):
             raise ValueError(f"Expected one width of context in all transforms; got {widths}.")
         super().__init__(layers[0].event_shape, widths[0] if widths else None)
         self.layers = nn.ModuleList(layers)
+        # Torch asks a dozen times per distribution.
+        self._domain, self._codomain = layers[0].domain, layers[-1].codomain
         self.reversible = reversible
         for layer in layers if reversible else []:
             _check_reversible(layer)
@@ -476,11 +478,11 @@ class Compose(Transform):
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layers[0].domain  # type: ignore[return-value]
+        return self._domain
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self.layers[-1].codomain  # type: ignore[return-value]
+        return self._codomain
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run(x, context, inverted=False)
