@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -104,6 +105,6 @@ class MLP(nn.Module):
         for layer in hidden:
             h = layer(self.activation(h))
         # The product's own factor, which spares a pass over the output.
-        rows = self.activation(h).reshape(h.shape[:-1].numel(), h.shape[-1])
+        rows = self.activation(h).reshape(math.prod(h.shape[:-1]), h.shape[-1])
         out = torch.addmm(last.bias * self.output_scale, rows, last.weight.mT, alpha=self.output_scale)
         return out.reshape(*h.shape[:-1], out.shape[-1])
