@@ -14,7 +14,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from families import autoregressive, continuous, linear, monotone, planar, polynomial, residual, splines, tails
+from families import autoregressive, continuous, linear, monotone, planar, polynomial, presets, residual, splines, tails
 from families.sizes import NET, C, D
 
 import pyroflows as pf
@@ -39,7 +39,7 @@ from pyroflows.transforms import (
 
 Module = TypeVar("Module", bound=nn.Module)
 
-FAMILIES = (autoregressive, continuous, linear, monotone, planar, polynomial, residual, splines, tails)
+FAMILIES = (autoregressive, continuous, linear, monotone, planar, polynomial, presets, residual, splines, tails)
 SCALES = ("softclip", "exp", "softplus", "sigmoid")
 MASKS: dict[str, Any] = {
     "half": "half",

@@ -285,7 +285,7 @@ MISTAKES = {
     "time limit nan": ("funnel --time-limit nan", "--time-limit"),
     "time limit inf": ("funnel --time-limit inf", "--time-limit"),
     "time limit in words": ("funnel --time-limit 1m", "--time-limit"),
-    "flow": ("funnel --flow planar", "--flow"),
+    "flow": ("funnel --flow cubic", "--flow"),
     "device": ("funnel --device gpu", "to name a torch device such as cpu or cuda:0; got 'gpu'"),
     "device without numbers": ("funnel --device meta", "--device meta"),
     "device not there": ("funnel --device cuda:99", "Cannot compute on --device cuda:99"),

@@ -27,12 +27,13 @@ __all__ = ["MIXINGS", "Mixing"]
 Mixing = str | Callable[[int], Transform] | None
 
 #: What the option ``mixing`` of a ready-made flow puts between two layers, by name; made of features and the layer's number.
+#: Maps with a cheaper direction are turned so that scoring takes it.
 MIXINGS: dict[str, Callable[[int, int], Transform]] = {
     "reverse": lambda features, layer: Reverse(features),
     "permute": lambda features, layer: Permute(features, seed=layer),
     "householder": lambda features, layer: Householder(features),
     "orthogonal": lambda features, layer: Orthogonal(features),
-    "lu": lambda features, layer: LULinear(features),
+    "lu": lambda features, layer: LULinear(features).inv,
     "exponential": lambda features, layer: MatrixExponential(features),
     "actnorm": lambda features, layer: ActNorm(features),
     "batchnorm": lambda features, layer: BatchNorm(features).inv,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._checks import check_size
+from ..nn.made import check_order
 from ..transforms import (
     AdditiveCoupling,
     Affine,
@@ -1131,7 +1132,7 @@ def _orders(order: Any, features: int, transforms: int) -> list[list[int]]:
     natural = list(range(check_size("features", features)))
     count = check_size("transforms", transforms)
     if not isinstance(order, str):
-        return [_permutation(order, features)] * count
+        return [check_order(order, features)] * count
     if order == "natural":
         return [natural] * count
     if order == "alternating":
@@ -1140,16 +1141,6 @@ def _orders(order: Any, features: int, transforms: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         return [torch.randperm(features, generator=generator, device="cpu").tolist() for _ in range(count)]
     raise ValueError(f"Expected order to be alternating, natural, random or a permutation; got {order!r}.")
-
-
-def _permutation(order: Any, features: int) -> list[int]:
-    """A permutation given by the user."""
-    entries = order.tolist() if isinstance(order, Tensor) else order
-    if not isinstance(entries, (list, tuple, range)):
-        raise TypeError(f"Expected order to be a name or a permutation; got {order!r}.")
-    if sorted(entries) != list(range(features)):
-        raise ValueError(f"Expected order to hold each of 0 .. {features - 1} once; got {list(entries)}.")
-    return list(entries)
 
 
 def _autoregressive(

@@ -101,7 +101,7 @@ class MADE(nn.Module):
         if residual and len(set(widths)) > 1:
             raise ValueError(f"Expected hidden_features of one width for a residual network; got {widths}.")
         if adjacency is None:
-            graph = _chain(_check_order(order, features))
+            graph = _chain(check_order(order, features))
         elif order is None:
             graph = _check_adjacency(adjacency, features)
         else:
@@ -392,7 +392,7 @@ def _lay_out_again(net: MADE, _: Any) -> None:
         net._lay_out(net.adjacency.cpu())
 
 
-def _check_order(order: Any, features: int) -> list[int]:
+def check_order(order: Any, features: int) -> list[int]:
     if order is None:
         return list(range(features))
     if isinstance(order, str) or not isinstance(order, (Sequence, Tensor)):

@@ -61,9 +61,12 @@ def readable(values: Tensor) -> bool:
 
 
 def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
-    stops = readable(y)
+    largest = torch.finfo(y.dtype).max / 4
+    guess = y.clamp(-largest, largest)
+    excess = function(guess)[0] - y
+    stops = readable(excess)  # not of y alone, for the function may close over what a transformation maps
     growings, steps = (1, 1) if y.is_meta else _ROUNDS[stops]
-    low, high, held = _bracket(function, y, growings, stops)
+    low, high, held = _bracket(function, y, guess, excess, growings, stops)
     x = torch.minimum(torch.maximum(y, low), high)
     value, log_slope = function(x)
     last = before = high - low
@@ -87,11 +90,12 @@ def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
     return x
 
 
-def _bracket(function: Increasing, y: Tensor, growings: int, stops: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _bracket(
+    function: Increasing, y: Tensor, guess: Tensor, excess: Tensor, growings: int, stops: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bounds between which the function takes the values, which coincide where the guess is right, and whether they hold."""
     largest = torch.finfo(y.dtype).max / 4
-    near = far = y.clamp(-largest, largest)
-    excess = function(near)[0] - y
+    near = far = guess
     direction, width = -excess.sign(), 2 * excess.abs()
     held = (excess == 0) | ~y.isfinite()
     for _ in range(growings):

@@ -115,7 +115,7 @@ class Autoregressive(Transform):
             hidden_features,
             context_features,
             activation,
-            _named_order(order, features, seed),
+            named_order(order, features, seed),
             residual,
             adjacency,
             codes_of(univariate),
@@ -381,7 +381,7 @@ def _columns(rows: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1]).mT.contiguous()
 
 
-def _named_order(order: Any, features: int, seed: int) -> Any:
+def named_order(order: Any, features: int, seed: int) -> Any:
     """The entries from first to last; ``None`` for their natural order."""
     generator = torch.Generator().manual_seed(check_size("seed", seed, least=0))
     if not isinstance(order, str):

@@ -5,11 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyroflows as pf
-from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms import Coupling, Transform, Univariate
+from pyroflows.transforms.block_autoregressive import BlockAutoregressive
+from pyroflows.transforms.monotone import MonotoneIntegral, MonotoneNetwork
 
-TRANSFORMS: dict[str, Callable[[], Transform]] = {}
-FLOWS: dict[str, Callable[[], pf.Flow]] = {}
-UNIVARIATES: dict[str, Univariate] = {}
+from .sizes import NET, C, D
+
+TRANSFORMS: dict[str, Callable[[], Transform]] = {
+    "coupling-monotone-network-context": lambda: Coupling(MonotoneNetwork(4, 1), D, C, **NET),
+    "coupling-monotone-integral-context": lambda: Coupling(MonotoneIntegral(), D, C, **NET),
+    "block-autoregressive": lambda: BlockAutoregressive(D),
+    "block-autoregressive-context": lambda: BlockAutoregressive(D, C, hidden_features=(4, 3), order="random"),
+    "block-autoregressive-forward": lambda: BlockAutoregressive(D, C, hidden_features=(4,), fast="forward"),
+}
+FLOWS: dict[str, Callable[[], pf.Flow]] = {
+    "block-autoregressive-stack": lambda: pf.Flow(
+        [BlockAutoregressive(D, C, hidden_features=(4,)), BlockAutoregressive(D, hidden_features=(4,), order="reversed")]
+    ),
+}
+UNIVARIATES: dict[str, Univariate] = {
+    "monotone-network": MonotoneNetwork(),
+    "monotone-integral": MonotoneIntegral(units=4, nodes=33),
+}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
 EXEMPT: dict[str, dict[str, str]] = {}

@@ -1,0 +1,620 @@
+"""The law kit: it passes what is right, and catches each fault by the law that it breaks."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import random
+import unittest
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints as pyro_constraints
+from registry import EXEMPT, FLOWS, NET, SMALL, TRANSFORMS, C, perturbed
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+import pyroflows as pf
+from pyroflows.testing import LAWS, Law, LawError, LawResult, Report, check, laws
+from pyroflows.transforms import Affine, AffineCoupling, Elementwise, Rescale, Reverse, Transform
+
+# A zoo of faults. Each is a scaling, right but for one mistake.
+
+
+class Scaling(Transform):
+    """What all of the zoo would be without its fault, and passes every law."""
+
+    def __init__(self, features: int = 3, context_features: int | None = None) -> None:
+        super().__init__(features, context_features)
+        self.log_scale = nn.Parameter(torch.linspace(-0.5, 0.7, features))
+        if context_features is not None:
+            self.network = nn.Linear(context_features, features)
+
+    def scale(self, context: Tensor | None) -> Tensor:
+        return self.log_scale if context is None else self.log_scale + self.network(context).tanh()
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        s = self.scale(context)
+        y = x * s.exp()
+        return y, s.sum(-1).expand(y.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        s = self.scale(context)
+        x = y * s.neg().exp()
+        return x, s.neg().sum(-1).expand(x.shape[:-1])
+
+
+class WrongSign(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y, -log_det
+
+    def inverse_and_log_det(self, y, context=None):
+        x, log_det = super().inverse_and_log_det(y, context)
+        return x, -log_det
+
+
+class WrongInverseSign(Scaling):
+    def inverse_and_log_det(self, y, context=None):
+        x, log_det = super().inverse_and_log_det(y, context)
+        return x, -log_det
+
+
+class SummedOverTheBatch(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y, log_det.sum()
+
+
+class PerEntry(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, _ = super().forward_and_log_det(x, context)
+        return y, self.log_scale.expand_as(y)
+
+
+class NotExpanded(Scaling):
+    def inverse_and_log_det(self, y, context=None):
+        return super().inverse_and_log_det(y, context)[0], -self.log_scale.sum()
+
+
+class OnlyValues(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        return super().forward_and_log_det(x, context)[0]
+
+
+class OnlyRankTwo(Scaling):
+    """Fails on a single point."""
+
+    def forward_and_log_det(self, x, context=None):
+        y = torch.einsum("bi,i->bi", x, self.log_scale.exp())
+        return y, self.log_scale.sum().expand(len(y))
+
+
+class Float32(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x.float(), context)
+        return y.float(), log_det
+
+
+class DefaultDtype(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y, log_det + torch.zeros(y.shape[:-1], device=y.device)
+
+
+class OnTheCPU(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y + torch.zeros(x.shape[-1], dtype=x.dtype), log_det
+
+
+class ReadsBack(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        if (x.abs() > 1e40).any():
+            raise ValueError("far out")
+        return super().forward_and_log_det(x, context)
+
+
+class NotInvertible(Scaling):
+    """The sign is lost."""
+
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y.abs(), log_det
+
+
+class RoughInverse(Scaling):
+    """As an iteration that stops too early."""
+
+    def inverse_and_log_det(self, y, context=None):
+        x, log_det = super().inverse_and_log_det(y, context)
+        return x + 1e-5, log_det
+
+
+class Saturating(Transform):
+    """Its inverse reaches 0.8 of the normal distribution only."""
+
+    reach = 1.2815515655446004
+
+    def __init__(self, features: int = 1) -> None:
+        super().__init__(features)
+
+    def forward_and_log_det(self, x, context=None):
+        t = (x / self.reach).clamp(-1 + 1e-9, 1 - 1e-9)
+        y = t.atanh()
+        return y, -(self.reach * (1 - t.square())).log().sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        t = y.tanh()
+        # 1 - tanh(y)^2 without cancellation
+        log_slope = 2 * (math.log(2.0) - y.abs() - torch.nn.functional.softplus(-2 * y.abs()))
+        return self.reach * t, (math.log(self.reach) + log_slope).sum(-1)
+
+
+class Stale(Scaling):
+    """Remembers its last inverse by the identity of the point alone."""
+
+    last: Any = None
+
+    def inverse_and_log_det(self, y, context=None):
+        if self.last is None or self.last[0] is not y:
+            self.last = (y, *super().inverse_and_log_det(y, context))
+        return self.last[1:]
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "last": None}
+
+
+class KeepsItsLastBatch(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        self.last = x.detach()
+        return super().forward_and_log_det(x, context)
+
+
+class LosesState(Scaling):
+    def state_dict(self, *args, **kwargs):
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if not key.endswith("log_scale")}
+
+
+class Unbroadcast(Scaling):
+    """Joins points and context, which asks for equal batches."""
+
+    def scale(self, context):
+        return super().scale(context)
+
+    def forward_and_log_det(self, x, context=None):
+        joint = torch.cat([x, context], -1)
+        return super().forward_and_log_det(joint[..., : x.shape[-1]], joint[..., x.shape[-1] :])
+
+
+class ForgetsItsContext(Scaling):
+    """Fixes another context than it was given."""
+
+    def condition(self, context):
+        return super().condition(torch.zeros_like(context))
+
+
+class UnusedBranch(Transform):
+    """A root of what is negative in the branch that is not taken."""
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__(features)
+
+    def forward_and_log_det(self, x, context=None):
+        far = x > 1
+        return torch.where(far, 2 * x.sqrt() - 1, x), torch.where(far, -x.abs().log() / 2, 0 * x).sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        far = y > 1
+        root = torch.where(far, (y + 1) / 2, 1.0)
+        return torch.where(far, root.square(), y), torch.where(far, root.log(), 0 * y).sum(-1)
+
+
+class Unregistered(Scaling):
+    def __init__(self, features: int = 3) -> None:
+        super().__init__(features)
+        self.offset = torch.ones(features)
+
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y + self.offset.to(y), log_det
+
+    def inverse_and_log_det(self, y, context=None):
+        return super().inverse_and_log_det(y - self.offset.to(y), context)
+
+
+class ModuleInAList(Scaling):
+    def __init__(self, features: int = 3) -> None:
+        super().__init__(features)
+        self.parts = [nn.Linear(2, 2)]
+
+
+class NotIncreasing(Elementwise):
+    """A spline whose third piece turns back."""
+
+    def __init__(self, features: int = 1) -> None:
+        super().__init__(Affine(), features)
+
+    def forward_and_log_det(self, x, context=None):
+        slope = torch.where((x > 1) & (x < 1.5), -1.0, 1.0).to(x)
+        kinked = torch.where(x > 1.5, x - 1, torch.where(x > 1, 2 - x, x))
+        return kinked, slope.abs().log().sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        return y, 0 * y.sum(-1)
+
+
+class OutsideItsCodomain(Scaling):
+    codomain = constraints.independent(constraints.positive, 1)
+
+
+class WrongEventDim(Scaling):
+    domain = codomain = constraints.real
+
+
+class Detached(Scaling):
+    """Half of the gradient of its parameter goes missing."""
+
+    def forward_and_log_det(self, x, context=None):
+        s = (self.log_scale + self.log_scale.detach()) / 2
+        y = x * s.exp()
+        return y, s.sum(-1).expand(y.shape[:-1])
+
+
+class BatchStatistics(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y + 1e-3 * x.reshape(-1, x.shape[-1]).sum(0), log_det
+
+
+class WritesToItsInput(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        x.detach().mul_(1.0 + 1e-6)
+        return y, log_det
+
+
+class Random(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y, log_det + 1e-9 * torch.randn_like(log_det)
+
+
+class Counts(Scaling):
+    def __init__(self, features: int = 3) -> None:
+        super().__init__(features)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward_and_log_det(self, x, context=None):
+        self.calls += 1
+        return super().forward_and_log_det(x, context)
+
+
+class NaiveArsinh(Transform):
+    """Cancels on the left."""
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__(features)
+
+    def forward_and_log_det(self, x, context=None):
+        return (x + (1 + x.square()).sqrt()).log(), -(1 + x.square()).log().sum(-1) / 2
+
+    def inverse_and_log_det(self, y, context=None):
+        return y.sinh(), y.cosh().log().sum(-1)
+
+
+class OverflowsInFloat32(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        spare = (30 * x).cosh().log().sum(-1)
+        return y, log_det + spare - spare
+
+
+class Naive(Transform):
+    """y = log(1 + e^(x - 1)) + x, which overflows far out."""
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__(features)
+
+    def forward_and_log_det(self, x, context=None):
+        e = x.exp()
+        return x + e / (1 + e), (1 + e / (1 + e).square()).log().sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        x = y
+        for _ in range(60):
+            e = x.exp()
+            x = y - e / (1 + e)
+        return x, -(1 + e / (1 + e).square()).log().sum(-1)
+
+
+class WildParameters(Scaling):
+    """A softmax written out, which overflows in float32 for large parameters though each share is at most one."""
+
+    def scale(self, context):
+        e = (20 * self.log_scale).exp()
+        return e / e.sum()
+
+
+class NoVmap(Scaling):
+    """A function of its own without a rule for vmap."""
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, s):
+            ctx.save_for_backward(s.exp())
+            return s.exp()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0]
+
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y * self.Exp.apply(0 * x), log_det
+
+
+class BreaksTheGraph(Scaling):
+    def forward_and_log_det(self, x, context=None):
+        torch._dynamo.graph_break()
+        return super().forward_and_log_det(x, context)
+
+
+class Lopsided(dist.TorchDistribution):
+    """A base of total mass 0.8."""
+
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self) -> None:
+        super().__init__(torch.Size(), torch.Size([1]), validate_args=False)
+        self.normal = dist.Normal(0.0, 1.0)
+
+    def expand(self, batch_shape, _instance=None):
+        return self
+
+    def rsample(self, sample_shape=torch.Size()):
+        return self.normal.rsample((*sample_shape, 1))
+
+    def log_prob(self, value):
+        return self.normal.log_prob(value).sum(-1) + math.log(0.8)
+
+
+ZOO: dict[str, tuple[Callable[[], Any], str]] = {
+    "wrong sign": (WrongSign, "log_det"),
+    "wrong sign of the inverse": (WrongInverseSign, "log_det"),
+    "summed over the batch": (SummedOverTheBatch, "shapes"),
+    "log-det per entry": (PerEntry, "shapes"),
+    "log-det not expanded": (NotExpanded, "shapes"),
+    "no log-det": (OnlyValues, "shapes"),
+    "no single point": (OnlyRankTwo, "shapes"),
+    "float32 by hand": (Float32, "dtypes"),
+    "default dtype": (DefaultDtype, "dtypes"),
+    "tensor on the CPU": (OnTheCPU, "devices"),
+    "reads back": (ReadsBack, "devices"),
+    "not invertible": (NotInvertible, "round_trip"),
+    "rough inverse": (RoughInverse, "round_trip"),
+    "saturating": (Saturating, "round_trip"),
+    "stale cache": (Stale, "fresh"),
+    "keeps its last batch": (KeepsItsLastBatch, "copies"),
+    "loses state": (LosesState, "copies"),
+    "no broadcasting": (lambda: Unbroadcast(3, C), "context"),
+    "forgets its context": (lambda: ForgetsItsContext(3, C), "context"),
+    "NaN in the unused branch": (UnusedBranch, "gradients"),
+    "unregistered tensor": (Unregistered, "registered"),
+    "unregistered module": (ModuleInAList, "registered"),
+    "not increasing": (NotIncreasing, "monotone"),
+    "not increasing, of many entries": (lambda: NotIncreasing(3), "monotone"),
+    "outside its codomain": (OutsideItsCodomain, "domains"),
+    "wrong event_dim": (WrongEventDim, "shapes"),
+    "detached": (Detached, "gradients"),
+    "batch statistics": (BatchStatistics, "rows"),
+    "writes to its input": (WritesToItsInput, "pure"),
+    "random": (Random, "pure"),
+    "counts": (Counts, "pure"),
+    "cancels": (NaiveArsinh, "round_trip"),
+    "overflows in float32": (OverflowsInFloat32, "precision"),
+    "overflows": (Naive, "extreme_inputs"),
+    "overflows for wild parameters": (WildParameters, "extreme_parameters"),
+    "no vmap": (NoVmap, "vmap"),
+    "breaks the graph": (BreaksTheGraph, "compiles"),
+    "mass of 0.8": (lambda: pf.Flow([Scaling(1)], base=Lopsided()), "normalised"),
+    "not the identity": (Scaling, "starts_at_identity"),
+}
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_each_fault_is_caught_by_its_law(name):
+    make, law = ZOO[name]
+    asked = {"compile": law == "compiles", "starts_at_identity": law == "starts_at_identity"}
+    report = check(make(), raises=False, **asked)
+    assert report.failed == [law], str(report)
+    with pytest.raises(LawError, match=f"breaks 1 of the laws.\n{law}: Expected"):
+        check(make(), **asked)
+    (alone,) = laws(make, only=[law], starts_at_identity=asked["starts_at_identity"])
+    with pytest.raises(LawError, match=f"breaks {law}: Expected"):
+        alone()
+
+
+def test_every_law_is_broken_by_some_fault():
+    assert {law for _, law in ZOO.values()} == set(LAWS) - {"inverse_log_det", "pyro"}
+
+
+# What is right passes, of whatever kind it is
+
+
+class Sinh(Transform):
+    """A scalar map that outgrows every dtype."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def forward_and_log_det(self, x, context=None):
+        return x.sinh(), x.abs() + (-2 * x.abs()).exp().log1p() - math.log(2.0)
+
+    def inverse_and_log_det(self, y, context=None):
+        return y.asinh(), -torch.hypot(y, torch.ones_like(y)).log()
+
+
+class Falling(Transform):
+    """A decreasing scalar map."""
+
+    sign = -1
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def forward_and_log_det(self, x, context=None):
+        return -x, torch.zeros_like(x)
+
+    inverse_and_log_det = forward_and_log_det
+
+
+class Flatten(Transform):
+    """Matrices that become vectors."""
+
+    codomain = constraints.independent(constraints.real, 1)
+
+    def __init__(self) -> None:
+        super().__init__((2, 3))
+
+    def forward_and_log_det(self, x, context=None):
+        return 2 * x.flatten(-2), x.new_full(x.shape[:-2], 6 * math.log(2.0))
+
+    def inverse_and_log_det(self, y, context=None):
+        return y.unflatten(-1, (2, 3)) / 2, y.new_full(y.shape[:-1], -6 * math.log(2.0))
+
+    def forward_shape(self, shape):
+        return torch.Size([*shape[:-2], 6])
+
+    def inverse_shape(self, shape):
+        return torch.Size([*shape[:-1], 2, 3])
+
+
+class Power(Transform):
+    """x^a of the unit interval, which knows nothing of the line."""
+
+    domain = codomain = constraints.independent(constraints.unit_interval, 1)
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        self.raw = nn.Parameter(torch.linspace(-0.3, 0.8, features))
+
+    def forward_and_log_det(self, x, context=None):
+        s = self.raw.tanh()
+        return x ** s.exp(), (s + s.expm1() * x.log()).sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        s = self.raw.tanh().neg()
+        return y ** s.exp(), (s + s.expm1() * y.log()).sum(-1)
+
+
+class Exp(Scaling):
+    """Onto the positive numbers."""
+
+    codomain = constraints.independent(constraints.positive, 1)
+
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y.exp(), log_det + y.sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        x, log_det = super().inverse_and_log_det(y.log(), context)
+        return x, log_det - y.log().sum(-1)
+
+
+class Softmax(Transform):
+    """Onto the simplex, one entry more, with torch's own log-determinant."""
+
+    codomain = constraints.simplex
+
+    def forward_and_log_det(self, x, context=None):
+        onto = torch.distributions.StickBreakingTransform()
+        y = onto(x)
+        return y, onto.log_abs_det_jacobian(x, y)
+
+    def inverse_and_log_det(self, y, context=None):
+        onto = torch.distributions.StickBreakingTransform()
+        x = onto.inv(y)
+        return x, -onto.log_abs_det_jacobian(x, y)
+
+    def forward_shape(self, shape):
+        return torch.Size([*shape[:-1], shape[-1] + 1])
+
+    def inverse_shape(self, shape):
+        return torch.Size([*shape[:-1], shape[-1] - 1])
+
+
+class Solver(Scaling):
+    """A method of finite accuracy, which says so."""
+
+    accuracy = 1e-6
+
+    def forward_and_log_det(self, x, context=None):
+        y, log_det = super().forward_and_log_det(x, context)
+        return y * (1 + 3e-7 * (1e3 * x).sin().detach()), log_det
+
+
+class Knotted(Elementwise):
+    """A piece of slope 1e-9, where the point is lost and its image is not."""
+
+    def __init__(self) -> None:
+        super().__init__(Affine(), 2)
+
+    def forward_and_log_det(self, x, context=None):
+        inner = x.abs() < 0.5
+        y = torch.where(inner, 1e-9 * x, x - 0.5 * (1 - 1e-9) * x.sign())
+        return y, torch.where(inner, x.new_tensor(1e-9).log(), 0.0).sum(-1)
+
+    def inverse_and_log_det(self, y, context=None):
+        inner = y.abs() < 0.5e-9
+        x = torch.where(inner, 1e9 * y, y + 0.5 * (1 - 1e-9) * y.sign())
+        return x, torch.where(inner, -y.new_tensor(1e-9).log(), 0.0).sum(-1)
+
+
+RIGHT: dict[str, Callable[[], Any]] = {
+    "scaling": Scaling,
+    "scaling with a context": lambda: Scaling(3, C),
+    "scalar": Sinh,
+    "falling": Falling,
+    "inverse of a scalar": lambda: Sinh().inv,
+    "matrices to vectors": Flatten,
+    "vectors to matrices": lambda: Flatten().inv,
+    "interval": lambda: Power(2),
+    "interval of one": lambda: Power(1),
+    "onto the positive": lambda: Exp(2),
+    "from the positive": lambda: Exp(2).inv,
+    "onto the simplex": lambda: Softmax(2),
+    "a solver": Solver,
+    "nearly flat": Knotted,
+    "many scales": lambda: Scaling(40),
+    "heavy tails": lambda: pf.Flow([Scaling(1)], base=dist.StudentT(1.0, torch.zeros(1)).to_event(1)),
+    "heavy tails of two": lambda: pf.Flow([Scaling(2)], base=dist.StudentT(2.0, torch.zeros(2)).to_event(1)),
+    "uniform base": lambda: pf.Flow([Scaling(2)], base=dist.Uniform(-torch.ones(2), 1.0).to_event(1)),
+    "narrow": lambda: perturbed(pf.RealNVP(2, transforms=4, **NET), 0.7),
+    "with a context of two": lambda: perturbed(pf.RealNVP(2, C, transforms=3, **NET), 0.5),
+    "a batch of bases": lambda: pf.RealNVP(2, base=dist.Normal(torch.zeros(7, 2), 1.0).to_event(1), **SMALL),
+    "a batch of bases and a context": lambda: pf.RealNVP(
+        2, C, base=dist.Normal(torch.zeros(7, 2), 1.0).to_event(1), **SMALL
+    ),
+    "float64": lambda: perturbed(pf.RealNVP(3, **SMALL).double()),
+    "frozen": lambda: perturbed(pf.RealNVP(3, **SMALL)).requires_grad_(False),
+    "simplex": lambda: perturbed(pf.RealNVP(2, support=constraints.simplex, **SMALL)),
+    "ordered": lambda: perturbed(pf.RealNVP(2, support=pyro_constraints.ordered_vector, **SMALL)),
+    "interval of two": lambda: perturbed(pf.RealNVP(2, support=constraints.interval(-1.0, 3.0), **SMALL)),
+    "dropout": lambda: AffineCoupling(3, activation=lambda: nn.Dropout(0.5), **NET),
+}
+
+
+@pytest.mark.parametrize("name", list(RIGHT))
+def test_what_is_right_passes(name):
+    report = check(RIGHT[name](), raises=False)
+    assert report.ok, str(report)
+    judged = {result.name for result in report.results if result.skipped is None}
+    assert judged >= {"round_trip", "log_det", "pyro", "fresh", "extreme_parameters"}
