@@ -158,9 +158,19 @@ for owner in ("NICE", "RealNVP"):
 
 for owner, make in FLOWS.items():
     for label, base, error, fragment in [
-        ("word", "normal", TypeError, "base to be a distribution, or a module that makes one without arguments; got 'normal'"),
+        (
+            "word",
+            "normal",
+            TypeError,
+            "base to be a distribution, or a module that makes one without arguments; got 'normal'",
+        ),
         ("class", dist.Normal, TypeError, "base to be a distribution, or a module that makes one without arguments; got"),
-        ("module", nn.Linear(1, 1), TypeError, "base to be a distribution, or a module that makes one without arguments; got"),
+        (
+            "module",
+            nn.Linear(1, 1),
+            TypeError,
+            "base to be a distribution, or a module that makes one without arguments; got",
+        ),
         ("width", dist.Normal(torch.zeros(D + 1), 1.0).to_event(1), ValueError, "base of shape (*, 3); got (4,)"),
         ("scalar", dist.Normal(0.0, 1.0), ValueError, "base of shape (*, 3); got ()"),
         ("matrix", dist.Normal(torch.zeros(2, D), 1.0).to_event(2), ValueError, "base of shape (*, 3); got (2, 3)"),
@@ -378,6 +388,127 @@ mistake("inverse-call-without-context", lambda: AffineCoupling(D, C).inv(torch.z
 mistake("with_cache", lambda: Reverse(D).with_cache(2), ValueError, "cache_size to be 0 or 1; got 2")
 
 
+# Options of every family: whoever takes one refuses the same values of it.
+
+#: Options that are true or false.
+SWITCHES = {"residual", "reversible", "rotate", "bias", "adjoint", "coupling"}
+NOT_SIZES: list[tuple[Any, type[Exception], str]] = [
+    (0, ValueError, "got 0"),
+    (-2, ValueError, "got -2"),
+    (2.5, TypeError, "got 2.5"),
+]
+NOT_POSITIVE: list[tuple[Any, type[Exception], str]] = [
+    (0, ValueError, "positive and finite; got 0"),
+    (-1.0, ValueError, "positive and finite; got -1.0"),
+    (float("nan"), ValueError, "positive and finite; got nan"),
+    ("1", TypeError, "to be a number; got '1'"),
+]
+OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
+    "order": [
+        ("shuffled", ValueError, "or a permutation; got 'shuffled'"),
+        ([0, 1], ValueError, "order to hold each of 0 .. 2 once; got [0, 1]"),
+        ([0, 1, 1], ValueError, "order to hold each of 0 .. 2 once; got [0, 1, 1]"),
+        (3, TypeError, "order to be a sequence of integers; got 3"),
+    ],
+    "adjacency": [
+        (torch.ones(D, D).tril(-1), TypeError, "adjacency to be boolean; got torch.float32"),
+        (torch.ones(D, D + 1).bool(), ValueError, "adjacency of shape (3, 3); got (3, 4)"),
+        ([[False, True, False], [False, False, True], [True, False, False]], ValueError, "cycle"),
+        (torch.eye(D).bool(), ValueError, "cycle"),
+        ("tree", TypeError, "adjacency to be a boolean matrix; got 'tree'"),
+    ],
+    "fast": [("both", ValueError, "fast to be"), (None, ValueError, "fast to be")],
+    "mixing": [
+        ("stir", ValueError, "mixing to be one of reverse, permute, householder"),
+        (3, TypeError, "mixing to be a name or a callable features -> transform; got 3"),
+        (Reverse(D), TypeError, "mixing to be a name or a callable"),
+        (lambda features: None, TypeError, "the result of mixing"),
+    ],
+    "tails": [("fat", ValueError, "tails to be gpd, loft, student or None; got 'fat'"), (3, ValueError, "tails to be")],
+    "bins": [*NOT_SIZES, (1, ValueError, "bins >= 2; got 1")],
+    "spline": [("cubic", ValueError, "spline to be rational-quadratic, linear-rational or circular; got 'cubic'")],
+    "degree": NOT_SIZES,
+    "polynomials": NOT_SIZES,
+    "components": NOT_SIZES,
+    "units": NOT_SIZES,
+    "layers": NOT_SIZES,
+    "nodes": NOT_SIZES,
+    "reflections": [*NOT_SIZES, (3, ValueError, "even")],
+    "steps": NOT_SIZES,
+    "lipschitz": [*NOT_POSITIVE[:2], (1.0, ValueError, "lipschitz within (0, 1), for only then is the map invertible; got 1.0")],
+    "trace": [("guess", ValueError, "trace to be"), (None, ValueError, "trace to be")],
+    "solver": [("cramer", ValueError, "solver to be"), (None, ValueError, "solver to be")],
+    "rtol": NOT_POSITIVE,
+    "atol": NOT_POSITIVE,
+    "momentum": [*NOT_POSITIVE, (2.0, ValueError, "momentum <= 1; got 2.0")],
+    "epsilon": NOT_POSITIVE,
+    "start": NOT_POSITIVE,
+    "min_size": NOT_POSITIVE,
+    "min_slope": NOT_POSITIVE,
+}
+UNIVARIATES = {
+    getattr(pf.transforms, name)
+    for name in pf.transforms.__all__
+    if inspect.isclass(getattr(pf.transforms, name)) and hasattr(getattr(pf.transforms, name), "linear")
+} - {pf.transforms.Univariate}
+PUBLIC = sorted(
+    {
+        owner
+        for owner in (*(getattr(pf, n) for n in pf.__all__), *(getattr(pf.transforms, n) for n in pf.transforms.__all__))
+        if inspect.isclass(owner) and (owner in UNIVARIATES or issubclass(owner, (Transform, pf.Flow)))
+    },
+    key=lambda owner: owner.__name__,
+)
+
+
+def made(owner: type, **options: Any) -> Any:
+    """An instance of a class that takes so many features, if it takes them."""
+    required = {"univariate": Affine(), "features": D}
+    return owner(**{name: required[name] for name in inspect.signature(owner).parameters if name in required}, **options)
+
+
+for owner in PUBLIC:
+    for option, values in OPTIONS.items():
+        if option not in inspect.signature(owner.__init__).parameters:
+            continue
+        for number, (value, error, fragment) in enumerate(values):
+            # A tolerance is asked of solvers that adapt, steps of those that do not.
+            also = {"solver": "rk4"} if option == "steps" else {}
+            key = f"{owner.__name__}-{option}-{number}"
+            mistake(key, lambda o=owner, k=option, v=value, a=also: made(o, **{k: v}, **a), error, fragment)
+
+for name in pf.flows.__all__:
+    preset = getattr(pf.flows, name)
+    if name in ("Flow", "MIXINGS", "NICE", "RealNVP"):
+        continue
+    for label, options, error, fragment in [
+        ("features-zero", {"features": 0}, ValueError, "features >= 1; got 0"),
+        ("features-float", {"features": 3.0}, TypeError, "features to be an integer; got 3.0"),
+        ("context-zero", {"features": D, "context_features": 0}, ValueError, "context_features >= 1; got 0"),
+        ("transforms-zero", {"features": D, "transforms": 0}, ValueError, "transforms >= 1; got 0"),
+        ("transforms-float", {"features": D, "transforms": 2.0}, TypeError, "transforms to be an integer; got 2.0"),
+        (
+            "hidden-int",
+            {"features": D, "context_features": C, "hidden_features": 8},
+            TypeError,
+            "hidden_features to be a sequence",
+        ),
+        ("base-word", {"features": D, "base": "normal"}, TypeError, "base to be a distribution"),
+        ("support-word", {"features": D, "support": "positive"}, TypeError, "support to be a constraint"),
+        ("name-empty", {"features": D, "name": ""}, ValueError, "name to have at least one character"),
+        (
+            "student-and-base",
+            {"features": D, "tails": "student", "base": dist.Normal(torch.zeros(D), 1.0).to_event(1)},
+            ValueError,
+            "got both",
+        ),
+    ]:
+        mistake(f"{name}-{label}", lambda p=preset, o=options: p(**o), error, fragment)
+
+for kwargs in ({"mixing": "lu"}, {"tails": "gpd"}):
+    mistake(f"NSF-circular-{kwargs}", lambda k=kwargs: pf.NSF(D, spline="circular", **k), ValueError, "for angles")
+
+
 @pytest.mark.parametrize("name", list(MISTAKES))
 def test_a_mistake_is_one_clear_sentence(name):
     make, error, fragment = MISTAKES[name]
@@ -395,13 +526,11 @@ def test_the_table_names_every_option():
     known = {
         *("self", "features", "context_features", "mask", "hidden_features", "activation", "scale", "bound", "transforms"),
         *("base", "support", "name", "univariate", "permutation", "seed", "transform", "context", "event_shape"),
-        *("path_gradient", "validate_args"),
+        *("path_gradient", "validate_args", "args", "kwargs", *OPTIONS, *SWITCHES),
     }
-    public = [getattr(pf, name) for name in pf.__all__] + [getattr(pf.transforms, name) for name in pf.transforms.__all__]
-    for owner in public:
-        if inspect.isclass(owner) and issubclass(owner, (Transform, pf.Flow, Affine, Scale, Shift)):
-            unknown = set(inspect.signature(owner.__init__).parameters) - known - {"args", "kwargs"}
-            assert not unknown, f"{owner.__name__}: {unknown}"
+    for owner in PUBLIC:
+        unknown = set(inspect.signature(owner.__init__).parameters) - known
+        assert not unknown, f"{owner.__name__}: {unknown}"
 
 
 # What looks like a mistake and is none

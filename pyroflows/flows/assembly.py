@@ -52,13 +52,12 @@ def mixed(layers: Iterable[Transform], features: int, mixing: Mixing) -> list[Tr
         TypeError: If ``mixing`` is neither, or makes no transform.
         ValueError: If the name is unknown.
     """
-    first, *rest = layers
+    stack = list(layers)
     if mixing is None:
-        return [first, *rest]
-    together = [first]
-    for number, layer in enumerate(rest):
-        together += [_mixing_layer(mixing, features, number), layer]
-    return together
+        return stack
+    # One more than needed, so that a mistake shows with a single layer too.
+    between = [_mixing_layer(mixing, features, number) for number in range(len(stack))]
+    return [part for pair in zip(stack, between, strict=True) for part in pair][:-1]
 
 
 def _mixing_layer(mixing: Any, features: int, number: int) -> Transform:

@@ -342,8 +342,8 @@ class NSF(Flow):
         order: ``"alternating"`` (natural, then reversed, from layer to layer), ``"natural"``, ``"random"`` (a new one for
             every layer, the same for every flow) or a permutation.
         residual: Whether the masked networks have residual connections.
-        mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
-            callable that makes a transform of so many features.
+        mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, a callable that makes a
+            transform of so many features, ``None``, or ``"auto"``: ``"lu"``, as in the paper, but nothing for angles.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
             ``"student"``, a base of Student-t with learned
             degrees.
@@ -381,7 +381,7 @@ class NSF(Flow):
         mask: str | Tensor | Sequence[bool] = "random",
         order: str | Sequence[int] | Tensor = "alternating",
         residual: bool = False,
-        mixing: Mixing = None,
+        mixing: Mixing = "auto",
         tails: str | None = None,
         base: Base | None = None,
         support: constraints.Constraint | None = None,
@@ -389,6 +389,9 @@ class NSF(Flow):
         reversible: bool = False,
     ) -> None:
         make = _spline(spline, bins, bound)
+        _orders(order, features, transforms)
+        if isinstance(mixing, str) and mixing == "auto":
+            mixing = None if spline == "circular" else "lu"
         if coupling:
             layers: list[Transform] = [
                 Coupling(make(), features, context_features, chosen, hidden_features, activation)

@@ -17,7 +17,7 @@ from .._checks import check_positive
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..flows.flow import Base
-from ..transforms import Compose, Elementwise, LowerTriangularAffine, RationalQuadraticSpline, Transform
+from ..transforms import Compose, Elementwise, LowerTriangularAffine, MonotoneNetwork, SumOfSquares, Transform
 from .initialization import check_support, init_to_median
 
 __all__ = ["AutoFlow"]
@@ -240,13 +240,15 @@ class AutoFlow(AutoContinuous):
 def default_flow(features: int) -> Flow | Transform:
     """The flow of a guide that any optimiser may train: its networks are bounded, so that no draw runs away."""
     if features == 1:
-        return Elementwise(RationalQuadraticSpline(), features)
+        return Elementwise(MonotoneNetwork(), features)
     return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh)
 
 
 def flow_of_fit(features: int) -> Flow | Transform:
     """The flow that ``fit_posterior`` trains from a Gaussian fit: its networks grow linearly, to follow a funnel further."""
-    return RealNVP(features, hidden_features=(32, 32)) if features > 1 else default_flow(features)
+    if features == 1:
+        return Elementwise(SumOfSquares(), features)
+    return RealNVP(features, hidden_features=(32, 32))
 
 
 def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:
