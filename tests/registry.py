@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from torch import Tensor, nn
-
 from families import autoregressive, continuous, linear, monotone, planar, polynomial, presets, residual, splines, tails
 from families.sizes import NET, C, D
+from pyro.distributions import constraints
+from torch import Tensor, nn
 
 import pyroflows as pf
 from pyroflows.transforms import (
@@ -33,6 +32,7 @@ from pyroflows.transforms import (
     Reverse,
     Scale,
     Shift,
+    Standardize,
     Transform,
     Univariate,
 )
@@ -60,6 +60,7 @@ UNIVARIATES: dict[str, Univariate] = {
 MOVED = {"permute", "permute-random", "reverse", "reverse-1", "inverse-permute", "compose", "compose-inverse"}
 #: Transforms that stay affine whatever their parameters are.
 AFFINE = {
+    "standardize",
     "permute",
     "permute-random",
     "reverse",
@@ -77,6 +78,7 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "elementwise-1": lambda: Elementwise(Affine(), 1),
     "elementwise-affine-context": lambda: Elementwise(Affine(), D, C, **NET),
     "rescale": lambda: Rescale(D),
+    "standardize": lambda: Standardize(D),
     "rescale-context": lambda: Rescale(D, C, **NET),
     "permute": lambda: Permute([1, 2, 0]),
     "permute-random": lambda: Permute(5, seed=3),

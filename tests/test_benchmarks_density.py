@@ -397,6 +397,11 @@ def test_what_would_take_too_long_is_left_out_with_an_estimate(monkeypatch: pyte
     assert ours.milliseconds is None and "s a step, more than 0 s" in ours.note
 
 
+def test_the_slow_direction_is_not_compiled() -> None:
+    with pytest.raises(speed.LeftOut, match="all stages"):
+        speed.prepare(Setting("maf", 3, 16, "sample", hidden=8), speed.COMPILED)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_floor_is_the_bare_networks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []

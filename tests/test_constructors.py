@@ -29,7 +29,6 @@ from pyroflows.transforms import (
     Rescale,
     Reverse,
     Scale,
-    Shift,
     Transform,
     coupling_masks,
 )
@@ -391,7 +390,7 @@ mistake("with_cache", lambda: Reverse(D).with_cache(2), ValueError, "cache_size 
 # Options of every family: whoever takes one refuses the same values of it.
 
 #: Options that are true or false.
-SWITCHES = {"residual", "reversible", "rotate", "bias", "adjoint", "coupling"}
+SWITCHES = {"standardize", "residual", "reversible", "rotate", "bias", "adjoint", "coupling"}
 NOT_SIZES: list[tuple[Any, type[Exception], str]] = [
     (0, ValueError, "got 0"),
     (-2, ValueError, "got -2"),
@@ -435,7 +434,10 @@ OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "nodes": NOT_SIZES,
     "reflections": [*NOT_SIZES, (3, ValueError, "even")],
     "steps": NOT_SIZES,
-    "lipschitz": [*NOT_POSITIVE[:2], (1.0, ValueError, "lipschitz within (0, 1), for only then is the map invertible; got 1.0")],
+    "lipschitz": [
+        *NOT_POSITIVE[:2],
+        (1.0, ValueError, "lipschitz within (0, 1), for only then"),
+    ],
     "trace": [("guess", ValueError, "trace to be"), (None, ValueError, "trace to be")],
     "solver": [("cramer", ValueError, "solver to be"), (None, ValueError, "solver to be")],
     "rtol": NOT_POSITIVE,

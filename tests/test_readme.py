@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 @pytest.mark.slow
 def test_the_examples_run_one_after_the_other():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -40,3 +40,9 @@ def test_the_first_posteriors_reach_what_is_claimed():
         assert row["log_sd_error"] < 0.07
         assert row["ess"] > 0.85
         assert row["seconds"] <= 25
+
+
+def test_the_page_of_laws_is_what_the_classes_say():
+    from benchmarks import laws
+
+    assert laws.PAGE.read_text(encoding="utf-8") == laws.page()

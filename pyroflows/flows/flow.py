@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._checks import check_context
 from ..distributions.flow_distribution import FlowDistribution, StandardNormal, bijection_onto
-from ..transforms import Compose, Transform
+from ..transforms import Compose, Standardize, Transform
 
 __all__ = ["Flow"]
 
@@ -49,6 +49,10 @@ class Flow(PyroModule):
         name: Name in the param store; the class's by default. Two flows in one model need two names.
         reversible: Whether training recomputes activations by inversion instead of keeping them; see
             :class:`pyroflows.transforms.Compose`.
+        standardize: Whether to add a last layer :class:`pyroflows.transforms.Standardize`, which
+            :func:`pyroflows.fit_density` fits to the means and scales of its data.
+
+    To compile a flow, take its distribution first: ``torch.compile(flow().log_prob, fullgraph=True)``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -71,9 +75,13 @@ class Flow(PyroModule):
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
+        standardize: bool = False,
     ) -> None:
         super().__init__(type(self).__name__ if name is None else _check_name(name))
         self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms, reversible)
+        if standardize:
+            last = Standardize(self.transform.image_shape[0])
+            self.transform = Compose([*self.transform.layers, last], reversible)  # type: ignore[list-item]
         # Copies, for they move with the module.
         self.support = None if support is None else copy.deepcopy(_check_support(support, self.transform))
         self.learned_base = base if isinstance(base, nn.Module) else None

@@ -84,6 +84,7 @@ class NICE(Flow):
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
         reversible: Whether training recomputes activations by inversion instead of keeping them.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -111,13 +112,16 @@ class NICE(Flow):
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
+        standardize: bool = False,
     ) -> None:
         layers = [
             AdditiveCoupling(features, context_features, chosen, hidden_features, activation)
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), Rescale(features), *last], base, support, name, reversible)
+        super().__init__(
+            [*mixed(layers, features, mixing), Rescale(features), *last], base, support, name, reversible, standardize
+        )
 
 
 class RealNVP(Flow):
@@ -143,6 +147,7 @@ class RealNVP(Flow):
         bound: Bound of the soft clip on the log-scale.
         name: Name in the param store.
         reversible: Whether training recomputes activations by inversion instead of keeping them.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -173,13 +178,14 @@ class RealNVP(Flow):
         bound: float = 3.0,
         name: str | None = None,
         reversible: bool = False,
+        standardize: bool = False,
     ) -> None:
         layers = [
             AffineCoupling(features, context_features, chosen, hidden_features, activation, scale, bound)
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize)
 
 
 class MAF(Flow):
@@ -206,6 +212,7 @@ class MAF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -236,6 +243,7 @@ class MAF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
             lambda: Affine(scale, bound),
@@ -248,7 +256,7 @@ class MAF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class IAF(Flow):
@@ -275,6 +283,7 @@ class IAF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -306,6 +315,7 @@ class IAF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
             lambda: Affine(scale, bound),
@@ -319,7 +329,7 @@ class IAF(Flow):
             fast="forward",
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class NSF(Flow):
@@ -351,6 +361,7 @@ class NSF(Flow):
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
         reversible: Whether training recomputes activations by inversion instead of keeping them.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -376,7 +387,7 @@ class NSF(Flow):
         activation: Callable[[], nn.Module] = nn.SiLU,
         coupling: bool = True,
         bins: int = 8,
-        bound: float = 5.0,
+        bound: float = 3.0,
         spline: str = "rational-quadratic",
         mask: str | Tensor | Sequence[bool] = "random",
         order: str | Sequence[int] | Tensor = "alternating",
@@ -387,6 +398,7 @@ class NSF(Flow):
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
+        standardize: bool = False,
     ) -> None:
         make = _spline(spline, bins, bound)
         _orders(order, features, transforms)
@@ -405,7 +417,7 @@ class NSF(Flow):
             uniform = _circular_base(features, mixing, tails)
             base = uniform if base is None else base
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize)
 
 
 class NAF(Flow):
@@ -431,6 +443,7 @@ class NAF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -459,6 +472,7 @@ class NAF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
             lambda: MonotoneNetwork(units),
@@ -471,7 +485,7 @@ class NAF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class UNAF(Flow):
@@ -496,6 +510,7 @@ class UNAF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -523,12 +538,13 @@ class UNAF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
             MonotoneIntegral, features, context_features, transforms, hidden_features, activation, order, residual
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class BNAF(Flow):
@@ -550,6 +566,7 @@ class BNAF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -575,13 +592,14 @@ class BNAF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             BlockAutoregressive(features, context_features, hidden_features, order=chosen)
             for chosen in _orders(order, features, transforms)
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class SOSPF(Flow):
@@ -608,6 +626,7 @@ class SOSPF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -637,6 +656,7 @@ class SOSPF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
             lambda: SumOfSquares(polynomials, degree),
@@ -649,7 +669,7 @@ class SOSPF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class BPF(Flow):
@@ -676,6 +696,7 @@ class BPF(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -706,6 +727,7 @@ class BPF(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
             lambda: Bernstein(degree, bound),
@@ -718,7 +740,7 @@ class BPF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class PlanarFlow(Flow):
@@ -740,6 +762,7 @@ class PlanarFlow(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -765,13 +788,14 @@ class PlanarFlow(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             Planar(features, context_features, hidden_features, activation)
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class RadialFlow(Flow):
@@ -793,6 +817,7 @@ class RadialFlow(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -818,13 +843,14 @@ class RadialFlow(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             Radial(features, context_features, hidden_features, activation)
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class SylvesterFlow(Flow):
@@ -847,6 +873,7 @@ class SylvesterFlow(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -874,13 +901,14 @@ class SylvesterFlow(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             Sylvester(features, context_features, units, hidden_features, activation)
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class Glow(Flow):
@@ -908,6 +936,7 @@ class Glow(Flow):
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
         reversible: Whether training recomputes activations by inversion instead of keeping them.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -937,13 +966,14 @@ class Glow(Flow):
         support: constraints.Constraint | None = None,
         name: str | None = None,
         reversible: bool = False,
+        standardize: bool = False,
     ) -> None:
         layers = [
             GlowStep(features, context_features, chosen, hidden_features, activation, scale, bound)
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize)
 
 
 class ResidualFlow(Flow):
@@ -967,6 +997,7 @@ class ResidualFlow(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -995,13 +1026,14 @@ class ResidualFlow(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             Residual(features, context_features, hidden_features, activation, lipschitz, trace)
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class FFJORD(Flow):
@@ -1029,6 +1061,7 @@ class FFJORD(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -1061,6 +1094,7 @@ class FFJORD(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             ContinuousFlow(
@@ -1069,7 +1103,7 @@ class FFJORD(Flow):
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 class FlowPlusPlus(Flow):
@@ -1093,6 +1127,7 @@ class FlowPlusPlus(Flow):
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store.
+        standardize: Whether a last layer takes over the means and scales of the data that ``fit_density`` is given.
 
     Raises:
         TypeError: If an option is of the wrong type.
@@ -1121,13 +1156,14 @@ class FlowPlusPlus(Flow):
         base: Base | None = None,
         support: constraints.Constraint | None = None,
         name: str | None = None,
+        standardize: bool = False,
     ) -> None:
         layers = [
             Coupling(LogisticMixture(components), features, context_features, chosen, hidden_features, activation).inv
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name)
+        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
 
 
 def _orders(order: Any, features: int, transforms: int) -> list[list[int]]:

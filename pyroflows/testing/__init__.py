@@ -15,7 +15,6 @@ A class says of itself what cannot hold for it, by two attributes that are looke
 - ``accuracy``, the relative error that its method leaves beside rounding, as a solver of differential equations does.
 """
 
-from ._check import Law, LawError, LawResult, Report, check, laws
-from ._law import LAWS
+from ._check import LAWS, Law, LawError, LawResult, Report, check, laws
 
 __all__ = ["LAWS", "Law", "LawError", "LawResult", "Report", "check", "laws"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -48,6 +48,11 @@ class Direction:
     shapes: tuple[tuple[int, ...], ...]
     constraint: constraints.Constraint
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it returns."""
+        return ("values", "log-determinants") if len(self.shapes) == 2 else ("densities",)
+
     def __call__(self, module: nn.Module, points: Tensor, context: Tensor | None) -> Outputs:
         """Evaluates at copies, so that nothing that is remembered by identity comes back."""
         outputs = self.call(module, points.clone(), None if context is None else context.clone())
@@ -69,10 +74,13 @@ class Case:
 
     def __init__(self, given: Transform | Flow, x: Tensor | None, context: Tensor | None, options: Options) -> None:
         self.options = options
-        self.original = copy.deepcopy(given).to("cpu").eval()
+        try:
+            self.original = copy.deepcopy(given).to("cpu").eval()
+        except Exception as error:
+            raise Broken(f"Expected a deep copy; got {told(error)}.") from error
         self.pristine = copy.deepcopy(self.original).to(torch.float64)
         self.transform = transform_of(self.pristine)
-        self.accuracy = max([options.accuracy, *(_declared_accuracy(module) for module in given.modules())])
+        self.accuracy = max([options.accuracy, *map(_declared_accuracy, parts(given))])
         self._shaken: dict[tuple[float, int, float], nn.Module] = {}
         self._modules: dict[torch.dtype, nn.Module] = {}
         self._room: dict[Any, list[tuple[Tensor, Tensor]]] = {}
@@ -90,8 +98,11 @@ class Case:
         if x is None:
             self.x = onto(normal_points(n, onto.inverse_shape(t.event_shape)))  # type: ignore[union-attr]
         else:
-            self.x = self._base_points(_flat(x, self._point_shape())[:: math.ceil(n / MOST_POINTS)])
-            self.contexts = None if self.contexts is None else self.contexts[:: math.ceil(n / MOST_POINTS)]
+            stride = math.ceil(n / MOST_POINTS)
+            self.contexts = None if self.contexts is None else self.contexts[::stride]
+            self.x = self._base_points(_flat(x, self._point_shape())[::stride])
+            if not bool(satisfies(t.domain, self.x).all()):
+                raise ValueError(f"Expected x with points of the domain, {t.domain}; got some outside.")
         self.y = back = self._images()
         if x is None and codomain_onto is not None:
             back = codomain_onto(normal_points(n, codomain_onto.inverse_shape(t.image_shape), seed=1))
@@ -287,6 +298,12 @@ def attempt(direction: Direction, module: Any, points: Tensor, context: Tensor |
     return tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
 
 
+def told(error: Exception) -> str:
+    """An error in a line."""
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first[:300].rstrip('.')}"
+
+
 def transform_of(module: Any) -> Transform:
     return module.transform if isinstance(module, Flow) else module
 
@@ -299,8 +316,16 @@ def inverse(module: Any, y: Tensor, context: Tensor | None) -> Any:
     return transform_of(module).inverse_and_log_det(y, context)
 
 
-def _declared_accuracy(module: nn.Module) -> float:
-    declared = vars(module).get("accuracy", getattr(type(module), "accuracy", 0.0))
+def parts(module: nn.Module) -> Iterator[Any]:
+    """All modules, and their univariate maps, which need not be modules."""
+    for part in module.modules():
+        yield part
+        if getattr(part, "univariate", None) is not None:
+            yield part.univariate
+
+
+def _declared_accuracy(part: Any) -> float:
+    declared = getattr(part, "accuracy", 0.0)
     return float(declared) if isinstance(declared, Real) else 0.0
 
 

@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from ..flows import Flow
 from ..transforms import Transform
 from . import _contract, _density, _extremes, _mathematics  # noqa: F401, they enter their laws
-from ._case import Broken, Case, LeftOut, Options
-from ._law import LAWS, NEEDS, TESTS
+from ._case import Broken, Case, LeftOut, Options, parts, told
+from ._law import TESTS, premises
+
+#: What each law demands, and why, by its name; each after those that it builds on.
+LAWS: dict[str, str] = {
+    name: " ".join((TESTS[name].__doc__ or "").split()) for name in sorted(TESTS, key=lambda name: len(premises(name)))
+}
 
 
 class LawError(ValueError):
@@ -143,17 +148,19 @@ def check(
         ...         return 2 * x, x.new_zeros(x.shape[:-1])
         ...     def inverse_and_log_det(self, y, context=None):
         ...         return y / 2, y.new_zeros(y.shape[:-1])
-        >>> check(Doubling(1), raises=False).failed
+        >>> check(Doubling(1), only=["round_trip", "log_det"], raises=False).failed
         ['log_det']
     """
     names, exempt, accuracy = _check_only(only), _check_exempt(exempt), _check_accuracy(accuracy)
     options = Options(starts_at_identity, compile, accuracy, None)
-    report = Report(type(transform_or_flow).__name__, [])
-    case, failed = _make_case(transform_or_flow, x, context, options), set()
-    exemptions = _exemptions(transform_or_flow, exempt)
-    for name in names:
-        result = _result(case, name, exemptions, failed)
-        report.results.append(result)
+    report, failed = Report(type(transform_or_flow).__name__), set[str]()
+    try:
+        case = _make_case(transform_or_flow, x, context, options)
+    except Broken as broken:  # it cannot even be copied
+        report.results.append(LawResult("copies", False, str(broken)))
+    else:
+        exemptions = _exemptions(transform_or_flow, exempt)
+        report.results.extend(_result(case, name, exemptions, failed) for name in names)
     if raises and not report.ok:
         sentences = [f"{result.name}: {result.detail}" for result in report.results if not result.passed]
         raise LawError(f"{report.subject} breaks {len(sentences)} of the laws.\n" + "\n".join(sentences))
@@ -171,16 +178,33 @@ def laws(
     compile: bool = True,
     accuracy: float = 0.0,
 ) -> list[Law]:
-    """The laws one by one, for a suite of tests. Args: make_or_instance: A transform or flow, or a callable that
-    makes one, which is then called by each law. x: Points; see :func:`check`. context: Their contexts. only: Names of
-    the laws; all by default. exempt: Laws that cannot hold, with the reason; they show as skipped tests.
-    starts_at_identity: Whether the transform is to be the identity. compile: Whether to compile both directions.
-    accuracy: Relative error that the method leaves beside rounding. Returns: Laws, each a callable without arguments
-    that raises :class:`LawError` where it does not hold; ``str`` gives its name. Raises: TypeError: If an argument is
-    of the wrong type. ValueError: If a law is unknown, or exempt without a reason. Example: In a suite,
-    ``pytest.mark.parametrize("law", laws(lambda: MyTransform(3)), ids=str)`` on a test that calls ``law()``. >>>
-    import pyroflows as pf >>> from pyroflows.testing import laws >>> for law in laws(lambda: pf.Reverse(3),
-    only=["log_det", "round_trip"]): ... law()"""
+    """The laws one by one, for a suite of tests.
+
+    Args:
+        make_or_instance: A transform or flow, or a callable that makes one, which is then called by each law.
+        x: Points; see :func:`check`.
+        context: Their contexts.
+        only: Names of the laws; all by default.
+        exempt: Laws that cannot hold, with the reason; they show as skipped tests.
+        starts_at_identity: Whether the transform is to be the identity.
+        compile: Whether to compile both directions.
+        accuracy: Relative error that the method leaves beside rounding.
+
+    Returns:
+        Laws, each a callable without arguments that raises :class:`LawError` where it does not hold; ``str`` gives its name.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a law is unknown, or exempt without a reason.
+
+    Example:
+        In a suite, ``pytest.mark.parametrize("law", laws(lambda: MyTransform(3)), ids=str)`` on a test that calls ``law()``.
+
+        >>> import pyroflows as pf
+        >>> from pyroflows.testing import laws
+        >>> for law in laws(lambda: pf.Reverse(3), only=["log_det", "round_trip"]):
+        ...     law()
+    """
     if not callable(make_or_instance):
         raise TypeError(f"Expected a transform, a flow or a callable that makes one; got {type(make_or_instance).__name__}.")
     names, exempt, accuracy = _check_only(only), _check_exempt(exempt), _check_accuracy(accuracy)
@@ -188,12 +212,12 @@ def laws(
     options = Options(starts_at_identity, compile, accuracy, make)
 
     def judge(name: str) -> None:
-        given = make_or_instance if make is None else make()
-        case = _make_case(given, x, context, options)
-        exemptions = _exemptions(given, exempt)  # type: ignore[arg-type]
-        if name in exemptions:
-            raise unittest.SkipTest(f"exempt: {exemptions[name]}")
+        given: Any = make_or_instance if make is None else make()
         try:
+            case = _make_case(given, x, context, options)
+            exemptions = _exemptions(given, exempt)
+            if name in exemptions:
+                raise LeftOut(f"exempt: {exemptions[name]}")
             _judge(case, name)
         except LeftOut as reason:
             raise unittest.SkipTest(str(reason)) from None
@@ -206,7 +230,7 @@ def laws(
 def _result(case: Case, name: str, exemptions: Mapping[str, str], failed: set[str]) -> LawResult:
     if name in exemptions:
         return LawResult(name, True, skipped=f"exempt: {exemptions[name]}")
-    cause = [need for need in _premises(name) if need in failed]
+    cause = [need for need in premises(name) if need in failed]
     if cause:
         return LawResult(name, True, skipped=f"builds on {', '.join(cause)}")
     try:
@@ -219,14 +243,6 @@ def _result(case: Case, name: str, exemptions: Mapping[str, str], failed: set[st
     return LawResult(name, True)
 
 
-def _premises(name: str) -> list[str]:
-    """The laws that a law builds on, and those that they build on."""
-    found: list[str] = []
-    for need in NEEDS[name]:
-        found += [other for other in (*_premises(need), need) if other not in found]
-    return found
-
-
 def _judge(case: Case, name: str) -> None:
     """Runs one law; what the case itself raises counts against the law."""
     case.forget()
@@ -236,8 +252,7 @@ def _judge(case: Case, name: str) -> None:
         except (Broken, LeftOut):
             raise
         except Exception as error:
-            sentence = str(error).strip().split("\n")[0][:300]
-            raise Broken(f"Expected no error; got {type(error).__name__}: {sentence}") from error
+            raise Broken(f"Expected no error; got {told(error)}.") from error
 
 
 def _make_case(given: Any, x: Tensor | None, context: Tensor | None, options: Options) -> Case:
@@ -263,9 +278,9 @@ def _isolated() -> Iterator[None]:
 def _exemptions(given: nn.Module, exempt: Mapping[str, str]) -> dict[str, str]:
     """What the caller and the classes of all parts declare."""
     declared: dict[str, str] = {}
-    for module in given.modules():
-        own = getattr(module, "exempt_laws", None) or {}
-        declared |= {name: f"{reason} ({type(module).__name__})" for name, reason in _check_exempt(own).items()}
+    for part in parts(given):
+        own = _check_exempt(getattr(part, "exempt_laws", None))
+        declared |= {name: f"{reason} ({type(part).__name__})" for name, reason in own.items()}
     return declared | dict(exempt)
 
 

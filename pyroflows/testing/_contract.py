@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from .._memory import Memory
 from ..flows import Flow
-from ._case import DTYPES, Broken, Case, LeftOut, bijection, satisfies, transform_of
+from ._case import DTYPES, Broken, Case, Direction, LeftOut, Outputs, bijection, satisfies, transform_of
 from ._law import brief, law, near, require
 
 BATCHES: tuple[tuple[int, ...], ...] = ((), (5,), (2, 1, 3), (0,), (4, 0))
@@ -43,12 +43,11 @@ def shapes(case: Case) -> None:
                 len(outputs) == len(direction.shapes) and all(isinstance(value, Tensor) for value in outputs),
                 f"Expected {direction.name} to return {len(direction.shapes)} tensors; got {_kinds(outputs)}.",
             )
-            for value, shape in zip(outputs, direction.shapes, strict=True):
-                what = "log_det" if not shape else "values"
+            for value, shape, what in zip(outputs, direction.shapes, direction.names, strict=True):
                 require(
                     value.shape == (*batch, *shape),
-                    f"Expected {direction.name} to return {what if direction.name != 'log_prob' else 'densities'} of shape "
-                    f"{(*batch, *shape)} for a batch of shape {batch}; got {tuple(value.shape)}.",
+                    f"Expected {direction.name} to return {what} of shape {(*batch, *shape)} for a batch of shape {batch}; "
+                    f"got {tuple(value.shape)}.",
                 )
 
 
@@ -101,13 +100,13 @@ def pure(case: Case) -> None:
         points, context = direction.points.clone(), None if case.contexts is None else case.contexts.clone()
         state = {key: value.clone() for key, value in module.state_dict().items()}
         random = torch.get_rng_state()
-        first, second = direction.call(module, points, context), direction(module, points, context)
+        first, second = _raw(direction, module, points, context), direction(module, points, context)
         require(torch.equal(torch.get_rng_state(), random), f"Expected {direction.name} to draw no random numbers; it does.")
         require(torch.equal(points, direction.points), f"Expected {direction.name} to leave its input; it wrote to it.")
         after = module.state_dict()
         changed = [key for key in state if not torch.equal(state[key].nan_to_num(), after[key].nan_to_num())]
         require(not changed, f"Expected {direction.name} to leave parameters and buffers; it changed {', '.join(changed)}.")
-        for one, two in zip(first if isinstance(first, tuple) else (first,), second, strict=True):
+        for one, two in zip(first, second, strict=True):
             require(
                 torch.equal(one.nan_to_num(), two.nan_to_num()),
                 f"Expected {direction.name} to give the same values twice; got others.",
@@ -169,34 +168,34 @@ def rows(case: Case) -> None:
     for direction in case.directions:
         module, n = case.module(), min(6, len(direction.points))
         points, context = case.batch(direction.points, (n,))
-        slack = case.usual(direction, n)
-        whole = direction(module, points, context)
-        singles = [direction(module, points[i], None if context is None else context[i]) for i in range(n)]
         layouts = {
-            "a strided batch": points.repeat_interleave(2, 0)[::2],
-            "a transposed batch": points.flatten(1).mT.contiguous().mT.reshape(points.shape) if points.dim() > 1 else points,
+            "its points one by one": _stacked(direction, module, points, context),
+            "a strided batch": _raw(direction, module, points.repeat_interleave(2, 0)[::2], context),
+            "a transposed batch": _raw(direction, module, _transposed(points), context),
         }
-        for k, room in enumerate(slack):
-            one_by_one = torch.stack([single[k] for single in singles])
-            near(whole[k], one_by_one, 2 * room, f"{direction.name} of a batch to be that of its points", points)
-            for what, laid in layouts.items():
-                near(
-                    direction.call(module, laid, context)[k] if len(slack) > 1 else direction(module, laid, context)[k],
-                    whole[k],
-                    2 * room,
-                    f"{direction.name} of {what} to be that of the points",
-                    points,
-                )
-            same = points[:1].expand(n, *points.shape[1:])
-            outputs = direction.call(module, same, context)
-            expanded = outputs[k] if isinstance(outputs, tuple) else outputs
-            near(
-                expanded,
-                direction(module, same, context)[k],
-                2 * room.amax().expand(n),
-                f"{direction.name} of an expanded batch to be that of the points",
-                same,
-            )
+        whole = direction(module, points, context)
+        for what, outputs in layouts.items():
+            for value, wanted, room in zip(outputs, whole, case.usual(direction, n), strict=True):
+                near(value, wanted, 2 * room, f"{direction.name} of {what} to be that of the batch", points)
+        same = points[:1].expand(n, *points.shape[1:])
+        outputs = _raw(direction, module, same, context)
+        for value, wanted, room in zip(outputs, direction(module, same, context), case.usual(direction, n), strict=True):
+            near(value, wanted, 2 * room.amax().expand(n), f"{direction.name} of an expanded batch to be that of its rows")
+
+
+def _raw(direction: Direction, module: Any, points: Tensor, context: Tensor | None) -> Outputs:
+    """Evaluates at the very tensors, as they lie in memory."""
+    outputs = direction.call(module, points, context)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _stacked(direction: Direction, module: Any, points: Tensor, context: Tensor | None) -> Outputs:
+    singles = [direction(module, points[i], None if context is None else context[i]) for i in range(len(points))]
+    return tuple(torch.stack(values) for values in zip(*singles, strict=True))
+
+
+def _transposed(points: Tensor) -> Tensor:
+    return points.flatten(1).mT.contiguous().mT.reshape(points.shape) if points.dim() > 1 else points
 
 
 @law("rows")

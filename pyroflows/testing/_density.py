@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..distributions.flow_distribution import sum_rightmost
 from ..flows import Flow
 from ..transforms import Transform
-from ._case import Case, LeftOut, bijection, per_point, transform_of, with_room
+from ._case import ROUNDINGS, Case, LeftOut, bijection, per_point, transform_of, with_room
 from ._law import law, near, require
 
 
@@ -130,7 +130,7 @@ def _agrees(
             ("the image", mapped, image),
             ("log_abs_det_jacobian", slope, log_det),
         ):
-            room = 1e3 * case.rounding(torch.float64) * per_point(two.detach(), len(two)).clamp_min(1.0)
+            room = ROUNDINGS * case.rounding(torch.float64) * per_point(two.detach(), len(two)).clamp_min(1.0)
             near(one.detach(), two.detach(), room, f"{what} to be that of the new state after {after}")
 
 
@@ -197,7 +197,7 @@ def _about_draws(density: Callable[[Tensor], Tensor], draws: Tensor, n: int = 20
     spread = (kernels[nearest] - kernels.unsqueeze(1)).mT @ (kernels[nearest] - kernels.unsqueeze(1)) / 16
     roots = torch.linalg.cholesky(spread + 1e-20 * torch.eye(dims, dtype=draws.dtype))
     which = torch.randint(len(kernels), (n_near,))
-    near = kernels[which] + (roots[which] @ torch.randn(n_near, dims, 1, dtype=draws.dtype)).squeeze(-1)
+    close = kernels[which] + (roots[which] @ torch.randn(n_near, dims, 1, dtype=draws.dtype)).squeeze(-1)
     far = torch.randn(n - n_near, dims, dtype=draws.dtype) / torch.randn(n - n_near, 1, dtype=draws.dtype).abs()
 
     def proposal(points: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def _about_draws(density: Callable[[Tensor], Tensor], draws: Tensor, n: int = 20
         log_cauchy = math.lgamma((1 + dims) / 2) - (1 + dims) / 2 * (math.log(math.pi) + points.square().sum(-1).log1p())
         return torch.logaddexp(normal, log_cauchy + math.log(0.1)).exp()
 
-    weights = torch.cat([density(part) / proposal(part) for part in torch.cat([near, far]).split(2000)])
+    weights = torch.cat([density(part) / proposal(part) for part in torch.cat([close, far]).split(2000)])
     # Where draws are much denser than the points are, a peak is missed, and the spread of the weights does not show it.
     missed = float((density(others) > 50 * proposal(others)).double().mean())
     return float(weights.mean()), 3 * float(weights.std()) / math.sqrt(n) + missed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transforms import Transform
-from ._case import DTYPES, Case, Direction, attempt, bijection, is_real, normal_points, per_point, satisfies
+from ._case import DTYPES, Case, Direction, attempt, bijection, is_real, normal_points, parts, per_point, satisfies
 from ._law import brief, law, require, short
 from ._mathematics import opposite, there_and_back
 
@@ -36,13 +37,16 @@ def extreme_inputs(case: Case) -> None:
             context = None
             if case.contexts is not None:
                 context = case.contexts[torch.arange(len(points)) % len(case.contexts)].to(dtype)
-            shrink = (lambda share, p, m=module: (m, share * p)) if is_real(there.constraint) else None
-            _finite(module, there, points, context, names, shrink)
+            _finite(module, there, points, context, names, partial(_nearer, module) if is_real(there.constraint) else None)
             judged = _recoverable(module, there, back, points, context)
             points, context = points[judged], None if context is None else context[judged]
             there_and_back(case, there, back, points, context, dtype, linear=True)
             if there is case.forward:
                 opposite(case, points, context, dtype, linear=True)
+
+
+def _nearer(module: Any, share: float, point: Tensor) -> tuple[Any, Tensor]:
+    return module, share * point
 
 
 def _recoverable(module: Any, there: Direction, back: Direction, points: Tensor, context: Tensor | None) -> Tensor:
@@ -88,41 +92,39 @@ def extremes(case: Case, direction: Direction, dtype: torch.dtype) -> tuple[Tens
 
 def _bounds(module: nn.Module) -> list[float]:
     """The edges of boxes, as modules and their univariate maps give them."""
-    found = set()
-    for part in module.modules():
-        for owner in (part, getattr(part, "univariate", None)):
-            bound = getattr(owner, "bound", None)
-            if isinstance(bound, Real) and not isinstance(bound, bool):
-                found.add(float(bound))
-    return sorted(found)
+    bounds = [getattr(part, "bound", None) for part in parts(module)]
+    return sorted({float(bound) for bound in bounds if isinstance(bound, Real) and not isinstance(bound, bool)})
 
 
 @law("precision")
 def extreme_parameters(case: Case) -> None:
     """With every parameter drawn from N(0, 20^2) nothing is NaN or infinite, neither values nor gradients, but for
     what outgrows the numbers of the dtype, for training passes through such places and must come back."""
-
-    def wild(dtype: torch.dtype, share: float = 1.0) -> Any:
-        module, generator = case.fresh(), torch.Generator().manual_seed(8)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(share * 20 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-        return module.to(dtype)
-
     for dtype in DTYPES:
         for direction in (case.forward, case.inverse):
-            points, module = direction.points.to(dtype), wild(dtype)
+            points = direction.points.to(dtype)
+            module, _ = _wild(case, 1.0, points)
             context = None if case.contexts is None else case.contexts.to(dtype)
             what = ["parameters from N(0, 20^2)"] * len(points)
-            _finite(module, direction, points, context, what, lambda share, p, dtype=dtype: (wild(dtype, share), p))
+            _finite(module, direction, points, context, what, partial(_wild, case))
             if _infinite_gradient(module, direction, points, context) is not None:
-                calm = [i for i in range(len(points)) if not _outgrows(module, direction, *_at(points, context, i))]
+                # A gradient is a product of such values, so that it may overflow beyond the root of the largest number.
+                calm = [i for i in range(len(points)) if not _outgrows(module, direction, *_at(points, context, i), 0.5)]
                 name = _infinite_gradient(module, direction, points[calm], None if context is None else context[calm])
                 require(
                     name is None,
                     f"Expected finite gradients of {direction.name} in {short(dtype)} with respect to "
                     f"{name} for parameters from N(0, 20^2); got NaN or infinity.",
                 )
+
+
+def _wild(case: Case, share: float, points: Tensor) -> tuple[Any, Tensor]:
+    """A copy with parameters from the normal distribution of that share of the spread, in the dtype of the points."""
+    module, generator = case.fresh(), torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(share * 20 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return module.to(points.dtype), points
 
 
 def _infinite_gradient(module: Any, direction: Direction, points: Tensor, context: Tensor | None) -> str | None:
@@ -168,19 +170,19 @@ def _overflows(shrink: Shrink, direction: Direction, point: Tensor, context: Ten
     return False
 
 
-def _is_huge(value: Tensor) -> bool:
-    return bool((value.detach().abs() > torch.finfo(value.dtype).max ** 0.75).any())
+def _is_huge(value: Tensor, power: float = 0.75) -> bool:
+    return bool((value.detach().abs() > torch.finfo(value.dtype).max ** power).any())
 
 
-def _outgrows(module: Any, direction: Direction, point: Tensor, context: Tensor | None) -> bool:
-    """Whether a value or a scale of any transform on the way nears the limits of the dtype."""
-    largest = math.log(torch.finfo(point.dtype).max) * 0.75
+def _outgrows(module: Any, direction: Direction, point: Tensor, context: Tensor | None, power: float = 0.75) -> bool:
+    """Whether a value or a scale of any transform on the way nears the limits of the dtype, up to a power."""
+    largest = math.log(torch.finfo(point.dtype).max) * power
     seen: list[bool] = []
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             value, log_det = call(*args, **kwargs)
-            seen.append(_is_huge(value) or bool((log_det.detach().abs() > largest).any()))
+            seen.append(_is_huge(value, power) or bool((log_det.detach().abs() > largest).any()))
             return value, log_det
 
         return evaluate
@@ -198,8 +200,7 @@ def _outgrows(module: Any, direction: Direction, point: Tensor, context: Tensor 
 def _with_gradients(direction: Direction, module: Any, points: Tensor, context: Tensor | None) -> dict[str, Tensor]:
     """Values and log-determinants, and their gradients with respect to the points, as far as there are any."""
     at = points.detach().clone().requires_grad_()
-    names = ("values", "log-determinants")
-    outputs = dict(zip(names, attempt(direction, module, at, context), strict=True))
+    outputs = dict(zip(direction.names, attempt(direction, module, at, context), strict=True))
     found = {name: value.detach() for name, value in outputs.items()}
     for name, value in outputs.items():
         if value.requires_grad:

@@ -14,8 +14,6 @@ Test = Callable[[Case], None]
 #: The laws, and those that each builds on, by name.
 TESTS: dict[str, Test] = {}
 NEEDS: dict[str, tuple[str, ...]] = {}
-#: What each law demands, and why, by its name.
-LAWS: dict[str, str] = {}
 
 
 def law(*needs: str) -> Callable[[Test], Test]:
@@ -24,10 +22,17 @@ def law(*needs: str) -> Callable[[Test], Test]:
     def enter(test: Test) -> Test:
         name = test.__name__
         TESTS[name], NEEDS[name] = test, needs
-        LAWS[name] = " ".join((test.__doc__ or "").split())
         return test
 
     return enter
+
+
+def premises(name: str) -> list[str]:
+    """The laws that a law builds on, and those that they build on."""
+    found: list[str] = []
+    for need in NEEDS[name]:
+        found += [other for other in (*premises(need), need) if other not in found]
+    return found
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:

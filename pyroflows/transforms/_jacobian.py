@@ -16,10 +16,14 @@ __all__ = ["Feedforward", "Jacobian", "check_trace", "trace_rule"]
 #: Slopes by hand, from the argument and the value; forward-mode differentiation gives all others, at many times the cost.
 _SLOPES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.Tanh: lambda module, h, a: 1 - a * a,
-    nn.SiLU: lambda module, h, a: h.sigmoid() + a * (-h).sigmoid(),
+    nn.SiLU: lambda module, h, a: _silu_slope(h.clamp(-90, 90)),  # beyond it is 0 or 1 to the last digit
     nn.ELU: lambda module, h, a: torch.where(h > 0, torch.ones_like(h), a + module.alpha),
     nn.Softplus: lambda module, h, a: (module.beta * h).sigmoid(),
 }
+
+
+def _silu_slope(h: Tensor) -> Tensor:
+    return h.sigmoid() * (1 + h * (-h).sigmoid())
 
 
 def check_trace(value: Any) -> str:

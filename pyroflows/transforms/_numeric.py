@@ -13,7 +13,7 @@ Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 #: Most rounds of growth (each by the factor) and most steps, where the search may stop early and where it may not.
 _FACTOR = 64.0
-_ROUNDS = {True: (200, 200), False: (12, 40)}
+_ROUNDS = {True: (200, 200), False: (12, 60)}
 
 
 def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     cost nothing more. What is remembered serves once and only while nothing has changed: neither a parameter, nor the
     tensors, nor the gradient mode.
 
+    What cannot hold for a class, a class says by ``exempt_laws``, from names of laws to reasons, and by ``accuracy``, the
+    relative error that its method leaves; :mod:`pyroflows.testing` judges by them.
+
     Args:
         event_shape: Shape of one point; an integer stands for a vector.
         context_features: Entries of the context, or ``None`` for a transform without one.
@@ -73,6 +76,8 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     bijective = True
     #: Whether a second evaluation at the same point gives the same, so that it can replace what was not kept.
     repeatable: bool = True
+    #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
+    exempt_laws: Mapping[str, str] = {}
     #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
     fast: str = "both"
 

@@ -24,6 +24,7 @@ _MOST_STEPS = 10_000
 
 #: Solvers of equal steps, with their number of steps, and midpoints per step of the extrapolated one.
 _FIXED = {"rk4": 16, "gbs": 4}
+_READS = "an adaptive solver reads from the device how far to step"
 _MIDPOINTS = (2, 4, 6, 8, 10)
 
 Derivative = Callable[[Any, Tensor], Tensor]
@@ -105,6 +106,16 @@ class ContinuousFlow(Transform):
         self.rtol, self.atol = check_positive("rtol", rtol), check_positive("atol", atol)
         self.adjoint = _check_adjoint(adjoint, solver)
         self.steps = _check_steps(steps, solver)
+
+    @property
+    def accuracy(self) -> float:
+        """Relative error that the solver may leave, for :mod:`pyroflows.testing`; solvers of fixed steps keep none."""
+        return 1e-6 if self.solver in _FIXED else 100 * max(self.rtol, self.atol)
+
+    @property
+    def exempt_laws(self) -> dict[str, str]:
+        """What an adaptive solver cannot keep, for :mod:`pyroflows.testing`."""
+        return {} if self.solver in _FIXED else dict.fromkeys(("vmap", "compiles", "devices"), _READS)
 
     @property
     def _exact(self) -> bool:

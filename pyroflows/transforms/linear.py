@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,7 @@ class Permute(Transform):
         tensor([3., 1., 2.])
     """
 
+    exempt_laws: ClassVar[Mapping[str, str]] = {"starts_at_identity": "it permutes by intention"}
     permutation: Tensor
     inverse_permutation: Tensor
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class GPDTail:
     bound: float = 3.0
 
     parameters = 4
+    exempt_laws: ClassVar[Mapping[str, str]] = {"starts_at_identity": "all maps of the family lengthen the tails"}
     identity = (0.0, 0.0, 0.0, 0.0)
     linear = False
 
@@ -207,6 +209,10 @@ class LOFT(Transform):
         >>> LOFT(3)(torch.tensor([-1.0, 100.0, 1e6]))
         tensor([ -1.0000, 100.0000, 113.8154])
     """
+
+    exempt_laws: ClassVar[Mapping[str, str]] = {
+        "starts_at_identity": "it is the identity within its bound only, by intention"
+    }
 
     def __init__(self, features: int, bound: float = 100.0) -> None:
         super().__init__(features)
