@@ -102,6 +102,7 @@ class MLP(nn.Module):
         if not len(self.layers):
             return h
         *hidden, last = self.layers
+        assert isinstance(last, nn.Linear)
         for layer in hidden:
             h = layer(self.activation(h))
         # The product's own factor, which spares a pass over the output.

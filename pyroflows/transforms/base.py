@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TransformModule
@@ -77,7 +77,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     #: Whether a second evaluation at the same point gives the same, so that it can replace what was not kept.
     repeatable: bool = True
     #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
-    exempt_laws: Mapping[str, str] = {}
+    exempt_laws: ClassVar[Mapping[str, str]] = {}
     #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
     fast: str = "both"
 

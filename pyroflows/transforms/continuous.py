@@ -113,7 +113,7 @@ class ContinuousFlow(Transform):
         return 1e-6 if self.solver in _FIXED else 100 * max(self.rtol, self.atol)
 
     @property
-    def exempt_laws(self) -> dict[str, str]:
+    def exempt_laws(self) -> dict[str, str]:  # type: ignore[override]
         """What an adaptive solver cannot keep, for :mod:`pyroflows.testing`."""
         return {} if self.solver in _FIXED else dict.fromkeys(("vmap", "compiles", "devices"), _READS)
 

@@ -211,7 +211,7 @@ class LOFT(Transform):
     """
 
     exempt_laws: ClassVar[Mapping[str, str]] = {
-        "starts_at_identity": "it is the identity within its bound only, by intention"
+        "starts_at_identity": "it is the identity within its bound only"
     }
 
     def __init__(self, features: int, bound: float = 100.0) -> None:
