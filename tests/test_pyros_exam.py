@@ -163,7 +163,7 @@ def test_inverse_undoes_forward(name: str, context: int | None, device: torch.de
 
 
 @every_case
-@pytest.mark.parametrize("batch", [(), (3,), (2, 1, 3)])
+@pytest.mark.parametrize("batch", [(), (2, 1, 3)])
 def test_shapes_in_a_distribution(name: str, context: int | None, batch: tuple[int, ...], device: torch.device) -> None:
     """One log-determinant per vector, whether the base takes the last dimension for its event or not."""
     features = 2
@@ -209,7 +209,7 @@ def test_conditional_distribution(name: str, device: torch.device) -> None:
         one = ConditionalTransformedDistribution(plain, [t]).condition(contexts[i, j])
         torch.testing.assert_close(one.log_prob(y.detach()[:, i, j]), expected[:, i, j])
     # The density heeds the context, and its gradients reach all that reads it.
-    assert float((expected - expected.roll(1, -1)).abs().mean()) > 1e-3
+    assert float((expected - expected.roll(1, -1)).detach().abs().mean()) > 1e-3
     gradients = torch.autograd.grad(d.log_prob(y.detach()).square().mean(), list(t.parameters()))
     assert all(bool(g.isfinite().all()) for g in gradients) and any(bool(g.any()) for g in gradients)
 
@@ -387,7 +387,7 @@ def test_layer_learns_a_posterior(name: str, elbo: Any, device: torch.device) ->
         return found
 
     before = bounds()
-    losses = train(model, guide, 20, elbo(num_particles=8, vectorize_particles=True))
+    losses = train(model, guide, 14, elbo(num_particles=8, vectorize_particles=True))
     after = bounds()
     assert all(map(math.isfinite, losses))
     assert_below_zero(after)

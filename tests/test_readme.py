@@ -46,3 +46,9 @@ def test_the_page_of_laws_is_what_the_classes_say():
     from benchmarks import laws
 
     assert laws.PAGE.read_text(encoding="utf-8") == laws.page()
+
+
+def test_the_page_of_results_is_that_of_the_stored_results():
+    from benchmarks import report
+
+    assert report.PAGE.read_text(encoding="utf-8") == report.page()

@@ -36,8 +36,13 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
         :math:`x` and :math:`\log \partial x / \partial y`.
 
     Raises:
-        RuntimeError: If the search does not converge.
+        RuntimeError: If the search does not converge, or under ``torch.jit.trace``, which would freeze its length.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"The numeric inverse of {owner} cannot be traced, for its length depends on the values. Use an ELBO that is not "
+            "jitted, such as Trace_ELBO, or the direction that is fast."
+        )
     with torch.no_grad():
         x = _search(function, y.detach(), owner)
     if torch.is_grad_enabled():
@@ -51,7 +56,7 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
 
 def readable(values: Tensor) -> bool:
     """Whether Python may read values from the device here."""
-    if torch.compiler.is_compiling() or values.is_meta:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or values.is_meta:
         return False
     try:
         bool((values == values).all())

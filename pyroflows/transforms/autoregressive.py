@@ -166,7 +166,7 @@ class Autoregressive(Transform):
         if self.conditioner.stages == 1:
             v, log_slope = self.univariate.inverse_and_log_det(u, self._raw(u, context, weights))
             return v, log_slope.sum(-1)
-        if transforming():
+        if transforming() or torch.jit.is_tracing():
             return self._unfold(u, context, weights, in_place=False)
         with torch.no_grad():
             solution = self._iterate(u, context, weights) or self._unfold(u, context, weights, in_place=True)
@@ -297,7 +297,7 @@ class _Linearized:
         slope = self.log_slope.detach().exp()
         if self.transform.conditioner.stages == 1:
             return v / slope
-        if v.is_meta or transforming():
+        if v.is_meta or transforming() or torch.jit.is_tracing():
             return self._fold(v, slope, in_place=v.is_meta)
         solution = self._iterate(v, slope)
         return self._fold(v, slope, in_place=True) if solution is None else solution

@@ -179,6 +179,14 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         check_tensor("y", y, self.image_shape)
         return self._evaluate(y, inverted=True)
 
+    # By these names torch's own wrappers call.
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._inv_call(y)
+
     def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
         if self.context_features is not None:
             check_context(None, self.context_features, f"{type(self).__name__} (give it by condition(context))")

@@ -200,6 +200,11 @@ class ContinuousFlow(Transform):
     def _adaptive_steps(self, at_context: Callable[[], Derivative], state: Tensor, context: Tensor | None) -> Tensor:
         from torchdiffeq import odeint, odeint_adjoint
 
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, for its steps depend on the values. "
+                "Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
+            )
         rounding = 8 * torch.finfo(state.dtype).eps
         common: dict[str, Any] = {"max_num_steps": _MOST_STEPS, "norm": _largest}
         # The last step ends at the end; without a fixed end the solver interpolates, at a lower order.

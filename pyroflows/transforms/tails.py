@@ -210,9 +210,7 @@ class LOFT(Transform):
         tensor([ -1.0000, 100.0000, 113.8154])
     """
 
-    exempt_laws: ClassVar[Mapping[str, str]] = {
-        "starts_at_identity": "it is the identity within its bound only"
-    }
+    exempt_laws: ClassVar[Mapping[str, str]] = {"starts_at_identity": "it is the identity within its bound only"}
 
     def __init__(self, features: int, bound: float = 100.0) -> None:
         super().__init__(features)
