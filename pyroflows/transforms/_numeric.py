@@ -40,8 +40,8 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
-            f"The numeric inverse of {owner} cannot be traced, for its length depends on the values. Use an ELBO that is not "
-            "jitted, such as Trace_ELBO, or the direction that is fast."
+            f"The numeric inverse of {owner} cannot be traced, for its length depends on the values. Use an ELBO that is "
+            "not jitted, such as Trace_ELBO, or the direction that is fast."
         )
     with torch.no_grad():
         x = _search(function, y.detach(), owner)

@@ -202,8 +202,8 @@ class ContinuousFlow(Transform):
 
         if torch.jit.is_tracing():
             raise RuntimeError(
-                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, for its steps depend on the values. "
-                "Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
+                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, for its steps depend on the "
+                "values. Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
             )
         rounding = 8 * torch.finfo(state.dtype).eps
         common: dict[str, Any] = {"max_num_steps": _MOST_STEPS, "norm": _largest}
