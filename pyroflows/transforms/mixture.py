@@ -54,6 +54,7 @@ class LogisticMixture:
 
     components: int = 8
     bound: float = 3.0
+    fast = "forward"
 
     def __post_init__(self) -> None:
         check_size("components", self.components)
