@@ -202,17 +202,18 @@ FAMILIES = {
     "nice": Family(
         "NICE",
         "NICE",
-        "The cheapest coupling: it only shifts, so its layers keep volume and cannot overflow. Take it as a baseline, or "
-        "where a volume-preserving map is what you want.",
-        "Its only scaling is one constant per entry at the end, so a density whose width changes from place to place, such "
-        "as a funnel or separate modes, asks more of it than of any other coupling.",
+        "The cheapest coupling: it only shifts, so its layers keep volume and cannot overflow. Take it as a baseline, "
+        "or where a volume-preserving map is what you want.",
+        "Its only scaling is one constant per entry at the end, so a density whose width changes from place to place "
+        "asks more of it than of other couplings. A symmetric density can hold it at a normal, as the eight Gaussians "
+        "do here: where the mean of one entry given the other is zero, a shift gains nothing at first.",
         IN_TURN,
     ),
     "realnvp": Family(
         "RealNVP",
         "RealNVP",
-        "The default to try first, above all as a guide: cheap both ways, robust in training, and `reversible=True` saves "
-        "memory when it is deep.",
+        "The default where time is short, above all as a guide: cheap both ways, robust in training, and `reversible=True` "
+        "saves memory when it is deep.",
         "Each layer is affine in the entries that it moves, so modes stay joined by thin bridges, and sharp shapes take "
         "many layers: splines need fewer.",
         IN_TURN,
@@ -228,16 +229,17 @@ FAMILIES = {
         "IAF",
         "IAF",
         "Guides: one pass draws a sample, and its own samples are scored at no further cost: all that an ELBO needs.",
-        "Fitting it to data by maximum likelihood, as on this page, runs the slow direction, one entry after the other, and "
-        "its steps bend sharp edges less well.",
+        "Data: fitting it to given points, as on this page, runs the slow direction, one entry after the other. Its "
+        "layers are affine as those of MAF and RealNVP, with the same trouble with sharp shapes.",
     ),
     "nsf_coupling": Family(
         "NSF, coupling",
         "NSF",
-        "The best first choice where accuracy matters and both directions are used: splines bend, split and join modes in "
-        "few layers, with an exact inverse.",
-        "Beyond its box (`bound`) the splines are the identity: standardise the data, and give heavy tails to `tails=`. It "
-        "costs more per layer than affine couplings.",
+        "The best first choice where accuracy matters and both directions are used: splines bend, split and join "
+        "modes in few layers, with an exact inverse.",
+        "Beyond its box (`bound`) the splines are the identity: standardise the data, and give heavy tails to "
+        "`tails=`. Its density has kinks at the knots, the faint lines in the picture, and a layer costs more than an "
+        "affine one.",
         IN_TURN,
     ),
     "nsf_autoregressive": Family(
@@ -258,22 +260,24 @@ FAMILIES = {
     "naf": Family(
         "NAF",
         "NAF",
-        "Density estimation without a box: a small monotone network per entry is universal on the whole line, so it needs "
-        "no `bound` and keeps bending in the tails.",
+        "Density estimation without a box: a small monotone network per entry is universal on the whole line, so it "
+        "needs no `bound`.",
         "It has no inverse in closed form: sampling searches for every entry in turn, so it is no guide.",
     ),
     "unaf": Family(
         "UNAF",
         "UNAF",
         "As NAF, but the derivative is a free positive network: the shape has no further restriction, and it is smooth.",
-        "Every score is a quadrature, and every sample a search over quadratures: the slowest of the autoregressive flows.",
+        "Every score is a quadrature, and every sample a search over quadratures: dear in both directions once an "
+        "event is large.",
     ),
     "bnaf": Family(
         "BNAF",
         "BNAF",
-        "As NAF with far fewer parameters: one network with positive diagonal blocks takes the place of a conditioner and "
-        "its monotone maps. Good for scoring with small models.",
+        "As NAF with far fewer parameters: one network with positive diagonal blocks takes the place of a conditioner "
+        "and its monotone maps. Good for scoring with small models.",
         "Its derivative is a product of matrices per entry, so wide blocks are dear; sampling is a search, entry by entry.",
+        (),
     ),
     "sospf": Family(
         "SOSPF",
@@ -301,14 +305,16 @@ FAMILIES = {
         "RadialFlow",
         "RadialFlow",
         "A light correction of a normal guide where mass gathers around, or is pushed from, a few centres; exact both ways.",
-        "A layer only widens or tightens a ball, so it has the least power on this page.",
+        "A layer only widens or tightens a ball, and what is not round takes more of them than is worth it.",
         (),
     ),
     "sylvester": Family(
         "SylvesterFlow",
         "SylvesterFlow",
         "As planar flows with several directions per layer: a compact guide, or the posterior of an amortised model.",
-        "It has only as many ridges as layers times `units`; and scoring given points searches, one direction at a time.",
+        "It has only as many ridges as layers times `units`, and they move points along the span of their own "
+        "directions, where a planar layer may move them anywhere. Scoring given points searches, one direction at a "
+        "time.",
         (),
     ),
     "glow": Family(
@@ -330,15 +336,15 @@ FAMILIES = {
     "ffjord": Family(
         "FFJORD",
         "FFJORD",
-        "The smoothest fits, without filaments, from the fewest parameters of the free-form families; sampling costs the "
+        "Smooth fits without filaments from few parameters, of any density that has no hard edges; sampling costs the "
         "same as scoring.",
-        "Every evaluation solves a differential equation, whose cost grows as training sharpens the flow.",
+        "It asks for more training than this page gives it to separate modes, and every evaluation solves a "
+        "differential equation, whose cost grows as training sharpens the flow.",
     ),
     "flowplusplus": Family(
         "FlowPlusPlus",
         "FlowPlusPlus",
-        "Couplings by mixtures of logistics: as flexible as splines, smooth, and without a box. Good for separate modes "
-        "when points are given and scored.",
+        "Couplings by mixtures of logistics: flexible, smooth and without a box, for points that are given and scored.",
         "Sampling searches for each entry, so a spline coupling is the better guide.",
         IN_TURN,
     ),
@@ -589,10 +595,11 @@ to the truth's maximum, the same for a density in every picture. The circular fl
 ## How well they fit
 
 Every flow has the number of layers that its preset has by default and networks of {" and ".join(map(str, HIDDEN))} units
-(planar, radial and Sylvester flows without context have no network; BNAF has its own default). Each is trained by
-`pf.fit_density` for {s["steps"]} steps of {s["batch"]} points out of {s["train"]}, with a learning rate of
-{s["learning_rate"]:g}, and judged by {s["test"]} held-out points. It is one run per family, seed {s["seed"]}, without any
-tuning, so small differences say little: this is a picture of the families, not a contest.
+(planar, radial and Sylvester flows without context have no network; BNAF has its own default). In couplings the two entries
+condition each other in turn, `mask="half"`. Each flow is trained by `pf.fit_density` for {s["steps"]} steps of {s["batch"]}
+points out of {s["train"]}, with a learning rate of {s["learning_rate"]:g}, and judged by {s["test"]} held-out points. It is
+one run per family, seed {s["seed"]}, without any tuning, and far from convergence for some: small differences say little,
+and this is a picture of the families, not a contest.
 
 The first row has the mean log-likelihood of the held-out points under the truth, in nats. Each row below has the flow's, and
 in brackets what it loses against the truth, which estimates the Kullback–Leibler divergence.
@@ -646,6 +653,7 @@ def _costs(families: dict[str, Any]) -> str:
         f"CPU milliseconds to score and to sample {POINTS} points of D entries, without gradients, by one thread: medians,",
         f"the flows in turn. Of two entries, the fitted flow is timed; of more, one that was trained for {WARM_UP} steps on",
         "independent copies of the first density. Data are scored, which takes a flow that is fast to score.",
+        "So times of different D do not compare where the cost grows with training, as that of FFJORD does.",
         "A guide is sampled, and scored at its own samples, which a flow that is fast to sample does at no further cost.\n",
         f"| family | fast direction | {head} |",
         "|---|---|" + "---:|" * 2 * len(SIZES),

@@ -102,8 +102,10 @@ def _spread_halves(half: Tensor, count: int, generator: torch.Generator, candida
     together = torch.ones(len(half), len(half), dtype=torch.bool, device="cpu")
     chosen: list[Tensor] = []
     for _ in range(count):
-        shuffled = (half[torch.randperm(len(half), generator=generator, device="cpu")] for _ in range(candidates))
-        best = max(shuffled, key=lambda mask: int((together & (mask[:, None] != mask)).sum()))
+        shuffled = [half[torch.randperm(len(half), generator=generator, device="cpu")] for _ in range(candidates)]
+        # The layer before has the complement of the last one; the same mask twice would make one layer of two.
+        new = [mask for mask in shuffled if not chosen or not torch.equal(mask, ~chosen[-1])]
+        best = max(new, key=lambda mask: int((together & (mask[:, None] != mask)).sum()))
         together &= best[:, None] == best
         chosen.append(best)
         if not bool(together.triu(1).any()):
