@@ -603,6 +603,12 @@ def test_named_masks_split_evenly_and_move_every_entry(mask, features):
     assert bool(torch.stack(chosen).any(0).all()) and bool((~torch.stack(chosen)).any(0).all())
 
 
+@pytest.mark.parametrize("features", [2, 3, 4, 10])
+def test_no_random_mask_repeats_the_one_before(features):
+    masks = coupling_masks("random", features, 12)
+    assert not any(torch.equal(left, right) for left, right in zip(masks, masks[1:], strict=False))
+
+
 def test_random_masks_depend_on_their_seed_alone():
     def masks(seed: int) -> torch.Tensor:
         return torch.stack(coupling_masks("random", 10, 6, seed=seed))
