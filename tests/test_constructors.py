@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pyro.distributions as dist
@@ -606,7 +607,7 @@ def test_named_masks_split_evenly_and_move_every_entry(mask, features):
 @pytest.mark.parametrize("features", [2, 3, 4, 10])
 def test_no_random_mask_repeats_the_one_before(features):
     masks = coupling_masks("random", features, 12)
-    assert not any(torch.equal(left, right) for left, right in zip(masks, masks[1:], strict=False))
+    assert not any(torch.equal(left, right) for left, right in pairwise(masks))
 
 
 def test_random_masks_depend_on_their_seed_alone():
