@@ -34,6 +34,8 @@ RATES = (5e-3, 2e-2)
 #: Splines cost several times as much a step as affine maps; the comparison is within a family.
 STEPS = {"realnvp": 600, "maf": 600, "nsf-coupling": 400, "nsf-autoregressive": 400}
 CHECKPOINTS = 10
+#: A small table is overfitted long before the tenth part of the steps is done.
+CHECKPOINT_EPOCHS = 10
 VALIDATION_ROWS = 2000
 CLIP_NORM = 5.0
 DRAWS = 1000
@@ -111,6 +113,7 @@ def fit(model: Model, data: Dataset, steps: int, rate: float, seed: int) -> Fit:
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     held_out = data.validation[:VALIDATION_ROWS]
+    interval = min(max(1, steps // CHECKPOINTS), CHECKPOINT_EPOCHS * max(1, len(data.train) // BATCH))
     best, state, skipped, seconds = -math.inf, copy.deepcopy(model.module.state_dict()), 0, 0.0
     model.module.train()
     for step, x in zip(range(steps), batches(data.train, seed), strict=False):
@@ -125,7 +128,7 @@ def fit(model: Model, data: Dataset, steps: int, rate: float, seed: int) -> Fit:
         else:
             skipped += 1
         seconds += time.process_time() - start
-        if (step + 1) % max(1, steps // CHECKPOINTS) == 0 or step + 1 == steps:
+        if (step + 1) % interval == 0 or step + 1 == steps:
             value = float(scores(model, held_out).mean())
             if value > best:
                 best, state = value, copy.deepcopy(model.module.state_dict())
