@@ -510,3 +510,45 @@ assert not {{"torch", "pyro", "pyroflows"}} & set(sys.modules)
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+# Cross-validation
+
+
+def test_loo_is_arvizs() -> None:
+    log_likelihood = 0.3 * normal(2, 1000, 6)
+    groups = {"posterior": {"mu": normal(2, 1000, seed=1)}, "log_likelihood": {"y": log_likelihood}}
+    theirs = az.loo(bridge.to_inference_data(groups), pointwise=True, reff=1.0)
+    ours = bridge.loo({"y": log_likelihood})
+    elpd, p = (theirs.elpd_i, theirs.p) if DATATREE else (theirs.loo_i, theirs.p_loo)
+    np.testing.assert_allclose(ours.elpd, np.asarray(elpd), atol=1e-9)
+    np.testing.assert_allclose(ours.khat, np.asarray(theirs.pareto_k), atol=1e-9)
+    assert ours.p_loo == pytest.approx(float(p))
+
+
+def test_loo_takes_all_entries_of_all_variables() -> None:
+    a, b = normal(1, 200, 2, 3), normal(1, 200, seed=1)
+    together = bridge.loo({"a": a, "b": b})
+    assert together.elpd.shape == together.khat.shape == (7,)
+    np.testing.assert_array_equal(together.elpd, [*bridge.loo({"a": a}).elpd, *bridge.loo({"b": b}).elpd])
+
+
+def test_loo_of_a_likelihood_that_no_parameter_moves() -> None:
+    found = bridge.loo({"y": np.full((1, 1000, 1), -1.5)})
+    assert found.elpd == pytest.approx([-1.5])
+    assert found.p_loo == pytest.approx(0, abs=1e-9)
+    assert found.khat == [-np.inf]
+
+
+@pytest.mark.parametrize(
+    ("log_likelihood", "error", "message"),
+    [
+        ({}, ValueError, "at least one observation"),
+        ({"y": np.zeros((1, 100, 0))}, ValueError, "at least one observation"),
+        ({"y": np.full((1, 100, 1), np.nan)}, ValueError, "expected finite numbers"),
+        ({"y": np.array([[["a"]]])}, TypeError, "expected real numbers for 'y'"),
+    ],
+)
+def test_misuse_of_loo(log_likelihood: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        bridge.loo(log_likelihood)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-__all__ = ["load", "psis", "save", "summary", "to_inference_data"]
+__all__ = ["Loo", "diagnostics", "load", "loo", "psis", "save", "summary", "to_inference_data"]
 
 SAMPLE_DIMS = ("chain", "draw")
 HDI_PROBABILITY = 0.94
@@ -34,6 +34,20 @@ SHORTEST_TAIL = 6
 FLAT_TAIL = 1e-2
 # The shape from which on a generalised Pareto distribution has no mean.
 NO_MEAN = 1.0
+
+
+class Loo(NamedTuple):
+    """Leave-one-out cross-validation, observation by observation.
+
+    Attributes:
+        elpd: Log predictive density of each observation given the others, of shape `(observations,)`.
+        khat: Shape of the tail of its importance weights, of shape `(observations,)`.
+        p_loo: Effective number of parameters.
+    """
+
+    elpd: np.ndarray
+    khat: np.ndarray
+    p_loo: float
 
 
 def to_inference_data(
@@ -156,6 +170,42 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
     return weights.reshape(given.shape), khat
 
 
+def loo(log_likelihood: Mapping[str, Any]) -> Loo:
+    r"""Cross-validate by leaving out one observation at a time, by Pareto-smoothed importance sampling.
+
+    Args:
+        log_likelihood: Variable name -> log likelihood of each observation, of shape `(chain, draw, *shape)`. The
+            entries of all variables count as observations.
+
+    Returns:
+        The cross-validation. Where k-hat is 1 or more the weights are not smoothed, as `psis` says.
+
+    Raises:
+        ValueError: If there is no observation, or a log likelihood is NaN or `inf`, or `-inf` for all draws.
+
+    Reference:
+        Practical Bayesian model evaluation using leave-one-out cross-validation and WAIC (Vehtari, Gelman, Gabry, 2017),
+        https://arxiv.org/abs/1507.04544
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.infer.arviz import loo
+        >>> result = loo({"y": np.random.default_rng(0).normal(size=(1, 1000, 8))})
+        >>> result.elpd.shape, bool((result.khat < 0.7).all())
+        ((8,), True)
+    """
+    arrays = [_checked_array("log_likelihood", name, values).astype(np.float64) for name, values in log_likelihood.items()]
+    columns = [array.reshape(math.prod(array.shape[:2]), math.prod(array.shape[2:])) for array in arrays]
+    observations = [column for matrix in columns for column in matrix.T]
+    if not observations:
+        raise ValueError("log_likelihood: expected at least one observation; got none")
+    # An observation is left out by dividing its likelihood away.
+    left_out = [psis(-column) for column in observations]
+    elpd = [np.logaddexp.reduce(weights + column) for (weights, _), column in zip(left_out, observations, strict=True)]
+    lppd = [np.logaddexp.reduce(column) - math.log(len(column)) for column in observations]
+    return Loo(np.array(elpd), np.array([khat for _, khat in left_out]), float(np.sum(lppd) - np.sum(elpd)))
+
+
 def summary(
     draws: Mapping[str, Any],
     dims: Mapping[str, Sequence[str | None]] | None = None,
@@ -198,6 +248,47 @@ def summary(
         rows.append(_statistics(variable.values[0]))
     columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
     return pandas.DataFrame(np.concatenate(rows), index=labels, columns=columns)
+
+
+def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Judge Markov chains by what ArviZ computes from them, for every scalar parameter.
+
+    Args:
+        draws: Variable name -> draws of shape `(chain, draw, *shape)`.
+
+    Returns:
+        For `"rhat"` (of split, rank-normalised chains), `"ess_bulk"`, `"ess_tail"` and `"mcse_mean"` a mapping from
+        variable name to an array of the variable's `shape`. NaN is what ArviZ says of a constant.
+
+    Raises:
+        ValueError: If a variable has fewer than four draws a chain.
+        TypeError: If draws are not real numbers.
+
+    Reference:
+        Rank-normalization, folding, and localization: An improved R-hat for assessing convergence of MCMC (Vehtari,
+        Gelman, Simpson, Carpenter, Burkner, 2021), https://doi.org/10.1214/20-BA1221
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.infer.arviz import diagnostics
+        >>> apart = np.random.default_rng(0).normal(size=(2, 100)) + np.array([[0.0], [5.0]])
+        >>> bool(diagnostics({"mu": apart})["rhat"]["mu"] > 1.5)
+        True
+    """
+    arviz = _import_arviz()
+    # Numbers for names, so that no variable is called as a dimension.
+    dataset = _dataset("posterior", {f"{i}": np.asarray(values) for i, values in enumerate(draws.values())}, {}, {})
+    if dataset.data_vars and dataset.sizes["draw"] < 4:
+        raise ValueError(f"draws: expected at least 4 draws a chain; got {dataset.sizes['draw']}")
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = {
+            "rhat": arviz.rhat(dataset),
+            "ess_bulk": arviz.ess(dataset, method="bulk"),
+            "ess_tail": arviz.ess(dataset, method="tail"),
+            "mcse_mean": arviz.mcse(dataset, method="mean"),
+        }
+    return {kind: {name: np.asarray(values[f"{i}"]) for i, name in enumerate(draws)} for kind, values in found.items()}
 
 
 def save(data: Any, path: str | os.PathLike[str]) -> None:

@@ -3,20 +3,74 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .log_density import LogDensity
+from . import arviz
+from .log_density import LogDensity, site_plates
 
-__all__ = ["deterministic_sites", "log_likelihood", "observed_data", "posterior_predictive", "prior_draws"]
+__all__ = [
+    "deterministic_sites",
+    "dimension_names",
+    "inference_data",
+    "log_likelihood",
+    "observed_data",
+    "posterior_predictive",
+    "prior_draws",
+]
 
 Draws = dict[str, Tensor]
+
+
+def inference_data(
+    density: LogDensity, z: Tensor, sample_stats: Mapping[str, Tensor], attrs: Mapping[str, Any] | None = None
+) -> Any:
+    """Draws in ArviZ's container, with all that the model allows: predictions, likelihood, data, prior.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(chains, draws, features)``.
+        sample_stats: For each statistic a tensor of shape ``(chains, draws)``.
+        attrs: What to note on the whole.
+
+    Returns:
+        An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
+    """
+    chains, draws = z.shape[:2]
+    rows = z.reshape(-1, density.features)
+    of_draws = {
+        "posterior": {**density.constrain(rows), **deterministic_sites(density, rows)},
+        "log_likelihood": log_likelihood(density, rows),
+        "posterior_predictive": posterior_predictive(density, rows),
+    }
+    groups: dict[str, dict[str, Tensor]] = {
+        group: {name: value.unflatten(0, (chains, draws)) for name, value in values.items()}
+        for group, values in of_draws.items()
+    }
+    groups["sample_stats"] = dict(sample_stats)
+    groups["prior"] = {name: value.unsqueeze(0) for name, value in prior_draws(density, draws).items()}
+    groups["observed_data"] = observed_data(density)
+    arrays = {
+        group: {name: value.detach().cpu().numpy() for name, value in values.items()} for group, values in groups.items()
+    }
+    return arviz.to_inference_data(arrays, dims=dimension_names(density), attrs=attrs)
+
+
+def dimension_names(density: LogDensity) -> dict[str, list[str | None]]:
+    """For each latent and observed site that lies in plates, the names of its dimensions."""
+    trace = density._trace(density.constrain(density.initial))
+    names = {site.name: list(site.plates) for site in density.sites}
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and name not in names and not site_is_subsample(site):
+            names[name] = list(site_plates(site))
+    return {name: plates for name, plates in names.items() if any(plates)}
 
 
 def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
