@@ -133,7 +133,8 @@ ELBOS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", ELBOS)
 def test_reaches_the_exact_posterior_with_every_elbo(name: str) -> None:
     guide, exact = pf.AutoFlow(line_model, flow=SMALL), line_posterior()
-    fit(line_model, guide, OBSERVED, elbo=ELBOS[name](), steps=300, lr=0.05)
+    # Renyi's bound leaves larger gradients at its end.
+    fit(line_model, guide, OBSERVED, elbo=ELBOS[name](), steps=300 if name == "Renyi" else 150, lr=0.05)
     with torch.no_grad():
         draws = guide.get_posterior().sample((20000,))
     whitened = (draws - exact.mean) @ torch.linalg.inv(exact.scale_tril).T
@@ -480,10 +481,10 @@ def funnel(dim: int = 3) -> None:
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_neutra_with_nuts(jit: bool) -> None:
     guide = pf.AutoFlow(funnel, flow=functools.partial(SMALL, hidden_features=(16,), transforms=4))
-    fit(funnel, guide, steps=250)
+    fit(funnel, guide, steps=100)
     neutra = NeuTraReparam(guide.requires_grad_(False))
     kernel = NUTS(neutra.reparam(funnel), jit_compile=jit, ignore_jit_warnings=True, max_tree_depth=5)
-    mcmc = MCMC(kernel, num_samples=150, warmup_steps=60, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=100, warmup_steps=40, disable_progbar=True)
     mcmc.run()
     latent = mcmc.get_samples()["y_shared_latent"]
     draws = neutra.transform_sample(latent.unsqueeze(-2))
@@ -580,7 +581,7 @@ class InAFunction:
 @pytest.mark.parametrize("make", [in_a_list, two_in_a_list, nested_lists, InAModule, InAFunction])
 def test_nested_in_other_guides(make: Callback) -> None:
     guide = make(two_sites)
-    fit(two_sites, guide)
+    fit(two_sites, guide, steps=100, lr=0.1)
     median = guide.median()
     assert float(median["x"]) == pytest.approx(1.0, abs=0.1)
     torch.testing.assert_close(median["y"], torch.ones(2), atol=0.1, rtol=0)
@@ -982,11 +983,20 @@ def pair_of_guides(model: Callback) -> tuple[pf.AutoFlow, pf.AutoFlow]:
     return path, total
 
 
+@pytest.fixture(scope="module")
+def total_gradients() -> Tensor:
+    """Gradients with the score term, at the parameters of :func:`pair_of_guides` under seed 0."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    _, total = pair_of_guides(curved)
+    pyro.set_rng_seed(1)
+    return gradients(total, curved, WITH_PATH["Trace"](), 200)
+
+
 @pytest.mark.parametrize("name", WITH_PATH)
-def test_path_gradient_is_unbiased(name: str) -> None:
-    path, total = pair_of_guides(curved)
-    a = gradients(path, curved, WITH_PATH[name](), 200)
-    b = gradients(total, curved, WITH_PATH["Trace"](), 200)
+def test_path_gradient_is_unbiased(name: str, total_gradients: Tensor) -> None:
+    path, _ = pair_of_guides(curved)
+    a, b = gradients(path, curved, WITH_PATH[name](), 200), total_gradients
     assert a.shape[1] == b.shape[1] > 40
     error = (a.var(0) / len(a) + b.var(0) / len(b)).sqrt()
     score = (a.mean(0) - b.mean(0)) / error.clamp_min(1e-7)
@@ -1038,7 +1048,7 @@ FLOWS: dict[str, Callable[[int], Any]] = {
 @pytest.mark.parametrize("name", FLOWS)
 def test_custom_flows(name: str) -> None:
     guide = pf.AutoFlow(line_model, flow=FLOWS[name])
-    losses = fit(line_model, guide, OBSERVED, steps=250, lr=0.02 if name == "RealNVP" else 0.05)
+    losses = fit(line_model, guide, OBSERVED, steps=150, lr=0.04 if name == "RealNVP" else 0.1)
     assert min(losses[-10:]) < -LINE_EVIDENCE + 0.15
     assert sum(losses[-10:]) / 10 > -LINE_EVIDENCE - 0.05
     assert float(guide.median()["a"]) == pytest.approx(float(line_posterior().mean[0]), abs=0.25)
@@ -1167,5 +1177,5 @@ def test_the_default_guide_survives_plain_svi_on_a_funnel(seed):
     guide = pf.AutoFlow(example.model)
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
     svi = SVI(example.model, guide, pyro.optim.ClippedAdam({"lr": 5e-3}), elbo)
-    losses = [svi.step(*example.args, **example.kwargs) for _ in range(100)]
+    losses = [svi.step(*example.args, **example.kwargs) for _ in range(60)]
     assert sum(losses[-10:]) / 10 < 45.0

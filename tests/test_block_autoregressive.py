@@ -265,7 +265,7 @@ def test_a_random_order_depends_on_its_seed_alone():
     assert sorted(orders[0]) == list(range(12))
 
 
-@pytest.mark.parametrize("direction", ["inverse", "forward"])
+@pytest.mark.parametrize("direction", ["inverse", pytest.param("forward", marks=pytest.mark.slow)])
 def test_both_directions_compile_as_one_graph(device, direction):
     torch.compiler.reset()
     t = made(device, 2, hidden_features=(2,))

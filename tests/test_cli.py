@@ -494,7 +494,7 @@ sys.exit(not (set(sys.modules) - before).isdisjoint({heavy}))
 
 def test_end_to_end(folder):
     values = data(y=[2.0, 2.5, 3.0], sigma=0.5)
-    options = f"--data {values} --time-limit 10 --draws 400 --out p.nc"
+    options = f"--data {values} --time-limit 4 --draws 400 --out p.nc"
     run = _python("-m", "pyroflows", "fit", "m.py:model", *options.split())
     assert run.returncode == 0, run.stderr
     assert "Traceback" not in run.stderr

@@ -89,8 +89,10 @@ def test_the_order_of_the_fixed_steps(solver, order, device):
     assert order - 1 < math.log2(errors[0] / errors[1]) < order + 2
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "dopri8", "rk4"])
-@pytest.mark.parametrize("hidden_features", [(), (5,), (5, 6), (5, 6, 7)])
+@pytest.mark.parametrize(
+    ("hidden_features", "solver"),
+    [((), "dopri5"), ((5,), "dopri5"), ((5, 6), "dopri5"), ((5, 6, 7), "dopri5"), ((5,), "dopri8"), ((5, 6), "rk4")],
+)
 def test_the_log_det_is_that_of_autograd(hidden_features, solver, device):
     t = perturbed(ContinuousFlow(3, 2, hidden_features=hidden_features, **TIGHT[solver]).double(), 0.5).to(device)
     x, c = points(t, 3).to(device), context_for(t, 3).to(device)
@@ -125,7 +127,7 @@ def test_integrates_to_one(context_features, device):
     t = perturbed(ContinuousFlow(2, context_features, hidden_features=(16, 16), solver="rk4", steps=20).double(), 0.5).to(
         device
     )
-    side = torch.linspace(-12, 12, 241, dtype=torch.float64, device=device)
+    side = torch.linspace(-12, 12, 161, dtype=torch.float64, device=device)
     y = torch.cartesian_prod(side, side)
     c = None if context_features is None else context_for(t).to(device)
     x, log_det = t.inverse_and_log_det(y, c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from itertools import product
@@ -25,6 +26,12 @@ Y = 1.3 * torch.sin(1.7 * torch.arange(6.0) + 1).double()
 @pytest.fixture(autouse=True)
 def _float64() -> None:
     torch.set_default_dtype(torch.float64)
+
+
+@functools.cache
+def density_of(model: Model) -> LogDensity:
+    """The density of a model, captured once for all tests that only evaluate it."""
+    return LogDensity(model)
 
 
 def by_trace_enum(model: Model, density: LogDensity, z: Tensor) -> Tensor:
@@ -129,7 +136,7 @@ MODELS = [
 
 @pytest.mark.parametrize("model", MODELS)
 def test_agrees_with_the_enumerating_elbo_of_pyro(model: Model) -> None:
-    density = LogDensity(model)
+    density = density_of(model)
     assert density.mode == "captured"
     generator = torch.Generator().manual_seed(2)
     z = density.initial + torch.randn(3, density.features, generator=generator)
@@ -143,7 +150,7 @@ def test_agrees_with_the_enumerating_elbo_of_pyro(model: Model) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_discrete_sites_are_no_part_of_the_vector(model: Model) -> None:
-    density = LogDensity(model)
+    density = density_of(model)
     discrete = {"k", "coin", "outer", "inner", "group", "member", "a", "b", "count", "one_hot"}
     of_states = {f"state_{t}" for t in range(6)}
     assert set(density.discrete) <= discrete | of_states
@@ -151,7 +158,7 @@ def test_discrete_sites_are_no_part_of_the_vector(model: Model) -> None:
 
 
 def test_a_mixture_by_hand() -> None:
-    density = LogDensity(mixture)
+    density = density_of(mixture)
     z = density.initial + torch.linspace(-1, 1, density.features)
     values = density.constrain(z)
     weights, locs = values["weights"], values["locs"]
@@ -163,7 +170,7 @@ def test_a_mixture_by_hand() -> None:
 
 
 def test_a_hidden_markov_model_by_the_forward_algorithm() -> None:
-    density = LogDensity(hmm)
+    density = density_of(hmm)
     z = density.initial + torch.linspace(-0.5, 0.5, density.features)
     values = density.constrain(z)
     stay, locs = values["stay"], values["locs"]
@@ -178,7 +185,7 @@ def test_a_hidden_markov_model_by_the_forward_algorithm() -> None:
 
 
 def test_by_brute_force_over_all_assignments() -> None:
-    density = LogDensity(coin_outside_and_inside)
+    density = density_of(coin_outside_and_inside)
     x = torch.tensor(0.4)
     terms = []
     for outer in (0.0, 1.0):

@@ -25,6 +25,7 @@ from pyroflows import AutoFlow, fit_posterior
 from pyroflows.examples import load_example
 from pyroflows.infer import fit as fit_module
 from pyroflows.infer import posterior as posterior_module
+from pyroflows.infer import training as training_module
 
 Model = Callable[..., Any]
 
@@ -321,7 +322,7 @@ def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None
 
 def correlated() -> None:
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.sample("y", dist.Normal(x[0] * x[1], 0.5), obs=torch.tensor(1.0))
+    pyro.sample("y", dist.Normal(x[0] + (2 * x[1]).exp(), 0.2), obs=torch.tensor(1.0))
 
 
 def random_states() -> tuple[Any, ...]:
@@ -458,7 +459,7 @@ def test_with_progress_a_bar_with_the_elbo_is_shown_on_stderr(capfd: pytest.Capt
 def test_the_time_limit_is_respected() -> None:
     quickly(correlated, steps=1)
     start = time.perf_counter()
-    posterior = quickly(correlated, steps=1_000_000, time_limit=1.5)
+    posterior = quickly(load_example("funnel").model, steps=1_000_000, time_limit=1.5)
     assert 1 < time.perf_counter() - start < 5
     assert 1.4 < posterior.seconds < 4
     assert 10 < len(posterior.history) < 100_000
@@ -498,7 +499,7 @@ class Bar:
 
 @pytest.mark.parametrize("at", [1, 60])
 def test_an_interruption_returns_the_posterior_so_far(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "tqdm", type("Pressed", (Bar,), {"at": at}))
+    monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": at}))
     posterior = quickly(correlated, steps=1000)
     assert posterior.interrupted
     assert "interrupted" in repr(posterior)
@@ -522,7 +523,7 @@ def test_an_interruption_brings_the_best_parameters_back(monkeypatch: pytest.Mon
                 for p in networks():
                     p += 1.0
 
-    monkeypatch.setattr(fit_module, "tqdm", type("Pressed", (Bar,), {"at": 75, "act": staticmethod(spoil)}))
+    monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": 75, "act": staticmethod(spoil)}))
     posterior = quickly(correlated, guide=guide, steps=1000)
     assert posterior.interrupted
     assert all(torch.equal(a, b) for a, b in zip(networks(), seen[0], strict=True))
@@ -532,7 +533,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(monkeypatch: py
     def pressed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit_module, "fit_gaussian", pressed)
+    monkeypatch.setattr(fit_module, "take_census", pressed)
     posterior = quickly(correlated)
     assert posterior.interrupted
     assert posterior.history == []

@@ -391,7 +391,7 @@ def test_integrates_to_one(context_features, device):
 # Where nothing may be read
 
 
-@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+@pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(trace, device):
     torch.compiler.reset()
     t = perturbed(Residual(3, hidden_features=(4,), lipschitz=0.2, trace=trace).double(), 1.0).to(device)

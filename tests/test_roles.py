@@ -271,7 +271,7 @@ def quadrature_moments(flow: pf.Flow, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_latent_under_nuts(jit: bool) -> None:
     flow = moved(pf.RealNVP(2, support=constraints.positive, **SMALL), 0.6).requires_grad_(False)
     kernel = NUTS(positive_model, jit_compile=jit, ignore_jit_warnings=True, max_tree_depth=4)
-    mcmc = MCMC(kernel, num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=200, warmup_steps=60, disable_progbar=True)
     mcmc.run(X, flow)
     draws = mcmc.get_samples()["z"].log()
     mean, sd = quadrature_moments(flow, X)
@@ -345,7 +345,7 @@ ELBOS = {
 def test_guide_reaches_the_exact_posterior(kind: Any, elbo: str) -> None:
     prior, flow = gaussian_prior(), gaussian_flow(name="posterior")
     model, guide, exact = latent_model(prior), kind(flow), exact_posterior(prior, X)
-    fit(model, guide, X, elbo=copy.copy(ELBOS[elbo]))
+    fit(model, guide, X, steps=200, elbo=copy.copy(ELBOS[elbo]))
     mean, covariance = moments(flow)
     tolerance = 0.25 if "one" in elbo else 0.1
     whiten = exact.scale_tril.inverse()
@@ -393,7 +393,7 @@ def test_amortised_guide_in_a_plate(batch: int | None) -> None:
             z = pyro.sample("z", flow(encoder(x[index])))
             assert z.shape == (batch or len(x), 2)
 
-    losses = fit(model, guide, x, steps=600, lr=0.03)
+    losses = fit(model, guide, x, steps=400, lr=0.03)
     # Linear in the data and Gaussian, the guide holds the exact posterior, where the loss is minus the log evidence.
     truth = -log_evidence(prior, x)
     if batch is None:
