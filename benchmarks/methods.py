@@ -1,19 +1,23 @@
-"""The methods that the benchmark runs side by side: pyroflows, Pyro's guides, Pyro's NUTS.
+"""The methods that the benchmark runs side by side: pyroflows, Pyro's guides, Pyro's NUTS, NumPyro's NUTS.
 
 Every method gets the same model and data. Pyro's methods get the number of CPU seconds that pyroflows took, a
 vectorised ELBO of many particles, clipped gradients, a step size that decays over those seconds, and starting
-points for improper priors, on which their own defaults fail.
+points for improper priors, on which their own defaults fail. Two methods have no such budget: `NUTS to 1000`
+measures how long Pyro's NUTS needs, and NumPyro's NUTS runs its usual 4 chains.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+import arviz
 import numpy as np
 import pyro
 import torch
@@ -29,12 +33,12 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.importance import vectorized_importance_weights
-from pyro.ops.stats import effective_sample_size
 from pyro.optim import LambdaLR  # type: ignore[attr-defined]  # made at import from torch's
 from torch import Tensor
 from torch.distributions import biject_to
 
 from benchmarks.models import Draws, Entry
+from benchmarks.posteriordb import flatten
 from pyroflows.infer.arviz import psis
 
 DRAWS = 40_000
@@ -42,6 +46,17 @@ DRAWS = 40_000
 CHUNK = 4_000
 PARTICLES = 64
 CLIP_NORM = 10.0
+NUTS_TO_TARGET = "NUTS to 1000"
+NUTS_TARGET = 1000
+"""Bulk ESS that `NUTS to 1000` is after."""
+NUTS_WARMUP = 500
+LEAST_DRAWS = 20
+NUTS_BUDGET = (60.0, 10.0, 300.0)
+"""`NUTS to 1000` may take 10 times the task's budget, but at least 60 and at most 300 CPU seconds."""
+NUMPYRO = "NumPyro NUTS"
+NUMPYRO_CHAINS = 4
+NUMPYRO_ITERATIONS = 1000
+INSTALL_NUMPYRO = "NumPyro is not installed: pip install 'pyroflows[benchmarks]'."
 
 
 @dataclass(frozen=True)
@@ -52,13 +67,15 @@ class Task:
         entry: The model.
         kwargs: The model's keyword arguments.
         seed: The seed.
-        budget: CPU seconds to spend; Pyro's methods need it, pyroflows decides itself.
+        budget: CPU seconds to spend; Pyro's methods need it, pyroflows and NumPyro decide themselves.
+        name: The posterior's name, by which NumPyro finds its model.
     """
 
     entry: Entry
     kwargs: dict[str, Any]
     seed: int
     budget: float | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,14 +83,16 @@ class Result:
     """What a method found.
 
     Args:
-        draws: Draws of the latent sites, `(N, *site_shape)`.
+        draws: Draws of the latent sites, `(N, *site_shape)`; empty if the method only measures seconds and
+            got none.
         seconds: CPU seconds of the inference, without the drawing afterwards.
         elbo: Evidence lower bound, or None.
         khat: Pareto k-hat of the importance weights, or None.
         ess: Effective sample size as a fraction of the draws: of the importance weights for a guide, the
-            smallest over the scalars for a chain; or None.
+            smallest bulk ESS over the scalars for chains; or None.
         ok: The method's own verdict, or None.
         note: Anything worth saying of the run.
+        bound: How to read `seconds`: "" measured, "~" extrapolated, ">" a lower bound.
     """
 
     draws: Draws
@@ -83,6 +102,7 @@ class Result:
     ess: float | None = None
     ok: bool | None = None
     note: str = ""
+    bound: str = ""
 
 
 class BudgetSpent(Exception):
@@ -228,23 +248,80 @@ def run_nuts(task: Task) -> Result:
     pyro.clear_param_store()
     pyro.set_rng_seed(task.seed)
     start = time.process_time()
-    iterations, _ = _chain(task, 50, 0, start + 0.15 * budget)
+    pilot = _chain(task, 50, 0, start + 0.15 * budget)
     spent = time.process_time() - start
-    warmup = int(np.clip(0.4 * (budget - spent) * iterations / spent, 50, 1000))
-    iterations, draws = _chain(task, warmup, 10_000, start + budget)
+    warmup = int(np.clip(0.4 * (budget - spent) * pilot.iterations / spent, 50, 1000))
+    chain = _chain(task, warmup, 10_000, start + budget)
     seconds = time.process_time() - start
-    count = len(next(iter(draws.values()))) if draws else 0
-    if count < 4:
-        done = min(iterations, warmup)
+    if chain.count < 4:
+        done = min(chain.iterations, warmup)
         raise RuntimeError(f"no draw after warm-up ({done} of {warmup} warm-up iterations done)")
-    ess = min(float(effective_sample_size(values[None], 0, 1).min()) for values in draws.values())
-    return Result(draws, seconds, ess=ess / count, note=f"{warmup} warm-up iterations, {count} draws")
+    ess = bulk_ess(task.entry, chain.draws) / chain.count
+    return Result(chain.draws, seconds, ess=ess, note=f"{warmup} warm-up iterations, {chain.count} draws")
 
 
-def _chain(task: Task, warmup: int, samples: int, deadline: float) -> tuple[int, Draws]:
-    """Run a chain until it is done or the deadline has passed; return its iterations and draws."""
+def run_nuts_to_target(task: Task) -> Result:
+    """Measure the CPU seconds that one chain of Pyro's NUTS needs to a bulk ESS of `NUTS_TARGET`.
+
+    The seconds are those of a warm-up of `NUTS_WARMUP` iterations plus `NUTS_TARGET` times the seconds of an effective
+    draw, those after the warm-up over the smallest bulk ESS of a scalar. The chain stops once it has that ESS or
+    `NUTS_BUDGET` is spent; then they are extrapolated, or, from fewer than `LEAST_DRAWS`, only a lower bound.
+    """
+    least, multiple, most = NUTS_BUDGET
+    budget = min(max(multiple * _budget(task), least), most)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(task.seed)
+    chain = _chain(task, NUTS_WARMUP, 1_000_000, time.process_time() + budget, NUTS_TARGET)
+    ess = bulk_ess(task.entry, chain.draws) if chain.count >= LEAST_DRAWS else 0.0
+    if not ess > 0:
+        done = min(chain.iterations, NUTS_WARMUP)
+        note = f"no ESS to extrapolate from; {done} of {NUTS_WARMUP} warm-up iterations, {chain.count} draws"
+        return Result(chain.draws, chain.warmup + chain.sampling, note=note, bound=">")
+    seconds = chain.warmup + chain.sampling / ess * NUTS_TARGET
+    note = f"{chain.warmup:.1f} s of warm-up, {chain.sampling:.1f} s for {chain.count} draws of bulk ESS {ess:.0f}"
+    return Result(chain.draws, seconds, ess=ess / chain.count, note=note, bound="" if ess >= NUTS_TARGET else "~")
+
+
+def bulk_ess(entry: Entry, draws: Draws, chains: int = 1) -> float:
+    """Return the smallest bulk ESS over Stan's scalars; zero where one never moved.
+
+    Args:
+        entry: The model, which knows Stan's scalars.
+        draws: Draws of the latent sites, `(chains * N, *site_shape)`, chains one after another.
+        chains: How many chains.
+    """
+    arrays = {name: values.detach().cpu().numpy() for name, values in entry.to_stan(draws).items()}
+    scalars = flatten(arrays).values()
+    # ArviZ counts every draw of a constant.
+    ess = [arviz.ess(values.reshape(chains, -1), method="bulk") if np.ptp(values) > 0 else 0.0 for values in scalars]
+    return float(np.min(ess))
+
+
+@dataclass
+class Chain:
+    """A chain of NUTS: its draws, iterations (warm-up included), and the CPU seconds of its two phases."""
+
+    draws: Draws = field(default_factory=dict)
+    iterations: int = 0
+    warmup: float = 0.0
+    sampling: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """Draws after the warm-up."""
+        return len(next(iter(self.draws.values()))) if self.draws else 0
+
+
+def _chain(task: Task, warmup: int, samples: int, deadline: float, target: float = math.inf) -> Chain:
+    """Run a chain until it is done, has a bulk ESS of `target`, or the deadline has passed."""
+    chain = Chain()
     points: list[dict[str, Tensor]] = []
-    iterations = 0
+    start = time.process_time()
+    warm: float | None = None
+    next_look = 200.0
+
+    def stack() -> Draws:
+        return {name: kernel.transforms[name].inv(torch.stack([point[name] for point in points])) for name in points[0]}
 
     def model(**kwargs: Any) -> None:
         # One trajectory may be a thousand gradients long, so the clock is read at every one.
@@ -253,27 +330,93 @@ def _chain(task: Task, warmup: int, samples: int, deadline: float) -> tuple[int,
         task.entry.model(**kwargs)
 
     def hook(kernel: NUTS, params: dict[str, Tensor], stage: str, i: int) -> None:
-        nonlocal iterations
-        iterations += 1
-        if stage.startswith("Sample"):
-            points.append({name: value.clone() for name, value in params.items()})
+        nonlocal warm, next_look
+        chain.iterations += 1
+        if chain.iterations == warmup:
+            warm = time.process_time()
+        if not stage.startswith("Sample"):
+            return
+        points.append({name: value.clone() for name, value in params.items()})
+        if math.isfinite(target) and len(points) >= next_look:
+            ess = bulk_ess(task.entry, stack())
+            if ess >= target:
+                raise BudgetSpent
+            next_look = len(points) * min(max(target / ess, 1.05), 2.0) if ess > 0 else 2.0 * len(points)
 
     kernel = NUTS(model, init_strategy=_start_uniform, max_plate_nesting=1)
-    chain = MCMC(kernel, num_samples=max(samples, 1), warmup_steps=warmup, hook_fn=hook, disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=max(samples, 1), warmup_steps=warmup, hook_fn=hook, disable_progbar=True)
     try:
-        chain.run(**task.kwargs)
+        mcmc.run(**task.kwargs)
     except BudgetSpent:
         pass
-    if not points:
-        return iterations, {}
-    stacked = {name: torch.stack([point[name] for point in points]) for name in points[0]}
-    return iterations, {name: kernel.transforms[name].inv(values) for name, values in stacked.items()}
+    end = time.process_time()
+    chain.warmup = (warm or end) - start
+    chain.sampling = end - (warm or end)
+    chain.draws = stack() if points else {}
+    return chain
 
 
 def _budget(task: Task) -> float:
     if task.budget is None:
         raise ValueError("Expected a budget in CPU seconds for a method of Pyro; got None.")
     return task.budget
+
+
+# NumPyro's NUTS
+
+
+def has_numpyro() -> bool:
+    """Whether NumPyro is installed."""
+    return find_spec("numpyro") is not None
+
+
+def run_numpyro(task: Task) -> Result:
+    """Run NumPyro's jitted NUTS: 4 chains of 1000 draws after 1000 iterations of warm-up, compilation included.
+
+    The chains are vectorised, which on one thread takes two thirds of the time of one after another.
+
+    Raises:
+        ImportError: If NumPyro is not installed.
+    """
+    if not has_numpyro():
+        raise ImportError(INSTALL_NUMPYRO)
+    import jax
+    from numpyro import infer
+
+    from benchmarks.numpyro_models import MODELS
+
+    with _precision_of_torch():
+        jax.clear_caches()
+        start = time.process_time()
+        mcmc = infer.MCMC(
+            infer.NUTS(MODELS[task.name]),
+            num_warmup=NUMPYRO_ITERATIONS,
+            num_samples=NUMPYRO_ITERATIONS,
+            num_chains=NUMPYRO_CHAINS,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+        mcmc.run(jax.random.PRNGKey(task.seed), **{name: jax.numpy.asarray(v.numpy()) for name, v in task.kwargs.items()})
+        samples = jax.block_until_ready(mcmc.get_samples())
+        seconds = time.process_time() - start
+        divergences = int(mcmc.get_extra_fields()["diverging"].sum())
+    draws = {name: torch.tensor(np.asarray(values)) for name, values in samples.items()}
+    ess = bulk_ess(task.entry, draws, NUMPYRO_CHAINS)
+    note = f"smallest bulk ESS {ess:.0f}, {divergences} divergences"
+    return Result(draws, seconds, ess=ess / (NUMPYRO_CHAINS * NUMPYRO_ITERATIONS), note=note)
+
+
+@contextmanager
+def _precision_of_torch() -> Iterator[None]:
+    """Let JAX compute in torch's default precision for a while."""
+    import jax
+
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", torch.get_default_dtype() == torch.float64)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 METHODS: dict[str, Callable[[Task], Result]] = {
@@ -283,5 +426,7 @@ METHODS: dict[str, Callable[[Task], Result]] = {
     "AutoIAFNormal": partial(run_guide, _iaf, 1e-2),
     "AutoNormalizingFlow": partial(run_guide, _normalizing_flow, 1e-2),
     "NUTS": run_nuts,
+    NUTS_TO_TARGET: run_nuts_to_target,
+    NUMPYRO: run_numpyro,
 }
 """Methods by name; pyroflows is first, since its seconds are the others' budget."""

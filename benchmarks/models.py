@@ -2,7 +2,8 @@
 
 Stan's flat priors are `ImproperUniform`. Every model broadcasts over leading dimensions of its latents, such
 as a plate of particles, and runs under `torch.func.vmap`: no Python branch on a value, no write into a
-tensor.
+tensor. Recursions over time are written as few operations on long tensors, time last, since an operation on
+a small one costs its call.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor
 
@@ -181,11 +183,21 @@ def garch11(y: Tensor, sigma1: Tensor) -> None:
     fraction = pyro.sample("fraction", dist.Uniform(0.0, 1.0))
     beta1 = pyro.deterministic("beta1", (1 - alpha1) * fraction)
     drive = alpha0[..., None] + alpha1[..., None] * (y[:-1] - mu[..., None]) ** 2
-    variances = [sigma1.square().expand(drive.shape[:-1])]
-    for term in drive.unbind(-1):
-        variances.append(term + beta1 * variances[-1])
-    scale = torch.stack(variances, -1).sqrt()
-    pyro.sample("y", dist.Normal(mu[..., None], scale).to_event(1), obs=y)
+    first = sigma1.square().expand(drive.shape[:-1])[..., None]
+    variance = _recurrence(torch.cat([first, drive], -1), beta1)
+    pyro.sample("y", dist.Normal(mu[..., None], variance.sqrt()).to_event(1), obs=y)
+
+
+def _recurrence(drive: Tensor, decay: Tensor) -> Tensor:
+    """Solve v_t = drive_t + decay v_{t-1} with v_0 = 0; `drive` is `(*, T)`, `decay` is `(*)`.
+
+    Doubling: where `sums` holds the terms of lags below n, decay^n times itself, n later, has those of lags n to 2n.
+    """
+    sums, lags, decay = drive, 1, decay[..., None]
+    while lags < drive.shape[-1]:
+        sums = sums + decay * F.pad(sums, (lags, -lags))
+        lags, decay = 2 * lags, decay.square()
+    return sums
 
 
 def _garch_to_stan(draws: Draws) -> Draws:
@@ -207,13 +219,32 @@ def hmm_example(y: Tensor) -> None:
     theta = [pyro.sample(name, dist.Dirichlet(y.new_ones(2))) for name in ("theta1", "theta2")]
     mu = _flat("mu", constraints.positive_ordered_vector, (2,))
     pyro.factor("mu_prior", dist.Normal(y.new_tensor([3.0, 10.0]), 1.0).log_prob(mu).sum(-1))
-    log_transition = torch.stack(theta, -2).log()
-    log_emission = dist.Normal(mu[..., None, :], 1.0).log_prob(y[:, None])
-    first, *rest = log_emission.unbind(-2)
-    forward = first
-    for emission in rest:
-        forward = (forward[..., :, None] + log_transition).logsumexp(-2) + emission
-    pyro.factor("y", forward.logsumexp(-1))
+    log_emission = dist.Normal(mu[..., None], 1.0).log_prob(y)
+    # Relative to the likelier state, so that the products do not underflow.
+    top = log_emission.detach().amax(-2, keepdim=True)
+    emission = (log_emission - top).exp()
+    steps = torch.stack(theta, -2)[..., None] * emission[..., None, :, 1:]
+    product, log_scale = _chain(steps)
+    likelihood = (emission[..., 0, None] * product).sum((-2, -1))
+    pyro.factor("y", likelihood.log() + log_scale + top.sum((-2, -1)))
+
+
+def _chain(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply matrices `(*, K, K, T)` in their order, pair by pair.
+
+    Returns:
+        The product divided by a scale, `(*, K, K)`, and the log of the scale, `(*)`.
+    """
+    log_scale = matrices.new_zeros(())
+    while (count := matrices.shape[-1]) > 1:
+        if count % 2:
+            identity = torch.eye(matrices.shape[-2], dtype=matrices.dtype, device=matrices.device)[..., None]
+            matrices = torch.cat([matrices, identity.expand(*matrices.shape[:-1], 1)], -1)
+        left, right = matrices.unflatten(-1, (-1, 2)).unbind(-1)
+        products = (left[..., :, :, None, :] * right[..., None, :, :, :]).sum(-3)
+        scale = products.detach().amax((-3, -2), keepdim=True)
+        matrices, log_scale = products / scale, log_scale + scale.log().sum((-3, -2, -1))
+    return matrices[..., 0], log_scale
 
 
 def lotka_volterra(times: Tensor, y_init: Tensor, y: Tensor) -> None:
@@ -232,27 +263,40 @@ def lotka_volterra(times: Tensor, y_init: Tensor, y: Tensor) -> None:
     z_init = pyro.sample("z_init", dist.LogNormal(math.log(10.0), y.new_ones(2)).to_event(1))
     sigma = pyro.sample("sigma", dist.LogNormal(-1.0, y.new_ones(2)).to_event(1))
     growth = torch.stack([theta[..., 0], -theta[..., 2]], -1)
-    effect = torch.stack([-theta[..., 1], theta[..., 3]], -1)
-
-    def slope(log_z: Tensor) -> Tensor:
-        return growth + effect * log_z.exp().flip(-1)
-
-    step = 1.0 / RK4_STEPS
-    log_z, path = z_init.log(), []
-    for _ in range(len(times)):
-        for _ in range(RK4_STEPS):
-            log_z = _rk4(slope, log_z, step)
-        path.append(log_z)
+    # In units of the rates of predation, so that the interaction has no coefficient but its sign.
+    log_unit = torch.stack([theta[..., 3], theta[..., 1]], -1).log()
+    log_path = _predation(z_init.log() + log_unit, growth, len(times)) - log_unit[..., None, :]
     pyro.sample("y_init", dist.LogNormal(z_init.log(), sigma).to_event(1), obs=y_init)
-    pyro.sample("y", dist.LogNormal(torch.stack(path, -2), sigma[..., None, :]).to_event(2), obs=y)
+    pyro.sample("y", dist.LogNormal(log_path, sigma[..., None, :]).to_event(2), obs=y)
 
 
-def _rk4(slope: Callable[[Tensor], Tensor], z: Tensor, step: float) -> Tensor:
-    k1 = slope(z)
-    k2 = slope(z + step / 2 * k1)
-    k3 = slope(z + step / 2 * k2)
-    k4 = slope(z + step * k3)
-    return z + step / 6 * (k1 + 2 * (k2 + k3) + k4)
+def _predation(z: Tensor, growth: Tensor, times: int) -> Tensor:
+    """Solve dz/dt = growth + (-exp(z_2), exp(z_1)); return z at the times 1, 2, ..., `(*, times, 2)`.
+
+    Growth is constant, so it is added once for the middle of a step and once for its end, not in every stage.
+    """
+    step = 1.0 / RK4_STEPS
+    half = growth * (step / 2)
+    sign = z.new_tensor([-1.0, 1.0])
+
+    def effect(z: Tensor) -> Tensor:
+        return z.exp().flip(-1)
+
+    def advance(z: Tensor) -> Tensor:
+        middle = z + half
+        end = middle + half
+        e1 = effect(z)
+        e2 = effect(torch.addcmul(middle, sign, e1, value=step / 2))
+        e3 = effect(torch.addcmul(middle, sign, e2, value=step / 2))
+        e4 = effect(torch.addcmul(end, sign, e3, value=step))
+        return torch.addcmul(end, sign, torch.add(e1 + e4, e2 + e3, alpha=2), value=step / 6)
+
+    path = []
+    for _ in range(times):
+        for _ in range(RK4_STEPS):
+            z = advance(z)
+        path.append(z)
+    return torch.stack(path, -2)
 
 
 def _lotka_volterra_kwargs(data: dict[str, Any]) -> dict[str, Any]:
@@ -273,7 +317,7 @@ def gp_regr(x: Tensor, y: Tensor) -> None:
     alpha = pyro.sample("alpha", dist.HalfNormal(2.0))[..., None, None]
     sigma = pyro.sample("sigma", dist.HalfNormal(1.0))[..., None, None]
     identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    covariance = alpha**2 * torch.exp(-0.5 * ((x[:, None] - x) / rho) ** 2) + sigma * identity
+    covariance = alpha**2 * torch.exp(-0.5 / rho**2 * (x[:, None] - x) ** 2) + sigma * identity
     # A point whose matrix is singular in floating point is rejected, as in Stan; `cholesky` would raise for
     # the whole batch.
     root, failed = torch.linalg.cholesky_ex(covariance)

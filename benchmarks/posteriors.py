@@ -1,4 +1,4 @@
-"""The benchmark of posteriors: pyroflows beside Pyro's guides and NUTS, against reference draws.
+"""The benchmark of posteriors: pyroflows beside Pyro's guides, Pyro's NUTS and NumPyro's, against reference draws.
 
 Run `python -m benchmarks.posteriors --db DIR`, with DIR a clone of posteriordb (or a part of one).
 """
@@ -10,6 +10,7 @@ import datetime
 import json
 import logging
 import math
+import os
 import platform
 import statistics
 import sys
@@ -25,12 +26,18 @@ import numpy as np
 import torch
 
 from benchmarks import check as checks
-from benchmarks.methods import METHODS, Result, Task
+from benchmarks.methods import INSTALL_NUMPYRO, METHODS, NUMPYRO, NUTS_TO_TARGET, Result, Task, has_numpyro
 from benchmarks.models import MODELS
 from benchmarks.posteriordb import PosteriorDB, Reference, flatten
 
 EIGHT = [checks.CENTERED, checks.NONCENTERED]
 DEFAULT_BUDGET = 30.0
+UNLIMITED = ("pyroflows", NUMPYRO)
+"""Methods that decide themselves when they are done."""
+LIMIT = 0.1
+"""A row passes if both its errors are below this."""
+EFFICIENT = 0.9
+"""ESS/N above which the summary counts a posterior."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,13 @@ class Row:
         seed: The seed.
         mean_error: Largest |mean - reference mean| / reference sd over every constrained scalar.
         log_sd_error: Largest |log(sd / reference sd)| over every constrained scalar.
+        passed: Whether both errors are below `LIMIT`; None where the method only measures seconds.
         khat: Pareto k-hat of the importance weights.
         ess: Effective sample size as a fraction of the draws (`benchmarks.methods.Result`).
         elbo: Evidence lower bound.
         seconds: CPU seconds used.
-        budget: CPU seconds allowed.
+        bound: How to read `seconds`: "" measured, "~" extrapolated, ">" a lower bound.
+        budget: CPU seconds allowed; `NUTS to 1000` may take more (`benchmarks.methods.NUTS_BUDGET`).
         draws: How many draws the errors are taken from.
         ok: The method's own verdict.
         note: A remark of the method.
@@ -59,10 +68,12 @@ class Row:
     seed: int
     mean_error: float | None = None
     log_sd_error: float | None = None
+    passed: bool | None = None
     khat: float | None = None
     ess: float | None = None
     elbo: float | None = None
     seconds: float | None = None
+    bound: str = ""
     budget: float | None = None
     draws: int | None = None
     ok: bool | None = None
@@ -134,19 +145,24 @@ def run_row(reference: Reference, method: str, seed: int, budget: float | None) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = METHODS[method](Task(entry, entry.kwargs(reference.data), seed, budget))
+            result = METHODS[method](Task(entry, entry.kwargs(reference.data), seed, budget, reference.name))
         return _filled(row, result, reference)
     except Exception as error:
-        return replace(row, error=_sentence(error), seconds=time.process_time() - start)
+        return replace(row, error=_sentence(error), passed=False, seconds=time.process_time() - start)
 
 
 def _filled(row: Row, result: Result, reference: Reference) -> Row:
+    numbers = {name: getattr(result, name) for name in ("khat", "ess", "elbo", "seconds", "bound", "ok", "note")}
+    row = replace(row, draws=0, **numbers)
+    if not result.draws:
+        return row
     arrays = MODELS[reference.name].to_stan(result.draws)
     scalars = flatten({name: values.detach().cpu().numpy() for name, values in arrays.items()})
     mean_error, log_sd_error = errors(scalars, reference.draws)
+    # A chain that was cut short to extrapolate its seconds is not there for its moments.
+    passed = None if result.bound else mean_error < LIMIT and log_sd_error < LIMIT
     count = len(next(iter(scalars.values())))
-    numbers = {name: getattr(result, name) for name in ("khat", "ess", "elbo", "seconds", "ok", "note")}
-    return replace(row, mean_error=mean_error, log_sd_error=log_sd_error, draws=count, **numbers)
+    return replace(row, mean_error=mean_error, log_sd_error=log_sd_error, passed=passed, draws=count)
 
 
 def _sentence(error: Exception) -> str:
@@ -179,9 +195,8 @@ def run(
         for seed in seeds:
             allowed = budget
             for method in sorted(methods, key=list(METHODS).index):
-                peer = method != "pyroflows"
-                row = run_row(reference, method, seed, (allowed or DEFAULT_BUDGET) if peer else None)
-                if not peer and budget is None and not row.error:
+                row = run_row(reference, method, seed, None if method in UNLIMITED else allowed or DEFAULT_BUDGET)
+                if method == "pyroflows" and budget is None and not row.error:
                     allowed = row.seconds
                 rows.append(row)
                 report(row)
@@ -191,8 +206,8 @@ def run(
 def medians(rows: Sequence[Row]) -> list[Row]:
     """Return the medians over the seeds that gave draws, one row for each posterior and method.
 
-    The row's `ok` says whether every seed's verdict was ok, its `seed` is the number of seeds, and its
-    `error` how many of them failed.
+    The row's `ok` says whether every seed's verdict was ok, its `passed` whether every seed passed, its `seed` is the
+    number of seeds, and its `error` how many of them failed. Its `bound` is ">" or "~" where that of any seed is.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -204,17 +219,30 @@ def medians(rows: Sequence[Row]) -> list[Row]:
             name: _median([getattr(row, name) for row in (group if name == "budget" else good)])
             for name in ("mean_error", "log_sd_error", "khat", "ess", "elbo", "seconds", "budget")
         }
-        verdicts = [row.ok for row in good if row.ok is not None]
         failed = len(group) - len(good)
-        error = f"{failed} of {len(group)} failed" if failed else ""
-        ok = all(verdicts) if verdicts else None
-        result.append(Row(posterior, method, len(group), ok=ok, error=error, **numbers))
+        result.append(
+            Row(
+                posterior,
+                method,
+                len(group),
+                passed=_all([row.passed for row in group]),
+                bound=max((row.bound for row in good), key=["", "~", ">"].index, default=""),
+                ok=_all([row.ok for row in good]),
+                error=f"{failed} of {len(group)} failed" if failed else "",
+                **numbers,
+            )
+        )
     return result
 
 
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.median(known)) if known else None
+
+
+def _all(values: Sequence[bool | None]) -> bool | None:
+    known = [value for value in values if value is not None]
+    return all(known) if known else None
 
 
 # The table
@@ -226,6 +254,7 @@ _COLUMNS = [
     ("seed", "seed", "d"),
     ("mean_error", "mean err", ".3f"),
     ("log_sd_error", "|log sd|", ".3f"),
+    ("passed", "pass", ""),
     ("khat", "k-hat", ".2f"),
     ("ess", "ESS/N", ".3f"),
     ("elbo", "ELBO", ".2f"),
@@ -233,11 +262,13 @@ _COLUMNS = [
     ("budget", "budget s", ".1f"),
     ("ok", "ok", ""),
 ]
-_WIDTHS = [40, 22, 4, 9, 9, 6, 6, 11, 7, 8, 3]
+_WIDTHS = [40, 22, 4, 9, 9, 4, 6, 6, 11, 8, 8, 3]
 _LEGEND = """
 mean err: largest |mean - reference mean| / reference sd; |log sd|: largest |log(sd / reference sd)|; both
-over every constrained scalar. ESS/N: of the importance weights; for NUTS the smallest over the sites.
-CPU s: of the inference, without drawing from a guide afterwards."""
+over every constrained scalar. pass: both below 0.1. ESS/N: of the importance weights; for NUTS the smallest
+bulk ESS of a scalar. CPU s: of the inference, without drawing from a guide afterwards; compilation included.
+NUTS to 1000: CPU seconds of Pyro's NUTS to a bulk ESS of 1000, which are those of a warm-up of 500 iterations
+plus 1000 times those of an effective draw; ~ extrapolated from a shorter chain, > not even 20 draws by then."""
 
 
 def _cells(row: Row) -> list[str]:
@@ -247,7 +278,8 @@ def _cells(row: Row) -> list[str]:
         if isinstance(value, bool):
             cells.append("yes" if value else "no")
         else:
-            cells.append("-" if value is None else format(value, form))
+            bound = row.bound if field == "seconds" else ""
+            cells.append("-" if value is None else bound + format(value, form))
     return cells
 
 
@@ -271,12 +303,55 @@ def table(rows: Sequence[Row], seed: str = "seed") -> str:
     return "\n".join([header(seed), *(_line(_cells(row), row.error) for row in rows)])
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Return one line for each method, and one for pyroflows beside each NUTS that was timed.
+
+    Args:
+        rows: One row for each posterior and method, as `medians` returns them.
+    """
+    methods = {name: {row.posterior: row for row in rows if row.method == name} for name in METHODS}
+    lines = [_method_line(name, list(group.values())) for name, group in methods.items() if group]
+    ours = methods["pyroflows"]
+    for name in (NUTS_TO_TARGET, NUMPYRO):
+        pairs = [(ours[p], row) for p, row in methods[name].items() if p in ours]
+        pairs = [(our, row) for our, row in pairs if our.seconds is not None and row.seconds is not None]
+        if pairs:
+            lines.append(_versus_line(name, pairs))
+    return "\n".join(lines)
+
+
+def _method_line(name: str, rows: Sequence[Row]) -> str:
+    parts = []
+    if judged := [row.passed for row in rows if row.passed is not None]:
+        parts.append(f"{sum(judged)} of {len(judged)} posteriors pass for every seed")
+    if ess := [row.ess for row in rows if row.ess is not None]:
+        parts.append(f"ESS/N > {EFFICIENT} on {sum(value > EFFICIENT for value in ess)} of {len(ess)}")
+    if timed := [row for row in rows if row.seconds is not None]:
+        slowest = max(timed, key=lambda row: row.seconds or 0.0)
+        parts.append(f"median {_median([row.seconds for row in timed]):.1f} CPU s")
+        parts.append(f"slowest {slowest.bound}{slowest.seconds:.1f} ({slowest.posterior})")
+    return f"{name}: {'; '.join(parts) or 'no row'}."
+
+
+def _versus_line(name: str, pairs: Sequence[tuple[Row, Row]]) -> str:
+    ratios = [(our.seconds or 0.0) / (row.seconds or math.inf) for our, row in pairs]
+    parts = [
+        f"CPU s at most {limit:g} times those of {name} on {sum(r <= limit for r in ratios)}" for limit in (1, 0.5, 0.1)
+    ]
+    if name == NUMPYRO:
+        for field, title in (("mean_error", "mean err"), ("log_sd_error", "|log sd|")):
+            known = [(getattr(our, field), getattr(row, field)) for our, row in pairs]
+            smaller = sum(ours < theirs for ours, theirs in known if ours is not None and theirs is not None)
+            parts.append(f"smaller {title} on {smaller}")
+    return f"pyroflows: {', '.join(parts)}, of {len(pairs)} posteriors."
+
+
 # JSON
 
 
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on: processor, versions, threads, date."""
-    packages = ("torch", "pyro-ppl", "pyroflows", "arviz", "numpy")
+    packages = ("torch", "pyro-ppl", "pyroflows", "arviz", "numpy", "numpyro", "jax")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
@@ -387,11 +462,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(args.threads)
+    if args.threads == 1:
+        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
     logging.getLogger("pyro").setLevel(logging.WARNING)  # "Guessed max_plate_nesting" would cut the table
     if args.check:
         outcomes = [checks.check(reference) for reference in references]
         print(checks.table(outcomes))
         return 0 if all(outcome.ok for outcome in outcomes) else 1
+    if NUMPYRO in methods and not has_numpyro():
+        print(f"{NUMPYRO} is left out. {INSTALL_NUMPYRO}")
+        methods.remove(NUMPYRO)
+        if not methods:
+            return 2
     return _benchmark(references, methods, seeds, args.budget, args.json)
 
 
@@ -421,6 +503,7 @@ def _benchmark(
     print(_LEGEND)
     if rows:
         print(f"\nMedians over the seeds\n{table(medians(rows), 'n')}")
+        print(f"\n{summary(medians(rows))}")
         print("\nNoise floor, 10,000 draws against 10,000: mean err, |log sd|")
         print("\n".join(f"{name:40s} {mean:.3f} {log_sd:.3f}" for name, (mean, log_sd) in floors.items()))
     return 0

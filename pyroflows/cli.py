@@ -57,6 +57,7 @@ exit codes:
 examples:
   pyroflows fit eight_schools
   pyroflows fit path/to/model.py:model --data data.json --time-limit 60 --out posterior.nc
+  torchrun --nproc-per-node 4 -m pyroflows fit path/to/model.py:model --data data.json
 """
 
 
@@ -168,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="threads of torch (default: 1; more pay only for models with much data)",
     )
+    add("--checkpoint", metavar="FILE", help="file from which a fit that was killed goes on (default: none)")
     add("--quiet", action="store_true", help="print the verdict only: no progress, no table")
     about = "list the packaged examples"
     listing = commands.add_parser("list", help=about, description=about, allow_abbrev=False)
@@ -219,6 +221,16 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    from pyroflows.infer import distributed
+
+    with distributed.initialize_from_environment() as device:
+        if device is not None and options.device is None:
+            options.device = device
+        return _fit_here(options, distributed.is_main())
+
+
+def _fit_here(options: argparse.Namespace, tells: bool) -> int:
+    """Fits in this process, which tells and saves if it is the main one of those that ``torchrun`` started."""
     import torch
 
     # All that can be wrong with the input is looked at before the fit, which takes minutes.
@@ -227,6 +239,8 @@ def _fit(options: argparse.Namespace) -> int:
     _check_device(options.device)
     torch.set_num_threads(options.threads)
     posterior = _posterior(problem, options)
+    if not tells:
+        return 0
     if options.quiet:
         print(posterior.verdict)
     else:
@@ -252,6 +266,7 @@ def _posterior(problem: Problem, options: argparse.Namespace) -> Any:
             time_limit=options.time_limit,
             progress=not options.quiet,
             device=options.device,
+            checkpoint=options.checkpoint,
         )
     except Exception as error:
         line = _line_in(problem.source, error)
@@ -298,6 +313,7 @@ def _report(name: str, posterior: Any, draws: int) -> None:
         ("log evidence", f"{verdict.log_evidence:.3f}, Monte Carlo error {verdict.log_evidence_error:.1g}"),
         ("k-hat", f"{verdict.khat:.2f}"),
         ("importance ESS", f"{verdict.ess:.1%} of {verdict.draws} draws"),
+        ("found by", posterior.rungs[-1].name if posterior.rungs else "-"),
         ("seconds", f"{posterior.seconds:.1f}"),
     ):
         print(f"{label:<16}{value}")

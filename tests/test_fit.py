@@ -711,7 +711,6 @@ FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("only discrete", only_discrete, {}, ValueError, r"got only discrete ones \('coin'\)"),
     ("infinite discrete", counts, {}, ValueError, "got 'events' with Poisson"),
     ("random", random_log_density, {}, ValueError, "random numbers outside of pyro.sample"),
-    ("subsampled", subsampled, {}, ValueError, "got plate 'data' with 5 of 10 subsampled"),
     ("NaN in the data", nan_in_the_data, {}, ValueError, r"site 'bad' gives nan\. Look for NaN in the data"),
     ("NaN in a predictor", nan_in_a_predictor, {}, ValueError, r"site 'bad' gives nan\. Look for NaN in the data"),
     ("impossible data", impossible_data, {}, ValueError, "site 'bad' gives -inf"),

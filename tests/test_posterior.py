@@ -640,7 +640,7 @@ def test_a_truncated_file_is_refused(posterior: pf.Posterior, tmp_path: Path) ->
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"of format 1; .* has format 99"):
+    with pytest.raises(ValueError, match=r"of format 2; .* has format 99"):
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 

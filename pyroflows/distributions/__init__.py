@@ -2,5 +2,14 @@
 
 from .bases import NormalMixture, NormalMixtureBase, StudentTBase, mixture_base, student_t_base
 from .flow_distribution import FlowDistribution
+from .mixture import FlowMixture
 
-__all__ = ["FlowDistribution", "NormalMixture", "NormalMixtureBase", "StudentTBase", "mixture_base", "student_t_base"]
+__all__ = [
+    "FlowDistribution",
+    "FlowMixture",
+    "NormalMixture",
+    "NormalMixtureBase",
+    "StudentTBase",
+    "mixture_base",
+    "student_t_base",
+]

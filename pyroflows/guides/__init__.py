@@ -1,5 +1,6 @@
 """Flows as automatic guides."""
 
 from .auto import AutoFlow
+from .mixture import AutoMixture
 
-__all__ = ["AutoFlow"]
+__all__ = ["AutoFlow", "AutoMixture"]

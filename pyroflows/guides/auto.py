@@ -23,7 +23,147 @@ from .initialization import check_support, init_to_median
 __all__ = ["AutoFlow"]
 
 
-class AutoFlow(AutoContinuous):
+class FlowGuide(AutoContinuous):
+    """What guides made of flows share: construction when the model has run, quantiles by draws, saving and copying."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: Callable[[int], Flow | Transform] | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+    ) -> None:
+        self._init_scale = check_positive("init_scale", init_scale)
+        if flow is not None and not callable(flow):
+            raise TypeError(f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}.")
+        if isinstance(flow, torch.nn.Module):
+            raise TypeError(
+                f"Expected flow to be a preset or callable such as pf.RealNVP, not a made {type(flow).__name__}."
+            )
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self._make_flow = flow
+        self._waiting_state: dict[str, Tensor] | None = None
+
+    # Construction, once the model has run
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        if self._model is None:
+            raise RuntimeError(
+                "Expected a guide with a model; got one that was pickled before its first call, and pickles hold no model. "
+                f"Make a new {type(self).__name__}(model)."
+            )
+        try:
+            self._build(*args, **kwargs)
+            if self._waiting_state is not None:
+                self.load_state_dict(self._waiting_state)
+                self._waiting_state = None
+        except Exception as error:
+            # A guide that refused a model once must refuse it again, and not go on half made.
+            trace, self.prototype_trace = self.prototype_trace, None
+            if isinstance(error, NotImplementedError) and trace is not None:
+                for name, site in trace.iter_stochastic_nodes():
+                    check_support(name, site["fn"].support)
+            raise
+
+    def _build(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        _refuse_subsampled_latents(self.prototype_trace)
+
+    def _whitened_flow(self) -> Flow:
+        """A fresh flow, with a whitening map that starts as the guide does."""
+        loc = self._init_loc()
+        layers, base = _parts((self._make_flow or default_flow)(self.latent_dim), self.latent_dim)
+        flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(loc.device, loc.dtype)
+        whiten(flow, loc, self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device))
+        return flow
+
+    # The protocol of AutoContinuous
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Samples every latent site, as a guide with the arguments of the model."""
+        with _ScoredDeltas():
+            return super().forward(*args, **kwargs)
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        latent = self._reference_draws()
+        return latent.quantile(0.5, dim=0), latent.std(0)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior medians by Monte Carlo, taken per unconstrained entry and mapped to the support of each site."""
+        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles by Monte Carlo, taken per unconstrained entry and mapped to the support of each site.
+
+        Args:
+            quantiles: Levels between 0 and 1.
+
+        Returns:
+            For each site a tensor of shape ``(len(quantiles), *site_shape)``.
+
+        Raises:
+            ValueError: If a level is outside of [0, 1].
+        """
+        latent = self._reference_draws()
+        levels = torch.as_tensor(quantiles, dtype=latent.dtype, device=latent.device)
+        if not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"Expected quantiles between 0 and 1; got {quantiles}.")
+        result: dict[str, list[Tensor]] = {}
+        for row in latent.quantile(levels, dim=0):
+            for site, value in self._unpack_latent(row):
+                constrained = torch.distributions.biject_to(site["fn"].support)(value)
+                result.setdefault(site["name"], []).append(constrained)
+        return {name: torch.stack(values) for name, values in result.items()}
+
+    def _draws(self, pairs: int) -> Tensor:
+        """Twice as many draws of the guide, as unconstrained vectors."""
+        return self.get_posterior().sample((2 * pairs,))
+
+    def _reference_draws(self, pairs: int = 5000) -> Tensor:
+        """Draws with a seed of their own, so that medians and quantiles agree and no random state moves."""
+        self._check_built("median and quantiles")
+        device = next(self.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            return self._draws(pairs)
+
+    def _check_built(self, what: str) -> None:
+        if self.prototype_trace is None:
+            raise RuntimeError(f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}.")
+
+    # Saving and copying
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.prototype_trace is None:
+            # The flow is made in the first call, when the model tells its size; the state waits until then.
+            named = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+            self._waiting_state = {k: v.detach().clone() for k, v in named.items()}
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + k: v for k, v in (self._waiting_state or {}).items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's own forgets the model and the master of the original, not only of the copy.
+        model, master = self._model, self.master
+        try:
+            return dict(super().__getstate__())
+        finally:
+            object.__setattr__(self, "_model", model)
+            object.__setattr__(self, "master", master)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        object.__setattr__(new, "_model", self._model)
+        return new
+
+
+class AutoFlow(FlowGuide):
     r"""A normalizing flow over all continuous latent sites of a model; a drop-in for any autoguide of Pyro.
 
     The sites are mapped to one unconstrained vector :math:`z`, and
@@ -68,53 +208,9 @@ class AutoFlow(AutoContinuous):
         ['scale', 'x']
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        flow: Callable[[int], Flow | Transform] | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-    ) -> None:
-        self._init_scale = check_positive("init_scale", init_scale)
-        if flow is not None and not callable(flow):
-            raise TypeError(f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}.")
-        if isinstance(flow, torch.nn.Module):
-            raise TypeError(
-                f"Expected flow to be a preset or callable such as pf.RealNVP, not a made {type(flow).__name__}."
-            )
-        super().__init__(model, init_loc_fn=init_loc_fn)
-        self._make_flow = flow
-        self._waiting_state: dict[str, Tensor] | None = None
-
-    # Construction, once the model has run
-
-    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        if self._model is None:
-            raise RuntimeError(
-                "Expected a guide with a model; got one that was pickled before its first call, and pickles hold no model. "
-                f"Make a new {type(self).__name__}(model)."
-            )
-        try:
-            self._build(*args, **kwargs)
-        except Exception as error:
-            # A guide that refused a model once must refuse it again, and not go on half made.
-            trace, self.prototype_trace = self.prototype_trace, None
-            if isinstance(error, NotImplementedError) and trace is not None:
-                for name, site in trace.iter_stochastic_nodes():
-                    check_support(name, site["fn"].support)
-            raise
-
     def _build(self, *args: Any, **kwargs: Any) -> None:
-        super()._setup_prototype(*args, **kwargs)
-        _refuse_subsampled_latents(self.prototype_trace)
-        loc = self._init_loc()
-        made = (self._make_flow or default_flow)(self.latent_dim)
-        layers, base = _parts(made, self.latent_dim)
-        self.flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(loc.device, loc.dtype)
-        self.whiten(loc, self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device))
-        if self._waiting_state is not None:
-            self.load_state_dict(self._waiting_state)
-            self._waiting_state = None
+        super()._build(*args, **kwargs)
+        self.flow = self._whitened_flow()
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
@@ -128,11 +224,7 @@ class AutoFlow(AutoContinuous):
             ValueError: If the diagonal is not positive.
         """
         self._check_built("whiten")
-        whitening = self.flow.transform.layers[-1]
-        assert isinstance(whitening, LowerTriangularAffine)
-        whitening.set(loc, scale_tril)
-
-    # The protocol of AutoContinuous
+        whiten(self.flow, loc, scale_tril)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
         """The base distribution."""
@@ -151,90 +243,20 @@ class AutoFlow(AutoContinuous):
         posterior.path_gradient = True
         return posterior
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Samples every latent site, as a guide with the arguments of the model."""
-        with _ScoredDeltas():
-            return super().forward(*args, **kwargs)
-
-    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        latent = self._reference_draws()
-        return latent.quantile(0.5, dim=0), latent.std(0)
-
-    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians by Monte Carlo, taken per unconstrained entry and mapped to the support of each site."""
-        return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
-
     @torch.no_grad()
-    def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles by Monte Carlo, taken per unconstrained entry and mapped to the support of each site.
-
-        Args:
-            quantiles: Levels between 0 and 1.
-
-        Returns:
-            For each site a tensor of shape ``(len(quantiles), *site_shape)``.
-
-        Raises:
-            ValueError: If a level is outside of [0, 1].
-        """
-        latent = self._reference_draws()
-        levels = torch.as_tensor(quantiles, dtype=latent.dtype, device=latent.device)
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"Expected quantiles between 0 and 1; got {quantiles}.")
-        result: dict[str, list[Tensor]] = {}
-        for row in latent.quantile(levels, dim=0):
-            for site, value in self._unpack_latent(row):
-                constrained = torch.distributions.biject_to(site["fn"].support)(value)
-                result.setdefault(site["name"], []).append(constrained)
-        return {name: torch.stack(values) for name, values in result.items()}
-
-    @torch.no_grad()
-    def _reference_draws(self, pairs: int = 5000) -> Tensor:
-        """Draws with a seed of their own, so that medians and quantiles agree and no random state moves."""
-        self._check_built("median and quantiles")
-        device = self.flow._zeros.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            x = self.flow.base.sample((pairs,))
+    def _draws(self, pairs: int) -> Tensor:
+        x = self.flow.base.sample((pairs,))
         if self.flow._base is None and self.flow.learned_base is None:
             # Antithetic pairs make the median of a normal exact.
             x = torch.cat([x, -x])
         return self.flow.transform.forward_and_log_det(x)[0]
 
-    def _check_built(self, what: str) -> None:
-        if self.prototype_trace is None:
-            raise RuntimeError(f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}.")
 
-    # Saving and copying
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.prototype_trace is None:
-            # The flow is made in the first call, when the model tells its size; the state waits until then.
-            named = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-            self._waiting_state = {k: v.detach().clone() for k, v in named.items()}
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + k: v for k, v in (self._waiting_state or {}).items()})
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own forgets the model and the master of the original, not only of the copy.
-        model, master = self._model, self.master
-        try:
-            return dict(super().__getstate__())
-        finally:
-            object.__setattr__(self, "_model", model)
-            object.__setattr__(self, "master", master)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        object.__setattr__(new, "_model", self._model)
-        return new
+def whiten(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
+    """Sets the last layer of a guide's flow, which whitens."""
+    whitening = flow.transform.layers[-1]
+    assert isinstance(whitening, LowerTriangularAffine)
+    whitening.set(loc, scale_tril)
 
 
 def default_flow(features: int) -> Flow | Transform:
@@ -249,6 +271,13 @@ def flow_of_fit(features: int) -> Flow | Transform:
     if features == 1:
         return Elementwise(SumOfSquares(), features)
     return RealNVP(features, hidden_features=(32, 32))
+
+
+def wide_flow_of_fit(features: int) -> Flow | Transform:
+    """The flow that ``fit_posterior`` trains where that of :func:`flow_of_fit` was not enough."""
+    if features == 1:
+        return Elementwise(MonotoneNetwork(), features)
+    return RealNVP(features, transforms=12, hidden_features=(64, 64))
 
 
 def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:

@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader
 
 from .._checks import check_positive, check_size
 from ..flows import Flow
-from ..guides import AutoFlow
-from ..guides.auto import flow_of_fit
-from ..transforms import Compose, LowerTriangularAffine, Transform
-from .gaussian import fit_gaussian
+from ..guides import AutoFlow, AutoMixture
+from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
+from . import distributed
+from .census import Census, take_census, widened, without_end
+from .checkpoint import Checkpoint
+from .gaussian import Gaussian, Gaussians
 from .log_density import LogDensity, check_arguments
-from .posterior import Posterior
+from .minibatch import MiniBatchDensity, log_density_of
+from .posterior import Posterior, Rung
+from .training import PARTICLES, train
+from .verdict import MISSED_LIMIT
 
 __all__ = ["fit_posterior"]
 
-PARTICLES = 256
-STEPS = 2500
-STEP_SIZE = 2e-2
-# The whitening map moves all of the guide at once, so that it is stepped more carefully than the networks.
-WHITENING_STEP_SIZE = 5e-3
-WARM_UP = 20
-GRADIENT_NORM = 10.0
+#: Most gradient steps of a fit.
+STEPS = 6000
+# Most posteriors need the first few steps only. What they leave undone is better done by a fresh flow than by going on:
+# a step size that has decayed once and is raised again loses a quarter of the effective draws on funnels.
+SHORT, LONG, WIDE = 150, 1500, 2500
+# Steps between two looks at the verdict on a guide that is trained on.
+ROUNDS = (150, 1350)
+MIXTURE_ROUNDS = (150, 450)
+# Draws of each component from which the weights of a mixture are found.
+WEIGHING_DRAWS = 2000
+# A hot start bridges the modes; the temperature has come down to one when six tenths of the steps are done.
+COLDEST = 0.05
+POLISH_TRAJECTORIES = 30
+# Where so many importance draws are effective, trajectories in the base space cost less than what is left of the error.
+POLISH_ESS = 0.5
 
 
 def fit_posterior(
     model: Callable[..., Any],
-    args: Sequence[Any] = (),
+    args: Sequence[Any] | DataLoader = (),
     kwargs: Mapping[str, Any] | None = None,
     guide: str | AutoFlow | Callable[[int], Any] = "auto",
     seed: int | None = 0,
@@ -43,11 +59,16 @@ def fit_posterior(
     progress: bool = True,
     device: str | torch.device | None = None,
     steps: int = STEPS,
+    compile: bool = False,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> Posterior:
-    r"""Fits a flow guide to a model and judges it.
+    r"""Finds the posterior of a model by a ladder of flow guides, and says whether to trust it.
 
-    The model is captured as one batched log density, a Gaussian is fitted by Newton steps in whitened units, and a flow
-    that starts from it is trained to maximise the ELBO
+    The model is captured as one batched log density. Newton steps in whitened units, from many starts at once, take a
+    census of its modes and give a Gaussian for each; then come, until the verdict is ok: the best Gaussian; where there
+    are separate modes, a mixture of flows, one for each; a flow trained in rounds; a wider and deeper one; and at last the
+    best guide's draws polished by Hamiltonian trajectories in its base space. The best so far is kept, and ``rungs`` of the
+    posterior tell what was tried. A flow is trained to maximise the ELBO
 
     .. math:: \mathcal{L}(\phi) = \mathbb{E}_{x \sim N(0, I)} [\log p(z, \mathrm{data}) - \log q_\phi(z)],
         \quad z = f_\phi(x),
@@ -55,20 +76,29 @@ def fit_posterior(
     by its path gradient :math:`\mathbb{E}[(\nabla_z \log p - \nabla_z \log q)^\top \partial z / \partial \phi]`, whose
     variance vanishes at an exact guide, with Adam and a step size that decays to zero along a cosine.
 
-    Discrete latent sites are summed out. Ctrl-C ends the training and returns the best posterior so far.
+    Discrete latent sites are summed out. Ctrl-C ends the training and returns the best posterior so far. Under an
+    initialised ``torch.distributed`` group all processes call this alike; the particles of a step are shared out among
+    them, and the result is that of one process.
 
     Args:
         model: A Pyro model.
-        args: Its positional arguments.
+        args: Its positional arguments; or a ``DataLoader`` whose batches are its arguments, for a model that scales the
+            likelihood of a batch up to all rows, as a plate of the size of the data with a ``subsample_size`` does. Models
+            with such plates, and loaders, are trained by stochastic gradients and judged on all data.
         kwargs: Its keyword arguments.
-        guide: ``"auto"``; a preset such as ``pyroflows.RealNVP`` or any callable from the number of features to a flow; or
-            an :class:`AutoFlow` of this model, which is trained on from where it is if it has been trained.
+        guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from the number of features to a
+            flow; or an :class:`AutoFlow` of this model, which is trained on from where it is if it has been trained.
+            Such a guide is trained in rounds until the verdict is ok, and its draws are not polished.
         seed: Seed of all that is random here; the same seed gives the same posterior. The random state outside is left as
             it was. ``None`` draws from that state.
         time_limit: Seconds of wall-clock time for the fit; the step size then decays with the time.
         progress: Whether to show a progress bar.
         device: Where to run: tensors in ``args`` and ``kwargs`` and a module model are moved there.
-        steps: Gradient steps to take.
+        steps: Most gradient steps to take in all.
+        compile: Whether to compile the flow's part of a step by ``torch.compile``: half a minute at first, then steps in two
+            thirds of the time.
+        checkpoint: A file that is written as the training goes on, and from which a fit that was killed goes on to the
+            same result.
 
     Returns:
         The posterior, with its verdict.
@@ -85,6 +115,9 @@ def fit_posterior(
         Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
         https://arxiv.org/abs/2403.15881
 
+        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using
+        neural transport", 2019, https://arxiv.org/abs/1903.03704
+
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> def model():
@@ -100,148 +133,203 @@ def fit_posterior(
         time_limit = check_positive("time_limit", time_limit)
     check_size("steps", steps, least=0)
     start = time.perf_counter()
-    args, kwargs = _on_device(device, model, *check_arguments(args, kwargs))
-    with _seeded(seed):
-        density = LogDensity(model, args, kwargs, batch_size=PARTICLES, device=device)
-        auto, fresh = _make_guide(guide, density)
-        history: list[Tensor] = []
+    deadline = None if time_limit is None else start + time_limit
+    args, kwargs = _on_device(device, model, args, kwargs)
+    # Nothing of this is a statement of a model around the call.
+    with _seeded(distributed.agree(seed)), poutine.block():
+        trained = log_density_of(model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device)
+        density = trained.full
+        given = None if isinstance(guide, str) and guide == "auto" else _make_guide(guide, density)
+        settings = {
+            "deadline": deadline,
+            "progress": progress,
+            "compile": compile,
+            "checkpoint": None if checkpoint is None else Checkpoint(checkpoint, {"seed": seed, "steps": steps}),
+        }
+        ladder = _Ladder(trained, _finite_start(density), steps, settings, given)
+        rungs: list[Rung] = []
         interrupted = False
+
+        def judged(name: str, guide: FlowGuide, trajectories: int = 0) -> Posterior:
+            kept = copy.deepcopy(guide) if given is None else guide
+            posterior = Posterior(kept, density, fits=ladder.fits, trajectories=trajectories, endless=ladder.endless)
+            rungs.append(Rung(name, time.perf_counter() - start, posterior.verdict))
+            return posterior
+
         try:
-            if fresh:
-                gaussian = fit_gaussian(density, _finite_start(density))
-                auto.whiten(gaussian.loc, gaussian.scale_tril)
-            train(auto.flow, density, history, steps, time_limit, start, progress)
+            for rung in ladder.climb():
+                ladder.see(judged(*rung))
+                if ladder.best is not None and _settled(ladder.best, deadline):
+                    break
         except KeyboardInterrupt:
             interrupted = True
-    elbos = torch.stack(history).tolist() if history else []
-    return Posterior(auto, density, history=elbos, seconds=time.perf_counter() - start, interrupted=interrupted)
+            ladder.see(judged("interrupted", ladder.guide))
+    best = ladder.best
+    assert best is not None
+    best.history = torch.stack(ladder.history).tolist() if ladder.history else []
+    best.seconds, best.interrupted, best.rungs = time.perf_counter() - start, interrupted, rungs
+    return best
 
 
-def train(
-    flow: Flow,
-    density: LogDensity,
-    history: list[Tensor],
-    steps: int,
-    time_limit: float | None = None,
-    start: float | None = None,
-    progress: bool = False,
-) -> None:
-    """Maximises the ELBO of a flow whose last layer whitens, by path gradients; parameters change in place.
+def _settled(posterior: Posterior, deadline: float | None) -> bool:
+    """Whether there is nothing more to try; all processes agree on it, for each reads a clock of its own."""
+    past = deadline is not None and time.perf_counter() > deadline
+    return distributed.agree(posterior.verdict.ok or posterior.endless is not None or past)
+
+
+class _Ladder:
+    """What is tried in turn, from the cheapest on; each rung gives a guide to be judged."""
+
+    def __init__(
+        self,
+        trained: LogDensity | MiniBatchDensity,
+        start: Tensor,
+        steps: int,
+        settings: Mapping[str, Any],
+        given: tuple[AutoFlow, bool] | None,
+    ) -> None:
+        self.trained, self.density, self.start, self.settings = trained, trained.full, start, settings
+        self.left = steps
+        self.history: list[Tensor] = []
+        self.fits: Gaussians | None = None
+        self.endless: Tensor | None = None
+        self.last: Posterior | None = None
+        self.best: Posterior | None = None
+        self.given = given
+        self.guide: FlowGuide = self._made(flow_of_fit) if given is None else given[0]
+
+    def see(self, posterior: Posterior) -> None:
+        """Takes note of what came of the rung."""
+        self.last, self.best = posterior, _better(self.best, posterior)
+
+    def climb(self) -> Iterator[tuple[Any, ...]]:
+        """The rungs, for as long as they are asked for: a name, a guide, and trajectories of polish if there are any."""
+        census = take_census(self.density, self.start)
+        self.fits = census.fits
+        self.endless = without_end(self.density, census.best)
+        if self.given is None:
+            yield from self._climb_all(census)
+        else:
+            yield from self._follow(census, *self.given)
+
+    def _polish(self, least_ess: float = POLISH_ESS) -> Iterator[tuple[str, FlowGuide, int]]:
+        best = self.best
+        if best is not None and best.verdict.ess >= least_ess and not best.verdict.missed > MISSED_LIMIT:
+            yield f"polish, {POLISH_TRAJECTORIES} trajectories", best.guide, POLISH_TRAJECTORIES
+
+    def _climb_all(self, census: Census) -> Iterator[tuple[Any, ...]]:
+        auto = self.guide
+        assert isinstance(auto, AutoFlow)
+        auto.whiten(census.best.loc, census.best.scale_tril)
+        yield "Gaussian", auto
+        assert self.last is not None
+        if self.last.surprises is not None and len(self.last.surprises):
+            # Ascents from where the Gaussian is surprised the most find modes that are too narrow for the census to hit.
+            census = widened(self.density, census, self.last.surprises)
+            self.fits = census.fits
+        if len(census.weights) > 1:
+            yield from self._mixture(census.modes)
+        yield from self._train(auto, "flow", (SHORT,))
+        yield from self._train(self._made(flow_of_fit, census.best), "flow", (LONG,))
+        yield from self._polish()
+        yield from self._train(self._made(wide_flow_of_fit, census.best), "wide flow", (WIDE,))
+        yield from self._polish(least_ess=0.0)
+
+    def _follow(self, census: Census, auto: AutoFlow, fresh: bool) -> Iterator[tuple[str, FlowGuide]]:
+        """The rungs of a guide that the user has chosen."""
+        if fresh:
+            auto.whiten(census.best.loc, census.best.scale_tril)
+        if not self.left:
+            yield "as it is", auto
+        yield from self._train(auto, "guide", (*ROUNDS, max(0, self.left - sum(ROUNDS))))
+
+    def _train(self, auto: AutoFlow, name: str, rounds: Sequence[int]) -> Iterator[tuple[str, FlowGuide]]:
+        self.guide = auto
+        taken = 0
+        for steps in rounds:
+            if min(steps, self.left):
+                taken += self._steps(auto.flow, steps)
+                yield f"{name}, {taken} steps", auto
+
+    def _mixture(self, modes: Gaussians) -> Iterator[tuple[str, FlowGuide]]:
+        """A flow for each mode, weighted by evidence."""
+        count = len(modes.elbo)
+        mixture = AutoMixture(self.density.continuous_model, count, flow=flow_of_fit)
+        self.density.introduce(mixture)
+        for k in range(count):
+            mode = modes.one(k)
+            mixture.whiten(k, mode.loc, mode.scale_tril)
+        weigh(self.density, mixture)
+        self.guide = mixture
+        yield f"mixture of {count} Gaussians", mixture
+        taken = 0
+        for steps in MIXTURE_ROUNDS:
+            if self.left:
+                for flow in mixture.flows:
+                    self._steps(flow, steps)
+                weigh(self.density, mixture)
+                taken += steps
+                yield f"mixture of {count} flows, {taken} steps each", mixture
+
+    def _made(self, flow: Callable[[int], Any], gaussian: Gaussian | None = None) -> AutoFlow:
+        auto = AutoFlow(self.density.continuous_model, flow=flow)
+        self.density.introduce(auto)
+        if gaussian is not None:
+            auto.whiten(gaussian.loc, gaussian.scale_tril)
+        return auto
+
+    def _steps(self, flow: Flow, steps: int) -> int:
+        report = train(flow, self.trained, self.history, min(steps, self.left), **self.settings)
+        self.left -= report.steps
+        return report.steps
+
+
+@torch.no_grad()
+def weigh(density: LogDensity, mixture: AutoMixture, rounds: int = 200) -> None:
+    r"""Sets the weights of a mixture to those that minimise the forward divergence from the posterior.
+
+    With draws of all components and weights :math:`w = p / q` the divergence is least at the fixed point of
+
+    .. math:: \pi_k \leftarrow \mathbb{E}_q \left[ w(z)\, \frac{\pi_k q_k(z)}{q(z)} \right] / \mathbb{E}_q [w(z)].
+
+    Where components do not overlap, these are their shares of the evidence.
 
     Args:
-        flow: The flow.
-        density: What to fit.
-        history: A list to which the ELBO of each step is appended.
-        steps: Most steps to take.
-        time_limit: Seconds since ``start`` at which to end, or ``None``.
-        start: A reading of ``time.perf_counter``, now by default.
-        progress: Whether to show a progress bar.
-    """
-    start = time.perf_counter() if start is None else start
-    networks, whitening = list(flow.transform.layers[:-1]), flow.transform.layers[-1]
-    assert isinstance(whitening, LowerTriangularAffine)
-    # Steps in whitened units, z = mu + L (delta + M x): in its own units a step on L would depend on those of the model.
-    adjustment = LowerTriangularAffine(density.features).to(density.initial)
-    groups = [
-        ([p for network in networks for p in network.parameters()], STEP_SIZE),
-        (list(adjustment.parameters()), WHITENING_STEP_SIZE),
-    ]
-    trained = [p for parameters, _ in groups for p in parameters]
-    optimizer = torch.optim.Adam(
-        [{"params": parameters, "lr": peak, "peak": peak} for parameters, peak in groups],
-        betas=(0.9, 0.99),
-        fused=density.initial.device.type in ("cpu", "cuda"),
-    )
-    whitening.requires_grad_(False)
-    stack = Compose([*networks, adjustment, whitening])  # type: ignore[list-item]
-    base = flow().base_dist.expand((PARTICLES,))
-    best = _Best(stack)
-    try:
-        with tqdm(total=steps, disable=not progress, desc="Fitting", leave=True) as bar:
-            for step in range(steps):
-                done = _fraction_done(step, steps, time_limit, start)
-                if done >= 1:
-                    break
-                rate = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["peak"]
-                optimizer.zero_grad()
-                history.append(path_gradient(stack, base, density))
-                norm = torch.nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-                if bool(norm.isfinite()):
-                    optimizer.step()
-                bar.update()
-                if (step + 1) % 50 == 0:
-                    elbo = float(torch.stack(history[-50:]).mean())
-                    best.see(elbo)
-                    bar.set_postfix_str(f"ELBO {elbo:.2f}")
-    except KeyboardInterrupt:
-        best.restore()
-        raise
-    finally:
-        whitening.requires_grad_(True)
-        delta, scale = adjustment.loc_and_scale_tril()
-        loc, scale_tril = whitening.loc_and_scale_tril()
-        whitening.set(loc + scale_tril @ delta, scale_tril @ scale)
-
-
-def path_gradient(transform: Transform, base: Any, density: LogDensity) -> Tensor:
-    """Adds the path gradient of the negative ELBO to the gradients of a transform's parameters.
-
-    Args:
-        transform: The transform from the base to the latent vector.
-        base: The base, expanded to the number of particles.
         density: The log density.
-
-    Returns:
-        The ELBO, without gradient.
+        mixture: The mixture.
+        rounds: How often to apply the update.
     """
-    x = base.sample()
-    point = x.requires_grad_()
-    log_base = base.log_prob(point)
-    (score,) = torch.autograd.grad(log_base.sum(), point)
-    z, log_det, score = transform.push_score(x.detach(), score)
-    with torch.no_grad():
-        log_joint, slope = density.value_and_grad(z)
-        finite = log_joint.isfinite() & slope.isfinite().all(-1)
-        pull = torch.where(finite.unsqueeze(-1), score - slope, 0.0)
-        log_weight = torch.where(finite, log_joint - log_base + log_det, 0.0)
-    z.backward(pull / len(x))
-    return log_weight.sum() / finite.sum()
+    count = len(mixture.flows)
+    law = mixture.get_posterior()
+    z = torch.cat([component.sample((WEIGHING_DRAWS,)) for component in law.components])
+    each = law.component_log_probs(z) - mixture.logits.log_softmax(-1)
+    # The draws come from all components in equal numbers, whatever the weights.
+    ratio = density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf) - (each.logsumexp(-1) - math.log(count))
+    weights = ratio.softmax(0)
+    log_pi = torch.full_like(mixture.logits, -math.log(count))
+    for _ in range(rounds):
+        log_pi = (weights @ (each + log_pi).softmax(-1).nan_to_num(nan=0.0)).clamp(min=1e-12).log()
+    mixture.logits.copy_(log_pi.log_softmax(-1))
 
 
-class _Best:
-    """The parameters with the best ELBO so far, kept for the case of an interruption."""
+def _better(first: Posterior | None, second: Posterior) -> Posterior:
+    """The one to keep: trusted, without a mode missed, with the more effective draws."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-        self.elbo = -math.inf
-        self.state: dict[str, Tensor] = {}
+    def merit(posterior: Posterior) -> tuple[bool, bool, float]:
+        verdict = posterior.verdict
+        return verdict.ok, not verdict.missed > MISSED_LIMIT, verdict.ess
 
-    def see(self, elbo: float) -> None:
-        if elbo > self.elbo:
-            self.elbo = elbo
-            self.state = {name: value.clone() for name, value in self.module.state_dict().items()}
-
-    def restore(self) -> None:
-        if self.state:
-            self.module.load_state_dict(self.state)
-
-
-def _fraction_done(step: int, steps: int, time_limit: float | None, start: float) -> float:
-    by_steps = step / steps
-    return by_steps if time_limit is None else max(by_steps, (time.perf_counter() - start) / time_limit)
+    return second if first is None or merit(second) >= merit(first) else first
 
 
 def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
     """The guide, and whether it has yet to meet its model."""
     if isinstance(guide, AutoFlow):
         auto = guide
-    elif guide == "auto" or (callable(guide) and not isinstance(guide, torch.nn.Module)):
-        if isinstance(guide, type) and issubclass(guide, AutoFlow):
-            auto = guide(density.continuous_model)
-        else:
-            auto = AutoFlow(density.continuous_model, flow=flow_of_fit if guide == "auto" else guide)
+    elif isinstance(guide, type) and issubclass(guide, AutoFlow):
+        auto = guide(density.continuous_model)
+    elif callable(guide) and not isinstance(guide, torch.nn.Module):
+        auto = AutoFlow(density.continuous_model, flow=guide)
     else:
         got = f"a made {type(guide).__name__}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}.")
@@ -280,22 +368,24 @@ def _finite_start(density: LogDensity, tries: int = 256) -> Tensor:
     )
 
 
-def _on_device(
-    device: str | torch.device | None, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if device is None:
-        return args, kwargs
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"Expected device to be one of this machine; got {str(device)!r} ({error}).") from None
-    if isinstance(model, torch.nn.Module):
-        model.to(device)
+def _on_device(device: str | torch.device | None, model: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """The arguments, checked and moved; the batches of a loader are moved as they come."""
+    loader = args if isinstance(args, DataLoader) else None
+    args, kwargs = check_arguments(() if loader is not None else args, kwargs)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"Expected device to be one of this machine; got {str(device)!r} ({error}).") from None
+        if isinstance(model, torch.nn.Module):
+            model.to(device)
+        args = tuple(_moved(value, device) for value in args)
+        kwargs = {name: _moved(value, device) for name, value in kwargs.items()}
+    return (args if loader is None else loader), kwargs
 
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
 
-    return tuple(map(move, args)), {name: move(value) for name, value in kwargs.items()}
+def _moved(value: Any, device: str | torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
@@ -25,6 +26,9 @@ from ..guides.initialization import init_to_median
 from .enumeration import enumerated_log_prob
 
 __all__ = ["LatentSite", "LogDensity"]
+
+# Rows of data times points that one evaluation of a model with subsampled plates takes, so that it fits into memory.
+ROWS_AT_ONCE = 2**21
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class LogDensity:
     mathematics and not effect handlers; the result is checked against single traces. A model that cannot be batched, for
     instance because it branches on a value, is evaluated one point at a time, with a warning that says so.
 
-    Everything outside of the latent sites, such as data and parameters, is taken as it is when the density is made.
+    Everything outside of the latent sites, such as data and parameters, is taken as it is when the density is made. A plate
+    with a ``subsample_size`` sees all its rows here; see :class:`pyroflows.infer.minibatch.MiniBatchDensity` for a
+    density of some of them.
 
     Args:
         model: A Pyro model.
@@ -66,11 +72,12 @@ class LogDensity:
         features: Entries of :math:`z`.
         sites: The latent sites, in order.
         initial: The start, of shape ``(features,)``.
+        subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a run of the model sees.
         mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
 
     Raises:
-        ValueError: If the model has no continuous latent site, subsamples a plate, changes the shape of a site between
-            runs, or draws random numbers outside of its sites.
+        ValueError: If the model has no continuous latent site or has one in a subsampled plate, changes the shape of a site
+            between runs, or draws random numbers outside of its sites.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -81,6 +88,9 @@ class LogDensity:
         tensor([-0.9189, -0.9189, -0.9189])
     """
 
+    #: Whether the data come from a loader, so that ``args`` is only its first batch.
+    streamed = False
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -90,12 +100,20 @@ class LogDensity:
         batch_size: int = 256,
         device: str | torch.device | None = None,
     ) -> None:
-        self.model = model
         self.args, self.kwargs = check_arguments(args, kwargs)
         self.batch_size = check_size("batch_size", batch_size)
         self.device = device
-        first, second = (self._prototype(init_loc_fn) for _ in range(2))
-        _refuse_changing_shapes(first, second)
+        self.model = self.model_of_batch = model
+        first = self._prototype(init_loc_fn)
+        self.subsampled = self._find_subsampled(first)
+        if self.subsampled:
+            self.model = WholePlates(model)
+            rows = max(size for size, _ in self.subsampled.values())
+            self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // rows))
+            self._refuse_fixed_parts(init_loc_fn)
+            first = self._prototype(init_loc_fn)
+        self._refuse_part_of_the_data(first)
+        _refuse_changing_shapes(first, self._prototype(init_loc_fn))
         self.sites = latent_sites(first)
         self.discrete = [name for name, site in _latent_nodes(first) if _is_discrete(site)]
         self.features = sum(site.features for site in self.sites)
@@ -103,17 +121,26 @@ class LogDensity:
         values = {site.name: first.nodes[site.name]["value"] for site in self.sites}
         self.initial = self.unconstrain({name: value.detach() for name, value in values.items()})
         self._refuse_moving_supports()
-        self._evaluators: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-            "vmap": torch.func.vmap(torch.func.grad_and_value(self._single)),
-            "loop": self._loop,
-        }
-        self.mode, reason = self._choose_mode()
+        self._evaluator = self._make_evaluator()
         if self.mode == "loop":
             warnings.warn(
                 "This model cannot be evaluated for a batch of points, so its log density is evaluated one point at a time, "
-                f"which is slow. What torch.func.vmap says: {reason}",
+                f"which is slow. What torch.func.vmap says: {self._evaluator.reason}",
                 stacklevel=3,
             )
+
+    def _make_evaluator(self) -> Evaluator:
+        return Evaluator(self._single, self.initial, self.batch_size)
+
+    @property
+    def mode(self) -> str:
+        """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
+        return self._evaluator.mode
+
+    @property
+    def full(self) -> LogDensity:
+        """The density over all data: this one."""
+        return self
 
     @property
     def batched(self) -> bool:
@@ -151,16 +178,11 @@ class LogDensity:
         rows = z.detach().reshape(-1, self.features)
         if not len(rows):
             return z.new_zeros(z.shape[:-1]), torch.zeros_like(z)
-        values, grads = [], []
-        for chunk in rows.split(self.batch_size):
-            n = len(chunk)
-            if n < self.batch_size and self.mode == "captured":
-                # The captured graph knows one batch size.
-                chunk = torch.cat([chunk, chunk[-1:].expand(self.batch_size - n, -1)])
-            grad, value = self._evaluators[self.mode](chunk)
-            values.append(value[:n])
-            grads.append(grad[:n])
-        return torch.cat(values).reshape(z.shape[:-1]), torch.cat(grads).reshape(z.shape)
+        values, grads = self._evaluate(rows)
+        return values.reshape(z.shape[:-1]), grads.reshape(z.shape)
+
+    def _evaluate(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._evaluator(rows)
 
     @property
     def continuous_model(self) -> Callable[..., Any]:
@@ -236,94 +258,79 @@ class LogDensity:
             unconstrained = part.reshape(batch + site.unconstrained_shape)
             yield site, unconstrained, site.transform(unconstrained)
 
-    def _trace(self, values: Mapping[str, Tensor]) -> Any:
-        model = self.model
+    def _trace(self, values: Mapping[str, Tensor], run: Run | None = None) -> Any:
+        model, args, kwargs = run or Run(self.model, self.args, self.kwargs)
         if self.discrete:
             enumerated = config_enumerate(model, default="parallel")
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
         # Validation reads values, which a batch under vmap does not have.
         with self.on_device(), poutine.block(), pyro.validation_enabled(False), _Unvalidated():
-            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*self.args, **self.kwargs)
+            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*args, **kwargs)
 
-    def _single(self, z: Tensor) -> Tensor:
+    def _single(self, z: Tensor, run: Run | None = None) -> Tensor:
         values, log_det = {}, z.new_zeros(())
         for site, unconstrained, value in self._unpack(z):
             values[site.name] = value
             log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
         with pyro.validation_enabled(False):
-            trace = self._trace(values)
+            trace = self._trace(values, run)
             if not self.discrete:
                 return trace.log_prob_sum() + log_det
             return enumerated_log_prob(trace) + log_det
 
-    def _loop(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        grads, values = [], []
-        for row in z:
-            with torch.enable_grad():
-                point = row.detach().requires_grad_()
-                value = self._single(point)
-                # A density that is flat everywhere has no graph.
-                (grad,) = torch.autograd.grad(value, point) if value.requires_grad else (torch.zeros_like(row),)
-            grads.append(grad)
-            values.append(value.detach())
-        return torch.stack(grads), torch.stack(values)
+    def _find_subsampled(self, trace: Any) -> dict[str, tuple[int, int]]:
+        sizes = {
+            name: (int(node["fn"].size), int(node["fn"].subsample_size))
+            for name, node in trace.nodes.items()
+            if node["type"] == "sample" and site_is_subsample(node) and node["fn"].subsample_size is not None
+        }
+        subsampled = {name: (size, part) for name, (size, part) in sizes.items() if 0 < part < size}
+        for name, node in _latent_nodes(trace):
+            for frame in node["cond_indep_stack"] if not _is_discrete(node) else ():
+                if frame.name in subsampled:
+                    size, part = subsampled[frame.name]
+                    raise ValueError(
+                        f"Expected latent sites outside of subsampled plates; got {name!r} in plate {frame.name!r}, of "
+                        f"which each run sees {part} of {size}. Leave out its subsample_size, or sum the site out by hand."
+                    )
+        return subsampled
 
-    def _choose_mode(self) -> tuple[str, str]:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(3, self.features, generator=generator, device="cpu").to(self.initial)
-        points = (self.initial + 0.1 * noise)[: self.batch_size]
-        grads, values = self._loop(points)
-        again = self._loop(points)[1]
-        if not _agree(values, again):
-            raise ValueError(
-                "Expected a model whose log density is a function of its latent sites; got two values at one point. Does it "
-                "draw random numbers outside of pyro.sample?"
-            )
-        n = len(points)
-        batch = points.repeat(-(-self.batch_size // n), 1)[: self.batch_size]
-        reason = "its values differ from those of single traces"
-        try:
-            g, v = self._evaluators["vmap"](batch)
-        except Exception as error:
-            return "loop", _first_sentence(error)
-        if not (_agree(v[:n], values) and _agree(g[:n], grads)):
-            return "loop", reason
-        try:
-            batched = self._evaluators["vmap"]
-            graph = make_fx(lambda rows: batched(rows))(batch)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            g, v = graph(batch)
-        except Exception:
-            return "vmap", ""
-        if not (_agree(v[:n], values) and _agree(g[:n], grads)):
-            return "vmap", ""
-        self._evaluators["captured"] = graph
-        return "captured", ""
-
-    def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
+    def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
         def start(site: dict[str, Any]) -> Any:
             return site["fn"].sample() if _is_discrete(site) else init_loc_fn(site)
 
-        def run() -> Any:
-            with self.on_device(), poutine.block():
-                return poutine.trace(InitMessenger(start)(self.model)).get_trace(*self.args, **self.kwargs)
+        with self.on_device(), poutine.block():
+            return poutine.trace(InitMessenger(start)(self.model)).get_trace(*self.args, **self.kwargs)
 
+    def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
-            trace = run()
+            trace = self._run_from(init_loc_fn)
         except ValueError:
             # Pyro names no site when NaN reaches the parameters of a distribution.
             with pyro.validation_enabled(False):
-                _refuse_nan(run())
+                _refuse_nan(self._run_from(init_loc_fn))
             raise
         _refuse_data_off_support(trace)
+        return trace
+
+    def _refuse_fixed_parts(self, init_loc_fn: Callable[..., Any]) -> None:
+        try:
+            with pyro.validation_enabled(False):
+                self._run_from(init_loc_fn)
+        except Exception as error:
+            plates = ", ".join(map(repr, self.subsampled))
+            raise ValueError(
+                f"Expected a model that runs on all rows of its subsampled plates ({plates}) too; got one that says: "
+                f"{_first_sentence(error)}."
+            ) from error
+
+    def _refuse_part_of_the_data(self, trace: Any) -> None:
         for frame in _frames(trace):
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
                     f"Expected a model that sees all its data; got plate {frame.name!r} with {frame.size} of "
-                    f"{frame.full_size} subsampled. Train an AutoFlow with pyro.infer.SVI instead."
+                    f"{frame.full_size} given by subsample=. Use subsample_size=, or give the data by a DataLoader as args."
                 )
-        return trace
 
     def _refuse_moving_supports(self) -> None:
         trace = self._trace(self.constrain(self.initial + 1))
@@ -333,6 +340,141 @@ class LogDensity:
                     f"Expected latent sites whose support is the same everywhere; got {site.name!r}, whose support "
                     "depends on other latent sites. Write it as a function of a site with a fixed support."
                 )
+
+
+class Run(NamedTuple):
+    """What is run: a model and its arguments."""
+
+    model: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+
+class Evaluator:
+    """A scalar function of one point, and of tensors that all points share, evaluated with its gradient for many points.
+
+    By the fastest of three ways whose results agree: as a captured graph of tensor operations, by :func:`torch.func.vmap`,
+    or one point at a time.
+
+    Args:
+        function: From a point of shape ``(features,)`` and the shared tensors to a number.
+        start: A point.
+        batch_size: How many points one evaluation takes.
+        shared: Tensors of the shapes to come.
+
+    Attributes:
+        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
+        reason: What stands against a batch of points, if something does.
+
+    Raises:
+        ValueError: If the function has two values at one point.
+    """
+
+    def __init__(
+        self, function: Callable[..., Tensor], start: Tensor, batch_size: int, shared: Sequence[Tensor] = ()
+    ) -> None:
+        self.function, self.start, self.batch_size = function, start, batch_size
+        self._vmap = torch.func.vmap(torch.func.grad_and_value(function), in_dims=(0, *(None for _ in shared)))
+        # A graph knows one shape of each tensor.
+        self._graphs: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+        self.mode, self.reason = self._choose_mode(tuple(shared))
+
+    @torch.no_grad()
+    def __call__(self, points: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
+        """The values, of shape ``(n,)``, and gradients, of shape ``(n, features)``, at points of the latter shape."""
+        evaluate = self._loop if self.mode == "loop" else self._vmap if self.mode == "vmap" else self._graph(shared)
+        values, grads = [], []
+        for chunk in points.split(self.batch_size):
+            n = len(chunk)
+            if n < self.batch_size and self.mode == "captured":
+                chunk = torch.cat([chunk, chunk[-1:].expand(self.batch_size - n, -1)])
+            grad, value = evaluate(chunk, *shared)
+            values.append(value[:n])
+            grads.append(grad[:n])
+        return torch.cat(values), torch.cat(grads)
+
+    def _loop(self, points: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
+        grads, values = [], []
+        for row in points:
+            with torch.enable_grad():
+                point = row.detach().requires_grad_()
+                value = self.function(point, *shared)
+                # A density that is flat everywhere has no graph.
+                (grad,) = torch.autograd.grad(value, point) if value.requires_grad else (torch.zeros_like(row),)
+            grads.append(grad)
+            values.append(value.detach())
+        return torch.stack(grads), torch.stack(values)
+
+    def _graph(self, shared: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+        key = tuple(tensor.shape for tensor in shared)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(self.start.expand(self.batch_size, -1).contiguous(), shared)
+        return self._graphs[key]
+
+    def _capture(self, points: Tensor, shared: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+        graph = make_fx(lambda rows, *rest: self._vmap(rows, *rest))(points, *shared)
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return graph
+
+    def _choose_mode(self, shared: tuple[Tensor, ...]) -> tuple[str, str]:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(3, len(self.start), generator=generator, device="cpu").to(self.start)
+        points = (self.start + 0.1 * noise)[: self.batch_size]
+        grads, values = self._loop(points, *shared)
+        again = self._loop(points, *shared)[1]
+        if not _agree(values, again):
+            raise ValueError(
+                "Expected a model whose log density is a function of its latent sites; got two values at one point. Does it "
+                "draw random numbers outside of pyro.sample?"
+            )
+        n = len(points)
+        batch = points.repeat(-(-self.batch_size // n), 1)[: self.batch_size]
+        try:
+            g, v = self._vmap(batch, *shared)
+        except Exception as error:
+            return "loop", _first_sentence(error)
+        if not (_agree(v[:n], values) and _agree(g[:n], grads)):
+            return "loop", "its values differ from those of single traces"
+        try:
+            graph = self._capture(batch, shared)
+            g, v = graph(batch, *shared)
+        except Exception:
+            return "vmap", ""
+        if not (_agree(v[:n], values) and _agree(g[:n], grads)):
+            return "vmap", ""
+        self._graphs[tuple(tensor.shape for tensor in shared)] = graph
+        return "captured", ""
+
+
+class WholePlates:
+    """A model whose subsampled plates see all their rows.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _whole_plates():
+            return self.model(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _whole_plates() -> Iterator[None]:
+    # No handler can do this: a plate refuses rows of another number than its own, and counts by that number.
+    subsample = SubsampleMessenger._subsample
+
+    def whole(name: str, size: Any = None, subsample_size: Any = None, rows: Any = None, *rest: Any) -> Any:
+        return subsample(name, size, None if rows is None else subsample_size, rows, *rest)
+
+    SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]
 
 
 class _Unvalidated(Messenger):

@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .. import flows
 from .._checks import check_size
-from ..guides import AutoFlow
-from ..guides.auto import flow_of_fit
+from ..guides import AutoFlow, AutoMixture
+from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
 from . import arviz, simulate
-from .log_density import LogDensity, check_arguments, site_plates
-from .verdict import Verdict, judge
+from .census import missed_mass
+from .gaussian import Gaussians
+from .log_density import LogDensity, check_arguments
+from .minibatch import log_density_of
+from .polish import drift, polish
+from .verdict import KHAT_LIMIT, MISSED_LIMIT, Verdict, drifted, improper, judge, missing, polished
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Posterior", "load_posterior"]
 
-FORMAT = 1
+FORMAT = 2
 PARTS = ("sites", "flow", "parameters", "arguments", "history", "seconds", "interrupted")
+#: What format 2 has added, with what a file of format 1 stands for.
+LATER_PARTS: dict[str, Any] = {"components": None, "fits": None, "trajectories": 0, "rungs": [], "endless": None}
 JUDGE_DRAWS = 10_000
+# What looks for a drift: as many chains as tell a tenth of a standard deviation, a few quarters of an orbit long.
+DRIFT_CHAINS = 2000
+DRIFT_TRAJECTORIES = 5
 # Candidates per draw when draws are corrected: enough that a draw is seldom taken twice.
 CANDIDATES = 4
 LEAST_CANDIDATES = 1000
-_OWN_FLOWS: dict[str, Any] = {"default": None, "fit": flow_of_fit}
+_OWN_FLOWS: dict[str, Any] = {"default": None, "fit": flow_of_fit, "wide": wide_flow_of_fit}
+
+
+class Rung(NamedTuple):
+    """A step of the ladder that :func:`fit_posterior` climbs.
+
+    Attributes:
+        name: What was tried.
+        seconds: Wall-clock time until then.
+        verdict: What came of it.
+    """
+
+    name: str
+    seconds: float
+    verdict: Verdict
 
 
 class Posterior:
@@ -41,10 +66,16 @@ class Posterior:
         history: ELBO of each training step.
         seconds: Wall-clock time of the fit.
         interrupted: Whether the fit was cut short.
+        fits: Local fits of a census of the modes, by which the verdict looks for what the guide misses.
+        trajectories: Hamiltonian trajectories by which draws are polished.
+        rungs: What was tried, with what verdict.
+        endless: A direction in which the density does not fall off, of shape ``(features,)``, if there is one.
 
     Attributes:
-        guide: The trained :class:`AutoFlow`, ready for ``Predictive``, ``NeuTraReparam`` and more SVI.
+        guide: The trained :class:`AutoFlow`, ready for ``Predictive``, ``NeuTraReparam`` and more SVI; or an
+            :class:`AutoMixture`.
         verdict: The :class:`Verdict`; its ``str`` is a sentence.
+        rungs: What was tried, each with its seconds and verdict.
         history: ELBO of each training step.
         seconds: Wall-clock time of the fit.
         interrupted: Whether the fit was cut short.
@@ -62,19 +93,66 @@ class Posterior:
 
     def __init__(
         self,
-        guide: AutoFlow,
+        guide: FlowGuide,
         density: LogDensity,
         history: Sequence[float] = (),
         seconds: float = 0.0,
         interrupted: bool = False,
+        fits: Gaussians | None = None,
+        trajectories: int = 0,
+        rungs: Sequence[Rung] = (),
+        endless: Tensor | None = None,
     ) -> None:
         self.guide = guide
         self.density = density
         self.history = list(history)
         self.seconds = seconds
         self.interrupted = interrupted
-        z, log_weights = self._propose(JUDGE_DRAWS, seed=0)
-        self.verdict: Verdict = judge(log_weights, z, self.entry_names)[0]
+        self.fits = fits
+        self.trajectories = trajectories
+        self.rungs = list(rungs)
+        self.endless = endless
+        self.surprises: Tensor | None = None
+        with _forked(0):
+            self.verdict = self._judged()
+
+    def _judged(self) -> Verdict:
+        """The verdict: by the weights, then by the census, and by a drift where these find no fault."""
+        names = self.entry_names
+        z, log_weights = self._propose(JUDGE_DRAWS, seed=None)
+        verdict, smoothed = judge(log_weights, z, names)
+        self.surprises = _heaviest(log_weights, z)
+        if self.endless is not None:
+            return improper(verdict, self._along(self.endless))
+        if self.fits is not None and math.isfinite(verdict.log_evidence):
+            law = self.guide.get_posterior()
+            missed = missed_mass(self.density, law.log_prob, verdict.log_evidence, self.fits)
+            worst = int(missed.argmax())
+            verdict = missing(verdict, float(missed[worst]), self._where(self.fits.loc[worst]))
+            if verdict.missed > MISSED_LIMIT:
+                return verdict
+        if not (verdict.ok or self.trajectories):
+            return verdict
+        weights = smoothed.exp() if self._reliable(verdict) else torch.full_like(smoothed, 1 / len(smoothed))
+        effective = float(1 / weights.square().sum()) * DRIFT_CHAINS / JUDGE_DRAWS
+        start = z[_systematic(weights, DRIFT_CHAINS).to(z.device)]
+        if not self.trajectories:
+            moved = polish(self.density, self.guide, start, DRIFT_TRAJECTORIES)
+            return drifted(verdict, drift(start, moved, effective), names)
+        half = polish(self.density, self.guide, start, self.trajectories - self.trajectories // 2)
+        moved = polish(self.density, self.guide, half, self.trajectories // 2)
+        return polished(verdict, drift(half, moved, DRIFT_CHAINS), self.trajectories, names)
+
+    def _along(self, direction: Tensor) -> str:
+        """A direction in words: the entries that change the most."""
+        shares = direction.abs() / direction.abs().amax()
+        return "along " + " and ".join(name for name, share in zip(self.entry_names, shares, strict=True) if share > 0.3)
+
+    def _where(self, z: Tensor) -> str:
+        """A point in words: the values of the first sites."""
+        values = {name: value.flatten() for name, value in self.density.constrain(z).items()}
+        parts = [f"{name} = {', '.join(f'{float(v):.3g}' for v in value[:3])}" for name, value in list(values.items())[:3]]
+        return "near " + "; ".join(parts)
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{site.name}{list(site.shape) or ''}" for site in self.density.sites)
@@ -88,8 +166,10 @@ class Posterior:
     @property
     def corrects(self) -> bool:
         """Whether draws are corrected by importance resampling: where the weights can be relied on, and matter."""
-        verdict = self.verdict
-        return (verdict.khat < 0.7 or verdict.ok) and verdict.ess < 0.999
+        return self._reliable(self.verdict) and self.verdict.ess < 0.999
+
+    def _reliable(self, verdict: Verdict) -> bool:
+        return verdict.khat < KHAT_LIMIT or (verdict.ok and not self.trajectories)
 
     @property
     def site_dims(self) -> dict[str, tuple[str | None, ...]]:
@@ -136,13 +216,17 @@ class Posterior:
             Tensor of shape ``(n, features)``.
         """
         check_size("n", n)
-        if not self.corrects:
-            return self._propose(n, seed, weigh=False)[0]
         with _forked(seed):
-            z, log_weights = self._propose(max(CANDIDATES * n, LEAST_CANDIDATES), seed=None)
-            smoothed = judge(log_weights, z, self.entry_names)[1]
-            chosen = _systematic(smoothed.exp(), n)
-        return z[chosen.to(z.device)]
+            z = self._corrected(n)
+            return polish(self.density, self.guide, z, self.trajectories) if self.trajectories else z
+
+    def _corrected(self, n: int) -> Tensor:
+        """Draws of the guide, resampled where the weights are reliable."""
+        if not self.corrects:
+            return self._propose(n, seed=None, weigh=False)[0]
+        z, log_weights = self._propose(max(CANDIDATES * n, LEAST_CANDIDATES), seed=None)
+        smoothed = judge(log_weights, z, self.entry_names)[1]
+        return z[_systematic(smoothed.exp(), n).to(z.device)]
 
     def summary(self, n: int = 4000, seed: int | None = 0) -> pandas.DataFrame:
         """A table with mean, sd and 94 % highest-density interval of every scalar parameter.
@@ -162,7 +246,8 @@ class Posterior:
 
         Groups: ``posterior``; ``sample_stats`` (``lp``, the log joint, and ``log_weight``, log joint less log guide, of
         these draws on the unconstrained scale); ``log_likelihood``, ``posterior_predictive`` and ``observed_data``;
-        ``prior`` where the priors are proper. Dimensions are named by the plates.
+        ``prior`` where the priors are proper. Dimensions are named by the plates. Of data from a loader, the groups of
+        the data hold the first batch.
 
         Args:
             draws: How many draws.
@@ -176,22 +261,6 @@ class Posterior:
         with torch.no_grad():
             lp = density.log_prob(z)
             log_weight = lp - self.guide.get_posterior().log_prob(z)
-        with _forked(seed):
-            groups = {
-                "posterior": {**density.constrain(z), **simulate.deterministic_sites(density, z)},
-                "sample_stats": {"lp": lp, "log_weight": log_weight},
-                "log_likelihood": simulate.log_likelihood(density, z),
-                "posterior_predictive": simulate.posterior_predictive(density, z),
-                "prior": simulate.prior_draws(density, draws),
-            }
-        arrays = {
-            group: {name: _numpy(value)[None] for name, value in values.items()}
-            for group, values in groups.items()
-            if values
-        }
-        observed = simulate.observed_data(density)
-        if observed:
-            arrays["observed_data"] = {name: _numpy(value) for name, value in observed.items()}
         verdict = self.verdict
         attrs = {
             "inference_library": "pyroflows",
@@ -203,12 +272,15 @@ class Posterior:
             "log_evidence_error": verdict.log_evidence_error,
             "importance_resampled": int(self.corrects),
         }
-        return arviz.to_inference_data(arrays, dims=self._dims(), attrs=attrs)
+        sample_stats = {"lp": lp.unsqueeze(0), "log_weight": log_weight.unsqueeze(0)}
+        with _forked(seed):
+            return simulate.inference_data(density, z.unsqueeze(0), sample_stats, attrs)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the posterior to a file that :func:`load_posterior` reads.
 
-        The file holds numbers only: the parameters, and the arguments of the model where they are numbers and tensors.
+        The file holds numbers only: the parameters, and the arguments of the model where they are numbers and tensors (no
+        loader).
 
         Args:
             path: Where to write.
@@ -221,11 +293,16 @@ class Posterior:
             "format": FORMAT,
             "sites": [(site.name, list(site.shape)) for site in self.density.sites],
             "flow": _preset_name(self.guide),
+            "components": len(self.guide.flows) if isinstance(self.guide, AutoMixture) else None,
             "parameters": self.guide.state_dict(),
-            "arguments": _plain((list(self.density.args), self.density.kwargs)),
+            "arguments": None if self.density.streamed else _plain((list(self.density.args), self.density.kwargs)),
             "history": self.history,
             "seconds": self.seconds,
             "interrupted": self.interrupted,
+            "fits": None if self.fits is None else list(self.fits),
+            "trajectories": self.trajectories,
+            "endless": self.endless,
+            "rungs": [(rung.name, rung.seconds, asdict(rung.verdict)) for rung in self.rungs],
         }
         try:
             torch.save(state, fspath(path))
@@ -241,28 +318,20 @@ class Posterior:
         log_weights = self.density.log_prob(z) - log_q if weigh else torch.zeros_like(log_q)
         return z, log_weights
 
-    def _dims(self) -> dict[str, list[str | None]]:
-        dims = {name: list(plates) for name, plates in self.site_dims.items()}
-        trace = self.density._trace(self.density.constrain(self.density.initial))
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and name not in dims and not site_is_subsample(site):
-                dims[name] = list(site_plates(site))
-        return {name: names for name, names in dims.items() if any(names)}
-
 
 def load_posterior(
     path: str | PathLike[str],
     model: Callable[..., Any],
-    args: Sequence[Any] | None = None,
+    args: Sequence[Any] | DataLoader | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    guide: AutoFlow | None = None,
+    guide: FlowGuide | None = None,
 ) -> Posterior:
     """Reads a posterior that :meth:`Posterior.save` wrote.
 
     Args:
         path: The file.
         model: The model that was fitted.
-        args: Its positional arguments, where the file does not hold them.
+        args: Its positional arguments, or their loader, where the file does not hold them.
         kwargs: Its keyword arguments, where the file does not hold them.
         guide: A fresh guide as the one that was fitted, where that was none of pyroflows' presets.
 
@@ -287,8 +356,9 @@ def load_posterior(
         if state["arguments"] is None:
             raise ValueError(f"Expected args and kwargs of the model, for {str(path)!r} could not hold them; got neither.")
         args, kwargs = state["arguments"]
-    args, kwargs = check_arguments(() if args is None else args, kwargs)
-    density = LogDensity(model, args, kwargs)
+    if not isinstance(args, DataLoader):
+        args, kwargs = check_arguments(() if args is None else args, kwargs)
+    density = log_density_of(model, args, kwargs).full
     of_file = [(name, tuple(shape)) for name, shape in state["sites"]]
     of_model = [(site.name, tuple(site.shape)) for site in density.sites]
     if of_file != of_model:
@@ -296,8 +366,11 @@ def load_posterior(
     if guide is None:
         if state["flow"] is None:
             raise ValueError(f"Expected a guide made as the one saved in {str(path)!r}, whose flow is no preset; got None.")
-        own = state["flow"] in _OWN_FLOWS
-        guide = AutoFlow(density.continuous_model, flow=_OWN_FLOWS[state["flow"]] if own else getattr(flows, state["flow"]))
+        flow = _OWN_FLOWS[state["flow"]] if state["flow"] in _OWN_FLOWS else getattr(flows, state["flow"])
+        if state["components"] is None:
+            guide = AutoFlow(density.continuous_model, flow=flow)
+        else:
+            guide = AutoMixture(density.continuous_model, state["components"], flow=flow)
     density.introduce(guide)
     try:
         guide.load_state_dict(state["parameters"])
@@ -305,7 +378,24 @@ def load_posterior(
         raise ValueError(
             f"Expected a guide made as the one saved in {str(path)!r}; {' '.join(str(error).split())}"
         ) from None
-    return Posterior(guide, density, state["history"], state["seconds"], state["interrupted"])
+    return Posterior(
+        guide,
+        density,
+        state["history"],
+        state["seconds"],
+        state["interrupted"],
+        fits=None if state["fits"] is None else Gaussians(*(part.to(density.initial) for part in state["fits"])),
+        trajectories=state["trajectories"],
+        endless=state["endless"],
+        rungs=[Rung(name, seconds, Verdict(**verdict)) for name, seconds, verdict in state["rungs"]],
+    )
+
+
+def _heaviest(log_weights: Tensor, z: Tensor, count: int = 8) -> Tensor:
+    """The draws of greatest weight, of shape ``(count, features)``."""
+    finite = log_weights.isfinite() & z.isfinite().all(-1)
+    order = log_weights.masked_fill(~finite, -math.inf).argsort(descending=True)[: min(count, int(finite.sum()))]
+    return z[order]
 
 
 def _systematic(weights: Tensor, n: int) -> Tensor:
@@ -333,7 +423,7 @@ class _forked:
             self._fork.__exit__(*error)
 
 
-def _preset_name(guide: AutoFlow) -> str | None:
+def _preset_name(guide: FlowGuide) -> str | None:
     made_by = guide._make_flow
     for name, flow in _OWN_FLOWS.items():
         if made_by is flow:
@@ -365,8 +455,9 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
         state = None
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} is none.")
-    if state["format"] != FORMAT:
+    if state["format"] not in (1, FORMAT):
         raise ValueError(f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}.")
+    state = {**LATER_PARTS, **state}
     missing = [part for part in PARTS if part not in state]
     if missing:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} lacks {', '.join(missing)}.")

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import arviz
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "drifted", "improper", "judge", "missing", "polished"]
 
 KHAT_LIMIT = 0.7
 ESS_LIMIT = 0.9
 SHIFT_LIMIT = 0.1
 ZERO_LIMIT = 0.01
+OUTLIER_LIMIT = 0.05
+MISSED_LIMIT = 0.02
+DRIFT_LIMIT = 0.1
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Verdict:
     r"""What importance sampling says about a guide :math:`q` of a posterior :math:`p`.
 
     From draws :math:`z_i \sim q` with weights :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)`. Importance sampling sees what
-    the guide covers: a mode that no draw comes near to leaves no trace here.
+    the guide covers; what it does not cover is looked for by a census of modes, and by Hamiltonian trajectories from its
+    draws.
 
     Attributes:
         ok: Whether to trust the posterior.
@@ -36,6 +40,10 @@ class Verdict:
         shift: The furthest that weighting moves the mean of an unconstrained entry, in standard deviations, or the log
             width of its central 90 % interval.
         draws: How many draws this rests on.
+        missed: Mass of the posterior, relative to the evidence, that the census sees where the guide has next to none;
+            NaN if not looked for.
+        drift: The furthest that a few Hamiltonian trajectories from the corrected draws move a mean or the log width of a
+            central 90 % interval, in standard deviations, beyond its sampling error; NaN if not looked for.
 
     Reference:
         Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", 2024,
@@ -54,6 +62,8 @@ class Verdict:
     log_evidence_error: float
     shift: float
     draws: int
+    missed: float = math.nan
+    drift: float = math.nan
 
     def __str__(self) -> str:
         return ("Trust this posterior: " if self.ok else "Do not trust this posterior: ") + self.reason
@@ -94,10 +104,108 @@ def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Te
     error = math.sqrt(max(1 / ess - 1, 0.0) / n)
     shifts = _shifts(z[usable], weights[usable])
     worst = int(shifts.argmax())
-    verdict = _verdict(khat, ess, float(shifts[worst]), names[worst], zero)
+    # Smoothing a tail hides the few draws that have come upon a narrow mode.
+    outliers = 1 - math.exp(log_evidence + math.log(n) - float(raw.logsumexp(0)))
+    verdict = _verdict(khat, ess, float(shifts[worst]), names[worst], zero, outliers)
     return (
         Verdict(*verdict, khat, ess, float(raw.mean()), log_evidence, error, float(shifts[worst]), n),
         smoothed,
+    )
+
+
+def missing(verdict: Verdict, missed: float, where: str) -> Verdict:
+    """Adds what a census found to a verdict.
+
+    Args:
+        verdict: The verdict by the weights.
+        missed: Mass that the guide misses, relative to the evidence.
+        where: A sentence's part that says where it is.
+
+    Returns:
+        The verdict, no longer ok if the mass is more than a little.
+    """
+    verdict = replace(verdict, missed=missed)
+    if not missed > MISSED_LIMIT:
+        return verdict
+    return replace(
+        verdict,
+        ok=False,
+        reason=(
+            f"the guide misses a region with about {missed / (1 + missed):.0%} of the posterior's mass, {where}, which "
+            "importance sampling cannot see. If that is a mode of its own, break the model's symmetry or fit with "
+            'guide="auto"; if it lies next to what the guide covers, as the neck of a funnel does, reparametrise, or give the '
+            "guide more steps or a wider flow."
+        ),
+    )
+
+
+def improper(verdict: Verdict, where: str) -> Verdict:
+    """The verdict on a posterior whose density does not fall off.
+
+    Args:
+        verdict: The verdict by the weights.
+        where: In which direction.
+
+    Returns:
+        The verdict, not ok.
+    """
+    reason = (
+        f"the posterior cannot be normalised: its density does not fall off {where}. Give the site a proper prior, or look "
+        "for a parameter that the data say nothing of."
+    )
+    return replace(verdict, ok=False, reason=reason)
+
+
+def drifted(verdict: Verdict, drifts: Tensor, names: list[str]) -> Verdict:
+    """Adds to a verdict how far Hamiltonian trajectories have moved the draws.
+
+    Args:
+        verdict: The verdict by the weights.
+        drifts: For each entry the drift, of shape ``(features,)``.
+        names: Names of the entries.
+
+    Returns:
+        The verdict, no longer ok if a moment has moved by more than a little.
+    """
+    worst = int(drifts.argmax())
+    verdict = replace(verdict, drift=float(drifts[worst]))
+    if verdict.drift <= DRIFT_LIMIT or not verdict.ok:
+        return verdict
+    return replace(
+        verdict,
+        ok=False,
+        reason=(
+            f"the weights see nothing wrong, but Hamiltonian trajectories from the guide's draws move {names[worst]} by "
+            f"more than {verdict.drift:.2f} of its standard deviation, so the guide misses a region next to what it covers. "
+            f"Give it more steps or a wider flow, or reparametrise {names[worst]}."
+        ),
+    )
+
+
+def polished(verdict: Verdict, drifts: Tensor, trajectories: int, names: list[str]) -> Verdict:
+    """Judges draws that were polished.
+
+    Args:
+        verdict: The verdict on the guide.
+        drifts: How far the second half of the trajectories has moved each entry, of shape ``(features,)``.
+        trajectories: How many there were.
+        names: Names of the entries.
+
+    Returns:
+        The verdict on the polished draws.
+    """
+    worst = int(drifts.argmax())
+    verdict = replace(verdict, drift=float(drifts[worst]))
+    if verdict.drift > DRIFT_LIMIT:
+        return replace(verdict, ok=False)
+    return replace(
+        verdict,
+        ok=True,
+        reason=(
+            f"the guide alone is not exact (k-hat {verdict.khat:.2f}, {verdict.ess:.0%} of the importance draws are "
+            f"effective), but its draws are polished by {trajectories} Hamiltonian trajectories, the second half of which "
+            f"moves no mean or width by more than {max(verdict.drift, 0.005):.2f} standard deviations beyond its error."
+        ),
     )
 
 
@@ -123,10 +231,11 @@ def _width(z: Tensor, weights: Tensor) -> Tensor:
     return ends[:, 1] - ends[:, 0]
 
 
-def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> tuple[bool, str]:
+def _verdict(khat: float, ess: float, shift: float, name: str, zero: float, outliers: float) -> tuple[bool, str]:
     facts = f"k-hat is {khat:.2f} and {ess:.0%} of the importance draws are effective"
     if khat == -math.inf:
-        facts = f"{ess:.0%} of the importance draws are effective, all of equal weight"
+        kind = "all of equal weight" if ess > 0.999 else "their weights bounded"
+        facts = f"{ess:.0%} of the importance draws are effective, {kind}"
     if zero > ZERO_LIMIT:
         return False, (
             f"{zero:.0%} of the guide's draws have zero density under the model; look at its supports. "
@@ -136,6 +245,11 @@ def _verdict(khat: float, ess: float, shift: float, name: str, zero: float) -> t
         return False, (
             f"{facts} (k-hat below {KHAT_LIMIT} or {ESS_LIMIT:.0%} would do), so the guide misses part of it, most at "
             f"{name}. Give it more steps or a wider flow, or reparametrise {name}."
+        )
+    if outliers > OUTLIER_LIMIT:
+        return False, (
+            f"a handful of the guide's draws carry {outliers:.0%} of all weight, so there is a narrow region that it misses "
+            f"({facts} otherwise). Give it more steps or a wider flow, or look at the draws of greatest weight."
         )
     if not shift <= SHIFT_LIMIT:
         return False, (
