@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,3 +91,12 @@ def _describe(value: Any) -> str:
 
 def _pattern(shape: Sequence[int]) -> str:
     return "(" + ", ".join(["*", *map(str, shape)]) + ")"
+
+
+def caller_level() -> int:
+    """Returns the ``stacklevel`` at which a warning points to the first caller outside of this package."""
+    package = str(Path(__file__).parent)
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    return level

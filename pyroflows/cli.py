@@ -236,6 +236,7 @@ def _fit_here(options: argparse.Namespace, tells: bool) -> int:
     # All that can be wrong with the input is looked at before the fit, which takes minutes.
     problem = _own_model(options) if ":" in options.model else _example(options)
     out = _output(options.out or f"{problem.name}.nc")
+    _check_checkpoint(options.checkpoint, out)
     _check_device(options.device)
     torch.set_num_threads(options.threads)
     posterior = _posterior(problem, options)
@@ -365,6 +366,11 @@ def _output(text: str) -> Path:
         except OSError as error:
             raise UserError(f"Cannot write {file}: {error.strerror}.") from error
     return path
+
+
+def _check_checkpoint(name: str | None, out: Path) -> None:
+    if name is not None and Path(name).resolve() in (out.resolve(), out.with_suffix(".png").resolve()):
+        raise UserError(f"Expected --checkpoint to name another file than --out and its picture; got {name!r} for both.")
 
 
 def _check_device(name: str | None) -> None:

@@ -18,7 +18,7 @@ from pyroflows import AutoMixture
 from pyroflows.distributions import FlowMixture
 
 
-def two_sided(y: torch.Tensor = torch.tensor(2.0)) -> None:  # noqa: B008
+def two_sided(y: torch.Tensor = torch.tensor(2.0)) -> None:
     x = pyro.sample("x", dist.Normal(0.0, 3.0))
     pyro.sample("y", dist.Normal(x.abs(), 0.2), obs=y)
 

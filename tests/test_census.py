@@ -31,7 +31,11 @@ def mixture_density(weights: Tensor, locs: Tensor, scales: Tensor) -> LogDensity
     return LogDensity(model)
 
 
-TWO = (torch.tensor([0.7, 0.3]).double(), torch.tensor([[0.0, 0.0], [9.0, -5.0]]).double(), torch.tensor([1.0, 0.5]).double())
+TWO = (
+    torch.tensor([0.7, 0.3]).double(),
+    torch.tensor([[0.0, 0.0], [9.0, -5.0]]).double(),
+    torch.tensor([1.0, 0.5]).double(),
+)
 
 
 def test_two_normals_are_found_with_their_masses() -> None:

@@ -69,6 +69,7 @@ class FakePosterior:
     """What the command line asks of a posterior, and no more."""
 
     seconds = 1.25
+    rungs = (SimpleNamespace(name="flow, 150 steps"),)
 
     def __init__(self, interrupted: bool = False) -> None:
         self.interrupted = interrupted
@@ -139,6 +140,7 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
         "log evidence    -31.288, Monte Carlo error 0.004",
         "k-hat           0.52",
         "importance ESS  94.1% of 10000 draws",
+        "found by        flow, 150 steps",
         "seconds         1.2",
         "Saved eight_schools.nc and eight_schools.png.",
     ):
@@ -149,7 +151,7 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
     assert model is EXAMPLES["eight_schools"].model
     assert set(options.pop("kwargs")) == {"y", "sigma"}
     assert options.pop("progress") is True
-    assert options == {"args": (), "guide": "auto", "seed": 7, "time_limit": 60.0, "device": None}
+    assert options == {"args": (), "guide": "auto", "seed": 7, "checkpoint": None, "time_limit": 60.0, "device": None}
 
 
 def test_quiet_prints_the_verdict_alone(fit, folder, capsys):

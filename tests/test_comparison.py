@@ -613,6 +613,7 @@ def test_data_split_into_other_observations_are_refused_for_cross_validation(thr
         ({"samples": torch.zeros(9, 1)}, ValueError, r"Expected samples of shape \(chains, draws, 1\); got \(9, 1\)"),
         ({"samples": torch.zeros(2, 3, 1)}, ValueError, "at least 4 draws a chain"),
         ({"samples": torch.full((1, 9, 1), math.nan)}, ValueError, "9 of 9 where it has no density"),
+        ({"samples": torch.zeros(2, 9, 1)}, ValueError, "got the same vector in every draw"),
         ({"samples": {"y": torch.zeros(1, 9)}}, ValueError, "samples of every latent site; got none of 'x'"),
         ({"samples": {"x": torch.zeros(9)}}, ValueError, r"samples\['x'\] of shape \(chains, draws\); got \(9,\)"),
         ({"samples": {"x": 3.0}}, TypeError, r"Expected samples\['x'\] to be a tensor"),

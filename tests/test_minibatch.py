@@ -353,6 +353,12 @@ def both(x: Tensor, y: Tensor) -> None:
     subsampling(*regression_data(), len(x))
 
 
+def subsampled_rows(x: Tensor, y: Tensor, size: int) -> None:
+    mean = line(x)
+    with pyro.plate("data", size, subsample_size=len(x)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
 class Once(IterableDataset):
     def __init__(self) -> None:
         self.rows = iter(list(zip(*regression_data(), strict=True)))
@@ -379,6 +385,30 @@ MISUSE: dict[str, tuple[Callable[..., None], Callable[[], Any], type[Exception],
         TypeError,
         "a tensor without dimensions",
     ),
+    "plate of another size": (
+        lambda x, y: subsampled_rows(x, y, 80),
+        loader,
+        ValueError,
+        "Expected plate 'data' of the size of the data, which are 53 rows; got size 80",
+    ),
+    "plate too small": (
+        lambda x, y: subsampled_rows(x, y, 5),
+        loader,
+        ValueError,
+        "Expected plate 'data' of at least the 10 rows of a batch; got size 5",
+    ),
+    "empty batches": (
+        loaded(),
+        lambda: DataLoader(torch.ones(3, 1), batch_size=2, collate_fn=lambda rows: []),  # type: ignore[arg-type]
+        TypeError,
+        "a batch that is a list of nothing",
+    ),
+    "rows of numbers": (
+        loaded(),
+        lambda: DataLoader(TensorDataset(torch.ones(3)), batch_size=None),
+        TypeError,
+        "a batch that is a list of tensors without dimensions",
+    ),
     "nothing": (loaded(), lambda: DataLoader([]), ValueError, "at least one batch; got an empty one"),  # type: ignore[arg-type]
 }
 
@@ -399,3 +429,9 @@ def test_a_stream_that_runs_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minibatch, "KEPT_BYTES", 0)
     with pytest.raises(ValueError, match="of the same 53 rows every time; got 0 this time"):
         log_density_of(loaded(), DataLoader(Once(), batch_size=10)).full.log_prob(points())
+
+
+def test_an_argument_comes_from_one_place() -> None:
+    rows = DataLoader([{"x": x, "y": y} for x, y in zip(*regression_data(), strict=True)], batch_size=10)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="each argument from the loader or from kwargs; got 'y' from both"):
+        log_density_of(loaded(), rows, {"y": regression_data()[1]})

@@ -369,7 +369,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "settings": (lambda p: Checkpoint(p, {"seed": 1}), "has seed None, and this fit has seed 1"),
     "no checkpoint": (lambda p: (p.write_bytes(b"other"), Checkpoint(p)), "to be a checkpoint of a fit; got another file"),
+    "no stages": (
+        lambda p: (torch.save({"format": 1, "settings": {}, "stages": [3]}, p), Checkpoint(p)),
+        "to be a checkpoint of a fit; got another file",
+    ),
     "no folder": (lambda p: Checkpoint(p.parent / "none" / "fit.pt"), "Expected checkpoint in a folder that exists"),
+    "no file": (lambda p: Checkpoint(""), "Expected a checkpoint that can be written; got ''"),
+    "long name": (lambda p: Checkpoint(p.parent / ("a" * 300)), "Expected a checkpoint that can be written"),
+    "null character": (lambda p: Checkpoint("a\0b"), "Expected a checkpoint that can be written"),
 }
 
 
@@ -381,6 +388,20 @@ def test_a_checkpoint_of_another_fit_is_refused(case: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="Expected") as error:
         run(path)
     assert message in str(error.value)
+
+
+def test_a_checkpoint_is_a_path() -> None:
+    with pytest.raises(TypeError, match="Expected checkpoint to be a path; got 3"):
+        Checkpoint(3)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_that_cannot_be_written_later_leaves_the_fit_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "fits"
+    folder.mkdir()
+    checkpoint = Checkpoint(folder / "fit.pt")
+    folder.rmdir()
+    with pytest.warns(UserWarning, match="Could not write the checkpoint"):
+        assert train(realnvp(), Normal(), [], 3, checkpoint=checkpoint).steps == 3
 
 
 # Compilation

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -36,6 +37,8 @@ class FlowMixture(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real_vector}
     has_rsample = False
+    #: Whether it is an auxiliary site of a guide, whose log density ``Trace_ELBO`` leaves out of the cost of its score.
+    auxiliary = False
 
     def __init__(
         self, components: Sequence[torch.distributions.Distribution], logits: Tensor, validate_args: bool | None = None
@@ -58,7 +61,9 @@ class FlowMixture(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowMixture:
         """The mixture with a larger batch shape."""
-        return FlowMixture([c.expand(batch_shape) for c in self.components], self.logits, validate_args=False)
+        expanded = FlowMixture([c.expand(batch_shape) for c in self.components], self.logits, validate_args=False)
+        expanded.auxiliary = self.auxiliary
+        return expanded
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
@@ -73,12 +78,20 @@ class FlowMixture(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density at ``value``, of shape ``(*, *event_shape)``."""
-        return self.component_log_probs(value).logsumexp(-1)
+        each = self.component_log_probs(value)
+        # Where no component has any density, logsumexp has no gradient.
+        outside = (each == -torch.inf).all(-1)
+        return each.masked_fill(outside.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(outside, -torch.inf)
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """The parts of the gradient of an ELBO, so that it is that of the score function estimator, all costs included."""
+        parts = super().score_parts(x, *args, **kwargs)
+        return parts._replace(entropy_term=parts.log_prob.detach() * parts.log_prob) if self.auxiliary else parts
 
     def component_log_probs(self, value: Tensor) -> Tensor:
         """Log density of each component, its weight included, along a last dimension of their number."""
         each = torch.stack([c.log_prob(value) for c in self.components], -1)
-        return each.nan_to_num(nan=-torch.inf) + self.logits.log_softmax(-1)
+        return each.masked_fill(each.isnan(), -torch.inf) + self.logits.log_softmax(-1)
 
     def rsample_and_log_prob(self, sample_shape: Any = torch.Size()) -> tuple[Tensor, Tensor]:
         """Draws, which carry no gradient, and their log densities."""

@@ -24,7 +24,7 @@ class AutoMixture(FlowGuide):
     .. math:: q(z) = \sum_k \pi_k\, q_k(z),
 
     with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode. :func:`pyroflows.fit_posterior` makes one where
-    it finds separate modes. All components start at one place; :meth:`whiten` sets them apart. There is no one map from
+    it finds separate modes. In an SVI it trains by the score function of ``Trace_ELBO``. All components start at one place; :meth:`whiten` sets them apart. There is no one map from
     a base to the posterior, so that ``NeuTraReparam`` cannot take this guide; flow Monte Carlo can.
 
     Args:
@@ -91,7 +91,9 @@ class AutoMixture(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowMixture:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        return FlowMixture([flow() for flow in self.flows], self.logits, validate_args=False)
+        law = FlowMixture([flow() for flow in self.flows], self.logits, validate_args=False)
+        law.auxiliary = True
+        return law
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Refused: there is no one map from a base to a mixture.

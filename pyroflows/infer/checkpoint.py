@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
@@ -32,7 +33,8 @@ class Checkpoint:
         every: Seconds between two saves.
 
     Raises:
-        ValueError: If the file is no checkpoint, or one of another fit.
+        TypeError: If ``path`` is no path.
+        ValueError: If the file is no checkpoint, one of another fit, or cannot be written.
 
     Example:
         >>> import tempfile
@@ -49,12 +51,12 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | PathLike[str], settings: Mapping[str, Any] | None = None, every: float = 10.0) -> None:
-        self.path = os.fspath(path)
+        try:
+            self.path = os.fsdecode(path)
+        except TypeError:
+            raise TypeError(f"Expected checkpoint to be a path; got {path!r}.") from None
         self.settings = dict(settings or {})
         self.every = every
-        directory = os.path.dirname(self.path) or "."
-        if not os.path.isdir(directory):
-            raise ValueError(f"Expected checkpoint in a folder that exists; got {self.path!r}.")
         # One process reads, since the others may run on machines that do not see the file.
         content: Any = distributed.agree(self._read_or_error() if distributed.is_main() else None)
         if isinstance(content, ValueError):
@@ -99,27 +101,51 @@ class Checkpoint:
         if distributed.is_main():
             # A copy, for the next training goes on with these very tensors.
             self._stages[self._stage]["state"] = _copy(state)
-            temporary = f"{self.path}.{os.getpid()}.tmp"
             try:
-                torch.save({"format": FORMAT, "settings": self.settings, "stages": self._stages}, temporary)
-                os.replace(temporary, self.path)
-            finally:
-                if os.path.exists(temporary):
-                    os.remove(temporary)
+                self._write()
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                warnings.warn(f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}", stacklevel=2)
         self._saved_at = time.perf_counter()
+
+    def _write(self) -> None:
+        try:
+            torch.save({"format": FORMAT, "settings": self.settings, "stages": self._stages}, self._temporary)
+            os.replace(self._temporary, self.path)
+        finally:
+            if os.path.exists(self._temporary):
+                os.remove(self._temporary)
+
+    @property
+    def _temporary(self) -> str:
+        return f"{self.path}.{os.getpid()}.tmp"
 
     def _read_or_error(self) -> Any:
         try:
+            self._refuse_unwritable()
             return self._read()
         except ValueError as error:
             return error
+
+    def _refuse_unwritable(self) -> None:
+        """Refuses a path of which nothing would be found out before the first save."""
+        if not os.path.isdir(os.path.dirname(self.path) or "."):
+            raise ValueError(f"Expected checkpoint in a folder that exists; got {self.path!r}.")
+        try:
+            if not os.path.basename(self.path):
+                raise IsADirectoryError("it names no file")
+            with open(self._temporary, "wb"):
+                pass
+            os.remove(self._temporary)
+        except (OSError, ValueError) as error:  # the latter of a name with a null character
+            raise ValueError(f"Expected a checkpoint that can be written; got {self.path!r} ({error}).") from None
 
     def _read(self) -> list[dict[str, Any]]:
         if not os.path.exists(self.path):
             return []
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
-            known, settings, stages = content["format"] == FORMAT, content["settings"], content["stages"]
+            known, settings, stages = content["format"] == FORMAT, {**content["settings"]}, [*content["stages"]]
+            stages = [{"settings": {**stage["settings"]}, "state": stage["state"]} for stage in stages]
         except Exception as error:
             raise ValueError(f"Expected {self.path!r} to be a checkpoint of a fit; got another file.") from error
         if not known:

@@ -333,8 +333,9 @@ def _chains(posterior: Posterior, draws: int) -> Tensor:
 def _effective(values: Tensor) -> float:
     """How many independent draws the values of chains, of shape ``(chains, draws)``, are worth for their mean."""
     error = _diagnose(values, "mcse_mean")
+    std = float(values.std())
     # Equal values have no error.
-    return float(values.std()) ** 2 / error**2 if error > 0 else float(values.numel())
+    return std**2 / error**2 if std > 0 and error > 0 else float(values.numel())
 
 
 def _rhat(log_weights: Tensor) -> float:
@@ -445,8 +446,9 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def _check_samples(samples: Any, posterior: Posterior) -> Tensor:
     density = posterior.density
-    if isinstance(samples, Chains):
-        samples = samples.unconstrained
+    chains = samples if isinstance(samples, Chains) else None
+    if chains is not None:
+        samples = chains.unconstrained
     elif isinstance(samples, Mapping):
         samples = _unconstrained(samples, posterior)
     check_tensor("samples", samples, (density.features,))
@@ -455,7 +457,12 @@ def _check_samples(samples: Any, posterior: Posterior) -> Tensor:
     if samples.shape[0] < 1 or samples.shape[1] < LEAST_LENGTH:
         raise ValueError(f"Expected samples of at least {LEAST_LENGTH} draws a chain; got shape {tuple(samples.shape)}.")
     samples = samples.to(density.initial)
-    inside = density.log_prob(samples).isfinite()
+    if bool((samples == samples[:1, :1]).all()):
+        raise ValueError("Expected samples from the posterior; got the same vector in every draw.")
+    log_density = density.log_prob(samples)
+    if chains is not None and not torch.allclose(log_density, chains.log_density.to(log_density), rtol=1e-3, atol=0.1):
+        raise ValueError("Expected chains of this model and its data; got some whose log densities are others.")
+    inside = log_density.isfinite()
     if not bool(inside.all()):
         raise ValueError(
             f"Expected samples from the posterior; got {int((~inside).sum())} of {inside.numel()} where it has no density. "

@@ -11,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 import torch
-from pyro import poutine
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -135,8 +135,7 @@ def fit_posterior(
     start = time.perf_counter()
     deadline = None if time_limit is None else start + time_limit
     args, kwargs = _on_device(device, model, args, kwargs)
-    # Nothing of this is a statement of a model around the call.
-    with _seeded(distributed.agree(seed)), poutine.block():
+    with _seeded(distributed.agree(seed)), _outside_of_handlers():
         trained = log_density_of(model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device)
         density = trained.full
         given = None if isinstance(guide, str) and guide == "auto" else _make_guide(guide, density)
@@ -386,6 +385,17 @@ def _on_device(device: str | torch.device | None, model: Any, args: Any, kwargs:
 
 def _moved(value: Any, device: str | torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _outside_of_handlers() -> Iterator[None]:
+    """Takes Pyro's handlers off for a while: nothing of a fit is a statement of a model around the call."""
+    handlers = list(_PYRO_STACK)
+    _PYRO_STACK.clear()
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = handlers
 
 
 @contextlib.contextmanager

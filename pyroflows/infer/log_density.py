@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .._checks import check_size, check_tensor
+from .._checks import caller_level, check_size, check_tensor
 from ..guides.initialization import init_to_median
 from .enumeration import enumerated_log_prob
 
@@ -126,7 +126,7 @@ class LogDensity:
             warnings.warn(
                 "This model cannot be evaluated for a batch of points, so its log density is evaluated one point at a time, "
                 f"which is slow. What torch.func.vmap says: {self._evaluator.reason}",
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
     def _make_evaluator(self) -> Evaluator:

@@ -436,7 +436,9 @@ def _root(centred: Tensor) -> Tensor:
 
 def _check(posterior: Any, draws: Any, chains: Any, warmup: Any) -> None:
     if not isinstance(posterior, Posterior):
-        raise TypeError(f"Expected posterior to be what fit_posterior returns; got {posterior!r}.")
+        raise TypeError(
+            f"Expected posterior to be a Posterior, as fit_posterior returns it; got {type(posterior).__name__}."
+        )
     check_size("draws", draws)
     check_size("chains", chains)
     check_size("warmup", warmup, least=0)

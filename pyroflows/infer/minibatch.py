@@ -272,8 +272,9 @@ class _StreamedDensity(LogDensity):
         self._in_order = _in_order(loader)
         self._names: list[str] | None = None
         self._kept: list[list[Tensor]] | None = None
-        self._look_through()
         self._given = dict(kwargs or {})
+        self._look_through()
+        self._refuse_given_twice()
         run = self._run(model, self._first)
         super().__init__(_FirstRows()(model), run.args, run.kwargs, init_loc_fn, batch_size, device)
         self._refuse_own_rows(model)
@@ -346,7 +347,8 @@ class _StreamedDensity(LogDensity):
             self._names = list(batch)
             batch = list(batch.values())
         tensors = [batch] if isinstance(batch, Tensor) else batch
-        if not isinstance(tensors, (list, tuple)) or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
+        rows_first = isinstance(tensors, (list, tuple)) and all(isinstance(t, Tensor) and t.dim() for t in tensors)
+        if not (rows_first and tensors):
             raise TypeError(
                 "Expected a loader whose batches are tensors with the rows first, or lists, tuples or dictionaries of them; "
                 f"got a batch that is {_kind(batch)}."
@@ -365,17 +367,31 @@ class _StreamedDensity(LogDensity):
         values = []
         for rows in (_FirstRows(), _FirstRows(flip=True)):
             values.append(float(self._single(self.initial, self._run(rows(model), self._first))))
-        if not math.isclose(*values, rel_tol=1e-4, abs_tol=1e-4):
+        # What is no number is refused where the fit looks for its start.
+        if all(map(math.isfinite, values)) and not math.isclose(*values, rel_tol=1e-4, abs_tol=1e-4):
             raise ValueError(
                 "Expected a model that takes a batch of the loader as it is; got one whose log density depends on the "
                 "indices that a subsampled plate draws. Give all data as args instead of a loader."
             )
 
+    def _refuse_given_twice(self) -> None:
+        twice = [name for name in self._names or () if name in self._given]
+        if twice:
+            raise ValueError(
+                f"Expected each argument from the loader or from kwargs; got {', '.join(map(repr, twice))} from both."
+            )
+
     def _refuse_unscaled(self) -> None:
         rows = _rows(self._first)
+        trace = self._trace(self.constrain(self.initial))
+        for name, site in trace.nodes.items():
+            plate = site.get("fn")
+            if site_is_subsample(site) and plate.subsample_size == rows < plate.size != self.rows:
+                raise ValueError(
+                    f"Expected plate {name!r} of the size of the data, which are {self.rows} rows; got size {plate.size}."
+                )
         if rows == self.rows:
             return
-        trace = self._trace(self.constrain(self.initial))
         latent = {*self.discrete, *(site.name for site in self.sites)}
         observed = {
             name: float(torch.as_tensor(site["scale"]).max())
@@ -411,7 +427,10 @@ class _FirstRows(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if site_is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size is not None:
-            rows = torch.arange(min(msg["fn"].size, msg["fn"].subsample_size), device=msg["fn"].device)
+            size, part = msg["fn"].size, msg["fn"].subsample_size
+            if part > size:
+                raise ValueError(f"Expected plate {msg['name']!r} of at least the {part} rows of a batch; got size {size}.")
+            rows = torch.arange(part, device=msg["fn"].device)
             msg["value"] = msg["fn"].size - 1 - rows if self.flip else rows
 
 
@@ -437,5 +456,7 @@ def _kind(batch: Any) -> str:
     if isinstance(batch, Tensor):
         return "a tensor without dimensions"
     if isinstance(batch, (list, tuple)):
+        if batch and all(isinstance(item, Tensor) for item in batch):
+            return f"a {type(batch).__name__} of tensors without dimensions"
         return f"a {type(batch).__name__} of {', '.join(type(item).__name__ for item in batch) or 'nothing'}"
     return f"of type {type(batch).__name__}"

@@ -471,7 +471,10 @@ class _VectorObjective(Objective):
 
     def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         distribution = self._get_trace(model, guide, args, kwargs)
-        return self._loss(distribution, self._target(model, guide, args, kwargs))
+        target = self._target(model, guide, args, kwargs)
+        if isinstance(target, LogDensity):
+            _check_distribution(distribution, target)
+        return self._loss(distribution, target)
 
     def density_loss(self, distribution: torch.distributions.Distribution, density: LogDensity) -> Tensor:
         _check_distribution(distribution, density)
@@ -524,7 +527,13 @@ class _DrawsObjective(_VectorObjective):
             if values.shape[1:] != site.shape:
                 expected = tuple(site.shape)
                 raise ValueError(f"Expected draws of {site.name!r}, each of shape {expected}; got {tuple(values.shape)}.")
-            parts.append(site.transform.inv(values).reshape(len(values), -1))
+            part = site.transform.inv(values).reshape(len(values), -1)
+            outside = int((~part.isfinite()).any(-1).sum())
+            if outside:
+                raise ValueError(
+                    f"Expected draws of {site.name!r} inside of its support; got {outside} of {len(values)} that are not."
+                )
+            parts.append(part)
         return torch.cat(parts, -1)
 
     def _batch(self, vectors: Tensor) -> Tensor:
@@ -624,12 +633,15 @@ class MMD(_DrawsObjective):
         _check_reparametrised(distribution)
         vectors = self._vectors(target)
         width = self.bandwidth
+        if isinstance(width, Tensor) and width.dim() and width.shape != vectors.shape[-1:]:
+            raise ValueError(f"Expected bandwidth of shape ({vectors.shape[-1]},); got {tuple(width.shape)}.")
         if width is None:
             width = vectors.std(0) * math.sqrt(2 * vectors.shape[-1])
             if not bool((width > 0).all()):
                 raise ValueError("Expected draws that differ in every coordinate, or a bandwidth; got a constant one.")
-        y = self._batch(vectors) / width
-        z = distribution.rsample((self.num_particles,)) / width
+        # About their mean, for the squares of large numbers would drown their differences.
+        y = (self._batch(vectors) - vectors.mean(0)) / width
+        z = (distribution.rsample((self.num_particles,)) - vectors.mean(0)) / width
         return _mean_of_pairs(z) - 2 * _kernel(z, y).mean() + _mean_of_pairs(y)
 
 
