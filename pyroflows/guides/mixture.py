@@ -23,9 +23,10 @@ class AutoMixture(FlowGuide):
 
     .. math:: q(z) = \sum_k \pi_k\, q_k(z),
 
-    with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode. :func:`pyroflows.fit_posterior` makes one where
-    it finds separate modes. In an SVI it trains by the score function of ``Trace_ELBO``. All components start at one place; :meth:`whiten` sets them apart. There is no one map from
-    a base to the posterior, so that ``NeuTraReparam`` cannot take this guide; flow Monte Carlo can.
+    with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode. :func:`pyroflows.fit_posterior` makes one
+    where it finds separate modes. In an SVI it trains by the score function of ``Trace_ELBO``. All components start at
+    one place; :meth:`whiten` sets them apart. There is no one map from a base to the posterior, so that
+    ``NeuTraReparam`` cannot take this guide; flow Monte Carlo can.
 
     Args:
         model: A Pyro model.

@@ -86,8 +86,8 @@ def fit_posterior(
             likelihood of a batch up to all rows, as a plate of the size of the data with a ``subsample_size`` does. Models
             with such plates, and loaders, are trained by stochastic gradients and judged on all data.
         kwargs: Its keyword arguments.
-        guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from the number of features to a
-            flow; or an :class:`AutoFlow` of this model, which is trained on from where it is if it has been trained.
+        guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from the number of features to
+            a flow; or an :class:`AutoFlow` of this model, which is trained on from where it is if it has been trained.
             Such a guide is trained in rounds until the verdict is ok, and its draws are not polished.
         seed: Seed of all that is random here; the same seed gives the same posterior. The random state outside is left as
             it was. ``None`` draws from that state.

@@ -133,8 +133,8 @@ def missing(verdict: Verdict, missed: float, where: str) -> Verdict:
         reason=(
             f"the guide misses a region with about {missed / (1 + missed):.0%} of the posterior's mass, {where}, which "
             "importance sampling cannot see. If that is a mode of its own, break the model's symmetry or fit with "
-            'guide="auto"; if it lies next to what the guide covers, as the neck of a funnel does, reparametrise, or give the '
-            "guide more steps or a wider flow."
+            'guide="auto"; if it lies next to what the guide covers, as the neck of a funnel does, reparametrise, or give '
+            "the guide more steps or a wider flow."
         ),
     )
 
