@@ -128,3 +128,25 @@ def test_an_improper_density_has_none() -> None:
     direction = without_end(density, take_census(density, density.initial).best)
     assert direction is not None
     assert float((direction[0] + direction[1]) / direction.abs().amax()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_correlated_latents_are_fitted_exactly() -> None:
+    def chain() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0))
+
+    def pair() -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.5 * a, 1.0))
+
+    for model in (chain, pair):
+        assert abs(take_census(LogDensity(model), torch.zeros(2)).best.elbo) < 1e-6
+
+
+def test_modes_that_differ_in_one_entry_of_many_are_two() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(60), 1.0).to_event(1))
+        two = torch.logaddexp(-0.5 * (x[0] - 4) ** 2, -0.5 * (x[0] + 4) ** 2)
+        pyro.factor("two", two + 0.5 * x[0] ** 2)
+
+    assert len(take_census(LogDensity(model), torch.zeros(60)).weights) == 2

@@ -277,6 +277,7 @@ MISTAKES = {
     "out in no folder": ("funnel --out no/such/f.nc", "Cannot write no/such/f.nc: No such file or directory"),
     "out under a file": ("funnel --out m.py/f.nc", "Cannot write m.py/f.nc: Not a directory"),
     "out is no .nc": ("funnel --out f.png", "ends in .nc; got 'f.png'"),
+    "checkpoint is out": ("funnel --out f.nc --checkpoint ./f.nc", "--checkpoint to name another file than --out"),
     "out is too long": ("funnel --out " + "f" * 300 + ".nc", "File name too long"),
     "threads": ("funnel --threads 0", "--threads: expected a positive number of threads, got '0'"),
     "draws": ("funnel --draws 0", "--draws: expected a whole number from 10 to 100000000, got '0'"),

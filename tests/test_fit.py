@@ -796,3 +796,119 @@ def test_an_error_of_the_model_comes_through() -> None:
 
     with pytest.raises(KeyError, match="weight"):
         fit_posterior(model)
+
+
+# The ladder
+
+
+def two_modes() -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+    near = dist.Normal(torch.tensor([-5.0, 0.0]), 1.0).log_prob(x).sum() + math.log(0.8)
+    far = dist.Normal(torch.tensor([5.0, 3.0]), 0.5).log_prob(x).sum() + math.log(0.2)
+    pyro.factor("modes", torch.logaddexp(near, far) - dist.Normal(torch.zeros(2), 10.0).log_prob(x).sum())
+
+
+def test_a_normal_posterior_needs_no_flow() -> None:
+    truth = linear_regression(torch.float64)
+    posterior = quickly(truth.model, truth.args)
+    assert [rung.name for rung in posterior.rungs] == ["Gaussian"]
+    assert posterior.history == []
+
+
+def test_a_curved_posterior_needs_a_flow() -> None:
+    posterior = quickly(correlated, steps=150)
+    assert [rung.name for rung in posterior.rungs[:2]] == ["Gaussian", "flow, 150 steps"]
+    assert len(posterior.history) == 150
+    assert posterior.rungs[1].verdict.ess > posterior.rungs[0].verdict.ess
+    assert posterior.rungs[1].seconds > posterior.rungs[0].seconds
+
+
+def test_two_modes_get_a_mixture_with_the_right_weights() -> None:
+    posterior = quickly(two_modes)
+    assert posterior.verdict.ok, posterior
+    assert isinstance(posterior.guide, pf.AutoMixture)
+    # The density is normalised. Weights are set by 4,000 draws, and the share is told by as many.
+    assert abs(posterior.log_evidence) < 0.01
+    share = float((posterior.sample(4000, seed=1)["x"][:, 0] > 0).double().mean())
+    assert share == pytest.approx(0.2, abs=5 * math.sqrt(0.2 * 0.8 / 4000) + 0.01)
+
+
+def test_a_guide_on_one_mode_is_told_of_the_other() -> None:
+    guide = AutoFlow(two_modes)
+    guide()
+    guide.whiten(torch.tensor([-5.0, 0.0]), torch.eye(2))
+    posterior = quickly(two_modes, guide=guide, steps=0)
+    # Importance sampling sees nothing of it.
+    assert posterior.verdict.ess > 0.9
+    assert not posterior.verdict.ok
+    assert posterior.verdict.missed == pytest.approx(0.2 / 0.8, rel=0.1)
+    assert "20%" in posterior.verdict.reason
+
+
+def test_a_narrow_mode_is_found_by_the_draws_that_hit_it() -> None:
+    scale = torch.tensor(0.02)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        slab = dist.Normal(0.0, 1.0).log_prob(x).sum()
+        spike = dist.Normal(1.5, scale).log_prob(x).sum()
+        pyro.factor("spike", torch.logaddexp(slab + math.log(0.7), spike + math.log(0.3)) - slab)
+
+    posterior = quickly(model)
+    assert posterior.verdict.ok, posterior
+    assert abs(posterior.log_evidence) < 0.01
+
+
+def test_an_improper_posterior_is_named_and_ends_the_ladder() -> None:
+    torch.set_default_dtype(torch.float64)
+
+    def model() -> None:
+        a = pyro.sample("a", dist.ImproperUniform(constraints.real, (), ()))
+        b = pyro.sample("b", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.sample("c", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a - b, 1.0), obs=torch.tensor(1.0))
+
+    posterior = quickly(model)
+    assert not posterior.verdict.ok
+    assert "does not fall off along a and b" in posterior.verdict.reason
+    assert len(posterior.rungs) == 1
+
+
+def test_a_fit_goes_on_from_its_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quickly(correlated, guide=pf.RealNVP, steps=40)
+    path = tmp_path / "fit.pt"
+    monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": 25}))
+    from pyroflows.infer.checkpoint import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "save_if_due", lambda self, state: self.save(state()))
+    cut = quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path)
+    assert cut.interrupted
+    monkeypatch.undo()
+    resumed = quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path)
+    assert resumed.history == whole.history
+    assert resumed.verdict == whole.verdict
+    with pytest.raises(ValueError, match=r"checkpoint of this fit; .* seed 0, and this fit has seed 1"):
+        quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path, seed=1)
+
+
+def test_mini_batches_by_a_plate_and_by_a_loader() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 2, generator=generator)
+    y = x @ torch.tensor([1.0, -0.5]) + 0.5 * torch.randn(600, generator=generator)
+
+    def by_plate() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("data", 600, subsample_size=50) as rows:
+            pyro.sample("y", dist.Normal(x[rows] @ w, 0.5), obs=y[rows])
+
+    def by_loader(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        with pyro.plate("data", 600, subsample_size=len(x)):
+            pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+    covariance = torch.linalg.inv(x.mT @ x / 0.25 + torch.eye(2) / 4)
+    mean = covariance @ (x.mT @ y) / 0.25
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=50)
+    for posterior in (quickly(by_plate), quickly(by_loader, loader)):
+        assert posterior.verdict.ok, posterior
+        assert_moments(posterior, {"w": mean}, {"w": covariance.diagonal().sqrt()})

@@ -11,7 +11,7 @@ import torch
 
 import pyroflows as pf
 from pyroflows import AutoFlow, AutoMixture, LogDensity
-from pyroflows.infer.polish import drift, polish
+from pyroflows.infer.polish import drift, memory, polish
 
 N = 2000
 
@@ -76,3 +76,43 @@ def test_draws_that_the_guide_cannot_bring_back_stay_where_they_are() -> None:
     density, guide = guide_at(LOC, SCALE)
     z = torch.full((3, 2), torch.inf)
     assert torch.equal(polish(density, guide, z, 3), z)
+
+
+def test_exact_draws_of_components_that_overlap_stay_so() -> None:
+    components = [(-2.0, 0.4), (1.5, 1.5)]
+
+    def model() -> None:
+        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ()))
+        parts = [dist.Normal(m, s).log_prob(x) for m, s in components]
+        pyro.factor("two", torch.logaddexp(*parts) - math.log(2))
+
+    torch.manual_seed(0)
+    density = LogDensity(model)
+    guide = AutoMixture(density.continuous_model, 2)
+    density.introduce(guide)
+    for k, (loc, scale) in enumerate(components):
+        guide.whiten(k, torch.tensor([loc]), torch.tensor([[scale]]))
+    z = guide.get_posterior().sample((N,))
+    for _ in range(3):
+        z = polish(density, guide, z, 10)
+    # The mean is -1/4, the variance 2.1^2; five standard errors.
+    assert float(z.mean()) == pytest.approx(-0.25, abs=5 * 2.1 / math.sqrt(N))
+    assert float((z < -1).double().mean()) == pytest.approx(0.523, abs=5 * 0.5 / math.sqrt(N))
+
+
+def test_a_drift_allows_for_heavy_tails() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def students() -> torch.Tensor:
+        chi = torch.randn(N, 20, 2, generator=generator).square().sum(-1)
+        return torch.randn(N, 20, generator=generator) / (chi / 2).sqrt()
+
+    assert float(drift(students(), students(), N).max()) < 0.1
+
+
+def test_chains_between_two_modes_remember_where_they_began() -> None:
+    start = torch.randn(N, 2)
+    mixed = torch.stack([start[:, 0], torch.randn(N)], -1)
+    remembered = memory(start, mixed)
+    assert float(remembered[0]) == pytest.approx(1.0)
+    assert abs(float(remembered[1])) < 5 / math.sqrt(N)

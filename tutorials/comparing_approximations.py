@@ -470,17 +470,17 @@ plot_marginals(two)
 # Whoever finds one of the two places, stays there. The Gaussian guides lose a mode, as they must. The flows could in
 # principle hold both, with a thin bridge between them, but the ELBO sees only what the guide's draws see, and gives
 # them no reason to look for the other place. NUTS cannot cross the gap, nor can NeuTra from a flow that has lost one.
-# Worse: neither k-hat, nor the ESS of the weights, nor the ESS of a chain see any of this (the tutorial
-# [Can I trust this posterior?](can_i_trust_this_posterior.ipynb) explains why). What the flows' verdicts say:
+# Worse: neither the weights nor the ESS of a chain need see any of this (the tutorial
+# [Can I trust this posterior?](can_i_trust_this_posterior.ipynb) explains why). The weights of the Gaussian guides look all
+# but perfect. Those of a flow do until, by luck, a stray draw of its tail comes near the other place and gets a huge weight;
+# then k-hat is large, or the ESS small. What the flows' verdicts say:
 
 # %%
 for name, posterior in flows.items():
     print(f"{name}: {posterior.verdict}\n")
 shares = {method: float((draws["v"] > 0).double().mean()) for method, draws in two.items()}
 display(pd.DataFrame({"share of v > 0": shares}).T)
-assert all(
-    SCORES["two modes"].loc[method, "ESS/N"] > 0.9 for method in ("mean field", "full rank", "IAF", "RealNVP", "splines")
-)
+assert all(SCORES["two modes"].loc[method, "ESS/N"] > 0.9 for method in ("mean field", "full rank"))
 assert not any(posterior.verdict.ok for posterior in flows.values())
 
 # %% [markdown]
@@ -530,7 +530,7 @@ display(total.drop(index="exact draws").rename_axis("CPU seconds"))
 #   further, and nothing says so.
 # - **NeuTra** repairs what a flow has slightly wrong. It inherits the modes that the flow has lost.
 # - **Look at the diagnostics, and at more than one.** In the first three problems, the ESS of the weights or of the chain
-#   calls out what is badly wrong. In the fourth it is blind.
+#   calls out what is badly wrong. In the fourth it is blind, or sees by luck.
 
 # %%
 badly = 0.5

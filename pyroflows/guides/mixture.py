@@ -84,9 +84,11 @@ class AutoMixture(FlowGuide):
 
         Raises:
             RuntimeError: If the guide has not met its model yet.
-            ValueError: If the diagonal is not positive.
+            ValueError: If there is no such component, or the diagonal is not positive.
         """
         self._check_built("whiten")
+        if check_size("component", component, least=0) >= self._count:
+            raise ValueError(f"Expected component < {self._count}; got {component}.")
         whiten(self.flows[component], loc, scale_tril)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowMixture:

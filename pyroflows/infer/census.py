@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import simulate
-from .gaussian import Gaussian, Gaussians, fit_gaussians
+from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 from .log_density import LogDensity
 
 __all__ = ["Census", "missed_mass", "take_census", "widened", "without_end"]
@@ -74,7 +74,7 @@ def take_census(density: LogDensity, start: Tensor, starts: int = STARTS, seed: 
         torch.manual_seed(seed)
         first, first_end = fit_gaussians(density, start.unsqueeze(0))
         others = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
-        best, end = fit_gaussians(density, _starts(density, first.one(0), others), draws=16)
+        best, end = fit_gaussians(density, _starts(density, first.one(0), others), draws=_few_draws(density))
         fits = _rescored(density, _distinct(_joined(first, first_end, best, end)))
         modes, weights = _modes(density, _rescored(density, _distinct(_joined(first_end, end))))
     return Census(fits, modes, weights)
@@ -91,7 +91,7 @@ def widened(density: LogDensity, census: Census, points: Tensor) -> Census:
     Returns:
         The census of both.
     """
-    best, end = fit_gaussians(density, points, draws=16)
+    best, end = fit_gaussians(density, points, draws=_few_draws(density))
     fits = _rescored(density, _distinct(_joined(census.fits, best, end)))
     return Census(fits, *_modes(density, _rescored(density, _distinct(_joined(census.modes, end)))))
 
@@ -99,7 +99,8 @@ def widened(density: LogDensity, census: Census, points: Tensor) -> Census:
 def without_end(density: LogDensity, fit: Gaussian) -> Tensor | None:
     r"""A direction in which a density does not fall off, if one of the axes of a fit is such.
 
-    Along each axis, a million widths out, a proper density is below :math:`1 / |t|`.
+    Along each axis, :math:`t =` a million widths out, a proper density has fallen to less than :math:`1 / t`, unless it has
+    a horn that narrow.
 
     Args:
         density: The log density.
@@ -111,7 +112,8 @@ def without_end(density: LogDensity, fit: Gaussian) -> Tensor | None:
     axes = torch.cat([fit.scale_tril.mT, -fit.scale_tril.mT])
     # What is no number so far out counts as zero density.
     far = density.log_prob(fit.loc + FAR * axes).nan_to_num(nan=-math.inf, posinf=-math.inf)
-    endless = density.log_prob(fit.loc) - far < math.log(FAR)
+    # Newton's steps widen a fit without end where there is no curvature; there rounding hides what the density does.
+    endless = (density.log_prob(fit.loc) - far < math.log(FAR)) | (axes.abs().amax(-1) > WIDEST / FAR)
     return axes[endless.nonzero()[0, 0]] if bool(endless.any()) else None
 
 
@@ -153,6 +155,11 @@ def mixture_log_density(parts: Gaussians, log_weights: Tensor, z: Tensor) -> Ten
     return (_log_densities(parts, z) + log_weights.unsqueeze(-1)).logsumexp(0)
 
 
+def _few_draws(density: LogDensity) -> int:
+    """As few draws as tell the ELBO of a normal density exactly."""
+    return max(16, 2 * density.features)
+
+
 def _starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     n, like = density.features, fit.loc
     quarter = count // 4
@@ -179,10 +186,9 @@ def _joined(*groups: Gaussians) -> Gaussians:
 
 
 def _distinct(fits: Gaussians) -> Gaussians:
-    """Those that differ by more than half a width in place, or by a factor of 1.6 in width; best ELBO first."""
+    """Those that differ by half a width in place, two in all, or a quarter in widths or axes; best ELBO first."""
     fits = fits.pick(fits.elbo.argsort(descending=True))
     n = fits.loc.shape[-1]
-    log_det = torch.linalg.slogdet(fits.root)[1]
     left = torch.ones_like(fits.elbo, dtype=torch.bool)
     kept: list[int] = []
     for i in range(len(left)):
@@ -192,9 +198,16 @@ def _distinct(fits: Gaussians) -> Gaussians:
             continue
         kept.append(i)
         offset = torch.linalg.solve(fits.root[i], (fits.loc - fits.loc[i]).mT).mT
-        near = (offset.square().sum(-1) < 0.25 * n) & ((log_det - log_det[i]).abs() < 0.5 * n)
+        relative = torch.linalg.solve(fits.root[i], fits.root)
+        alike = torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0])) < 1.5
+        near = alike & (offset.square().sum(-1) < min(0.25 * n, 4.0))
         left &= ~near
     return fits.pick(torch.tensor(kept, device=left.device, dtype=torch.long))
+
+
+def _mean_square(matrices: Tensor) -> Tensor:
+    """Squared Frobenius norms over the number of rows: one for a rotation."""
+    return matrices.square().sum((-2, -1)) / matrices.shape[-1]
 
 
 def _rescored(density: LogDensity, fits: Gaussians) -> Gaussians:

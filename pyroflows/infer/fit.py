@@ -82,8 +82,8 @@ def fit_posterior(
 
     Args:
         model: A Pyro model.
-        args: Its positional arguments; or a ``DataLoader`` whose batches are its arguments, for a model that scales the
-            likelihood of a batch up to all rows, as a plate of the size of the data with a ``subsample_size`` does. Models
+        args: Its positional arguments; or a ``DataLoader`` whose batches, shuffled or of one size, are its arguments, for a
+            model that scales the likelihood of a batch up to all rows, as a plate with a ``subsample_size`` does. Models
             with such plates, and loaders, are trained by stochastic gradients and judged on all data.
         kwargs: Its keyword arguments.
         guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from the number of features to
@@ -304,6 +304,8 @@ def weigh(density: LogDensity, mixture: AutoMixture, rounds: int = 200) -> None:
     each = law.component_log_probs(z) - mixture.logits.log_softmax(-1)
     # The draws come from all components in equal numbers, whatever the weights.
     ratio = density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf) - (each.logsumexp(-1) - math.log(count))
+    # What no component can bring back counts nothing.
+    ratio = ratio.masked_fill((each == -math.inf).all(-1), torch.finfo(ratio.dtype).min)
     weights = ratio.softmax(0)
     log_pi = torch.full_like(mixture.logits, -math.log(count))
     for _ in range(rounds):
@@ -376,6 +378,8 @@ def _on_device(device: str | torch.device | None, model: Any, args: Any, kwargs:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"Expected device to be one of this machine; got {str(device)!r} ({error}).") from None
+        if torch.device(device).type == "meta":
+            raise ValueError("Expected a device that computes; got 'meta'.")
         if isinstance(model, torch.nn.Module):
             model.to(device)
         args = tuple(_moved(value, device) for value in args)

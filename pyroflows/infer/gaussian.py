@@ -108,6 +108,9 @@ def fit_gaussians(
     n = density.features
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(draws // 2, n, generator=generator, device="cpu", dtype=starts.dtype).to(starts.device)
+    if len(noise) >= n:
+        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no sampling error.
+        noise = torch.linalg.solve_triangular(torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False).mT
     noise = torch.cat([noise, -noise])
     root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
     last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))

@@ -10,13 +10,10 @@ from torch import Tensor
 
 from ..distributions import FlowDistribution, FlowMixture
 from ..transforms import Transform
-from .hmc import hmc, latent_target
+from .hmc import Target, hmc, latent_target
 from .log_density import LogDensity
 
-__all__ = ["drift", "polish"]
-
-# Relative error of the central 90 % width of n independent normal draws, times sqrt(n).
-WIDTH_ERROR = 0.91
+__all__ = ["drift", "memory", "polish"]
 
 
 @torch.no_grad()
@@ -25,7 +22,8 @@ def polish(density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadli
 
     The posterior pulled back to the base of a good guide is nearly a standard normal, which a few trajectories of all
     draws at once cross from end to end. They leave the posterior as it is, whatever the guide. Draws of a mixture
-    move in the base space of the component that each belongs to, which is exact where components do not overlap.
+    :math:`q = \sum_k \pi_k q_k` move in the base space of a component drawn by its share :math:`r_k = \pi_k q_k / q`, and by
+    trajectories on :math:`p\, r_k`, so that the joint law of draw and component stays as it is.
 
     Args:
         density: The log density.
@@ -46,13 +44,13 @@ def polish(density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadli
         return _in_base(density, guide.get_transform(), z, trajectories, deadline)
     assert isinstance(law, FlowMixture)
     shares = law.component_log_probs(z).softmax(-1)
-    # A draw that no component knows goes with the first.
+    # A draw that no component knows goes with any.
     belongs = torch.multinomial(shares.nan_to_num(nan=1.0), 1).squeeze(-1)
     moved = z.clone()
     for k, flow in enumerate(guide.flows):
         mine = belongs == k
         if bool(mine.any()):
-            moved[mine] = _in_base(density, flow.transform, z[mine], trajectories, deadline)
+            moved[mine] = _in_base(density, flow.transform, z[mine], trajectories, deadline, (law, k))
     return moved
 
 
@@ -69,24 +67,65 @@ def drift(before: Tensor, after: Tensor, effective: float) -> Tensor:
     """
     n = len(before)
     scale = after.std(0)
-    error = (after - before).std(0) / scale / math.sqrt(min(n, effective))
+    effective = min(n, effective)
+    error = (after - before).std(0) / scale / math.sqrt(effective)
     means = (after.mean(0) - before.mean(0)).abs() / scale - 2 * error
-    widths = (_width(after) / _width(before)).log().abs() - 2 * WIDTH_ERROR * (1 / n + 1 / min(n, effective)) ** 0.5
+    (width, width_error), (new_width, new_error) = _width(before, effective), _width(after, n)
+    widths = (new_width / width).log().abs() - 2 * torch.hypot(width_error, new_error)
     return torch.maximum(means, widths).clamp(min=0.0)
 
 
-def _in_base(density: LogDensity, transform: Transform, z: Tensor, trajectories: int, deadline: float | None) -> Tensor:
+def memory(before: Tensor, after: Tensor) -> Tensor:
+    """Correlation of each entry with where trajectories began; chains that remember it do not mix.
+
+    Args:
+        before: Draws of shape ``(n, features)``.
+        after: The same draws, moved.
+
+    Returns:
+        Tensor of shape ``(features,)``.
+    """
+    a, b = before - before.mean(0), after - after.mean(0)
+    return (a * b).mean(0) / (a.square().mean(0) * b.square().mean(0)).sqrt()
+
+
+def _in_base(
+    density: LogDensity,
+    transform: Transform,
+    z: Tensor,
+    trajectories: int,
+    deadline: float | None,
+    part: tuple[FlowMixture, int] | None = None,
+) -> Tensor:
     x, _ = transform.inverse_and_log_det(z)
     # A draw that the transform cannot bring back, for it lies too far out, stays where it is.
     sound = x.isfinite().all(-1)
     if not bool(sound.any()):
         return z
-    result = hmc(latent_target(density, transform), x[sound], trajectories, deadline=deadline)
+    target = latent_target(density, transform)
+    result = hmc(target if part is None else _shared(target, transform, *part), x[sound], trajectories, deadline=deadline)
     moved = z.clone()
     moved[sound] = transform.forward_and_log_det(result.position)[0]
     return moved
 
 
-def _width(z: Tensor) -> Tensor:
-    ends = z.double().quantile(torch.tensor([0.05, 0.95], dtype=torch.float64, device=z.device), dim=0)
-    return (ends[1] - ends[0]).to(z.dtype)
+def _shared(target: Target, transform: Transform, law: FlowMixture, k: int) -> Target:
+    """The target times the share of a component: given it, that is the law of a draw that belongs to the component."""
+
+    def shared(x: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = target(x)
+        share = law.component_log_probs(transform.forward_and_log_det(x)[0]).log_softmax(-1)[:, k]
+        # Leapfrog steps may follow any slope: the acceptance makes them exact.
+        return value + share, slope
+
+    return shared
+
+
+def _width(z: Tensor, effective: float) -> tuple[Tensor, Tensor]:
+    """Central 90 % widths, and their relative standard errors, from quantiles as far apart as their ranks err."""
+    levels = torch.tensor([0.05, 0.95], dtype=torch.float64, device=z.device)
+    spread = (0.05 * 0.95 / effective) ** 0.5
+    low, ends, high = (z.double().quantile((levels + by).clamp(0, 1), dim=0) for by in (-spread, 0.0, spread))
+    width = ends[1] - ends[0]
+    error = ((high - low) / 2).square().sum(0).sqrt() / width
+    return width.to(z.dtype), error.to(z.dtype)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from os import PathLike, fspath
+from os import PathLike, fsdecode, fspath, getpid, remove
+from os import replace as replace_file
+from os.path import exists
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from .census import missed_mass
 from .gaussian import Gaussians
 from .log_density import LogDensity, check_arguments
 from .minibatch import log_density_of
-from .polish import drift, polish
+from .polish import drift, memory, polish
 from .verdict import KHAT_LIMIT, MISSED_LIMIT, Verdict, drifted, improper, judge, missing, polished
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ DRIFT_TRAJECTORIES = 5
 # Candidates per draw when draws are corrected: enough that a draw is seldom taken twice.
 CANDIDATES = 4
 LEAST_CANDIDATES = 1000
+LEAST_POLISHED = 64
 _OWN_FLOWS: dict[str, Any] = {"default": None, "fit": flow_of_fit, "wide": wide_flow_of_fit}
 
 
@@ -133,15 +136,17 @@ class Posterior:
                 return verdict
         if not (verdict.ok or self.trajectories):
             return verdict
-        weights = smoothed.exp() if self._reliable(verdict) else torch.full_like(smoothed, 1 / len(smoothed))
-        effective = float(1 / weights.square().sum()) * DRIFT_CHAINS / JUDGE_DRAWS
+        weights = smoothed.exp() if self._reliable(verdict) else _even(z, log_weights)
+        effective = 1 / (float(weights.square().sum()) + 1 / DRIFT_CHAINS)
         start = z[_systematic(weights, DRIFT_CHAINS).to(z.device)]
         if not self.trajectories:
             moved = polish(self.density, self.guide, start, DRIFT_TRAJECTORIES)
             return drifted(verdict, drift(start, moved, effective), names)
         half = polish(self.density, self.guide, start, self.trajectories - self.trajectories // 2)
         moved = polish(self.density, self.guide, half, self.trajectories // 2)
-        return polished(verdict, drift(half, moved, DRIFT_CHAINS), self.trajectories, names)
+        # With reliable weights the start is right, and need not be forgotten.
+        remembered = torch.zeros_like(z[0]) if self._reliable(verdict) else memory(half, moved)
+        return polished(verdict, drift(half, moved, DRIFT_CHAINS), remembered, self.trajectories, names)
 
     def _along(self, direction: Tensor) -> str:
         """A direction in words: the entries that change the most."""
@@ -217,8 +222,11 @@ class Posterior:
         """
         check_size("n", n)
         with _forked(seed):
-            z = self._corrected(n)
-            return polish(self.density, self.guide, z, self.trajectories) if self.trajectories else z
+            if not self.trajectories:
+                return self._corrected(n)
+            # The step size that a few draws agree on would hang on where each of them goes.
+            z = self._corrected(max(n, LEAST_POLISHED))
+            return polish(self.density, self.guide, z, self.trajectories)[:n]
 
     def _corrected(self, n: int) -> Tensor:
         """Draws of the guide, resampled where the weights are reliable."""
@@ -304,10 +312,17 @@ class Posterior:
             "endless": self.endless,
             "rungs": [(rung.name, rung.seconds, asdict(rung.verdict)) for rung in self.rungs],
         }
+        name = fsdecode(fspath(path))
+        # What was there before stays until the new file is whole.
+        temporary = f"{name}.{getpid()}.tmp"
         try:
-            torch.save(state, fspath(path))
+            torch.save(state, temporary)
+            replace_file(temporary, name)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"Expected a path that can be written; got {str(path)!r} ({error}).") from None
+            raise ValueError(f"Expected a path that can be written; got {name!r} ({error}).") from None
+        finally:
+            if exists(temporary):
+                remove(temporary)
 
     @torch.no_grad()
     def _propose(self, n: int, seed: int | None, weigh: bool = True) -> tuple[Tensor, Tensor]:
@@ -351,6 +366,10 @@ def load_posterior(
         ...     pf.load_posterior(f"{folder}/x.pt", model).verdict.ok
         True
     """
+    if not callable(model):
+        raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+    if guide is not None and not isinstance(guide, FlowGuide):
+        raise TypeError(f"Expected guide to be an AutoFlow or AutoMixture; got {guide!r}.")
     state = _read(path)
     if args is None and kwargs is None:
         if state["arguments"] is None:
@@ -398,6 +417,12 @@ def _heaviest(log_weights: Tensor, z: Tensor, count: int = 8) -> Tensor:
     return z[order]
 
 
+def _even(z: Tensor, log_weights: Tensor) -> Tensor:
+    """Equal weights of the draws at which guide and model have a density, or of all if there are none."""
+    usable = (z.isfinite().all(-1) & log_weights.isfinite()).to("cpu", torch.float64)
+    return usable / usable.sum() if bool(usable.any()) else torch.full_like(usable, 1 / len(usable))
+
+
 def _systematic(weights: Tensor, n: int) -> Tensor:
     """Systematic resampling, in random order: each index comes ``n w_i`` times, rounded up or down."""
     offset, order = torch.rand((), dtype=weights.dtype), torch.randperm(n)
@@ -409,14 +434,16 @@ class _forked:
     """Draws within from a seed, and leaves the random state as it was; with ``None`` does nothing."""
 
     def __init__(self, seed: int | None) -> None:
-        self.seed = seed
+        self.seed = None if seed is None else check_size("seed", seed, least=0)
+        if self.seed is not None and self.seed >= 2**32:
+            raise ValueError(f"Expected seed < 2**32; got {seed}.")
         self._fork: Any = None
 
     def __enter__(self) -> None:
         if self.seed is not None:
             self._fork = torch.random.fork_rng()
             self._fork.__enter__()
-            torch.manual_seed(check_size("seed", self.seed, least=0))
+            torch.manual_seed(self.seed)
 
     def __exit__(self, *error: Any) -> None:
         if self._fork is not None:

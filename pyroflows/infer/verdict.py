@@ -19,6 +19,7 @@ ZERO_LIMIT = 0.01
 OUTLIER_LIMIT = 0.05
 MISSED_LIMIT = 0.02
 DRIFT_LIMIT = 0.1
+MEMORY_LIMIT = 0.5
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,13 @@ def drifted(verdict: Verdict, drifts: Tensor, names: list[str]) -> Verdict:
     )
 
 
-def polished(verdict: Verdict, drifts: Tensor, trajectories: int, names: list[str]) -> Verdict:
+def polished(verdict: Verdict, drifts: Tensor, remembered: Tensor, trajectories: int, names: list[str]) -> Verdict:
     """Judges draws that were polished.
 
     Args:
         verdict: The verdict on the guide.
         drifts: How far the second half of the trajectories has moved each entry, of shape ``(features,)``.
+        remembered: Correlation of each entry with where that half began, of shape ``(features,)``.
         trajectories: How many there were.
         names: Names of the entries.
 
@@ -196,8 +198,16 @@ def polished(verdict: Verdict, drifts: Tensor, trajectories: int, names: list[st
     """
     worst = int(drifts.argmax())
     verdict = replace(verdict, drift=float(drifts[worst]))
-    if verdict.drift > DRIFT_LIMIT:
+    if not verdict.drift <= DRIFT_LIMIT:
         return replace(verdict, ok=False)
+    slowest = int(remembered.argmax())
+    if not float(remembered[slowest]) <= MEMORY_LIMIT:
+        reason = (
+            f"the guide is not exact (k-hat {verdict.khat:.2f}), and polished draws of {names[slowest]} remember where they "
+            "began, so that modes may have the wrong weights. Give the guide more steps or a wider flow, or draw by "
+            "flow Monte Carlo."
+        )
+        return replace(verdict, ok=False, reason=reason)
     return replace(
         verdict,
         ok=True,
