@@ -445,12 +445,11 @@ def test_what_cannot_be_compiled_is_trained_as_it_is() -> None:
     assert torch.equal(*map(parameters, flows))
 
 
-def test_without_a_compiler_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_a_sentence_says_so() -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    with pytest.warns(UserWarning, match="goes on without compile=True: torch.compile found no C\\+\\+ compiler"):
+    without = config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True})
+    with without, pytest.warns(UserWarning, match="goes on without compile=True: torch.compile found no C\\+\\+ compiler"):
         train(gaussian(), Normal(), [], 3, compile=True)
 
 
