@@ -187,6 +187,7 @@ def schools_by_quadrature() -> tuple[dict[str, Tensor], dict[str, Tensor], float
     return mean, sd, evidence
 
 
+@pytest.mark.slow
 def test_eight_schools_centred() -> None:
     mean, sd, evidence = schools_by_quadrature()
     example = load_example("eight_schools")
