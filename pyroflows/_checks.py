@@ -21,6 +21,13 @@ def check_size(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
+def check_seed(value: Any) -> int:
+    """Returns ``value`` as an ``int`` that torch's and numpy's generators take."""
+    if check_size("seed", value, least=0) >= 2**32:
+        raise ValueError(f"Expected seed < 2**32; got {value}.")
+    return int(value)
+
+
 def check_positive(name: str, value: Any) -> float:
     """Returns ``value`` as a finite ``float`` above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):

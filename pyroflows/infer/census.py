@@ -141,20 +141,6 @@ def missed_mass(density: LogDensity, log_q: Callable[[Tensor], Tensor], log_evid
     return torch.where(missed, ratio, 0.0).mean(-1).nan_to_num(nan=0.0)
 
 
-def mixture_log_density(parts: Gaussians, log_weights: Tensor, z: Tensor) -> Tensor:
-    """Log density of a mixture of normals.
-
-    Args:
-        parts: The normals.
-        log_weights: Of shape ``(count,)``.
-        z: Points of shape ``(n, features)``.
-
-    Returns:
-        Tensor of shape ``(n,)``.
-    """
-    return (_log_densities(parts, z) + log_weights.unsqueeze(-1)).logsumexp(0)
-
-
 def _few_draws(density: LogDensity) -> int:
     """As few draws as tell the ELBO of a normal density exactly."""
     return max(16, 2 * density.features)
@@ -253,10 +239,3 @@ def _weighed(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tens
         -0.5 * noise.square().sum(-1) - 0.5 * n * math.log(2 * math.pi) - torch.linalg.slogdet(fits.root)[1].unsqueeze(-1)
     )
     return z, density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf), log_c
-
-
-def _log_densities(parts: Gaussians, z: Tensor) -> Tensor:
-    n = z.shape[-1]
-    x = torch.linalg.solve(parts.root, (z - parts.loc.unsqueeze(-2)).mT)
-    log_det = torch.linalg.slogdet(parts.root)[1].unsqueeze(-1)
-    return -0.5 * x.square().sum(-2) - 0.5 * n * math.log(2 * math.pi) - log_det

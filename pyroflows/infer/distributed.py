@@ -11,9 +11,10 @@ Without an initialised :mod:`torch.distributed` group there is one process, and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -64,12 +65,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: Tensors on one device, in the same order in every process.
     """
-    if world_size() == 1:
-        return
-    for alike in _by_dtype(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.all_reduce(flat)
-        _unflatten(flat, alike)
+    _exchange(tensors, dist.all_reduce)
 
 
 @torch.no_grad()
@@ -79,12 +75,7 @@ def take_from_main(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: Tensors on one device, in the same order in every process.
     """
-    if world_size() == 1:
-        return
-    for alike in _by_dtype(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        dist.broadcast(flat, src=0)
-        _unflatten(flat, alike)
+    _exchange(tensors, functools.partial(dist.broadcast, src=0))
 
 
 def agree(value: T) -> T:
@@ -146,6 +137,16 @@ def initialize_from_environment() -> Iterator[str | None]:
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _exchange(tensors: Iterable[Tensor], collective: Callable[[Tensor], Any]) -> None:
+    """Puts tensors through a collective operation, in place, one message for each dtype."""
+    if world_size() == 1:
+        return
+    for alike in _by_dtype(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        collective(flat)
+        _unflatten(flat, alike)
 
 
 def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -16,7 +16,7 @@ from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import check_positive, check_size
+from .._checks import check_positive, check_seed, check_size
 from ..flows import Flow
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
@@ -407,8 +407,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    if check_size("seed", seed, least=0) >= 2**32:
-        raise ValueError(f"Expected seed < 2**32; got {seed}.")
+    check_seed(seed)
     state = get_rng_state()
     with torch.random.fork_rng():
         set_rng_seed(seed)

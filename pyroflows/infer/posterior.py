@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .. import flows
-from .._checks import check_size
+from .._checks import check_seed, check_size
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
 from . import arviz, simulate
@@ -434,9 +434,7 @@ class _forked:
     """Draws within from a seed, and leaves the random state as it was; with ``None`` does nothing."""
 
     def __init__(self, seed: int | None) -> None:
-        self.seed = None if seed is None else check_size("seed", seed, least=0)
-        if self.seed is not None and self.seed >= 2**32:
-            raise ValueError(f"Expected seed < 2**32; got {seed}.")
+        self.seed = None if seed is None else check_seed(seed)
         self._fork: Any = None
 
     def __enter__(self) -> None:
