@@ -49,6 +49,13 @@ def main(folder: Path) -> None:
         assert device is None or device == f"cuda:{distributed.rank()}"
         torch.save(trained(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt")
     assert distributed.world_size() == 1
+    # Threads of the group that outlive it can bring the interpreter down as it ends.
+    assert not [name for name in thread_names() if "gloo" in name]
+
+
+def thread_names() -> list[str]:
+    """The threads of this process, native ones included, where the system tells."""
+    return [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
 
 
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -128,6 +129,9 @@ def initialize_from_environment() -> Iterator[str | None]:
             raise ValueError(f"Expected at most one process per GPU; got process {local} on a machine with {gpus} of them.")
         torch.cuda.set_device(local)
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
+    # Its functions hold the group that stands while they are defined, and torch.compile's machinery imports them at a
+    # moment of its own: a group that they held would outlive destroy_process_group, and its threads the interpreter.
+    importlib.import_module("torch.distributed.nn")
     dist.init_process_group(backend)
     try:
         yield device
