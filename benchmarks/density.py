@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.datasets import SOURCES, Dataset, load
-from benchmarks.peers import BUILDERS, FAMILIES, LAYERS, Model, matching_width, missing, width_of
+from benchmarks.peers import BUILDERS, FAMILIES, LAYERS, PLAIN, Model, matching_width, missing, width_of
 from benchmarks.posteriors import _choose, _choose_seeds, _finite, _sentence, _version, machine
 
 DEFAULT = ("protein", "tamielectric", "parkinsons", "pumadyn32nm", "diamonds", "breast_cancer", "diabetes", "wine")
@@ -181,13 +181,13 @@ def time_samples(model: Model) -> tuple[float, int]:
 
 @functools.cache
 def parameters_of(family: str, features: int) -> int:
-    """Return the number of parameters that all libraries get: pyroflows', at the benchmark's width.
+    """Return the number of parameters that all libraries get: those of the plain flow at the benchmark's width.
 
     Args:
         family: The family.
         features: Columns.
     """
-    return BUILDERS["pyroflows"][family](features, width_of(features), LAYERS).parameters
+    return PLAIN[family](features, width_of(features), LAYERS).parameters
 
 
 @functools.cache

@@ -213,7 +213,15 @@ def _normflows_nsf_autoregressive(nf: Any, features: int, hidden: int) -> list[A
     return [layer, nf.flows.LULinearPermute(features)]
 
 
-#: Library -> family -> builder; pyroflows comes first, for the others are matched to its number of parameters.
+#: Family -> builder of the layers alone, without linear maps between them: what all libraries' numbers of parameters match.
+PLAIN: dict[str, Build] = {
+    "realnvp": _pyroflows("RealNVP", mixing=None, mask="half"),
+    "maf": _pyroflows("MAF", mixing=None),
+    "nsf-coupling": _pyroflows("NSF", coupling=True, bins=BINS, mixing=None),
+    "nsf-autoregressive": _pyroflows("NSF", coupling=False, bins=BINS, mixing=None),
+}
+
+#: Library -> family -> builder.
 BUILDERS: dict[str, dict[str, Build]] = {
     "pyroflows": {
         "realnvp": _pyroflows("RealNVP"),

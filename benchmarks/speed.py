@@ -24,13 +24,15 @@ import torch
 from torch import nn
 
 from benchmarks.density import versions
-from benchmarks.peers import BINS, BUILDERS, FAMILIES, LAYERS, WIDTH, Model, missing
+from benchmarks.peers import BINS, BUILDERS, FAMILIES, LAYERS, PLAIN, WIDTH, Build, Model, missing
 from benchmarks.posteriors import _choose, _finite, _sentence, machine
 
 STEPS = ("train", "score", "sample")
 FEATURES, BATCHES = (8, 32, 64, 256), (64, 512, 4096)
-COMPILED, FLOOR = "pyroflows compiled", "floor"
-CONTENDERS = ("pyroflows", COMPILED, *(name for name in BUILDERS if name != "pyroflows"))
+FLOOR, COMPILED = "floor", " compiled"
+#: pyroflows' ready-made flows, and their layers without the linear maps that these have between them.
+OURS: dict[str, dict[str, Build]] = {"pyroflows": BUILDERS["pyroflows"], "layers alone": PLAIN}
+CONTENDERS = (*(name + how for name in OURS for how in ("", COMPILED)), *(name for name in BUILDERS if name not in OURS))
 #: CPU seconds that a contender's repetitions of a step take together; and the most that one step may take to be run.
 BUDGET, LIMIT = 1.5, 5.0
 REPEATS = (3, 100)
@@ -67,7 +69,7 @@ class Row:
 
     Args:
         setting: The setting.
-        contender: A library, `COMPILED` or `FLOOR`.
+        contender: A name in `CONTENDERS`, or `FLOOR`.
         milliseconds: Median CPU time of a step, or None.
         ratio: The same as a multiple of the floor's.
         repeats: Steps that were timed.
@@ -173,20 +175,21 @@ def prepare(setting: Setting, contender: str) -> Action:
 
     Args:
         setting: The setting.
-        contender: A library, `COMPILED` or `FLOOR`.
+        contender: A name in `CONTENDERS`, or `FLOOR`.
 
     Raises:
         LeftOut: If a step would take more than `LIMIT` seconds, by one of a sixteenth of the batch, or is the slow
             direction of an autoregressive layer, to be compiled: the compiler writes out every entry's stage.
     """
     torch.manual_seed(0)
-    if contender == COMPILED and setting.family in ("maf", "nsf-autoregressive") and setting.step != "train":
+    compiling = contender.endswith(COMPILED)
+    if compiling and setting.family in ("maf", "nsf-autoregressive") and setting.step != "train":
         raise LeftOut("not compiled, for all stages of sampling would be written out")
     if contender == FLOOR:
         step = floor(setting)
     else:
-        library = "pyroflows" if contender == COMPILED else contender
-        model = BUILDERS[library][setting.family](setting.features, setting.hidden, LAYERS)
+        library = contender.removesuffix(COMPILED)
+        model = (BUILDERS | OURS)[library][setting.family](setting.features, setting.hidden, LAYERS)
         model.module.train(setting.step != "sample")
         small = max(1, setting.batch // 16)
         trial = action(model, setting, small)
@@ -194,7 +197,7 @@ def prepare(setting: Setting, contender: str) -> Action:
         seconds = _seconds(trial) * setting.batch / small
         if seconds > LIMIT:
             raise LeftOut(f"about {seconds:.0f} s a step, more than {LIMIT:g} s")
-        if contender == COMPILED:
+        if compiling:
             torch._dynamo.reset()
             model = compiled(model)
         step = action(model, setting, setting.batch)
@@ -283,7 +286,7 @@ def header(contenders: Sequence[str]) -> str:
     Args:
         contenders: Names in `CONTENDERS`.
     """
-    names = " ".join(f"{name:>16s}" for name in (FLOOR, *(name.replace(" compiled", " comp.") for name in contenders)))
+    names = " ".join(f"{name:>16s}" for name in (FLOOR, *(name.replace(COMPILED, " c.") for name in contenders)))
     return f"{'family':18s} {'step':6s} {'D':>4s} {'batch':>5s} {'net':>4s} {names}"
 
 

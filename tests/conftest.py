@@ -25,12 +25,14 @@ def _seed() -> None:
 def _fresh_pyro() -> Iterator[None]:
     """Every test starts from one seed and an empty param store, and leaves torch's settings as they were."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    validate = torch.distributions.Distribution._validate_args  # which torch.compile turns off
     pyro.clear_param_store()
     _seed()
     torch.set_num_threads(1)  # tensors are small: more threads cost more than they give
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+    torch.distributions.Distribution.set_default_validate_args(validate)
     pyro.clear_param_store()
 
 

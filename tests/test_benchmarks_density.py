@@ -71,6 +71,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for library, build in (("pyroflows", like_normal), ("zuko", like_normal), ("nflows", fails)):
         monkeypatch.setitem(BUILDERS, library, {"realnvp": build})
+    monkeypatch.setitem(peers.PLAIN, "realnvp", like_normal)
     for module in (density, speed):
         monkeypatch.setattr(module, "missing", lambda name: "" if name != "normflows" else "normflows is left out, for ...")
     monkeypatch.setitem(datasets.SOURCES, "wine", Source(lambda folder: table(), 10))
@@ -399,7 +400,7 @@ def test_what_would_take_too_long_is_left_out_with_an_estimate(monkeypatch: pyte
 
 def test_the_slow_direction_is_not_compiled() -> None:
     with pytest.raises(speed.LeftOut, match="all stages"):
-        speed.prepare(Setting("maf", 3, 16, "sample", hidden=8), speed.COMPILED)
+        speed.prepare(Setting("maf", 3, 16, "sample", hidden=8), "pyroflows" + speed.COMPILED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

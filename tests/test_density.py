@@ -412,6 +412,20 @@ def test_with_a_support_it_is_fitted_to_unconstrained_points() -> None:
     assert bool((flow().sample((100,)) > 0).all())
 
 
+@pytest.mark.parametrize("family", [pf.RealNVP, pf.MAF])
+def test_independent_entries_hold_no_flow_at_a_normal(family: Callable[..., pf.Flow]) -> None:
+    """For a uniform square the identity is a saddle point of affine flows, which the start must leave."""
+    generator = torch.Generator().manual_seed(0)
+    square, test = ((torch.rand(n, 2, generator=generator) - 0.5) * 12**0.5 for n in (3000, 5000))
+    torch.manual_seed(0)
+    flow = family(2, transforms=5, hidden_features=(32, 32))
+    pf.fit_density(flow, square, validation=0.2, learning_rate=1e-2, max_epochs=60, progress=False)
+    normal, truth = -1 - math.log(2 * math.pi), -math.log(12)
+    scores = flow().log_prob(test).detach()
+    error = float(scores.std()) / len(test) ** 0.5
+    assert (normal + truth) / 2 < float(scores.mean()) < truth + 4 * error
+
+
 def test_points_far_from_the_base_are_worth_a_word(recwarn: pytest.WarningsRecorder) -> None:
     with pytest.warns(UserWarning, match="The flow starts far from the points: .* means up to 100"):
         quickly(small(), 100.0 + noise(N, 2))

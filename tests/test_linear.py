@@ -127,6 +127,32 @@ def test_lu_linear_starts_at_a_rotation_of_its_seed(features, placement):
     assert moved(torch.zeros(features, dtype=torch.float64, device=placement)).device.type == placement.type
 
 
+@pytest.mark.parametrize("features", [2, 3, 8])
+def test_lu_linear_starts_at_a_slight_rotation_or_its_inverse(features, device):
+    turned, back = (
+        matrix_of(LULinear(features, rotate=angle, seed=4).to(device)).detach().double() for angle in (0.1, -0.1)
+    )
+    close = {"rtol": 1e-6, "atol": 1e-6}  # they were made in single precision
+    torch.testing.assert_close(turned @ back, torch.eye(features).to(turned), **close)
+    torch.testing.assert_close(turned.mT, back, **close)
+    angles = torch.linalg.eigvals(turned).angle().abs()
+    assert float(angles.square().sum()) == pytest.approx(2 * (features // 2) * 0.1**2, rel=1e-4)
+    if features > 2:  # in a plane there are two of them
+        assert not torch.equal(turned, matrix_of(LULinear(features, rotate=0.1, seed=5).to(device)).double())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_lu_linear_gives_one_point_what_it_gives_many(bias, device):
+    """One product of the triangles serves many points; few points go through one triangle after the other."""
+    t = make("lu-linear", 4, bias=bias, rotate=True, device=device)
+    x = points(t, 7).to(device)
+    together, alone = t(x), torch.stack([t(row) for row in x])
+    torch.testing.assert_close(together, alone)
+    weights = torch.randn_like(together)
+    gradients = [torch.autograd.grad((y * weights).sum(), t.raw)[0] for y in (together, alone)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_rotations_of_seeds_are_uniform(device):
     """The first entry of a uniform rotation in 3 dimensions is uniform between -1 and 1."""
     draws = torch.stack([matrix_of(LULinear(3, rotate=True, seed=s).to(device))[0, 0].detach() for s in range(400)])

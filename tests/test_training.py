@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -365,7 +367,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "flow": (
         lambda p: train(realnvp(layers=3), Normal(), [], 3, checkpoint=Checkpoint(p)),
-        "has the shape of layers.2",
+        "has the shape of layers.3",
     ),
     "settings": (lambda p: Checkpoint(p, {"seed": 1}), "has seed None, and this fit has seed 1"),
     "no checkpoint": (lambda p: (p.write_bytes(b"other"), Checkpoint(p)), "to be a checkpoint of a fit; got another file"),
@@ -405,6 +407,18 @@ def test_a_checkpoint_that_cannot_be_written_later_leaves_the_fit_alone(tmp_path
 
 
 # Compilation
+
+
+def test_the_compiler_leaves_the_validation_of_distributions_alone() -> None:
+    """It turns it off in a process's first call, so a fresh process looks."""
+    program = """
+import torch
+from pyroflows._compile import compiled
+assert compiled(lambda x: x + 1)(torch.ones(2)).tolist() == [2.0, 2.0]
+torch.distributions.Normal(0.0, -1.0)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "Expected parameter scale" in run.stderr
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@
 # | mean field | a Gaussian with independent coordinates: Pyro's `AutoNormal` |
 # | full rank | a Gaussian with a covariance matrix: Pyro's `AutoMultivariateNormal` |
 # | IAF | an affine autoregressive flow: `pf.IAF` |
-# | RealNVP | affine coupling layers: `pf.RealNVP` |
-# | splines | couplings by rational-quadratic splines: `pf.NSF` |
+# | RealNVP | affine coupling layers, with linear maps between them: `pf.RealNVP` |
+# | splines | couplings by rational-quadratic splines, likewise: `pf.NSF` |
 # | NUTS | Pyro's No-U-Turn sampler, one chain |
 # | NeuTra | Hamiltonian Monte Carlo in the base space of the RealNVP above: `pf.neutra` |
 #

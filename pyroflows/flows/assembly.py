@@ -26,17 +26,28 @@ __all__ = ["MIXINGS", "Mixing"]
 
 Mixing = str | Callable[[int], Transform] | None
 
-#: What the option ``mixing`` of a ready-made flow puts between two layers, by name; made of features and the layer's number.
-#: Maps with a cheaper direction are turned so that scoring takes it.
-MIXINGS: dict[str, Callable[[int, int], Transform]] = {
-    "reverse": lambda features, layer: Reverse(features),
-    "permute": lambda features, layer: Permute(features, seed=layer),
-    "householder": lambda features, layer: Householder(features),
-    "orthogonal": lambda features, layer: Orthogonal(features),
-    "lu": lambda features, layer: LULinear(features).inv,
-    "exponential": lambda features, layer: MatrixExponential(features),
-    "actnorm": lambda features, layer: ActNorm(features),
-    "batchnorm": lambda features, layer: BatchNorm(features).inv,
+#: Radians by which linear maps turn at the start, off the saddle point that the identity is for independent entries.
+SLIGHT = 0.1
+
+
+def _turn(gap: int, gaps: int) -> float:
+    """The angle for one of some linear maps: every second one turns back, so that together they start at the identity."""
+    if gap % 2:
+        return -SLIGHT
+    return SLIGHT if gap + 1 < gaps else 0.0
+
+
+#: What the option ``mixing`` of a ready-made flow puts between two layers, by name; made of features, the gap's number and
+#: how many gaps there are. Maps with a cheaper direction are turned so that scoring takes it.
+MIXINGS: dict[str, Callable[[int, int, int], Transform]] = {
+    "reverse": lambda features, gap, gaps: Reverse(features),
+    "permute": lambda features, gap, gaps: Permute(features, seed=gap),
+    "householder": lambda features, gap, gaps: Householder(features),
+    "orthogonal": lambda features, gap, gaps: Orthogonal(features),
+    "lu": lambda features, gap, gaps: LULinear(features, rotate=_turn(gap, gaps), seed=gap // 2).inv,
+    "exponential": lambda features, gap, gaps: MatrixExponential(features),
+    "actnorm": lambda features, gap, gaps: ActNorm(features),
+    "batchnorm": lambda features, gap, gaps: BatchNorm(features).inv,
 }
 
 
@@ -56,15 +67,15 @@ def mixed(layers: Iterable[Transform], features: int, mixing: Mixing) -> list[Tr
     if mixing is None:
         return stack
     # One more than needed, so that a mistake shows with a single layer too.
-    between = [_mixing_layer(mixing, features, number) for number in range(len(stack))]
+    between = [_mixing_layer(mixing, features, gap, len(stack) - 1) for gap in range(len(stack))]
     return [part for pair in zip(stack, between, strict=True) for part in pair][:-1]
 
 
-def _mixing_layer(mixing: Any, features: int, number: int) -> Transform:
+def _mixing_layer(mixing: Any, features: int, gap: int, gaps: int) -> Transform:
     if isinstance(mixing, str):
         if mixing not in MIXINGS:
             raise ValueError(f"Expected mixing to be one of {', '.join(MIXINGS)}; got {mixing!r}.")
-        return MIXINGS[mixing](features, number)
+        return MIXINGS[mixing](features, gap, gaps)
     if isinstance(mixing, Transform) or not callable(mixing):
         raise TypeError(f"Expected mixing to be a name or a callable features -> transform; got {mixing!r}.")
     return check_transform("the result of mixing", mixing(features))

@@ -125,7 +125,7 @@ class NICE(Flow):
 
 
 class RealNVP(Flow):
-    r"""RealNVP: affine couplings.
+    r"""RealNVP: affine couplings, and between them learned linear maps.
 
     .. math:: y_B = e^{s_k(x_A, c)} \odot x_B + t_k(x_A, c) \ \text{for}\ k = 1 \dots K.
 
@@ -136,8 +136,8 @@ class RealNVP(Flow):
         hidden_features: Widths of each coupling's network.
         activation: Its activation, a callable without arguments that makes a module.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
-        mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
-            callable that makes a transform of so many features.
+        mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, a callable that makes a
+            transform of so many features, or ``None``, with which the flow is that of the paper. ``"lu"`` fits better.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
             ``"student"``, a base of Student-t with learned
             degrees.
@@ -170,7 +170,7 @@ class RealNVP(Flow):
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         mask: str | Tensor | Sequence[bool] = "random",
-        mixing: Mixing = None,
+        mixing: Mixing = "lu",
         tails: str | None = None,
         base: Base | None = None,
         support: constraints.Constraint | None = None,
@@ -204,8 +204,8 @@ class MAF(Flow):
         order: ``"alternating"`` (natural, then reversed, from layer to layer), ``"natural"``, ``"random"`` (a new one for
             every layer, the same for every flow) or a permutation.
         residual: Whether the masked networks have residual connections.
-        mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
-            callable that makes a transform of so many features.
+        mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, a callable that makes a
+            transform of so many features, or ``None``, with which the flow is that of the paper. ``"lu"`` fits better.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
             ``"student"``, a base of Student-t with learned
             degrees.
@@ -238,7 +238,7 @@ class MAF(Flow):
         bound: float = 3.0,
         order: str | Sequence[int] | Tensor = "alternating",
         residual: bool = False,
-        mixing: Mixing = None,
+        mixing: Mixing = "lu",
         tails: str | None = None,
         base: Base | None = None,
         support: constraints.Constraint | None = None,

@@ -263,21 +263,21 @@ def default_flow(features: int) -> Flow | Transform:
     """The flow of a guide that any optimiser may train: its networks are bounded, so that no draw runs away."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
-    return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh)
+    return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh, mixing=None)
 
 
 def flow_of_fit(features: int) -> Flow | Transform:
     """The flow that ``fit_posterior`` trains from a Gaussian fit: its networks grow linearly, to follow a funnel further."""
     if features == 1:
         return Elementwise(SumOfSquares(), features)
-    return RealNVP(features, hidden_features=(32, 32))
+    return RealNVP(features, hidden_features=(32, 32), mixing=None)
 
 
 def wide_flow_of_fit(features: int) -> Flow | Transform:
     """The flow that ``fit_posterior`` trains where that of :func:`flow_of_fit` was not enough."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
-    return RealNVP(features, transforms=12, hidden_features=(64, 64))
+    return RealNVP(features, transforms=12, hidden_features=(64, 64), mixing=None)
 
 
 def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:

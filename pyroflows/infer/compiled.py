@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._compile import compiled
 from ..transforms import Transform
 
 __all__ = ["compiled_push_score"]
@@ -40,12 +41,12 @@ def compiled_push_score(transform: Transform, like: Tensor, owner: nn.Module) ->
     with torch.random.fork_rng(devices=devices):
         x = torch.randn_like(like)
         try:
-            compiled = _compile(transform, x, owner)
-            reason = None if _agree(compiled, transform.push_score, transform, x) else "its values differ when compiled"
+            push_score = _compile(transform, x, owner)
+            reason = None if _agree(push_score, transform.push_score, transform, x) else "its values differ when compiled"
         except Exception as error:
             reason = _reason(error)
     if reason is None:
-        return compiled
+        return push_score
     warnings.warn(f"The training goes on without compile=True: {reason}.", stacklevel=4)
     return transform.push_score
 
@@ -74,9 +75,9 @@ def _compile(transform: Transform, x: Tensor, owner: nn.Module) -> PushScore:
         graph = make_fx(run)(parameters, buffers, x, -x)
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        made[key] = torch.compile(graph)
-    compiled = made[key]
-    return lambda x, score: compiled(parameters, buffers, x, score)
+        made[key] = compiled(graph)
+    step = made[key]
+    return lambda x, score: step(parameters, buffers, x, score)
 
 
 def _agree(compiled: PushScore, eager: PushScore, transform: Transform, x: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, func
 from torch.distributions import constraints
 
+from .._compile import compiled
 from ..transforms import Transform
 from ._case import (
     ROUNDINGS,
@@ -339,14 +340,14 @@ def compiles(case: Case) -> None:
         points, context = case.batch(direction.points, (min(5, len(direction.points)),))
         points.requires_grad_()
         call = _anew(_evaluate)
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(direction.call, module, points, context)
+        found = compiled(call, fullgraph=True, backend="aot_eager")(direction.call, module, points, context)
         expected = direction(module, points, context)
         slack = case.usual(direction, len(points))
-        for one, two, room in zip(compiled, expected, slack, strict=True):
+        for one, two, room in zip(found, expected, slack, strict=True):
             near(one.detach(), two.detach(), 2 * room, f"{direction.name} to be the same when compiled", points)
         grads = [
             torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), points, allow_unused=True)[0]
-            for outputs in (compiled, expected)
+            for outputs in (found, expected)
         ]
         if grads[1] is not None:
             room = ROUNDINGS * case.rounding(torch.float64) * per_point(grads[1], len(points)).clamp_min(1.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .._checks import check_size, check_tensor
 from ..nn import MLP
@@ -21,14 +24,16 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
-def solve_triangle(matrix: Tensor, y: Tensor, upper: bool = False, transposed: bool = False) -> Tensor:
+def solve_triangle(
+    matrix: Tensor, y: Tensor, upper: bool = False, transposed: bool = False, unit_diagonal: bool = False
+) -> Tensor:
     """Solves ``matrix x = y``, or with the transposed matrix, for one triangular matrix or one per point."""
     if transposed:
         matrix, upper = matrix.mT, not upper
     if matrix.dim() == 2:
         columns = y.reshape(-1, y.shape[-1]).mT
-        return torch.linalg.solve_triangular(matrix, columns, upper=upper).mT.reshape(y.shape)
-    return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper).squeeze(-1)
+        return torch.linalg.solve_triangular(matrix, columns, upper=upper, unitriangular=unit_diagonal).mT.reshape(y.shape)
+    return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit_diagonal).squeeze(-1)
 
 
 class Parametric(Transform):
@@ -278,19 +283,25 @@ class LULinear(LinearMap):
     diagonal :math:`\pm e^{d_i}` of fixed signs, so that :math:`\log|\det W| = \sum_i d_i`. One table of raw numbers holds
     them as LAPACK does: :math:`L` below the diagonal, :math:`d` on it, :math:`U` above, and :math:`b` in one more row. It
     starts at the identity, with ``rotate`` at a random rotation. With a context, the table is the output of a network.
+
+    Where entries are independent, however far from normal, the identity between two layers is a saddle point: no gradient
+    tells a turn from its opposite. To start a little turned is to start beside it.
+
     Sampling multiplies by two triangles and scoring solves with them.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
         bias: Whether there is an offset :math:`b`.
-        rotate: Whether to start at a random rotation, as in Glow.
+        rotate: ``True`` to start at a random rotation, as in Glow; a number to start at one whose angles have that root mean
+            square, in radians, or with a minus at its inverse.
         seed: Seed of that rotation, which depends on nothing else.
         hidden_features: Widths of the network that reads the context.
         activation: Its activation.
 
     Raises:
-        ValueError: If a size is not positive or ``seed`` is negative.
+        TypeError: If ``rotate`` is neither a boolean nor a number.
+        ValueError: If a size is not positive, ``seed`` is negative or ``rotate`` is not finite.
 
     Reference:
         Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018, https://arxiv.org/abs/1807.03039
@@ -311,14 +322,14 @@ class LULinear(LinearMap):
         features: int,
         context_features: int | None = None,
         bias: bool = True,
-        rotate: bool = False,
+        rotate: bool | float = False,
         seed: int = 0,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         check_size("features", features)
         check_size("seed", seed, least=0)
-        start = random_rotation(features, seed) if rotate else torch.eye(features, dtype=torch.float64, device="cpu")
+        start = _start(features, rotate, seed)
         factors, pivots = torch.linalg.lu_factor(start)
         permutation = torch.lu_unpack(factors, pivots, unpack_data=False)[0].argmax(-1).tolist()
         diagonal = factors.diagonal()
@@ -332,29 +343,58 @@ class LULinear(LinearMap):
         self.register_buffer("signs", torch.tensor(diagonal.sign().tolist()))
 
     def _triangles(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """:math:`L` without its diagonal of ones, and :math:`U`."""
         raw = raw[..., : self.signs.shape[0], :]
         diagonal = self.signs * raw.diagonal(dim1=-2, dim2=-1).exp()
-        return raw.tril(-1) + torch.diag_embed(torch.ones_like(diagonal)), raw.triu(1) + torch.diag_embed(diagonal)
+        return raw.tril(-1), raw.triu(1) + torch.diag_embed(diagonal)
 
-    def _bias(self, raw: Tensor) -> Tensor | float:
-        return raw[..., -1, :] if raw.shape[-2] > raw.shape[-1] else 0.0
+    def _bias(self, raw: Tensor) -> Tensor | None:
+        return raw[..., -1, :] if raw.shape[-2] > raw.shape[-1] else None
 
     def _log_det(self, raw: Tensor) -> Tensor:
         return raw.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
         lower, upper = self._triangles(raw)
-        return multiply(lower, multiply(upper, x)).index_select(-1, self.permutation) + self._bias(raw)
+        if raw.dim() == 2 and x[..., 0].numel() >= x.shape[-1]:
+            # More points than entries, so that the product of the triangles costs less than a second pass over the points.
+            matrix = torch.addmm(upper, lower, upper).index_select(0, self.permutation)
+            return linear(x, matrix, self._bias(raw))
+        half = multiply(upper, x)
+        y, bias = (half + multiply(lower, half)).index_select(-1, self.permutation), self._bias(raw)
+        return y if bias is None else y + bias
 
     def _solve(self, raw: Tensor, y: Tensor) -> Tensor:
-        lower, upper = self._triangles(raw)
-        y = (y - self._bias(raw)).index_select(-1, self.inverse_permutation)
-        return solve_triangle(upper, solve_triangle(lower, y), upper=True)
+        (lower, upper), bias = self._triangles(raw), self._bias(raw)
+        y = (y if bias is None else y - bias).index_select(-1, self.inverse_permutation)
+        return solve_triangle(upper, solve_triangle(lower, y, unit_diagonal=True), upper=True)
 
     def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor:
         lower, upper = self._triangles(raw)
         score = solve_triangle(upper, score, upper=True, transposed=True)
-        return solve_triangle(lower, score, transposed=True).index_select(-1, self.permutation)
+        return solve_triangle(lower, score, transposed=True, unit_diagonal=True).index_select(-1, self.permutation)
+
+
+def _start(features: int, rotate: bool | float, seed: int) -> Tensor:
+    """The matrix of that name for ``LULinear``, in double precision on the CPU."""
+    if rotate is True:
+        return random_rotation(features, seed)
+    if not isinstance(rotate, Real):
+        raise TypeError(f"Expected rotate to be a boolean or a number; got {rotate!r}.")
+    if not math.isfinite(rotate):
+        raise ValueError(f"Expected rotate to be finite; got {rotate}.")
+    return slight_rotation(features, float(rotate), seed)
+
+
+def slight_rotation(features: int, angle: float, seed: int) -> Tensor:
+    """A random rotation whose angles have the root mean square ``angle``, in double precision on the CPU."""
+    if angle == 0 or features == 1:
+        return torch.eye(features, dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(features, features, generator=generator, dtype=torch.float64, device="cpu")
+    skew = normal - normal.mT
+    # Each of its planes has its angle twice in the norm, once with either sign.
+    return torch.linalg.matrix_exp(skew * (angle * math.sqrt(2 * (features // 2)) / skew.norm()))
 
 
 def random_rotation(features: int, seed: int) -> Tensor:
