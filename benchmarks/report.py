@@ -130,7 +130,21 @@ def densities(results: dict[str, Any]) -> str:
             text = f"{value:.2f} ± {spread:.2f}" if library in cells else ""
             line.append(f"**{text}**" if value == best else text)
         lines.append(line)
-    return _rows(lines)
+    return f"{_rows(lines)}\n{DENSITY_COSTS}\n{_rows(_density_costs(rows, libraries))}"
+
+
+def _density_costs(rows: list[dict[str, Any]], libraries: list[str]) -> list[list[str]]:
+    lines = [["family", *libraries]]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        line = [family]
+        for library in libraries:
+            own = [r for r in rows if (r["family"], r["library"]) == (family, library)]
+            epoch, draws = (
+                statistics.median(r[what] for r in own if r[what] is not None) for what in ("epoch_seconds", "sample_ms")
+            )
+            line.append(f"{epoch:.2f}, {draws:.0f}, {sum(r['nans'] for r in own if r['nans'])}")
+        lines.append(line)
+    return lines
 
 
 def speeds(results: dict[str, Any]) -> str:
@@ -177,6 +191,10 @@ def page() -> str:
     return "# Results\n\nMade by `python -m benchmarks.report` from `benchmarks/results/`.\n\n" + "\n".join(parts)
 
 
+DENSITY_COSTS = """
+CPU seconds of an epoch and milliseconds for 1000 draws (medians over the tables and seeds), and how many of all steps,
+test rows and draws were not finite:
+"""
 TABLES = {"posteriors": posteriors, "adversarial": adversaries, "density": densities, "speed": speeds, "memory": memory}
 TEXTS = {
     "posteriors": """## Posteriors
@@ -201,8 +219,10 @@ the step size and the checkpoint. `python -m benchmarks.density --data-dir DIR -
     "speed": """## Speed
 
 Median CPU milliseconds of one step, and in brackets multiples of the floor, the bare networks: `train` is the mean
-log-density and its gradient, `score` a sample with its density and their gradients, `sample` a sample. One thread, float32,
-five layers, all in turn in one process. `python -m benchmarks.speed --json benchmarks/results/speed.json`
+log-density and its gradient, `score` a sample with its density and their gradients, `sample` a sample. `layers alone` are
+pyroflows' without the linear maps that its flows have between them. One thread, float32, five layers, all in turn in one
+process; what takes more than five seconds a step is left out, and so is the compiler but for one size.
+`python -m benchmarks.speed --json benchmarks/results/speed.json`
 """,
     "memory": """## Memory
 
