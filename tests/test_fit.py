@@ -594,6 +594,10 @@ def without_sites() -> None:
     pass
 
 
+def only_empty() -> None:
+    pyro.sample("nothing", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+
+
 def only_discrete() -> None:
     pyro.sample("coin", dist.Bernoulli(0.5))
 
@@ -706,6 +710,7 @@ def on_the_positive_half() -> None:
 FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("no latent site", without_latents, {}, ValueError, "Expected a model with a latent site"),
     ("no site", without_sites, {}, ValueError, "Expected a model with a latent site"),
+    ("only empty", only_empty, {}, ValueError, r"got only empty ones \('nothing'\)"),
     ("only discrete", only_discrete, {}, ValueError, r"got only discrete ones \('coin'\)"),
     ("infinite discrete", counts, {}, ValueError, "got 'events' with Poisson"),
     ("random", random_log_density, {}, ValueError, "random numbers outside of pyro.sample"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import save_whole, temporary_for
 from . import distributed
 
 __all__ = ["Checkpoint"]
@@ -102,22 +103,10 @@ class Checkpoint:
             # A copy, for the next training goes on with these very tensors.
             self._stages[self._stage]["state"] = _copy(state)
             try:
-                self._write()
+                save_whole({"format": FORMAT, "settings": self.settings, "stages": self._stages}, self.path)
             except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
                 warnings.warn(f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}", stacklevel=2)
         self._saved_at = time.perf_counter()
-
-    def _write(self) -> None:
-        try:
-            torch.save({"format": FORMAT, "settings": self.settings, "stages": self._stages}, self._temporary)
-            os.replace(self._temporary, self.path)
-        finally:
-            if os.path.exists(self._temporary):
-                os.remove(self._temporary)
-
-    @property
-    def _temporary(self) -> str:
-        return f"{self.path}.{os.getpid()}.tmp"
 
     def _read_or_error(self) -> Any:
         try:
@@ -133,9 +122,9 @@ class Checkpoint:
         try:
             if not os.path.basename(self.path):
                 raise IsADirectoryError("it names no file")
-            with open(self._temporary, "wb"):
+            with open(temporary_for(self.path), "wb"):
                 pass
-            os.remove(self._temporary)
+            os.remove(temporary_for(self.path))
         except (OSError, ValueError) as error:  # the latter of a name with a null character
             raise ValueError(f"Expected a checkpoint that can be written; got {self.path!r} ({error}).") from None
 

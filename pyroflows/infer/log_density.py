@@ -555,6 +555,9 @@ def latent_sites(trace: Any) -> list[LatentSite]:
             f"Expected a model with a continuous latent site; got only discrete ones ({names}). "
             "Use pyro.infer.infer_discrete instead."
         )
+    if not any(site.features for site in sites):
+        names = ", ".join(repr(site.name) for site in sites)
+        raise ValueError(f"Expected a model with a latent site that has entries; got only empty ones ({names}).")
     return sites
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from os import PathLike, fsdecode, fspath, getpid, remove
-from os import replace as replace_file
-from os.path import exists
+from os import PathLike, fsdecode, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .. import flows
 from .._checks import check_seed, check_size
+from .._files import save_whole
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
 from . import arviz, simulate
@@ -313,16 +312,10 @@ class Posterior:
             "rungs": [(rung.name, rung.seconds, asdict(rung.verdict)) for rung in self.rungs],
         }
         name = fsdecode(fspath(path))
-        # What was there before stays until the new file is whole.
-        temporary = f"{name}.{getpid()}.tmp"
         try:
-            torch.save(state, temporary)
-            replace_file(temporary, name)
+            save_whole(state, name)
         except (OSError, RuntimeError) as error:
             raise ValueError(f"Expected a path that can be written; got {name!r} ({error}).") from None
-        finally:
-            if exists(temporary):
-                remove(temporary)
 
     @torch.no_grad()
     def _propose(self, n: int, seed: int | None, weigh: bool = True) -> tuple[Tensor, Tensor]:
