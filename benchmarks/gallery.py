@@ -322,7 +322,7 @@ FAMILIES = {
         "Glow",
         "Couplings with a learned linear map between them and normalisation inside: strongly correlated entries, or "
         "data that nobody standardised.",
-        "In a few dimensions the linear maps add cost and hardly any power over RealNVP.",
+        "In a few dimensions the normalisation adds cost and hardly any power over RealNVP, which has linear maps too.",
         IN_TURN,
     ),
     "residual": Family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -136,9 +137,15 @@ def test_lu_linear_starts_at_a_slight_rotation_or_its_inverse(features, device):
     torch.testing.assert_close(turned @ back, torch.eye(features).to(turned), **close)
     torch.testing.assert_close(turned.mT, back, **close)
     angles = torch.linalg.eigvals(turned).angle().abs()
-    assert float(angles.square().sum()) == pytest.approx(2 * (features // 2) * 0.1**2, rel=1e-4)
+    assert float(angles.square().sum()) == pytest.approx(2 * (features // 2) * 0.1**2, rel=1e-2)
     if features > 2:  # in a plane there are two of them
         assert not torch.equal(turned, matrix_of(LULinear(features, rotate=0.1, seed=5).to(device)).double())
+
+
+@pytest.mark.parametrize("angle", [4.0, -4, math.nan, math.inf])
+def test_a_rotation_by_no_angle_is_refused(angle):
+    with pytest.raises(ValueError, match="Expected rotate to be an angle between -pi and pi; got"):
+        LULinear(3, rotate=angle)
 
 
 @pytest.mark.parametrize("bias", [False, True])

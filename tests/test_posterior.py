@@ -601,6 +601,19 @@ def test_the_wrong_model_is_refused(model: Model, posterior: pf.Posterior, tmp_p
         load_posterior(tmp_path / "p.pt", model)
 
 
+@pytest.mark.parametrize("preset", [pf.RealNVP, pf.MAF])
+def test_a_file_of_before_linear_maps_is_read(preset: Callable[..., pf.Flow], tmp_path: Path) -> None:
+    """Up to format 2 these presets had nothing between their layers, and were saved by their names."""
+    path = tmp_path / "p.pt"
+    made = fit_posterior(hierarchy, (SIGMA, Y), guide=lambda n: preset(n, mixing=None), steps=3, progress=False)
+    made.save(path)
+    torch.save({**torch.load(path), "format": 2, "flow": preset.__name__}, path)
+    loaded = load_posterior(path, hierarchy)
+    loaded.save(path)
+    for posterior in (loaded, load_posterior(path, hierarchy)):
+        torch.testing.assert_close(posterior.guide.state_dict(), made.guide.state_dict())
+
+
 def _pickled_code(path: Path) -> None:
     class Trap:
         def __reduce__(self) -> Any:
@@ -640,7 +653,7 @@ def test_a_truncated_file_is_refused(posterior: pf.Posterior, tmp_path: Path) ->
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"of format 2; .* has format 99"):
+    with pytest.raises(ValueError, match=r"of format 3; .* has format 99"):
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 

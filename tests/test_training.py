@@ -415,6 +415,10 @@ def test_the_compiler_leaves_the_validation_of_distributions_alone() -> None:
 import torch
 from pyroflows._compile import compiled
 assert compiled(lambda x: x + 1)(torch.ones(2)).tolist() == [2.0, 2.0]
+import pyroflows as pf
+density = pf.RealNVP(2)()
+score = torch.compile(density.log_prob, fullgraph=True, backend="aot_eager")  # which cannot check the value
+assert score(torch.ones(3, 2)).shape == (3,)
 torch.distributions.Normal(0.0, -1.0)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

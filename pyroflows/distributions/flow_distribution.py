@@ -126,7 +126,8 @@ class FlowDistribution(dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values of shape ``(*, *batch_shape, *event_shape)``."""
         check_tensor("value", value, self.event_shape)
-        if self._validate_args and value.numel():  # torch's check of a support fails on empty batches
+        # torch's check of a support fails on empty batches, and reads values, which a compiled graph cannot.
+        if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
         last = self._memory.recall(value, self.transform._definition)
         if last is not None:

@@ -26,7 +26,8 @@ __all__ = ["MIXINGS", "Mixing"]
 
 Mixing = str | Callable[[int], Transform] | None
 
-#: Radians by which linear maps turn at the start, off the saddle point that the identity is for independent entries.
+#: Radians by which two linear maps or more turn at the start, off the saddle point that the identity is for independent
+#: entries.
 SLIGHT = 0.1
 
 
@@ -66,9 +67,10 @@ def mixed(layers: Iterable[Transform], features: int, mixing: Mixing) -> list[Tr
     stack = list(layers)
     if mixing is None:
         return stack
-    # One more than needed, so that a mistake shows with a single layer too.
-    between = [_mixing_layer(mixing, features, gap, len(stack) - 1) for gap in range(len(stack))]
-    return [part for pair in zip(stack, between, strict=True) for part in pair][:-1]
+    gaps = len(stack) - 1
+    # At least one, so that a mistake shows with a single layer too.
+    between = [_mixing_layer(mixing, features, gap, gaps) for gap in range(max(1, gaps))][:gaps]
+    return [part for pair in zip(stack, between, strict=False) for part in pair] + stack[gaps:]
 
 
 def _mixing_layer(mixing: Any, features: int, gap: int, gaps: int) -> Transform:

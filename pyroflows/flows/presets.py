@@ -137,7 +137,8 @@ class RealNVP(Flow):
         activation: Its activation, a callable without arguments that makes a module.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, a callable that makes a
-            transform of so many features, or ``None``, with which the flow is that of the paper. ``"lu"`` fits better.
+            transform of so many features, or ``None``, with which the flow is that of the paper. ``"lu"`` mostly fits data
+            better; between two layers it learns ``features ** 2`` numbers more, which is much for many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
             ``"student"``, a base of Student-t with learned
             degrees.
@@ -205,7 +206,8 @@ class MAF(Flow):
             every layer, the same for every flow) or a permutation.
         residual: Whether the masked networks have residual connections.
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, a callable that makes a
-            transform of so many features, or ``None``, with which the flow is that of the paper. ``"lu"`` fits better.
+            transform of so many features, or ``None``, with which the flow is that of the paper. ``"lu"`` mostly fits data
+            better; between two layers it learns ``features ** 2`` numbers more, which is much for many features.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of :mod:`pyroflows.transforms.tails`, or
             ``"student"``, a base of Student-t with learned
             degrees.
@@ -260,7 +262,7 @@ class MAF(Flow):
 
 
 class IAF(Flow):
-    r"""Inverse autoregressive flow: the same layers run the other way; fast to sample, and to score what it sampled.
+    r"""Inverse autoregressive flow: the layers of ``MAF`` run the other way; fast to sample, and to score what it sampled.
 
     .. math:: y_i = e^{s_k(x_{<i}, c)} \, x_i + t_k(x_{<i}, c) \ \text{for}\ k = 1 \dots K.
 

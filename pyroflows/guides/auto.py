@@ -178,8 +178,8 @@ class AutoFlow(FlowGuide):
     Args:
         model: A Pyro model.
         flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a :class:`Flow` or a
-            :class:`Transform` over the whole space. By default a ``RealNVP`` with narrow, bounded networks,
-            and for a single latent feature a monotone network.
+            :class:`Transform` over the whole space. By default a ``RealNVP`` with ``mixing=None`` and narrow, bounded
+            networks, and for a single latent feature a monotone network.
         init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default, which knows improper
             sites too.
         init_scale: Standard deviation at the start, in unconstrained units.

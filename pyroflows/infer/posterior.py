@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Posterior", "load_posterior"]
 
-FORMAT = 2
+FORMAT = 3
 PARTS = ("sites", "flow", "parameters", "arguments", "history", "seconds", "interrupted")
 #: What format 2 has added, with what a file of format 1 stands for.
 LATER_PARTS: dict[str, Any] = {"components": None, "fits": None, "trajectories": 0, "rungs": [], "endless": None}
@@ -42,7 +42,25 @@ DRIFT_TRAJECTORIES = 5
 CANDIDATES = 4
 LEAST_CANDIDATES = 1000
 LEAST_POLISHED = 64
-_OWN_FLOWS: dict[str, Any] = {"default": None, "fit": flow_of_fit, "wide": wide_flow_of_fit}
+
+
+def _plain_realnvp(features: int) -> flows.Flow:
+    return flows.RealNVP(features, mixing=None)
+
+
+def _plain_maf(features: int) -> flows.Flow:
+    return flows.MAF(features, mixing=None)
+
+
+_OWN_FLOWS: dict[str, Any] = {
+    "default": None,
+    "fit": flow_of_fit,
+    "wide": wide_flow_of_fit,
+    "plain RealNVP": _plain_realnvp,
+    "plain MAF": _plain_maf,
+}
+#: What presets of these names were before format 3.
+_FORMER_FLOWS = {"RealNVP": "plain RealNVP", "MAF": "plain MAF"}
 
 
 class Rung(NamedTuple):
@@ -473,9 +491,11 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
         state = None
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} is none.")
-    if state["format"] not in (1, FORMAT):
+    if state["format"] not in (1, 2, FORMAT):
         raise ValueError(f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}.")
     state = {**LATER_PARTS, **state}
+    if state["format"] < FORMAT and state.get("flow") in _FORMER_FLOWS:
+        state["flow"] = _FORMER_FLOWS[state["flow"]]
     missing = [part for part in PARTS if part not in state]
     if missing:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} lacks {', '.join(missing)}.")
