@@ -377,7 +377,7 @@ class LULinear(LinearMap):
 
 
 def _start(features: int, rotate: bool | float, seed: int) -> Tensor:
-    """The matrix of that name for ``LULinear``, in double precision on the CPU."""
+    """The matrix at which ``LULinear`` starts, in double precision on the CPU."""
     if rotate is True:
         return random_rotation(features, seed)
     if not isinstance(rotate, Real):
