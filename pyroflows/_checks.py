@@ -37,6 +37,12 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of some words."""
+    if value not in choices:
+        raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
 def check_hidden(value: Any) -> tuple[int, ...]:
     """Returns the widths of hidden layers as a tuple."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):

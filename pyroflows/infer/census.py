@@ -76,7 +76,7 @@ def take_census(density: LogDensity, start: Tensor, starts: int = STARTS, seed: 
         others = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
         best, end = fit_gaussians(density, _starts(density, first.one(0), others), draws=_few_draws(density))
         fits = _rescored(density, _distinct(_joined(first, first_end, best, end)))
-        modes, weights = _modes(density, _rescored(density, _distinct(_joined(first_end, end))))
+        modes, weights = _modes(density, _distinct(_joined(first_end, end)))
     return Census(fits, modes, weights)
 
 
@@ -93,7 +93,7 @@ def widened(density: LogDensity, census: Census, points: Tensor) -> Census:
     """
     best, end = fit_gaussians(density, points, draws=_few_draws(density))
     fits = _rescored(density, _distinct(_joined(census.fits, best, end)))
-    return Census(fits, *_modes(density, _rescored(density, _distinct(_joined(census.modes, end)))))
+    return Census(fits, *_modes(density, _distinct(_joined(census.modes, end))))
 
 
 def without_end(density: LogDensity, fit: Gaussian) -> Tensor | None:
@@ -210,7 +210,9 @@ def _modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
     if not len(fits.loc):
         return fits, fits.elbo
     _, log_p, log_c = _weighed(density, fits)
-    evidence = (log_p - log_c).logsumexp(-1) - math.log(DRAWS)
+    log_weights = log_p - log_c
+    fits = fits._replace(elbo=log_weights.mean(-1))
+    evidence = log_weights.logsumexp(-1) - math.log(DRAWS)
     order = evidence.argsort(descending=True)
     fits, evidence = fits.pick(order), evidence[order]
     kept = [0]

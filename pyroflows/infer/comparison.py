@@ -13,10 +13,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .._checks import check_size, check_tensor
+from .._checks import check_choice, check_size, check_tensor
 from . import arviz, simulate
 from .mcmc import Chains, flow_mc
-from .posterior import Posterior, _forked
+from .posterior import Posterior, check_posterior
+from .randomness import forked
 from .verdict import ESS_LIMIT, judge
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def evidence(
         >>> bool(abs(result.log_evidence - exact) < 0.01)
         True
     """
-    _check_posterior("posterior", posterior)
-    _check_choice("method", method, tuple(METHODS))
+    check_posterior("posterior", posterior)
+    check_choice("method", method, tuple(METHODS))
     check_size("draws", draws, least=LEAST_DRAWS)
     if method == "importance":
         if samples is not None:
@@ -165,7 +166,7 @@ def bridge_evidence(
 ) -> Evidence:
     """The log evidence by bridge sampling between guide and posterior; see :func:`evidence`."""
     given = None if samples is None else _check_samples(samples, posterior)
-    with _forked(seed):
+    with forked(seed):
         of_guide = _log_weights(posterior, draws, seed=None)
         if not bool(of_guide.isfinite().any()):
             return _nothing("bridge", draws)
@@ -262,8 +263,8 @@ def compare(
     """
     import pandas
 
-    _check_choice("by", by, CRITERIA)
-    _check_choice("method", method, tuple(METHODS))
+    check_choice("by", by, CRITERIA)
+    check_choice("method", method, tuple(METHODS))
     check_size("draws", draws, least=LEAST_DRAWS)
     _check_posteriors(posteriors)
     _refuse_different_data(posteriors)
@@ -425,23 +426,13 @@ def _loo_row(result: arviz.Loo | None, best: arviz.Loo | None) -> dict[str, floa
 # What users pass in
 
 
-def _check_posterior(name: str, value: Any) -> None:
-    if not isinstance(value, Posterior):
-        raise TypeError(f"Expected {name} to be a Posterior, as fit_posterior returns it; got {type(value).__name__}.")
-
-
 def _check_posteriors(posteriors: Any) -> None:
     if not isinstance(posteriors, Mapping):
         raise TypeError(f"Expected posteriors to be a mapping of names to posteriors; got {type(posteriors).__name__}.")
     if not posteriors:
         raise ValueError("Expected at least one posterior; got none.")
     for name, posterior in posteriors.items():
-        _check_posterior(f"posteriors[{name!r}]", posterior)
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        check_posterior(f"posteriors[{name!r}]", posterior)
 
 
 def _check_samples(samples: Any, posterior: Posterior) -> Tensor:

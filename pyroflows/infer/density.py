@@ -19,7 +19,7 @@ from .._checks import check_positive, check_size, check_tensor
 from ..distributions.flow_distribution import bijection_onto
 from ..flows import Flow
 from ..transforms.standardize import Standardize
-from .fit import _seeded
+from .randomness import seeded
 
 __all__ = ["DensityReport", "fit_density"]
 
@@ -150,7 +150,7 @@ def fit_density(
         raise TypeError(f"Expected flow to be a module whose call returns a distribution; got {flow!r}.")
     before = {name: value.clone() for name, value in _tensors(flow).items()}
     modes = [(module, module.training) for module in flow.modules()]
-    with _seeded(seed), torch.enable_grad():
+    with seeded(seed), torch.enable_grad():
         try:
             flow.eval()
             train, held_out = _split(flow, x, context, validation)

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .randomness import random_state, set_random_state
+
 __all__ = ["agree", "initialize_from_environment", "is_main", "rank", "shard", "share", "sum_over_ranks", "world_size"]
 
 T = TypeVar("T")
@@ -99,9 +101,7 @@ def agree_on_random_state(device: torch.device) -> None:
     """Gives every process the random state of the main one, on the host and on a device."""
     if world_size() == 1:
         return
-    torch.set_rng_state(agree(torch.get_rng_state()))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(agree(torch.cuda.get_rng_state(device)), device)
+    set_random_state(agree(random_state(device)), device)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.util import get_rng_state, set_rng_seed, set_rng_state
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import check_positive, check_seed, check_size
+from .._checks import check_positive, check_size
 from ..flows import Flow
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
@@ -27,6 +26,7 @@ from .gaussian import Gaussian, Gaussians
 from .log_density import LogDensity, check_arguments
 from .minibatch import MiniBatchDensity, log_density_of
 from .posterior import Posterior, Rung
+from .randomness import seeded
 from .training import PARTICLES, train
 from .verdict import MISSED_LIMIT
 
@@ -135,7 +135,7 @@ def fit_posterior(
     start = time.perf_counter()
     deadline = None if time_limit is None else start + time_limit
     args, kwargs = _on_device(device, model, args, kwargs)
-    with _seeded(distributed.agree(seed)), _outside_of_handlers():
+    with seeded(distributed.agree(seed)), _outside_of_handlers():
         trained = log_density_of(model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device)
         density = trained.full
         given = None if isinstance(guide, str) and guide == "auto" else _make_guide(guide, density)
@@ -400,18 +400,3 @@ def _outside_of_handlers() -> Iterator[None]:
         yield
     finally:
         _PYRO_STACK[:] = handlers
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    check_seed(seed)
-    state = get_rng_state()
-    with torch.random.fork_rng():
-        set_rng_seed(seed)
-        try:
-            yield
-        finally:
-            set_rng_state(state)

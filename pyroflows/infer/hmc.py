@@ -7,6 +7,7 @@ space of a flow, where :math:`x` has the density :math:`p(f(x)) |\det J_f(x)|`, 
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -18,12 +19,14 @@ from torch import Tensor
 from .._checks import check_positive, check_size
 from ..transforms import Compose, LowerTriangularAffine, Transform
 from ..transforms.base import vjp
+from ..transforms.linear import composed
 from .log_density import LogDensity
 
 __all__ = ["HMCResult", "Target", "hmc", "latent_target"]
 
 #: From positions of shape ``(chains, features)`` to log densities ``(chains,)`` and gradients ``(chains, features)``.
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
+LogFactor = Callable[[Tensor], Tensor]
 
 ACCEPTANCE = 0.8
 # The inverse slope of the acceptance in the logarithm of the step size, where eight in ten are accepted.
@@ -151,7 +154,7 @@ def hmc(
     )
 
 
-def latent_target(density: LogDensity, transform: Transform) -> Target:
+def latent_target(density: LogDensity, transform: Transform, log_factor: LogFactor | None = None) -> Target:
     r"""The log density in the base space of a flow, as a target for :func:`hmc`.
 
     .. math:: \log \tilde p(x) = \log p(f(x)) + \log|\det J_f(x)|, \qquad
@@ -161,6 +164,8 @@ def latent_target(density: LogDensity, transform: Transform) -> Target:
         density: The density of the model.
         transform: The transform :math:`f` of a guide, from its base to the unconstrained vector. An affine one is read once,
             when the target is made.
+        log_factor: The logarithm of a factor of the density, from vectors of shape ``(chains, features)`` to ``(chains,)``.
+            Its gradient is left out: leapfrog steps may follow any slope, for the acceptance makes them exact.
 
     Returns:
         A function from positions of shape ``(chains, features)`` to log densities and gradients, without graph.
@@ -179,7 +184,7 @@ def latent_target(density: LogDensity, transform: Transform) -> Target:
     """
     layers = list(transform.layers) if isinstance(transform, Compose) else [transform]
     if layers and all(isinstance(layer, LowerTriangularAffine) and layer.context_features is None for layer in layers):
-        return _affine_target(density, layers)
+        return _affine_target(density, layers, log_factor)
 
     def target(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -187,21 +192,20 @@ def latent_target(density: LogDensity, transform: Transform) -> Target:
             z, log_det = transform.forward_and_log_det(point)
         value, slope = density.value_and_grad(z)
         gradient = vjp([(z, slope), (log_det, torch.ones_like(log_det))], point)
-        return value + log_det.detach(), gradient.detach()
+        value = value + log_det.detach()
+        return value if log_factor is None else value + log_factor(z.detach()), gradient.detach()
 
     return target
 
 
-def _affine_target(density: LogDensity, layers: list[Any]) -> Target:
-    loc, scale_tril = layers[0].loc_and_scale_tril()
-    for layer in layers[1:]:
-        outer_loc, outer_scale = layer.loc_and_scale_tril()
-        loc, scale_tril = outer_loc + outer_scale @ loc, outer_scale @ scale_tril
+def _affine_target(density: LogDensity, layers: list[Any], log_factor: LogFactor | None) -> Target:
+    loc, scale_tril = functools.reduce(composed, [layer.loc_and_scale_tril() for layer in layers])
     log_det = scale_tril.diagonal().log().sum()
 
     def target(x: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = density.value_and_grad(x @ scale_tril.T + loc)
-        return value + log_det, slope @ scale_tril
+        z = x @ scale_tril.T + loc
+        value, slope = density.value_and_grad(z)
+        return value + log_det + (0.0 if log_factor is None else log_factor(z)), slope @ scale_tril
 
     return target
 

@@ -19,13 +19,14 @@ from pyro.infer import NUTS
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_size
+from .._checks import check_choice, check_size
 from ..guides import AutoFlow
 from ..transforms import LowerTriangularAffine, Transform
 from . import arviz, simulate
 from .hmc import Kernel, Point, Target, choose, evaluate, latent_target
 from .log_density import LogDensity
-from .posterior import Posterior, _forked
+from .posterior import Posterior, check_posterior
+from .randomness import forked
 
 if TYPE_CHECKING:
     import numpy
@@ -125,7 +126,7 @@ class Chains:
             "divergences": self.divergences,
             "sampling_time": self.seconds,
         }
-        with _forked(0):
+        with forked(0):
             return simulate.inference_data(self.density, self.unconstrained, {"lp": self.log_density}, attrs)
 
     @cached_property
@@ -187,15 +188,14 @@ def neutra(
         1.0
     """
     _check(posterior, draws, chains, warmup)
-    if kernel not in KERNELS:
-        raise ValueError(f"Expected kernel to be one of {', '.join(map(repr, KERNELS))}; got {kernel!r}.")
+    check_choice("kernel", kernel, KERNELS)
     if not isinstance(posterior.guide, AutoFlow):
         kind = type(posterior.guide).__name__
         raise TypeError(f"Expected a posterior whose guide is an AutoFlow; got one with {kind}. See flow_mc.")
     begin = time.perf_counter()
     space = _BaseSpace(posterior.guide)
     target = latent_target(posterior.density, space.transform)
-    with _forked(seed):
+    with forked(seed):
         start = _start(target, space, chains)
         if kernel == "nuts":
             run = _nuts(target, start.position, draws, warmup, progress)
@@ -257,7 +257,7 @@ def flow_mc(
     _check(posterior, draws, chains, warmup)
     check_size("jumps", jumps, least=0)
     begin = time.perf_counter()
-    with _forked(seed):
+    with forked(seed):
         guide = posterior.guide
         space = _BaseSpace(guide) if isinstance(guide, AutoFlow) else _WhitenedSpace(guide.get_posterior())
         target = latent_target(posterior.density, space.transform)
@@ -435,10 +435,7 @@ def _root(centred: Tensor) -> Tensor:
 
 
 def _check(posterior: Any, draws: Any, chains: Any, warmup: Any) -> None:
-    if not isinstance(posterior, Posterior):
-        raise TypeError(
-            f"Expected posterior to be a Posterior, as fit_posterior returns it; got {type(posterior).__name__}."
-        )
+    check_posterior("posterior", posterior)
     check_size("draws", draws)
     check_size("chains", chains)
     check_size("warmup", warmup, least=0)

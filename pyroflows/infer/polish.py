@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..distributions import FlowDistribution, FlowMixture
 from ..transforms import Transform
-from .hmc import Target, hmc, latent_target
+from .hmc import LogFactor, hmc, latent_target
 from .log_density import LogDensity
 
 __all__ = ["drift", "memory", "polish"]
@@ -50,7 +51,10 @@ def polish(density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadli
     for k, flow in enumerate(guide.flows):
         mine = belongs == k
         if bool(mine.any()):
-            moved[mine] = _in_base(density, flow.transform, z[mine], trajectories, deadline, (law, k))
+            # Given the component, the law of a draw is the target times the component's share.
+            moved[mine] = _in_base(
+                density, flow.transform, z[mine], trajectories, deadline, functools.partial(_log_share, law, k)
+            )
     return moved
 
 
@@ -89,36 +93,27 @@ def memory(before: Tensor, after: Tensor) -> Tensor:
     return (a * b).mean(0) / (a.square().mean(0) * b.square().mean(0)).sqrt()
 
 
+def _log_share(law: FlowMixture, k: int, z: Tensor) -> Tensor:
+    return law.component_log_probs(z).log_softmax(-1)[:, k]
+
+
 def _in_base(
     density: LogDensity,
     transform: Transform,
     z: Tensor,
     trajectories: int,
     deadline: float | None,
-    part: tuple[FlowMixture, int] | None = None,
+    log_factor: LogFactor | None = None,
 ) -> Tensor:
     x, _ = transform.inverse_and_log_det(z)
     # A draw that the transform cannot bring back, for it lies too far out, stays where it is.
     sound = x.isfinite().all(-1)
     if not bool(sound.any()):
         return z
-    target = latent_target(density, transform)
-    result = hmc(target if part is None else _shared(target, transform, *part), x[sound], trajectories, deadline=deadline)
+    result = hmc(latent_target(density, transform, log_factor), x[sound], trajectories, deadline=deadline)
     moved = z.clone()
     moved[sound] = transform.forward_and_log_det(result.position)[0]
     return moved
-
-
-def _shared(target: Target, transform: Transform, law: FlowMixture, k: int) -> Target:
-    """The target times the share of a component: given it, that is the law of a draw that belongs to the component."""
-
-    def shared(x: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = target(x)
-        share = law.component_log_probs(transform.forward_and_log_det(x)[0]).log_softmax(-1)[:, k]
-        # Leapfrog steps may follow any slope: the acceptance makes them exact.
-        return value + share, slope
-
-    return shared
 
 
 def _width(z: Tensor, effective: float) -> tuple[Tensor, Tensor]:

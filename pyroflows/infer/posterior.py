@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .. import flows
-from .._checks import check_seed, check_size
+from .._checks import check_size
 from .._files import save_whole
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
@@ -23,6 +23,7 @@ from .gaussian import Gaussians
 from .log_density import LogDensity, check_arguments
 from .minibatch import log_density_of
 from .polish import drift, memory, polish
+from .randomness import forked
 from .verdict import KHAT_LIMIT, MISSED_LIMIT, Verdict, drifted, improper, judge, missing, polished
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Posterior:
         self.rungs = list(rungs)
         self.endless = endless
         self.surprises: Tensor | None = None
-        with _forked(0):
+        with forked(0):
             self.verdict = self._judged()
 
     def _judged(self) -> Verdict:
@@ -238,7 +239,7 @@ class Posterior:
             Tensor of shape ``(n, features)``.
         """
         check_size("n", n)
-        with _forked(seed):
+        with forked(seed):
             if not self.trajectories:
                 return self._corrected(n)
             # The step size that a few draws agree on would hang on where each of them goes.
@@ -298,7 +299,7 @@ class Posterior:
             "importance_resampled": int(self.corrects),
         }
         sample_stats = {"lp": lp.unsqueeze(0), "log_weight": log_weight.unsqueeze(0)}
-        with _forked(seed):
+        with forked(seed):
             return simulate.inference_data(density, z.unsqueeze(0), sample_stats, attrs)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -339,7 +340,7 @@ class Posterior:
     def _propose(self, n: int, seed: int | None, weigh: bool = True) -> tuple[Tensor, Tensor]:
         """Draws of the guide, with their log weights."""
         guide = self.guide.get_posterior()
-        with _forked(seed):
+        with forked(seed):
             z, log_q = guide.rsample_and_log_prob((n,))
         log_weights = self.density.log_prob(z) - log_q if weigh else torch.zeros_like(log_q)
         return z, log_weights
@@ -421,6 +422,12 @@ def load_posterior(
     )
 
 
+def check_posterior(name: str, value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` is a posterior."""
+    if not isinstance(value, Posterior):
+        raise TypeError(f"Expected {name} to be a Posterior, as fit_posterior returns it; got {type(value).__name__}.")
+
+
 def _heaviest(log_weights: Tensor, z: Tensor, count: int = 8) -> Tensor:
     """The draws of greatest weight, of shape ``(count, features)``."""
     finite = log_weights.isfinite() & z.isfinite().all(-1)
@@ -439,24 +446,6 @@ def _systematic(weights: Tensor, n: int) -> Tensor:
     offset, order = torch.rand((), dtype=weights.dtype), torch.randperm(n)
     positions = (torch.arange(n, dtype=weights.dtype) + offset) / n
     return torch.searchsorted(weights.cumsum(0), positions).clamp(max=len(weights) - 1)[order]
-
-
-class _forked:
-    """Draws within from a seed, and leaves the random state as it was; with ``None`` does nothing."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = None if seed is None else check_seed(seed)
-        self._fork: Any = None
-
-    def __enter__(self) -> None:
-        if self.seed is not None:
-            self._fork = torch.random.fork_rng()
-            self._fork.__enter__()
-            torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: Any) -> None:
-        if self._fork is not None:
-            self._fork.__exit__(*error)
 
 
 def _preset_name(guide: FlowGuide) -> str | None:

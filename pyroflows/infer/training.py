@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,9 +16,11 @@ from tqdm.auto import tqdm
 
 from ..flows import Flow
 from ..transforms import Compose, LowerTriangularAffine, Transform
+from ..transforms.linear import composed
 from . import distributed
 from .checkpoint import Checkpoint
 from .compiled import compiled_push_score
+from .randomness import random_state, set_random_state
 
 __all__ = ["TrainingReport", "path_gradient", "train"]
 
@@ -242,9 +244,8 @@ class _Training:
             raise
         finally:
             self.whitening.requires_grad_(True)
-            delta, scale = self.adjustment.loc_and_scale_tril()
-            loc, scale_tril = self.whitening.loc_and_scale_tril()  # type: ignore[operator]
-            self.whitening.set(loc + scale_tril @ delta, scale_tril @ scale)  # type: ignore[operator]
+            both = composed(self.adjustment.loc_and_scale_tril(), self.whitening.loc_and_scale_tril())  # type: ignore[operator]
+            self.whitening.set(*both)  # type: ignore[operator]
 
     def share_start(self) -> None:
         """Gives every process the parameters and the random state of the main one."""
@@ -376,21 +377,6 @@ class _Best:
         state = self.state or (self.start if or_start else {})
         if state:
             self.module.load_state_dict(state)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The random state of torch, on the host and on a device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Sets what :func:`random_state` returns."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _fraction_done(step: int, steps: int, start: float, deadline: float | None) -> float:

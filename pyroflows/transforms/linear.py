@@ -69,6 +69,12 @@ class Parametric(Transform):
         return self.conditioner(None, context).unflatten(-1, self._table_shape)
 
 
+def composed(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The offset and the matrix of two affine maps one after the other, each given by its own."""
+    (loc, matrix), (outer_loc, outer_matrix) = inner, outer
+    return outer_loc + outer_matrix @ loc, outer_matrix @ matrix
+
+
 class LowerTriangularAffine(Transform):
     r"""Affine map with a lower-triangular matrix, :math:`y = \mu + L x`, :math:`L_{ii} = e^{d_i} > 0`.
 
