@@ -39,6 +39,12 @@ def test_the_posteriors_reach_what_is_claimed():
         assert row["mean_error"] < 0.1
         assert row["log_sd_error"] < 0.1
         assert row["ok"]
+    schools = [row for row in rows if "eight_schools" in row["posterior"]]
+    assert len(schools) == 6
+    for row in schools:
+        assert row["mean_error"] < 0.05
+        assert row["log_sd_error"] < 0.07
+        assert row["seconds"] <= 25
     assert sum(row["ess"] > 0.9 for row in rows) >= 0.8 * len(rows)
 
 
