@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.models import MODELS
 from benchmarks.posteriordb import Reference, unflatten
-from pyroflows.infer.log_density import LogDensity
+from pyroflows.model.density import LogDensity
 
 CENTERED = "eight_schools-eight_schools_centered"
 NONCENTERED = "eight_schools-eight_schools_noncentered"

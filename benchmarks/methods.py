@@ -39,7 +39,7 @@ from torch.distributions import biject_to
 
 from benchmarks.models import Draws, Entry
 from benchmarks.posteriordb import flatten
-from pyroflows.infer.arviz import psis
+from pyroflows.report.arviz_bridge import psis
 
 DRAWS = 40_000
 """Draws of a guide; the error of their mean is 0.005 sd."""

@@ -221,7 +221,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from pyroflows.infer import distributed
+    from pyroflows.train import processes as distributed
 
     with distributed.initialize_from_environment() as device:
         if device is not None and options.device is None:
@@ -338,8 +338,8 @@ def _formatted(table: Any) -> str:
 def _save(posterior: Any, out: Path, draws: int) -> None:
     import torch
 
-    from pyroflows.infer.arviz import save
-    from pyroflows.plotting import plot_posterior
+    from pyroflows.report.arviz_bridge import save
+    from pyroflows.report.plots import plot_posterior
 
     container = posterior.to_arviz(draws=draws)
     try:

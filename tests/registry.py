@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import pyroflows as pf
 from pyroflows.transforms import (
     AdditiveCoupling,
-    Affine,
     AffineCoupling,
     Compose,
     Conditioned,
@@ -30,12 +29,10 @@ from pyroflows.transforms import (
     Permute,
     Rescale,
     Reverse,
-    Scale,
-    Shift,
     Standardize,
     Transform,
-    Univariate,
 )
+from pyroflows.univariate import Affine, Scale, Shift, Univariate
 
 Module = TypeVar("Module", bound=nn.Module)
 

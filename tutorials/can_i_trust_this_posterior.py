@@ -53,8 +53,8 @@ from pyro.distributions import HalfCauchy, ImproperUniform, MultivariateNormal, 
 from pyro.infer import SVI, Trace_ELBO
 
 import pyroflows as pf
-from pyroflows.infer.census import take_census
-from pyroflows.infer.polish import drift, polish
+from pyroflows.posterior.census import take_census
+from pyroflows.sampling.polishing import drift, polish
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -288,8 +288,8 @@ def on_the_line(log_density):
 
 
 def judged_by_hand(target, loc, scale):
-    density = pf.LogDensity(on_the_line(TARGETS[target]))
-    guide = pf.AutoFlow(density.continuous_model, flow=lambda features: pf.Elementwise(pf.SumOfSquares(), features))
+    density = pf.model.LogDensity(on_the_line(TARGETS[target]))
+    guide = pf.AutoFlow(density.continuous_model, flow=lambda features: pf.transforms.Elementwise(pf.univariate.SumOfSquares(), features))
     guide()
     guide.whiten(torch.tensor([loc]), torch.tensor([[scale]]))
     return pf.Posterior(guide, density, fits=take_census(density, density.initial).fits)
@@ -398,7 +398,7 @@ for _ in range(600):
     svi.step(nights, velocity)
     optimizer.step()
 
-density = pf.LogDensity(wobble, args=(nights, velocity))
+density = pf.model.LogDensity(wobble, args=(nights, velocity))
 by_weights = pf.Posterior(lost, density)
 print("Without a census:", by_weights.verdict)
 by_census = pf.fit_posterior(wobble, args=(nights, velocity), guide=lost, steps=0, progress=False)
@@ -442,7 +442,7 @@ print(f"what is missing, by the evidence   {1 - math.exp(by_weights.log_evidence
 # [Hoffman et al., 2019](https://arxiv.org/abs/1903.03704)).
 
 # %%
-chains = pf.neutra(by_weights, draws=150, chains=16, warmup=50, progress=False)
+chains = pf.posterior.neutra(by_weights, draws=150, chains=16, warmup=50, progress=False)
 display(chains.summary()[["mean", "sd", "ess_bulk", "rhat"]])
 print(f"share of the faster mode   exact {share_fast(reference):.3f}   chains {share_fast(chains.draws):.3f}")
 
@@ -468,7 +468,7 @@ print({name: np.round(density.constrain(z)["omega"].numpy(), 2) for name, z in p
 print(f"faster mode, exact: {share_fast(reference):.3f}")
 
 # %% [markdown]
-# The same by hand, for your own training loops: `pf.AutoMixture(model, components=2)`, each component placed by
+# The same by hand, for your own training loops: `pf.guides.AutoMixture(model, components=2)`, each component placed by
 # `guide.whiten(k, loc, scale_tril)`. Left where they start, all components train to the same hill.
 
 # %% [markdown]
@@ -490,7 +490,7 @@ def banana():
     pyro.sample("y", Normal(x**2, 0.5))
 
 
-bent = pf.LogDensity(banana)
+bent = pf.model.LogDensity(banana)
 guides = {
     "Gaussian": pf.fit_posterior(banana, steps=0, progress=False).guide,
     "rough flow": pf.fit_posterior(banana, guide=pf.RealNVP, steps=40, progress=False).guide,
@@ -556,7 +556,7 @@ print({f"error of {k}": round(error(found[k], truth[k]), 3) for k in truth})
 # wrong, the rule corrects; how often it accepts says how good the guide is.
 
 # %%
-jumping = pf.flow_mc(posterior, draws=200, chains=16, warmup=50, progress=False)
+jumping = pf.posterior.flow_mc(posterior, draws=200, chains=16, warmup=50, progress=False)
 display(jumping.summary()[["mean", "sd", "mcse_mean", "ess_bulk", "ess_tail", "rhat"]])
 print(f"jumps accepted             {jumping.jump_acceptance:.2f}")
 print(f"share of the faster mode   exact {share_fast(reference):.3f}   chains {share_fast(jumping.draws):.3f}")
@@ -702,7 +702,7 @@ print(f"log tau: mean {log_taus.mean():.3f} (exact {exact_mean:.3f}), sd {log_ta
 #    sign. If they are real, as for the star, a mixture or jumping chains must carry them.
 # 4. **A funnel or a long tail?** Non-centre, or give the prior a tail that you believe.
 # 5. **More work**: more steps (`steps=`), or a wider flow (`guide=lambda n: pf.RealNVP(n, transforms=12)`).
-# 6. **Chains** from the best guide so far: `pf.neutra` or `pf.flow_mc`, and R-hat.
+# 6. **Chains** from the best guide so far: `pf.posterior.neutra` or `pf.posterior.flow_mc`, and R-hat.
 # 7. If nothing helps, believe the "no". It is a result.
 
 # %% [markdown]

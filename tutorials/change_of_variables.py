@@ -91,7 +91,7 @@ pd.set_option("display.float_format", "{:.3f}".format)
 
 
 # %%
-class FirstTry(pf.Transform):
+class FirstTry(pf.transforms.Transform):
     def __init__(self, features, a=0.0, b=1.0):
         super().__init__(features)
         self.a = nn.Parameter(torch.full((features,), float(a)))
@@ -237,7 +237,7 @@ plt.show()
 
 
 # %%
-class Rotate(pf.Transform):
+class Rotate(pf.transforms.Transform):
     def __init__(self, degrees):
         super().__init__(2)
         angle = math.radians(degrees)
@@ -252,7 +252,7 @@ class Rotate(pf.Transform):
 
 
 stages = [Rotate(30), JohnsonSU(2, a=0.4, b=0.9), Rotate(-60), JohnsonSU(2, a=-0.3, b=1.2).inv]
-composed = pf.Compose(stages)
+composed = pf.transforms.Compose(stages)
 verdict(composed)
 
 # %% [markdown]
@@ -318,7 +318,7 @@ for k, ax in enumerate(axes):
     draw_density(ax, density_after(stages[:k]), box)
     draw_grid(ax, stages[:k])
     with torch.no_grad():
-        image, _ = pf.Compose([Rotate(0), *stages[:k]]).forward_and_log_det(cell)
+        image, _ = pf.transforms.Compose([Rotate(0), *stages[:k]]).forward_and_log_det(cell)
     ax.fill(*image.T, color=GREEN)
     frame(ax, box, names[k])
 plt.show()
@@ -371,9 +371,9 @@ D = 8
 first_half = torch.arange(D) < D // 2
 pyro.set_rng_seed(1)
 examples = {
-    "coupling": randomise(pf.AffineCoupling(D, mask=first_half, hidden_features=(16, 16)), 0.5),
-    "autoregressive": randomise(pf.AffineAutoregressive(D, hidden_features=(16, 16)), 0.6),
-    "planar": randomise(pf.Planar(D), 0.8),
+    "coupling": randomise(pf.transforms.AffineCoupling(D, mask=first_half, hidden_features=(16, 16)), 0.5),
+    "autoregressive": randomise(pf.transforms.AffineAutoregressive(D, hidden_features=(16, 16)), 0.6),
+    "planar": randomise(pf.transforms.Planar(D), 0.8),
     "stack of 6 couplings": randomise(pf.RealNVP(D, transforms=6, hidden_features=(16, 16), mixing=None).transform, 0.35),
 }
 point = torch.randn(D)
@@ -441,8 +441,8 @@ stay_first = torch.tensor([True, False])
 pyro.set_rng_seed(2)
 layers = {
     "base": None,
-    "additive coupling (NICE)": randomise(pf.AdditiveCoupling(2, mask=stay_first, hidden_features=(16, 16)), 0.9),
-    "affine coupling (RealNVP)": randomise(pf.AffineCoupling(2, mask=stay_first, hidden_features=(16, 16)), 0.6),
+    "additive coupling (NICE)": randomise(pf.transforms.AdditiveCoupling(2, mask=stay_first, hidden_features=(16, 16)), 0.9),
+    "affine coupling (RealNVP)": randomise(pf.transforms.AffineCoupling(2, mask=stay_first, hidden_features=(16, 16)), 0.6),
 }
 box = (-4, 4, -4, 4)
 
@@ -498,7 +498,7 @@ plt.show()
 # Every transform says which of its directions is fast, and `inv` exchanges them:
 
 # %%
-maf_layer = pf.AffineAutoregressive(3)
+maf_layer = pf.transforms.AffineAutoregressive(3)
 print("AffineAutoregressive:    fast =", maf_layer.fast)
 print("AffineAutoregressive.inv: fast =", maf_layer.inv.fast)
 
@@ -556,10 +556,10 @@ def with_parameters(layer, *raw):
 
 
 pictures = {
-    "planar, splits": with_parameters(pf.Planar(2), 1.5, 0.5, 2.0, 0.5, 0.0),  # u, w, b
-    "planar, squeezes": with_parameters(pf.Planar(2), -0.6, -0.3, 1.2, 0.3, 0.5),
-    "radial, pushes away": with_parameters(pf.Radial(2), 0.5, 0.5, 0.0, 1.5),  # centre, alpha and k = beta / alpha, raw
-    "radial, pulls in": with_parameters(pf.Radial(2), 0.5, 0.5, 1.0, -0.8),
+    "planar, splits": with_parameters(pf.transforms.Planar(2), 1.5, 0.5, 2.0, 0.5, 0.0),  # u, w, b
+    "planar, squeezes": with_parameters(pf.transforms.Planar(2), -0.6, -0.3, 1.2, 0.3, 0.5),
+    "radial, pushes away": with_parameters(pf.transforms.Radial(2), 0.5, 0.5, 0.0, 1.5),  # centre, alpha and k = beta / alpha, raw
+    "radial, pulls in": with_parameters(pf.transforms.Radial(2), 0.5, 0.5, 1.0, -0.8),
 }
 fig, axes = plt.subplots(1, 4, figsize=(10.5, 2.9), layout="constrained")
 for ax, (title, layer) in zip(axes, pictures.items(), strict=True):
@@ -576,7 +576,7 @@ plt.show()
 
 # %%
 somewhere = torch.tensor([[1.0, -1.0], [0.3, 2.0]])
-for planar in (dist.transforms.planar(2), pf.Planar(2)):
+for planar in (dist.transforms.planar(2), pf.transforms.Planar(2)):
     package = type(planar).__module__.split(".")[0]
     try:
         log_prob = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [planar]).log_prob(somewhere)
@@ -612,7 +612,7 @@ for layer in (pictures["planar, splits"], pictures["radial, pushes away"]):
 
 # %%
 K, B = 6, 3.0
-spline = pf.RationalQuadraticSpline(bins=K, bound=B)
+spline = pf.univariate.RationalQuadraticSpline(bins=K, bound=B)
 raw_widths = torch.tensor([0.0, 0.2, -0.1, 0.1, -0.1, 0.2])
 raw_heights = torch.tensor([0.2, -0.6, 0.6, 0.3, -0.7, 0.6])
 raw_slopes = torch.tensor([-0.3, -0.6, 0.9, -0.4, -0.5])
@@ -856,9 +856,9 @@ def train_by_svi(energy, flow, steps, step_size=1e-2, particles=128):
 
 
 settings = {
-    ("banana", "Gaussian"): (lambda: pf.Flow([pf.LowerTriangularAffine(2)]), 500),
+    ("banana", "Gaussian"): (lambda: pf.Flow([pf.transforms.LowerTriangularAffine(2)]), 500),
     ("banana", "IAF"): (lambda: pf.IAF(2, transforms=3, hidden_features=(32, 32)), 1200),
-    ("ring", "Gaussian"): (lambda: pf.Flow([pf.LowerTriangularAffine(2)]), 500),
+    ("ring", "Gaussian"): (lambda: pf.Flow([pf.transforms.LowerTriangularAffine(2)]), 500),
     ("ring", "IAF"): (lambda: pf.IAF(2, transforms=4, hidden_features=(32, 32)), 1200),
 }
 guides, histories, rows = {}, {}, {}
@@ -931,7 +931,7 @@ plt.show()
 
 # %%
 pyro.set_rng_seed(0)
-gaussians = {"forward": pf.Flow([pf.LowerTriangularAffine(2)]), "reverse": pf.Flow([pf.LowerTriangularAffine(2)])}
+gaussians = {"forward": pf.Flow([pf.transforms.LowerTriangularAffine(2)]), "reverse": pf.Flow([pf.transforms.LowerTriangularAffine(2)])}
 pf.fit_density(gaussians["forward"], train, learning_rate=2e-2, max_epochs=10, progress=False)
 train_by_svi(lambda z: -moons_log_prob(z), gaussians["reverse"], steps=400, step_size=2e-2, particles=32)
 reverse = pf.RealNVP(2, transforms=6, hidden_features=(32, 32), mask="half", mixing=None)

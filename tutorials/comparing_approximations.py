@@ -26,7 +26,7 @@
 # | RealNVP | affine coupling layers, with linear maps between them: `pf.RealNVP` |
 # | splines | couplings by rational-quadratic splines, likewise: `pf.NSF` |
 # | NUTS | Pyro's No-U-Turn sampler, one chain |
-# | NeuTra | Hamiltonian Monte Carlo in the base space of the RealNVP above: `pf.neutra` |
+# | NeuTra | Hamiltonian Monte Carlo in the base space of the RealNVP above: `pf.posterior.neutra` |
 #
 # The four posteriors each have a trouble of their own: *correlation*, a *bend*, a *funnel*, and *two modes*.
 #
@@ -58,7 +58,7 @@ from pyro.infer.importance import vectorized_importance_weights
 
 import pyroflows as pf
 from pyroflows.examples import load_example
-from pyroflows.plotting import hardest_pair
+from pyroflows.report.plots import hardest_pair
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -154,7 +154,7 @@ def by_nuts(model, data, fits):
 
 def by_neutra(model, data, fits):
     start = time.process_time()
-    chains = pf.neutra(fits["RealNVP"], draws=100, chains=16, warmup=50, progress=False)
+    chains = pf.posterior.neutra(fits["RealNVP"], draws=100, chains=16, warmup=50, progress=False)
     seconds = time.process_time() - start
     ess = min(float(values.min()) for values in chains.ess.values())
     draws = {name: values.flatten(0, 1) for name, values in chains.draws.items()}
@@ -219,7 +219,7 @@ def run(name, model, data, exact_draws):
 
 # %% [markdown]
 # And two pictures for each posterior: the pair of scalars that is hardest to fit (chosen by
-# `pyroflows.plotting.hardest_pair` from the exact draws: the pair whose dependence a Gaussian explains least), and the
+# `pyroflows.report.plots.hardest_pair` from the exact draws: the pair whose dependence a Gaussian explains least), and the
 # marginals of these two.
 
 # %%

@@ -518,7 +518,7 @@ print(gaussian.verdict)
 # 3. **Take a wider flow**:
 #    `guide=lambda features: pf.RealNVP(features, transforms=10, hidden_features=(128, 128))`.
 # 4. **Reparametrise.** A simpler shape is easier for every method.
-# 5. **Hand over to MCMC**, with the flow as its map of the terrain: `pf.neutra(posterior)`, or NUTS (exercise 3).
+# 5. **Hand over to MCMC**, with the flow as its map of the terrain: `pf.posterior.neutra(posterior)`, or NUTS (exercise 3).
 #
 # Number 4 is the classical cure for a funnel, so let us try it. The *non-centred* form has the standardised effects
 # of section 3 as its latent variables, $\theta_j = \mu + \tau\,\tilde\theta_j$ with $\tilde\theta_j \sim N(0, 1)$. It is a
@@ -572,6 +572,6 @@ for name, table in tip.items():
 #    draws = neutra.transform_sample(latent.unsqueeze(1))  # room for the dimension of the plate
 #    ```
 #
-#    (`pf.neutra(posterior)` does the like for many chains at once, by Hamiltonian Monte Carlo.) Compare the draws with the
+#    (`pf.posterior.neutra(posterior)` does the like for many chains at once, by Hamiltonian Monte Carlo.) Compare the draws with the
 #    reference, in a table as above. How many effective draws of $\tau$ do you get, and how many does plain `NUTS(model)`
 #    give you in the same time?

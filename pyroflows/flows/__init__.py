@@ -1,7 +1,7 @@
 """Flows: transforms over a base, that are distributions when called."""
 
-from .assembly import MIXINGS
 from .flow import Flow
+from .options import MIXINGS
 from .presets import (
     BNAF,
     BPF,

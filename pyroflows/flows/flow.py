@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._checks import check_context
-from ..distributions.flow_distribution import FlowDistribution, StandardNormal, bijection_onto
+from ..distributions.flow import FlowDistribution, StandardNormal, bijection_onto
 from ..transforms import Compose, Standardize, Transform
 
 __all__ = ["Flow"]
@@ -63,7 +63,7 @@ class Flow(PyroModule):
 
     Example:
         >>> import pyroflows as pf
-        >>> flow = pf.Flow([pf.AffineCoupling(3), pf.Reverse(3), pf.AffineCoupling(3)])
+        >>> flow = pf.Flow([pf.transforms.AffineCoupling(3), pf.transforms.Reverse(3), pf.transforms.AffineCoupling(3)])
         >>> flow().sample((5,)).shape
         torch.Size([5, 3])
     """

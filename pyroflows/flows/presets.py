@@ -15,32 +15,34 @@ from .._checks import check_size
 from ..nn.made import check_order
 from ..transforms import (
     AdditiveCoupling,
-    Affine,
     AffineCoupling,
     Autoregressive,
-    Bernstein,
     BlockAutoregressive,
-    CircularSpline,
     ContinuousFlow,
     Coupling,
     GlowStep,
+    Planar,
+    Radial,
+    Rescale,
+    Residual,
+    Sylvester,
+    Transform,
+    coupling_masks,
+)
+from ..univariate import (
+    Affine,
+    Bernstein,
+    CircularSpline,
     LinearRationalSpline,
     LogisticMixture,
     MonotoneIntegral,
     MonotoneNetwork,
-    Planar,
-    Radial,
     RationalQuadraticSpline,
-    Rescale,
-    Residual,
     SumOfSquares,
-    Sylvester,
-    Transform,
     Univariate,
-    coupling_masks,
 )
-from .assembly import Mixing, mixed, with_tails
 from .flow import Base, Flow
+from .options import Mixing, mixed, with_tails
 
 __all__ = [
     "BNAF",
@@ -144,7 +146,7 @@ class RealNVP(Flow):
             degrees.
         base: Base distribution; the standard normal by default.
         support: Constraint that values satisfy; the whole space by default.
-        scale: How raw parameters give scales; see :class:`pyroflows.transforms.Affine`.
+        scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
         bound: Bound of the soft clip on the log-scale.
         name: Name in the param store.
         reversible: Whether training recomputes activations by inversion instead of keeping them.
@@ -200,7 +202,7 @@ class MAF(Flow):
         transforms: Number of layers.
         hidden_features: Widths of each layer's network.
         activation: Its activation, a callable without arguments that makes a module.
-        scale: How raw parameters give scales; see :class:`pyroflows.transforms.Affine`.
+        scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
         bound: Bound of the soft clip on the log-scale.
         order: ``"alternating"`` (natural, then reversed, from layer to layer), ``"natural"``, ``"random"`` (a new one for
             every layer, the same for every flow) or a permutation.
@@ -272,7 +274,7 @@ class IAF(Flow):
         transforms: Number of layers.
         hidden_features: Widths of each layer's network.
         activation: Its activation, a callable without arguments that makes a module.
-        scale: How raw parameters give scales; see :class:`pyroflows.transforms.Affine`.
+        scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
         bound: Bound of the soft clip on the log-scale.
         order: ``"alternating"`` (natural, then reversed, from layer to layer), ``"natural"``, ``"random"`` (a new one for
             every layer, the same for every flow) or a permutation.
@@ -927,7 +929,7 @@ class Glow(Flow):
         hidden_features: Widths of each coupling's network.
         activation: Its activation, a callable without arguments that makes a module.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
-        scale: How raw parameters give scales; see :class:`pyroflows.transforms.Affine`.
+        scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
         bound: Bound of the soft clip on the log-scale.
         mixing: What mixes entries between two layers: a name of :data:`pyroflows.flows.MIXINGS`, such as ``"lu"``, or a
             callable that makes a transform of so many features.

@@ -17,8 +17,9 @@ from .._checks import check_positive
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..flows.flow import Base
-from ..transforms import Compose, Elementwise, LowerTriangularAffine, MonotoneNetwork, SumOfSquares, Transform
-from .initialization import check_support, init_to_median
+from ..model.start import check_support, init_to_median
+from ..transforms import Compose, Elementwise, LowerTriangularAffine, Transform
+from ..univariate import MonotoneNetwork, SumOfSquares
 
 __all__ = ["AutoFlow"]
 

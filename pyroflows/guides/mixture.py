@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .._checks import check_size
 from ..distributions import FlowMixture
 from ..flows import Flow
+from ..model.start import init_to_median
 from ..transforms import Transform
 from .auto import FlowGuide, whiten
-from .initialization import init_to_median
 
 __all__ = ["AutoMixture"]
 

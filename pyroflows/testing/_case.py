@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from .._checks import check_context, check_tensor
-from ..distributions.flow_distribution import sum_rightmost
+from ..distributions.flow import sum_rightmost
 from ..flows import Flow
 from ..transforms import Transform
 

@@ -143,7 +143,7 @@ def check(
         >>> from pyroflows.testing import check
         >>> check(pf.RealNVP(features=2, transforms=2, hidden_features=(8,)), only=["round_trip", "log_det"]).ok
         True
-        >>> class Doubling(pf.Transform):
+        >>> class Doubling(pf.transforms.Transform):
         ...     def forward_and_log_det(self, x, context=None):
         ...         return 2 * x, x.new_zeros(x.shape[:-1])
         ...     def inverse_and_log_det(self, y, context=None):
@@ -202,7 +202,7 @@ def laws(
 
         >>> import pyroflows as pf
         >>> from pyroflows.testing import laws
-        >>> for law in laws(lambda: pf.Reverse(3), only=["log_det", "round_trip"]):
+        >>> for law in laws(lambda: pf.transforms.Reverse(3), only=["log_det", "round_trip"]):
         ...     law()
     """
     if not callable(make_or_instance):

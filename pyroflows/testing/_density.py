@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from ..distributions.flow_distribution import sum_rightmost
+from ..distributions.flow import sum_rightmost
 from ..flows import Flow
 from ..transforms import Transform
 from ._case import ROUNDINGS, Case, LeftOut, bijection, per_point, transform_of, with_room

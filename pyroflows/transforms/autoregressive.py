@@ -13,9 +13,9 @@ from .._checks import broadcast_batch, check_size
 from .._memory import transforming
 from ..nn import MADE
 from ..nn.made import Folding, Unfolding, Weights
+from ..univariate.base import Affine, Univariate, codes_of, encode, support_of
 from .base import Transform, vjp
 from .elementwise import identity_table
-from .univariate import Affine, Univariate, codes_of, encode, support_of
 
 __all__ = ["AffineAutoregressive", "Autoregressive"]
 
@@ -82,7 +82,8 @@ class Autoregressive(Transform):
         https://arxiv.org/abs/2002.03629
 
     Example:
-        >>> from pyroflows.transforms import Affine, Autoregressive
+        >>> from pyroflows.univariate import Affine
+        >>> from pyroflows.transforms import Autoregressive
         >>> t = Autoregressive(Affine(), 3, order=[2, 0, 1])
         >>> t.fast, t(torch.ones(5, 3)).shape
         ('inverse', torch.Size([5, 3]))

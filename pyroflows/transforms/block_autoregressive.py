@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .._checks import broadcast_batch, check_hidden
 from ..nn.made import check_order
-from ._numeric import invert
+from ..univariate._numeric import invert
 from .autoregressive import Order, named_order
 from .base import Transform, vjp
 from .linear import inverse_permutation

@@ -11,10 +11,10 @@ from torch.distributions import constraints
 
 from .._checks import broadcast_batch, check_size
 from ..nn import MLP
+from ..univariate.base import Affine, Shift, Univariate, codes_of, encode, fast_of, support_of
 from .base import Transform, vjp
 from .elementwise import identity_table
 from .linear import inverse_permutation
-from .univariate import Affine, Shift, Univariate, codes_of, encode, fast_of, support_of
 
 __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "coupling_masks"]
 
@@ -138,7 +138,8 @@ class Coupling(Transform):
         Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
 
     Example:
-        >>> from pyroflows.transforms import Affine, Coupling
+        >>> from pyroflows.univariate import Affine
+        >>> from pyroflows.transforms import Coupling
         >>> t = Coupling(Affine(), 3, mask=[True, False, False])
         >>> t(torch.ones(5, 3)).shape
         torch.Size([5, 3])

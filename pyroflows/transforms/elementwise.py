@@ -10,8 +10,8 @@ from torch.distributions import constraints
 
 from .._checks import broadcast_batch
 from ..nn import MLP
+from ..univariate.base import Scale, Univariate, fast_of, support_of
 from .base import Transform, vjp
-from .univariate import Scale, Univariate, fast_of, support_of
 
 __all__ = ["Elementwise", "Rescale"]
 
@@ -46,7 +46,8 @@ class Elementwise(Transform):
         ValueError: If a size is not positive.
 
     Example:
-        >>> from pyroflows.transforms import Affine, Elementwise
+        >>> from pyroflows.univariate import Affine
+        >>> from pyroflows.transforms import Elementwise
         >>> Elementwise(Affine(), 3)(torch.ones(3)).shape
         torch.Size([3])
     """

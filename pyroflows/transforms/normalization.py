@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .._checks import check_positive
 from .._memory import transforming
+from ..univariate.base import Affine
 from .base import Transform
 from .elementwise import Elementwise
-from .univariate import Affine
 
 __all__ = ["ActNorm", "BatchNorm"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_size
-from ._numeric import invert
+from ..univariate._numeric import invert
 from .linear import Parametric, accumulate, multiply, solve_triangle
 
 __all__ = ["Planar", "Radial", "Sylvester"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .._checks import check_positive
 from ..nn import MLP
+from ..univariate._numeric import readable
 from ._jacobian import Feedforward, Jacobian, check_trace
-from ._numeric import readable
 from .base import Transform
 
 __all__ = ["Residual"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
+from ..univariate.polynomial import soft_clip
 from .base import Transform, vjp
 from .elementwise import Elementwise
-from .polynomial import soft_clip
 
 __all__ = ["LOFT", "GPDTail", "tail_transform"]
 

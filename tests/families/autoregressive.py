@@ -7,9 +7,10 @@ from collections.abc import Callable
 from torch import nn
 
 import pyroflows as pf
-from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms import Transform
 from pyroflows.transforms.autoregressive import AffineAutoregressive, Autoregressive
-from pyroflows.transforms.splines import CircularSpline, RationalQuadraticSpline
+from pyroflows.univariate import Univariate
+from pyroflows.univariate.splines import CircularSpline, RationalQuadraticSpline
 
 from .sizes import NET, C, D
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyroflows as pf
-from pyroflows.transforms import Coupling, Transform, Univariate
+from pyroflows.transforms import Coupling, Transform
 from pyroflows.transforms.block_autoregressive import BlockAutoregressive
-from pyroflows.transforms.monotone import MonotoneIntegral, MonotoneNetwork
+from pyroflows.univariate import Univariate
+from pyroflows.univariate.monotone import MonotoneIntegral, MonotoneNetwork
 
 from .sizes import NET, C, D
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyroflows as pf
-from pyroflows.transforms import Bernstein, Coupling, Elementwise, LogisticMixture, SumOfSquares, Transform, Univariate
+from pyroflows.transforms import Coupling, Elementwise, Transform
+from pyroflows.univariate import Bernstein, LogisticMixture, SumOfSquares, Univariate
 
 from .sizes import NET, C, D
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pyroflows as pf
-from pyroflows.transforms import Orthogonal, Transform, Univariate
+from pyroflows.transforms import Orthogonal, Transform
+from pyroflows.univariate import Univariate
 
 from .sizes import NET, C, D
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyroflows as pf
-from pyroflows.transforms import Transform, Univariate
+from pyroflows.transforms import Transform
 from pyroflows.transforms.residual import Residual
+from pyroflows.univariate import Univariate
 
 from .sizes import NET, C, D
 

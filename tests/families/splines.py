@@ -8,8 +8,9 @@ import pyro.distributions as dist
 import torch
 
 import pyroflows as pf
-from pyroflows.transforms import Coupling, Elementwise, Transform, Univariate
-from pyroflows.transforms.splines import CircularSpline, LinearRationalSpline, RationalQuadraticSpline
+from pyroflows.transforms import Coupling, Elementwise, Transform
+from pyroflows.univariate import Univariate
+from pyroflows.univariate.splines import CircularSpline, LinearRationalSpline, RationalQuadraticSpline
 
 from .sizes import NET, C, D
 

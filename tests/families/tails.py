@@ -8,7 +8,8 @@ import torch
 
 import pyroflows as pf
 from pyroflows.distributions import mixture_base
-from pyroflows.transforms import LOFT, AffineCoupling, Elementwise, GPDTail, Transform, Univariate
+from pyroflows.transforms import LOFT, AffineCoupling, Elementwise, GPDTail, Transform
+from pyroflows.univariate import Univariate
 
 from .sizes import NET, C, D
 

@@ -1,0 +1,174 @@
+"""Gaussian fits of a log density, to start flows from."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model.density import LogDensity
+
+__all__ = ["Gaussian", "Gaussians", "fit_gaussian", "fit_gaussians"]
+
+
+# Where a density does not fall off, the widths grow until they overflow.
+WIDEST = 1e15
+
+
+class Gaussian(NamedTuple):
+    """A normal law and its ELBO.
+
+    Attributes:
+        loc: Mean, of shape ``(features,)``.
+        scale_tril: Lower-triangular root of the covariance, of shape ``(features, features)``.
+        elbo: Monte Carlo estimate of the evidence lower bound.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float
+
+
+class Gaussians(NamedTuple):
+    """Several normal laws and their ELBOs.
+
+    Attributes:
+        loc: Means, of shape ``(count, features)``.
+        root: Roots of the covariances, of shape ``(count, features, features)``.
+        elbo: Monte Carlo estimates of the evidence lower bounds, of shape ``(count,)``.
+    """
+
+    loc: Tensor
+    root: Tensor
+    elbo: Tensor
+
+    def where(self, condition: Tensor, other: Gaussians) -> Gaussians:
+        """Those of ``self`` where the condition of shape ``(count,)`` holds, else those of ``other``."""
+        loc = torch.where(condition[:, None], self.loc, other.loc)
+        root = torch.where(condition[:, None, None], self.root, other.root)
+        return Gaussians(loc, root, torch.where(condition, self.elbo, other.elbo))
+
+    def pick(self, index: Tensor) -> Gaussians:
+        """Some of them, by their indices or a mask."""
+        return Gaussians(self.loc[index], self.root[index], self.elbo[index])
+
+    def one(self, index: int) -> Gaussian:
+        """One of them."""
+        return Gaussian(self.loc[index], _lower_root(self.root[index]), float(self.elbo[index]))
+
+
+def fit_gaussian(density: LogDensity, start: Tensor, steps: int = 30, draws: int = 256, seed: int = 0) -> Gaussian:
+    """Fits a Gaussian by saddle-free Newton steps in whitened units; see :func:`fit_gaussians`.
+
+    Args:
+        density: The log density.
+        start: Where to start, of shape ``(features,)``, with a finite log density.
+        steps: Most steps to take.
+        draws: Draws for each ELBO; the same for all of them.
+        seed: Seed of these draws.
+
+    Returns:
+        The Gaussian with the best ELBO.
+    """
+    best, _ = fit_gaussians(density, start.unsqueeze(0), steps, draws, seed)
+    return best.one(0)
+
+
+def fit_gaussians(
+    density: LogDensity, starts: Tensor, steps: int = 30, draws: int = 256, seed: int = 0
+) -> tuple[Gaussians, Gaussians]:
+    r"""Fits a Gaussian from each of many starts at once, by saddle-free Newton steps in whitened units.
+
+    Each step takes the Hessian of :math:`\log p` along the columns of the current root :math:`L`, by central differences
+    of the gradient,
+
+    .. math:: H = \tfrac{1}{2h} L^\top [\nabla \log p(z + h L) - \nabla \log p(z - h L)] = V \operatorname{diag}(w) V^\top,
+
+    renews the root, :math:`L \leftarrow L V |w|^{-1/2}`, and moves along :math:`L L^\top \nabla \log p` by the best of a
+    geometric series of lengths. In whitened units neither the scale nor the correlation of the parameters matters, and
+    with :math:`|w|` a saddle repels. Where the density has no finite mode, the ELBO says which point on the way to take.
+
+    Args:
+        density: The log density.
+        starts: Where to start, of shape ``(count, features)``, with finite log densities.
+        steps: Most steps to take.
+        draws: Draws for each ELBO; the same for all of them.
+        seed: Seed of these draws.
+
+    Returns:
+        For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a mode if there is one.
+
+    Reference:
+        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle point problem in
+        high-dimensional non-convex optimization", 2014,
+        https://arxiv.org/abs/1406.2572
+    """
+    n = density.features
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(draws // 2, n, generator=generator, device="cpu", dtype=starts.dtype).to(starts.device)
+    if len(noise) >= n:
+        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no sampling error.
+        noise = torch.linalg.solve_triangular(torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False).mT
+    noise = torch.cat([noise, -noise])
+    root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
+    last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))
+    unimproved = torch.zeros_like(best.elbo)
+    going = unimproved == 0
+    for _ in range(steps):
+        if not bool(going.any()):
+            break
+        index = going.nonzero().squeeze(-1)
+        now = last.pick(index)
+        root, gradient = _renew_roots(density, now.loc, now.root)
+        sound = root.abs().amax((-2, -1)) < WIDEST
+        root = torch.where(sound[:, None, None], root, now.root)
+        direction = (root @ (root.mT @ gradient.unsqueeze(-1))).squeeze(-1)
+        loc, moved = _line_searches(density, now.loc, direction)
+        new = Gaussians(loc, root, _elbos(density, loc, root, noise))
+        held = best.pick(index)
+        unimproved[index] = torch.where(new.elbo > held.elbo + 1e-2, 0.0, unimproved[index] + 1)
+        best = _put(best, index, new.where(new.elbo > held.elbo, held))
+        last = _put(last, index, new)
+        stuck = (unimproved[index] >= 5) | ((unimproved[index] > 0) & ~moved)
+        going[index] = sound & ~stuck
+    return best, last
+
+
+def _put(into: Gaussians, index: Tensor, new: Gaussians) -> Gaussians:
+    return Gaussians(*(old.index_put((index,), value) for old, value in zip(into, new, strict=True)))
+
+
+def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    n = z.shape[-1]
+    width = 1e-3 if z.dtype == torch.float64 else 3e-2
+    centre = z.unsqueeze(-2)
+    points = torch.cat([centre + width * root.mT, centre - width * root.mT, centre], -2)
+    gradients = density.value_and_grad(points)[1]
+    change = (gradients[:, :n] - gradients[:, n : 2 * n]) / (2 * width) @ root
+    change = -(change + change.mT) / 2
+    finite = change.isfinite().all(-1).all(-1)[:, None, None]
+    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, change, torch.eye(n, dtype=z.dtype, device=z.device)))
+    # One step changes a width by at most a factor of 30: the Hessian is known only within the present ones.
+    renewed = root @ (vectors * eigenvalues.abs().clamp(1e-3, 1e3).rsqrt().unsqueeze(-2))
+    return torch.where(finite, renewed, root), gradients[:, -1].nan_to_num(0.0, 0.0, 0.0)
+
+
+def _line_searches(density: LogDensity, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = 2.0 ** torch.arange(-14, 5, dtype=z.dtype, device=z.device)
+    points = torch.cat([z.unsqueeze(-2), z.unsqueeze(-2) + lengths.unsqueeze(-1) * direction.unsqueeze(-2)], -2)
+    values = density.log_prob(points).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+    best = values.argmax(-1)
+    return points[torch.arange(len(z), device=z.device), best], best > 0
+
+
+def _elbos(density: LogDensity, z: Tensor, root: Tensor, noise: Tensor) -> Tensor:
+    values = density.log_prob(z.unsqueeze(-2) + noise @ root.mT)
+    entropy = torch.linalg.slogdet(root)[1] + 0.5 * z.shape[-1] * (1 + math.log(2 * math.pi))
+    return (values.mean(-1) + entropy).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+
+
+def _lower_root(root: Tensor) -> Tensor:
+    upper = torch.linalg.qr(root.mT)[1]
+    return upper.mT * upper.diagonal().sign()

@@ -1,0 +1,511 @@
+"""The bridge to ArviZ: plain numpy arrays in, ArviZ's containers and diagnostics out.
+
+One code for ArviZ 0.23 (`InferenceData`) and ArviZ 1.x (`DataTree`). It knows nothing of torch and of the
+rest of pyroflows, so that it can be tested where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+__all__ = ["Loo", "diagnostics", "load", "loo", "psis", "save", "summary", "to_inference_data"]
+
+SAMPLE_DIMS = ("chain", "draw")
+HDI_PROBABILITY = 0.94
+# The engine that ArviZ 0.23 depends on and that ArviZ 1.x offers as an extra.
+ENGINE = "h5netcdf"
+# ArviZ 1.x fits no shorter tail: its first quartile must differ from its minimum.
+SHORTEST_TAIL = 6
+# Over so small a range of log weights smoothing changes nothing, and what varies may be rounding: a float32
+# log density of 1e4 is known to 1e-3, which leaves ties that no Pareto distribution fits.
+FLAT_TAIL = 1e-2
+# The shape from which on a generalised Pareto distribution has no mean.
+NO_MEAN = 1.0
+
+
+class Loo(NamedTuple):
+    """Leave-one-out cross-validation, observation by observation.
+
+    Attributes:
+        elpd: Log predictive density of each observation given the others, of shape `(observations,)`.
+        khat: Shape of the tail of its importance weights, of shape `(observations,)`.
+        p_loo: Effective number of parameters.
+    """
+
+    elpd: np.ndarray
+    khat: np.ndarray
+    p_loo: float
+
+
+def to_inference_data(
+    groups: Mapping[str, Mapping[str, Any]],
+    dims: Mapping[str, Sequence[str | None]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Put arrays into ArviZ's container: an `InferenceData` on ArviZ 0.x, an `xarray.DataTree` on ArviZ 1.x.
+
+    Args:
+        groups: Group name -> variable name -> array, such as `{"posterior": {"theta": draws}}`. Arrays are
+            `(chain, draw, *shape)`; in groups with "data" in their name (`observed_data`, `constant_data`)
+            they are `*shape`. Empty groups are left out.
+        dims: Variable name -> names of the dimensions of `shape`, from the left, the same in all groups.
+            Dimension `i` without a name, or named None, becomes `<variable>_dim_<i>`. In groups that begin
+            with "log_" (`log_likelihood`), which have lost the dimensions of the event, surplus names are
+            ignored.
+        coords: Dimension name -> labels, one for each entry. Dimensions without labels are numbered from 0.
+        attrs: What to note on the whole. None is left out, booleans become 0 or 1, and what netCDF cannot
+            hold becomes its `str`, so that the result can always be saved.
+
+    A "/" in a name (`pyro.poutine.scope` writes them) becomes ".", because netCDF keeps "/" for groups.
+
+    Returns:
+        The container, with one dataset for each group.
+
+    Raises:
+        ValueError: If an array lacks the dimensions chain and draw, if `dims` or `coords` do not fit the
+            arrays, or if two names of one group are the same.
+        TypeError: If draws are not real numbers, if data are neither real numbers nor strings, or if `dims`
+            gives a string for a sequence.
+
+    Reference:
+        ArviZ: a unified library for exploratory analysis of Bayesian models in Python (Kumar, Carroll,
+        Hartikainen, Martin, 2019), https://doi.org/10.21105/joss.01143
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import to_inference_data
+        >>> draws = {"mu": np.zeros((1, 100)), "theta": np.zeros((1, 100, 2))}
+        >>> data = to_inference_data(
+        ...     {"posterior": draws}, dims={"theta": ["school"]}, coords={"school": ["Choate", "Deerfield"]}
+        ... )
+        >>> data["posterior"]["theta"].dims
+        ('chain', 'draw', 'school')
+    """
+    datasets = {group: _dataset(group, arrays, dims or {}, coords or {}) for group, arrays in groups.items() if arrays}
+    notes = {str(key): _storable(value) for key, value in (attrs or {}).items() if value is not None}
+    arviz = _import_arviz()
+    if not _has_datatree(arviz):
+        return arviz.InferenceData(attrs=notes, **datasets)
+    from xarray import DataTree
+
+    tree = DataTree.from_dict(datasets)
+    tree.attrs.update(notes)
+    return tree
+
+
+def psis(log_weights: Any) -> tuple[np.ndarray, float]:
+    r"""Smooth the largest importance weights by Pareto-smoothed importance sampling.
+
+    The `M` largest of `N` weights :math:`w_i = p(x_i) / q(x_i)` (`M` is :math:`3 \sqrt N`, at most `N / 5`)
+    are replaced by quantiles of the generalised Pareto distribution fitted to them, whose shape is k-hat.
+    Weights with k-hat below 0.7 give reliable estimates. ArviZ does the fit; around it these cases are
+    settled:
+
+    - The `M` largest weights (all weights, where there are too few for a tail) are equal up to a factor of
+      1.01: the weights are bounded as far as the draws can tell, as those of an exact guide are. k-hat is
+      `-inf`.
+    - Fewer than 30 draws, or fewer draws of non-zero weight than the fit needs: the draws do not show that
+      the weights are reliable. k-hat is `inf`.
+    - k-hat is 1 or more: the fitted distribution has no mean. So it comes out where most of the tail lies on a
+      plateau, as with a guide that is all but exact; its quantiles in place of the weights would then bias every
+      estimate.
+    - ArviZ finds no fit (1.x finds none where a quarter of the tail is one and the same weight). k-hat is
+      `inf`.
+
+    In these cases the weights are normalised but not smoothed.
+
+    Args:
+        log_weights: Log weights of any shape, `(draws,)` or `(chain, draw)`, in any normalisation. `-inf` is
+            a draw of weight zero.
+
+    Returns:
+        The smoothed log weights in float64, of the same shape, whose `logsumexp` is 0, and k-hat.
+
+    Raises:
+        ValueError: If there are no log weights, if one is NaN or `inf`, or if all are `-inf`.
+
+    Reference:
+        Pareto smoothed importance sampling (Vehtari, Simpson, Gelman, Yao, Gabry, 2024),
+        https://jmlr.org/papers/v25/19-556.html
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import psis
+        >>> log_weights, khat = psis(np.random.default_rng(0).normal(size=4000))
+        >>> bool(khat < 0.7), round(float(np.exp(log_weights).sum()), 6)
+        (True, 1.0)
+        >>> psis(np.zeros(4000))[1]
+        -inf
+    """
+    given = np.asarray(log_weights, dtype=np.float64)
+    weights = _normalise(_checked_log_weights(given.ravel()))
+    ordered = np.sort(weights)
+    length = _tail_length(len(weights))
+    fits = length >= SHORTEST_TAIL
+    tail = ordered[-length:] if fits else ordered
+    khat = math.inf
+    if len(weights) > 1 and tail[-1] - tail[0] <= FLAT_TAIL:
+        khat = -math.inf
+    # ArviZ's versions disagree by one on the length of the tail; the threshold lies one below it.
+    elif fits and ordered[-length - 2] - ordered[-1] > math.log(np.finfo(np.float64).tiny):
+        smoothed, shape = _arviz_psis(weights)
+        if math.isfinite(shape):
+            khat = shape
+            if shape < NO_MEAN:
+                weights = _normalise(smoothed)
+    return weights.reshape(given.shape), khat
+
+
+def loo(log_likelihood: Mapping[str, Any]) -> Loo:
+    r"""Cross-validate by leaving out one observation at a time, by Pareto-smoothed importance sampling.
+
+    Args:
+        log_likelihood: Variable name -> log likelihood of each observation, of shape `(chain, draw, *shape)`. The
+            entries of all variables count as observations.
+
+    Returns:
+        The cross-validation. Where k-hat is 1 or more the weights are not smoothed, as `psis` says.
+
+    Raises:
+        ValueError: If there is no observation, or a log likelihood is NaN or `inf`, or `-inf` for all draws.
+
+    Reference:
+        Practical Bayesian model evaluation using leave-one-out cross-validation and WAIC (Vehtari, Gelman, Gabry, 2017),
+        https://arxiv.org/abs/1507.04544
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import loo
+        >>> result = loo({"y": np.random.default_rng(0).normal(size=(1, 1000, 8))})
+        >>> result.elpd.shape, bool((result.khat < 0.7).all())
+        ((8,), True)
+    """
+    arrays = [_checked_array("log_likelihood", name, values).astype(np.float64) for name, values in log_likelihood.items()]
+    columns = [array.reshape(math.prod(array.shape[:2]), math.prod(array.shape[2:])) for array in arrays]
+    observations = [column for matrix in columns for column in matrix.T]
+    if not observations:
+        raise ValueError("log_likelihood: expected at least one observation; got none")
+    # An observation is left out by dividing its likelihood away.
+    left_out = [psis(-column) for column in observations]
+    elpd = [np.logaddexp.reduce(weights + column) for (weights, _), column in zip(left_out, observations, strict=True)]
+    lppd = [np.logaddexp.reduce(column) - math.log(len(column)) for column in observations]
+    return Loo(np.array(elpd), np.array([khat for _, khat in left_out]), float(np.sum(lppd) - np.sum(elpd)))
+
+
+def summary(
+    draws: Mapping[str, Any],
+    dims: Mapping[str, Sequence[str | None]] | None = None,
+    coords: Mapping[str, Any] | None = None,
+) -> pandas.DataFrame:
+    """Tabulate mean, standard deviation and 94 % highest-density interval of every scalar parameter.
+
+    Args:
+        draws: Variable name -> equally weighted draws of shape `(draws, *shape)`.
+        dims: Variable name -> names of the dimensions of `shape`, as in `to_inference_data`.
+        coords: Dimension name -> labels, as in `to_inference_data`.
+
+    Returns:
+        A data frame with a row for each scalar, labelled as ArviZ does (`mu`, `theta[0]`, `theta[1, 2]`,
+        `theta[Choate]` where `coords` has labels), and the columns `mean`, `sd` (of the sample, with the
+        divisor `draws - 1`), `hdi_3%` and `hdi_97%` (the ends of the shortest interval that holds 94 % of
+        the draws, as ArviZ computes it).
+
+    Raises:
+        ValueError: If a variable has fewer than two draws, or if `dims` or `coords` do not fit the arrays.
+        TypeError: If draws are not real numbers, or if `dims` gives a string for a sequence.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import summary
+        >>> table = summary({"mu": np.arange(101.0), "theta": np.zeros((101, 2))})
+        >>> list(table.index), float(table.loc["mu", "mean"])
+        (['mu', 'theta[0]', 'theta[1]'], 50.0)
+    """
+    import pandas
+
+    with_chain = {name: np.asarray(values)[None] for name, values in draws.items()}
+    dataset = _dataset("posterior", with_chain, dims or {}, coords or {})
+    labels: list[str] = []
+    rows = [np.empty((0, 4))]
+    for name, variable in dataset.data_vars.items():
+        if variable.sizes["draw"] < 2:
+            raise ValueError(f"draws: expected at least 2 draws of {name!r}; got {variable.sizes['draw']}")
+        labels.extend(_labels(str(name), variable))
+        rows.append(_statistics(variable.values[0]))
+    columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
+    return pandas.DataFrame(np.concatenate(rows), index=labels, columns=columns)
+
+
+def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Judge Markov chains by what ArviZ computes from them, for every scalar parameter.
+
+    Args:
+        draws: Variable name -> draws of shape `(chain, draw, *shape)`.
+
+    Returns:
+        For `"rhat"` (of split, rank-normalised chains), `"ess_bulk"`, `"ess_tail"` and `"mcse_mean"` a mapping from
+        variable name to an array of the variable's `shape`. NaN is what ArviZ says of a constant.
+
+    Raises:
+        ValueError: If a variable has fewer than four draws a chain.
+        TypeError: If draws are not real numbers.
+
+    Reference:
+        Rank-normalization, folding, and localization: An improved R-hat for assessing convergence of MCMC (Vehtari,
+        Gelman, Simpson, Carpenter, Burkner, 2021), https://doi.org/10.1214/20-BA1221
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import diagnostics
+        >>> apart = np.random.default_rng(0).normal(size=(2, 100)) + np.array([[0.0], [5.0]])
+        >>> bool(diagnostics({"mu": apart})["rhat"]["mu"] > 1.5)
+        True
+    """
+    arviz = _import_arviz()
+    # Numbers for names, so that no variable is called as a dimension.
+    dataset = _dataset("posterior", {f"{i}": np.asarray(values) for i, values in enumerate(draws.values())}, {}, {})
+    if dataset.data_vars and dataset.sizes["draw"] < 4:
+        raise ValueError(f"draws: expected at least 4 draws a chain; got {dataset.sizes['draw']}")
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = {
+            "rhat": arviz.rhat(dataset),
+            "ess_bulk": arviz.ess(dataset, method="bulk"),
+            "ess_tail": arviz.ess(dataset, method="tail"),
+            "mcse_mean": arviz.mcse(dataset, method="mean"),
+        }
+    return {kind: {name: np.asarray(values[f"{i}"]) for i, name in enumerate(draws)} for kind, values in found.items()}
+
+
+def save(data: Any, path: str | os.PathLike[str]) -> None:
+    """Write what `to_inference_data` returned to a netCDF file, which either ArviZ can read.
+
+    A file that is already there is replaced, but only when all has been written.
+
+    Args:
+        data: An `InferenceData` (ArviZ 0.x) or `DataTree` (ArviZ 1.x).
+        path: Where to write.
+
+    Raises:
+        TypeError: If `data` is neither of the two.
+        ValueError: If the file cannot be written.
+
+    Example:
+        >>> import os, tempfile
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import load, save, to_inference_data
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "posterior.nc")
+        ...     save(to_inference_data({"posterior": {"mu": np.zeros((1, 100))}}), path)
+        ...     load(path)["posterior"]["mu"].shape
+        (1, 100)
+    """
+    if not hasattr(data, "to_netcdf"):
+        raise TypeError(f"data: expected an InferenceData or a DataTree; got {type(data).__name__}")
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"path: expected a file; got the folder {str(target)!r}")
+    partial = target.with_name(f"{target.name}.part")
+    try:
+        data.to_netcdf(str(partial), engine=ENGINE)
+        partial.replace(target)
+    except OSError as error:
+        raise ValueError(f"path: cannot write {str(target)!r}: {_reason(error)}") from error
+    finally:
+        # Whatever kept the file from being written may keep it from being removed.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read a netCDF file of ArviZ's groups into memory, whichever ArviZ wrote it, and close it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        An `InferenceData` on ArviZ 0.x, an `xarray.DataTree` on ArviZ 1.x.
+
+    Raises:
+        ValueError: If there is no such file, or if it is not netCDF.
+
+    Example:
+        See `save`.
+    """
+    source = str(Path(path))
+    arviz = _import_arviz()
+    try:
+        if not _has_datatree(arviz):
+            with arviz.rc_context({"data.load": "eager"}):
+                return arviz.from_netcdf(source, engine=ENGINE)
+        from xarray import open_datatree
+
+        with open_datatree(source, engine=ENGINE) as tree:
+            return tree.load()
+    except OSError as error:
+        raise ValueError(f"path: cannot read {source!r} as netCDF: {_reason(error)}") from error
+
+
+def _import_arviz() -> Any:
+    # ArviZ 0.23 announces its successor once a day, by a warning at import.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
+
+
+def _has_datatree(arviz: Any) -> bool:
+    return int(arviz.__version__.split(".")[0]) >= 1
+
+
+def _dataset(
+    group: str,
+    arrays: Mapping[str, Any],
+    dims: Mapping[str, Sequence[str | None]],
+    coords: Mapping[str, Any],
+) -> xarray.Dataset:
+    from xarray import Dataset
+
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    sizes: dict[str, int] = {}
+    for name, values in arrays.items():
+        array = _checked_array(group, name, values)
+        names = _dimensions(group, name, array.shape, dims.get(name, ()))
+        key = _storable_name(name)
+        if key in variables:
+            raise ValueError(f"groups: expected different names in {group!r}; got {key!r} twice")
+        for dim, size in zip(names, array.shape, strict=True):
+            if sizes.setdefault(dim, size) != size:
+                expected = f"expected {dim!r} to be as long for {name!r} as for the others in {group!r}"
+                raise ValueError(f"dims: {expected}, {sizes[dim]}; got {size}")
+        variables[key] = (names, array)
+    for name in sizes.keys() & variables.keys():
+        raise ValueError(f"dims: expected no dimension named as a variable of {group!r}; got {name!r}")
+    return Dataset(variables, coords=_coordinates(sizes, coords))
+
+
+def _checked_array(group: str, name: str, values: Any) -> np.ndarray:
+    array = np.asarray(values)
+    if array.dtype.kind not in ("biufU" if _is_data(group) else "biuf"):
+        raise TypeError(f"groups: expected real numbers for {name!r} in {group!r}; got dtype {array.dtype}")
+    return array
+
+
+def _is_data(group: str) -> bool:
+    return "data" in group
+
+
+def _dimensions(group: str, name: str, shape: tuple[int, ...], given: Sequence[str | None]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        raise TypeError(f"dims: expected a sequence of names for {name!r}; got the string {given!r}")
+    sample_dims = () if _is_data(group) else SAMPLE_DIMS
+    if len(shape) < len(sample_dims):
+        raise ValueError(f"groups: expected {name!r} in {group!r} of shape (chain, draw, ...); got {shape}")
+    rank = len(shape) - len(sample_dims)
+    names = list(given)[:rank] if group.startswith("log_") else list(given)
+    if len(names) > rank:
+        raise ValueError(f"dims: expected at most {rank} names for {name!r} in {group!r}; got {names}")
+    names += [None] * (rank - len(names))
+    named = [f"{name}_dim_{i}" if dim is None else dim for i, dim in enumerate(names)]
+    result = (*sample_dims, *map(_storable_name, named))
+    if len(set(result)) < len(result):
+        raise ValueError(f"dims: expected different names for the dimensions of {name!r}; got {result}")
+    return result
+
+
+def _coordinates(sizes: Mapping[str, int], coords: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    given = {_storable_name(dim): np.asarray(labels) for dim, labels in coords.items()}
+    for dim, size in sizes.items():
+        if dim in given and given[dim].shape != (size,):
+            raise ValueError(f"coords: expected {size} labels for {dim!r}; got shape {given[dim].shape}")
+    return {dim: given.get(dim, np.arange(size)) for dim, size in sizes.items()}
+
+
+def _storable_name(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _storable(value: Any) -> Any:
+    """Turn a note into what netCDF holds: a number, a string, or a list of either."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # a ragged list
+        return str(value)
+    if array.dtype.kind == "b":
+        array = array.astype(np.int64)
+    if array.ndim > 1 or array.dtype.kind not in "iufU":
+        return str(value)
+    return array.tolist()
+
+
+def _checked_log_weights(log_weights: np.ndarray) -> np.ndarray:
+    bad = log_weights[np.isnan(log_weights) | (log_weights == np.inf)]
+    if bad.size:
+        got = f"{bad[0]} ({bad.size} of {log_weights.size})"
+        raise ValueError(f"log_weights: expected finite numbers or -inf; got {got}")
+    if not np.isfinite(log_weights).any():
+        raise ValueError(f"log_weights: expected a draw of non-zero weight; got none in {log_weights.size}")
+    return log_weights
+
+
+def _normalise(log_weights: np.ndarray) -> np.ndarray:
+    largest = log_weights.max()
+    normalised: np.ndarray = log_weights - (largest + math.log(np.exp(log_weights - largest).sum()))
+    return normalised
+
+
+def _tail_length(draws: int) -> int:
+    return math.floor(min(draws / 5, 3 * math.sqrt(draws)))
+
+
+def _arviz_psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    arviz = _import_arviz()
+    with np.errstate(all="ignore"):
+        if not _has_datatree(arviz):
+            smoothed, khat = arviz.psislw(log_weights.copy())
+        else:
+            from arviz_stats.base import array_stats
+
+            # Here ArviZ 1.x takes log likelihoods, of which the weights are the inverse.
+            smoothed, khat = array_stats.psislw(-log_weights)
+    return np.asarray(smoothed), float(khat)
+
+
+def _labels(name: str, variable: xarray.DataArray) -> Iterator[str]:
+    labels = [variable.coords[dim].values for dim in variable.dims[len(SAMPLE_DIMS) :]]
+    for entry in product(*labels):
+        yield f"{name}[{', '.join(map(str, entry))}]" if labels else name
+
+
+def _statistics(draws: np.ndarray) -> np.ndarray:
+    columns = draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
+    if not columns.shape[1]:
+        return np.empty((0, 4))
+    return np.column_stack([columns.mean(0), columns.std(0, ddof=1), _hdi(columns)])
+
+
+def _hdi(columns: np.ndarray) -> np.ndarray:
+    arviz = _import_arviz()
+    if not _has_datatree(arviz):
+        return np.asarray(arviz.hdi(columns[None], hdi_prob=HDI_PROBABILITY))
+    from arviz_stats.base import array_stats
+
+    return np.asarray(array_stats.hdi(columns, prob=HDI_PROBABILITY, axis=0))
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)

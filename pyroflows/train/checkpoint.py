@@ -1,0 +1,169 @@
+"""Files from which an interrupted fit goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import save_whole, temporary_for
+from . import processes as distributed
+
+__all__ = ["Checkpoint"]
+
+FORMAT = 1
+
+
+class Checkpoint:
+    """A file that holds how far a fit has come: every training in it, finished or under way.
+
+    A fit that is run again with the same file takes the finished trainings from there and goes on in the one that was under
+    way, with the parameters, the state of the optimiser and the random state that it had, so that the result is the one
+    of a fit without interruption. The file holds numbers and names only, and is replaced at once, so that a kill leaves the
+    one before.
+
+    Args:
+        path: The file; it need not exist.
+        settings: What the fit depends on, as numbers, strings and lists of them by name; a file with others is refused.
+        every: Seconds between two saves.
+
+    Raises:
+        TypeError: If ``path`` is no path.
+        ValueError: If the file is no checkpoint, one of another fit, or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "fit.pt")
+        >>> first = Checkpoint(path, {"seed": 0})
+        >>> first.begin({"steps": 10}) is None
+        True
+        >>> first.save({"step": 7})
+        >>> Checkpoint(path, {"seed": 0}).begin({"steps": 10})
+        {'step': 7}
+        >>> Checkpoint(path, {"seed": 1})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: Expected a checkpoint of this fit; the one in ... has seed 0, and this fit has seed 1.
+    """
+
+    def __init__(self, path: str | PathLike[str], settings: Mapping[str, Any] | None = None, every: float = 10.0) -> None:
+        try:
+            self.path = os.fsdecode(path)
+        except TypeError:
+            raise TypeError(f"Expected checkpoint to be a path; got {path!r}.") from None
+        self.settings = dict(settings or {})
+        self.every = every
+        # One process reads, since the others may run on machines that do not see the file.
+        content: Any = distributed.agree(self._read_or_error() if distributed.is_main() else None)
+        if isinstance(content, ValueError):
+            raise content
+        self._stages: list[dict[str, Any]] = content
+        self._stage = -1
+        self._saved_at = time.perf_counter()
+
+    def begin(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Begins the next training.
+
+        Args:
+            settings: What the training depends on.
+
+        Returns:
+            The state to go on from, or ``None``.
+
+        Raises:
+            ValueError: If the file has a training with other settings in this place.
+        """
+        self._stage += 1
+        settings = dict(settings)
+        if self._stage < len(self._stages):
+            stage = self._stages[self._stage]
+            self._compare(stage["settings"], settings)
+            return stage["state"]
+        self._stages.append({"settings": settings, "state": None})
+        return None
+
+    def save_if_due(self, make_state: Callable[[], Mapping[str, Any]]) -> None:
+        """Saves what a callable returns if the last time was long enough ago; see :meth:`save`."""
+        if time.perf_counter() - self._saved_at >= self.every:
+            self.save(make_state())
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Saves the state of the training under way.
+
+        Args:
+            state: Tensors, numbers, strings, and lists and dictionaries of them.
+        """
+        del self._stages[self._stage + 1 :]
+        if distributed.is_main():
+            # A copy, for the next training goes on with these very tensors.
+            self._stages[self._stage]["state"] = _copy(state)
+            try:
+                save_whole({"format": FORMAT, "settings": self.settings, "stages": self._stages}, self.path)
+            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+                warnings.warn(f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}", stacklevel=2)
+        self._saved_at = time.perf_counter()
+
+    def _read_or_error(self) -> Any:
+        try:
+            self._refuse_unwritable()
+            return self._read()
+        except ValueError as error:
+            return error
+
+    def _refuse_unwritable(self) -> None:
+        """Refuses a path of which nothing would be found out before the first save."""
+        if not os.path.isdir(os.path.dirname(self.path) or "."):
+            raise ValueError(f"Expected checkpoint in a folder that exists; got {self.path!r}.")
+        try:
+            if not os.path.basename(self.path):
+                raise IsADirectoryError("it names no file")
+            with open(temporary_for(self.path), "wb"):
+                pass
+            os.remove(temporary_for(self.path))
+        except (OSError, ValueError) as error:  # the latter of a name with a null character
+            raise ValueError(f"Expected a checkpoint that can be written; got {self.path!r} ({error}).") from None
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not os.path.exists(self.path):
+            return []
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            known, settings, stages = content["format"] == FORMAT, {**content["settings"]}, [*content["stages"]]
+            stages = [{"settings": {**stage["settings"]}, "state": stage["state"]} for stage in stages]
+        except Exception as error:
+            raise ValueError(f"Expected {self.path!r} to be a checkpoint of a fit; got another file.") from error
+        if not known:
+            raise ValueError(f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has {content['format']}.")
+        self._compare(settings, self.settings)
+        return stages
+
+    def _compare(self, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        for name in {**saved, **here}:
+            was, now = saved.get(name), here.get(name)
+            if not _alike(was, now):
+                raise ValueError(
+                    f"Expected a checkpoint of this fit; the one in {self.path!r} has {name} {was}, and this fit has {name} "
+                    f"{now}."
+                )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        # Another machine rounds otherwise.
+        return a == b or abs(a - b) <= 1e-5 * (1 + abs(a))
+    return a == b
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {name: _copy(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(item) for item in value)
+    return value

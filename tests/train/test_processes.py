@@ -1,0 +1,98 @@
+"""A fit on two processes against the same fit on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import pyroflows as pf
+from pyroflows.model.minibatch import log_density_of
+from pyroflows.train import processes as distributed
+from pyroflows.train.checkpoint import Checkpoint
+from pyroflows.train.training import train
+
+DATA = torch.linspace(-1, 1, 12, dtype=torch.float64)
+
+
+def model() -> None:
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(2, dtype=torch.float64), 1.0).to_event(1))
+    with pyro.plate("data", 12, subsample_size=5) as rows:
+        pyro.sample("y", dist.Normal(loc[0] * loc[1], 1.0), obs=DATA[rows])
+
+
+def trained(folder: Path) -> tuple[Tensor, Tensor]:
+    """Parameters and ELBOs; ranks begin with different parameters and random states, of which the first rank's count."""
+    torch.set_num_threads(1)
+    torch.manual_seed(distributed.rank())
+    density = log_density_of(model, batch_size=distributed.share(65))
+    torch.manual_seed(distributed.rank())
+    couplings = pf.RealNVP(2, transforms=2, hidden_features=(8,)).transform.layers
+    flow = pf.Flow([*couplings, pf.transforms.LowerTriangularAffine(2)]).double()
+    history: list[Tensor] = []
+    # An odd number, of which one rank gets more.
+    train(flow, density, history, 25, particles=65, checkpoint=Checkpoint(folder / "fit.pt", every=0), progress=True)
+    if distributed.world_size() > 1:
+        seconds = distributed.agree(distributed.rank() + 7.0)
+        assert seconds == 7.0
+    return torch.cat([p.detach().flatten() for p in flow.parameters()]), torch.stack(history)
+
+
+def main(folder: Path) -> None:
+    with distributed.initialize_from_environment() as device:
+        assert device is None or device == f"cuda:{distributed.rank()}"
+        torch.save(trained(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt")
+    assert distributed.world_size() == 1
+    # Threads of the group that outlive it can bring the interpreter down as it ends.
+    assert not [name for name in thread_names() if "gloo" in name]
+
+
+def thread_names() -> list[str]:
+    """The threads of this process, native ones included, where the system tells."""
+    return [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
+
+
+def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    alone = trained(tmp_path / "alone")
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("Fitting:   0%") == 1  # one process shows its progress
+    for rank in range(2):
+        together = torch.load(tmp_path / f"rank{rank}of2.pt")
+        for found, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["alone", "fit.pt", "rank0of2.pt", "rank1of2.pt"]
+    # The file of two processes is one from which a single one goes on: here, from its end.
+    resumed = trained(tmp_path)
+    torch.testing.assert_close(resumed, alone, rtol=1e-5, atol=1e-9)
+
+
+def test_without_a_group_there_is_one_process() -> None:
+    with distributed.initialize_from_environment() as device:
+        assert device is None
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    rows = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(distributed.shard(rows), rows)
+    assert distributed.share(7) == 7
+    before = rows.clone()
+    distributed.sum_over_ranks([rows])
+    distributed.take_from_main([rows])
+    assert torch.equal(rows, before)
+    assert distributed.agree("x") == "x"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
