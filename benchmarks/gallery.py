@@ -124,7 +124,9 @@ def _funnel_log_prob(x: Tensor) -> Tensor:
     return normal(0.0, 1.0).log_prob(v) + normal(0.0, _funnel_sd(v)).log_prob(y)
 
 
-def _wave(angle: Tensor) -> tuple[torch.distributions.Distribution, torch.distributions.Distribution]:
+def _wave(
+    angle: Tensor,
+) -> tuple[torch.distributions.Distribution, torch.distributions.Distribution]:
     """The first angle's distribution, and the second's given the first."""
     von_mises = torch.distributions.VonMises
     first = von_mises(torch.tensor(math.pi), torch.tensor(0.8))
@@ -428,7 +430,9 @@ def data(density: Density, seed: int, copies: int = 1) -> tuple[Tensor, Tensor, 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = [density.sample(n * copies).reshape(n, 2 * copies) for n in (TRAIN, VALIDATION, TEST)]
+        parts = [
+            density.sample(n * copies).reshape(n, 2 * copies) for n in (TRAIN, VALIDATION, TEST)
+        ]
     return parts[0], parts[1], parts[2]
 
 
@@ -457,7 +461,9 @@ def measure(subjects: dict[str, tuple[pf.Flow, Tensor]]) -> dict[str, dict[str, 
     Args:
         subjects: Flows with points to score.
     """
-    times: dict[tuple[str, str], list[float]] = {(name, step): [] for name in subjects for step in ("score", "sample")}
+    times: dict[tuple[str, str], list[float]] = {
+        (name, step): [] for name in subjects for step in ("score", "sample")
+    }
     with torch.no_grad():
         for turn in range(REPEATS[1] + 1):
             for (name, step), seen in times.items():
@@ -509,10 +515,20 @@ def draw(panels: Sequence[tuple[str, np.ndarray, float]], path: Path) -> None:
         left = i * (CELLS + GAP)
         axes = figure.add_axes((left / width, 0.0, CELLS / width, CELLS / height))
         norm = PowerNorm(0.5, 0.0, top, clip=True)
-        axes.imshow(values, origin="lower", cmap="magma", norm=norm, interpolation="nearest", aspect="auto")
+        axes.imshow(
+            values, origin="lower", cmap="magma", norm=norm, interpolation="nearest", aspect="auto"
+        )
         axes.set_axis_off()
         middle = (left + CELLS / 2) / width
-        figure.text(middle, 1 - 0.45 * TITLE / height, title, ha="center", va="center", fontsize=9, color="#333333")
+        figure.text(
+            middle,
+            1 - 0.45 * TITLE / height,
+            title,
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="#333333",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.draw()
     _image(np.asarray(canvas.buffer_rgba())).save(path, optimize=True)
@@ -552,7 +568,11 @@ def draw_family(name: str, flows: dict[str, pf.Flow], path: Path) -> None:
     """
     draw(
         [
-            (ALL[key].title, heat(lambda x, flow=flow: flow().log_prob(x), ALL[key].window), brightest(key))
+            (
+                ALL[key].title,
+                heat(lambda x, flow=flow: flow().log_prob(x), ALL[key].window),
+                brightest(key),
+            )
             for key, flow in flows.items()
         ],
         path,
@@ -608,13 +628,20 @@ in brackets what it loses against the truth, which estimates the Kullback–Leib
 
 def _table(results: dict[str, Any], families: dict[str, Any]) -> str:
     titles = [density.title for density in DENSITIES.values()]
-    lines = [f"| family | parameters | {' | '.join(titles)} | mean loss | training, CPU s |", "|---|" + "---:|" * 7]
+    lines = [
+        f"| family | parameters | {' | '.join(titles)} | mean loss | training, CPU s |",
+        "|---|" + "---:|" * 7,
+    ]
     truths = [f"{results['truth'][key]:.2f}" for key in DENSITIES]
     lines.append(f"| truth | | {' | '.join(truths)} | | |")
     for name, row in families.items():
         if FAMILIES[name].densities == tuple(DENSITIES):
             lines.append(_table_row(name, results["truth"], row))
-    others = [_other(name, results["truth"], row) for name, row in families.items() if set(row["fits"]) != set(DENSITIES)]
+    others = [
+        _other(name, results["truth"], row)
+        for name, row in families.items()
+        if set(row["fits"]) != set(DENSITIES)
+    ]
     return "\n".join([*lines, "", *others])
 
 
@@ -659,7 +686,9 @@ def _costs(families: dict[str, Any]) -> str:
         "|---|---|" + "---:|" * 2 * len(SIZES),
     ]
     for name, row in families.items():
-        cells = [f"{row['cost'][str(size)][step]:.3g}" for size in SIZES for step in ("score", "sample")]
+        cells = [
+            f"{row['cost'][str(size)][step]:.3g}" for size in SIZES for step in ("score", "sample")
+        ]
         lines.append(f"| {FAMILIES[name].title} | {WORDS[row['fast']]} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "## The families\n"])
 
@@ -668,7 +697,9 @@ def _section(name: str, results: dict[str, Any], row: dict[str, Any]) -> str:
     family = FAMILIES[name]
     cost = row["cost"][str(SIZES[-1])]
     skipped = sum(fit["skipped"] for fit in row["fits"].values())
-    steps = f" {skipped} training steps were skipped because they were not finite." if skipped else ""
+    steps = (
+        f" {skipped} training steps were skipped because they were not finite." if skipped else ""
+    )
     return f"""### {family.title}
 
 `{family.call}`
@@ -715,7 +746,9 @@ class Places:
 
     def read(self) -> dict[str, Any] | None:
         """Return the stored numbers, if there are any."""
-        return json.loads(self.results.read_text(encoding="utf-8")) if self.results.is_file() else None
+        return (
+            json.loads(self.results.read_text(encoding="utf-8")) if self.results.is_file() else None
+        )
 
     def write(self, results: dict[str, Any]) -> None:
         """Store numbers, and the page made from them."""
@@ -726,13 +759,17 @@ class Places:
 
     def write_page(self) -> None:
         """Make the page from the stored numbers."""
-        self.page.write_text(page(json.loads(self.results.read_text(encoding="utf-8"))), encoding="utf-8")
+        self.page.write_text(
+            page(json.loads(self.results.read_text(encoding="utf-8"))), encoding="utf-8"
+        )
 
 
 def places(out: str | None) -> Places:
     """Return where results go: their places in the repository, or all in one folder."""
     if out is None:
-        return Places(ROOT / "benchmarks" / "results" / "gallery.json", ROOT / "tutorials" / "gallery.md")
+        return Places(
+            ROOT / "benchmarks" / "results" / "gallery.json", ROOT / "tutorials" / "gallery.md"
+        )
     return Places(Path(out) / "gallery.json", Path(out) / "gallery.md")
 
 
@@ -781,7 +818,9 @@ def settings(steps: int, seed: int) -> dict[str, Any]:
 
 def truths(seed: int) -> dict[str, float]:
     """Return the mean log-likelihood of the test points under the densities that they come from."""
-    return {key: float(density.log_prob(data(density, seed)[2]).mean()) for key, density in ALL.items()}
+    return {
+        key: float(density.log_prob(data(density, seed)[2]).mean()) for key, density in ALL.items()
+    }
 
 
 def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -797,11 +836,19 @@ def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gallery", description=__doc__)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="families by commas; all by default")
-    parser.add_argument("--steps", type=int, default=1000, help=f"gradient steps of each fit, a multiple of {EPOCH}")
+    parser.add_argument(
+        "--families", default=",".join(FAMILIES), help="families by commas; all by default"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1000, help=f"gradient steps of each fit, a multiple of {EPOCH}"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of data, networks and batches")
-    parser.add_argument("--out", metavar="DIR", help="folder for all that is written, in place of the repository's")
-    parser.add_argument("--page", action="store_true", help="only make the page anew from the stored numbers")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for all that is written, in place of the repository's"
+    )
+    parser.add_argument(
+        "--page", action="store_true", help="only make the page anew from the stored numbers"
+    )
     return parser
 
 
@@ -843,7 +890,9 @@ def _check(args: argparse.Namespace, names: Sequence[str], where: Places) -> dic
             raise ValueError(f"Expected stored numbers in {where.results}; there are none.")
         return old
     if args.steps < 1 or args.steps % EPOCH:
-        raise ValueError(f"Expected --steps to be a positive multiple of {EPOCH}; got {args.steps}.")
+        raise ValueError(
+            f"Expected --steps to be a positive multiple of {EPOCH}; got {args.steps}."
+        )
     if set(names) == set(FAMILIES) or old is None:
         return None
     if old["settings"] != settings(args.steps, args.seed):

@@ -35,7 +35,9 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if not isinstance(tensor, Tensor):
@@ -80,24 +82,42 @@ def compare(depths: list[int], features: int, batch: int) -> list[dict[str, floa
         recomputed, grads = step(stack(depth, features, reversible=True), x)
         both = zip(grads, expected, strict=True)
         difference = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in both)
-        rows.append({"depth": depth, "kept_mb": kept / 1e6, "recomputed_mb": recomputed / 1e6, "gradient": difference})
+        rows.append(
+            {
+                "depth": depth,
+                "kept_mb": kept / 1e6,
+                "recomputed_mb": recomputed / 1e6,
+                "gradient": difference,
+            }
+        )
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depths", default="4,8,16,32,64")
     parser.add_argument("--features", type=int, default=32)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = compare([int(depth) for depth in options.depths.split(",")], options.features, options.batch)
+    rows = compare(
+        [int(depth) for depth in options.depths.split(",")], options.features, options.batch
+    )
     print(f"{'layers':>6} {'kept MB':>9} {'recomputed MB':>14} {'gradients differ by':>20}")
     for row in rows:
-        print(f"{row['depth']:>6} {row['kept_mb']:>9.1f} {row['recomputed_mb']:>14.1f} {row['gradient']:>20.1e}")
+        print(
+            f"{row['depth']:>6} {row['kept_mb']:>9.1f} {row['recomputed_mb']:>14.1f} {row['gradient']:>20.1e}"
+        )
     if options.json:
-        report = {"features": options.features, "batch": options.batch, "torch": torch.__version__, "rows": rows}
+        report = {
+            "features": options.features,
+            "batch": options.batch,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

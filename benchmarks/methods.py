@@ -114,7 +114,9 @@ def run_pyroflows(task: Task) -> Result:
     import pyroflows as pf
 
     start = time.process_time()
-    posterior = pf.fit_posterior(task.entry.model, args=(), kwargs=task.kwargs, seed=task.seed, progress=False)
+    posterior = pf.fit_posterior(
+        task.entry.model, args=(), kwargs=task.kwargs, seed=task.seed, progress=False
+    )
     seconds = time.process_time() - start
     verdict = posterior.verdict
     draws = posterior.sample(DRAWS, seed=task.seed)
@@ -124,7 +126,9 @@ def run_pyroflows(task: Task) -> Result:
 # Pyro's guides
 
 
-def run_guide(build: Callable[[Callable[..., None]], AutoGuide], step_size: float, task: Task) -> Result:
+def run_guide(
+    build: Callable[[Callable[..., None]], AutoGuide], step_size: float, task: Task
+) -> Result:
     """Train one of Pyro's guides by `SVI` for the task's budget.
 
     Args:
@@ -175,11 +179,19 @@ def _draw(task: Task, guide: AutoGuide, max_plate_nesting: int) -> tuple[Draws, 
         chunks, log_weights = [], []
         for _ in range(DRAWS // CHUNK):
             weights, _, trace = vectorized_importance_weights(
-                task.entry.model, guide, num_samples=CHUNK, max_plate_nesting=max_plate_nesting, **task.kwargs
+                task.entry.model,
+                guide,
+                num_samples=CHUNK,
+                max_plate_nesting=max_plate_nesting,
+                **task.kwargs,
             )
             log_weights.append(weights)
-            chunks.append({name: trace.nodes[name]["value"].reshape(CHUNK, *shapes[name]) for name in shapes})
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in shapes}, torch.cat(log_weights)
+            chunks.append(
+                {name: trace.nodes[name]["value"].reshape(CHUNK, *shapes[name]) for name in shapes}
+            )
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in shapes}, torch.cat(
+        log_weights
+    )
 
 
 def importance(log_weights: Tensor) -> tuple[float, float]:
@@ -228,7 +240,9 @@ def _iaf(model: Callable[..., None]) -> AutoGuide:
 
 
 def _normalizing_flow(model: Callable[..., None]) -> AutoGuide:
-    return AutoNormalizingFlow(InitMessenger(start_at)(model), partial(iterated, 2, block_autoregressive))
+    return AutoNormalizingFlow(
+        InitMessenger(start_at)(model), partial(iterated, 2, block_autoregressive)
+    )
 
 
 # NUTS
@@ -257,7 +271,9 @@ def run_nuts(task: Task) -> Result:
         done = min(chain.iterations, warmup)
         raise RuntimeError(f"no draw after warm-up ({done} of {warmup} warm-up iterations done)")
     ess = bulk_ess(task.entry, chain.draws) / chain.count
-    return Result(chain.draws, seconds, ess=ess, note=f"{warmup} warm-up iterations, {chain.count} draws")
+    return Result(
+        chain.draws, seconds, ess=ess, note=f"{warmup} warm-up iterations, {chain.count} draws"
+    )
 
 
 def run_nuts_to_target(task: Task) -> Result:
@@ -279,7 +295,13 @@ def run_nuts_to_target(task: Task) -> Result:
         return Result(chain.draws, chain.warmup + chain.sampling, note=note, bound=">")
     seconds = chain.warmup + chain.sampling / ess * NUTS_TARGET
     note = f"{chain.warmup:.1f} s of warm-up, {chain.sampling:.1f} s for {chain.count} draws of bulk ESS {ess:.0f}"
-    return Result(chain.draws, seconds, ess=ess / chain.count, note=note, bound="" if ess >= NUTS_TARGET else "~")
+    return Result(
+        chain.draws,
+        seconds,
+        ess=ess / chain.count,
+        note=note,
+        bound="" if ess >= NUTS_TARGET else "~",
+    )
 
 
 def bulk_ess(entry: Entry, draws: Draws, chains: int = 1) -> float:
@@ -293,7 +315,10 @@ def bulk_ess(entry: Entry, draws: Draws, chains: int = 1) -> float:
     arrays = {name: values.detach().cpu().numpy() for name, values in entry.to_stan(draws).items()}
     scalars = flatten(arrays).values()
     # ArviZ counts every draw of a constant.
-    ess = [arviz.ess(values.reshape(chains, -1), method="bulk") if np.ptp(values) > 0 else 0.0 for values in scalars]
+    ess = [
+        arviz.ess(values.reshape(chains, -1), method="bulk") if np.ptp(values) > 0 else 0.0
+        for values in scalars
+    ]
     return float(np.min(ess))
 
 
@@ -312,7 +337,9 @@ class Chain:
         return len(next(iter(self.draws.values()))) if self.draws else 0
 
 
-def _chain(task: Task, warmup: int, samples: int, deadline: float, target: float = math.inf) -> Chain:
+def _chain(
+    task: Task, warmup: int, samples: int, deadline: float, target: float = math.inf
+) -> Chain:
     """Run a chain until it is done, has a bulk ESS of `target`, or the deadline has passed."""
     chain = Chain()
     points: list[dict[str, Tensor]] = []
@@ -321,7 +348,10 @@ def _chain(task: Task, warmup: int, samples: int, deadline: float, target: float
     next_look = 200.0
 
     def stack() -> Draws:
-        return {name: kernel.transforms[name].inv(torch.stack([point[name] for point in points])) for name in points[0]}
+        return {
+            name: kernel.transforms[name].inv(torch.stack([point[name] for point in points]))
+            for name in points[0]
+        }
 
     def model(**kwargs: Any) -> None:
         # One trajectory may be a thousand gradients long, so the clock is read at every one.
@@ -341,10 +371,14 @@ def _chain(task: Task, warmup: int, samples: int, deadline: float, target: float
             ess = bulk_ess(task.entry, stack())
             if ess >= target:
                 raise BudgetSpent
-            next_look = len(points) * min(max(target / ess, 1.05), 2.0) if ess > 0 else 2.0 * len(points)
+            next_look = (
+                len(points) * min(max(target / ess, 1.05), 2.0) if ess > 0 else 2.0 * len(points)
+            )
 
     kernel = NUTS(model, init_strategy=_start_uniform, max_plate_nesting=1)
-    mcmc = MCMC(kernel, num_samples=max(samples, 1), warmup_steps=warmup, hook_fn=hook, disable_progbar=True)
+    mcmc = MCMC(
+        kernel, num_samples=max(samples, 1), warmup_steps=warmup, hook_fn=hook, disable_progbar=True
+    )
     try:
         mcmc.run(**task.kwargs)
     except BudgetSpent:
@@ -396,7 +430,10 @@ def run_numpyro(task: Task) -> Result:
             chain_method="vectorized",
             progress_bar=False,
         )
-        mcmc.run(jax.random.PRNGKey(task.seed), **{name: jax.numpy.asarray(v.numpy()) for name, v in task.kwargs.items()})
+        mcmc.run(
+            jax.random.PRNGKey(task.seed),
+            **{name: jax.numpy.asarray(v.numpy()) for name, v in task.kwargs.items()},
+        )
         samples = jax.block_until_ready(mcmc.get_samples())
         seconds = time.process_time() - start
         divergences = int(mcmc.get_extra_fields()["diverging"].sum())

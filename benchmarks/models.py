@@ -238,7 +238,9 @@ def _chain(matrices: Tensor) -> tuple[Tensor, Tensor]:
     log_scale = matrices.new_zeros(())
     while (count := matrices.shape[-1]) > 1:
         if count % 2:
-            identity = torch.eye(matrices.shape[-2], dtype=matrices.dtype, device=matrices.device)[..., None]
+            identity = torch.eye(matrices.shape[-2], dtype=matrices.dtype, device=matrices.device)[
+                ..., None
+            ]
             matrices = torch.cat([matrices, identity.expand(*matrices.shape[:-1], 1)], -1)
         left, right = matrices.unflatten(-1, (-1, 2)).unbind(-1)
         products = (left[..., :, :, None, :] * right[..., None, :, :, :]).sum(-3)
@@ -301,8 +303,14 @@ def _predation(z: Tensor, growth: Tensor, times: int) -> Tensor:
 
 def _lotka_volterra_kwargs(data: dict[str, Any]) -> dict[str, Any]:
     if data["ts"] != list(range(1, len(data["ts"]) + 1)):
-        raise ValueError(f"Expected the times 1, 2, ... in the Lotka-Volterra data; got {data['ts']}.")
-    return {"times": _tensor(data["ts"]), "y_init": _tensor(data["y_init"]), "y": _tensor(data["y"])}
+        raise ValueError(
+            f"Expected the times 1, 2, ... in the Lotka-Volterra data; got {data['ts']}."
+        )
+    return {
+        "times": _tensor(data["ts"]),
+        "y_init": _tensor(data["y_init"]),
+        "y": _tensor(data["y"]),
+    }
 
 
 # Gaussian process
@@ -341,14 +349,19 @@ MODELS: dict[str, Entry] = {
     "hmm_example-hmm_example": Entry(hmm_example, _only("y")),
     "kidiq-kidscore_interaction": Entry(
         cauchy_regression,
-        _columns(_get("kid_score"), _get("mom_hs"), _get("mom_iq"), lambda d: d["mom_hs"] * d["mom_iq"]),
+        _columns(
+            _get("kid_score"), _get("mom_hs"), _get("mom_iq"), lambda d: d["mom_hs"] * d["mom_iq"]
+        ),
     ),
     "kidiq-kidscore_momhs": Entry(cauchy_regression, _columns(_get("kid_score"), _get("mom_hs"))),
     "mesquite-logmesquite": Entry(
         flat_regression,
         _columns(
             _log("weight"),
-            *(_log(name) for name in ("diam1", "diam2", "canopy_height", "total_height", "density")),
+            *(
+                _log(name)
+                for name in ("diam1", "diam2", "canopy_height", "total_height", "density")
+            ),
             _get("group"),
         ),
     ),
@@ -356,10 +369,15 @@ MODELS: dict[str, Entry] = {
         flat_regression,
         _columns(
             _get("weight"),
-            *(_get(name) for name in ("diam1", "diam2", "canopy_height", "total_height", "density", "group")),
+            *(
+                _get(name)
+                for name in ("diam1", "diam2", "canopy_height", "total_height", "density", "group")
+            ),
         ),
     ),
-    "earnings-log10earn_height": Entry(flat_regression, _columns(lambda d: d["earn"].log10(), _get("height"))),
+    "earnings-log10earn_height": Entry(
+        flat_regression, _columns(lambda d: d["earn"].log10(), _get("height"))
+    ),
     "nes1976-nes": Entry(
         flat_regression,
         _columns(
@@ -370,6 +388,8 @@ MODELS: dict[str, Entry] = {
             *(_get(name) for name in ("educ1", "gender", "income")),
         ),
     ),
-    "sblri-blr": Entry(normal_regression, lambda data: {"x": _tensor(data["X"]), "y": _tensor(data["y"])}),
+    "sblri-blr": Entry(
+        normal_regression, lambda data: {"x": _tensor(data["X"]), "y": _tensor(data["y"])}
+    ),
 }
 """Pyro models by posteriordb's posterior names."""

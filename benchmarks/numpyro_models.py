@@ -148,7 +148,9 @@ def gp_regr(x: Array, y: Array) -> None:
     alpha = numpyro.sample("alpha", dist.HalfNormal(2.0))
     sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
     covariance = alpha**2 * jnp.exp(-0.5 * ((x[:, None] - x) / rho) ** 2) + sigma * jnp.eye(len(x))
-    numpyro.sample("y", dist.MultivariateNormal(jnp.zeros_like(x), covariance_matrix=covariance), obs=y)
+    numpyro.sample(
+        "y", dist.MultivariateNormal(jnp.zeros_like(x), covariance_matrix=covariance), obs=y
+    )
 
 
 MODELS: dict[str, Callable[..., None]] = {

@@ -53,7 +53,9 @@ def _pyroflows(preset: str, **options: Any) -> Build:
         import pyroflows
 
         make = getattr(pyroflows, preset)
-        flow = make(features=features, transforms=layers, hidden_features=(hidden, hidden), **options)
+        flow = make(
+            features=features, transforms=layers, hidden_features=(hidden, hidden), **options
+        )
         return Model(
             flow,
             log_prob=lambda x: flow().log_prob(x),
@@ -76,7 +78,10 @@ def _pyro(helper: str, inverted: bool, **options: Any) -> Build:
         parts = [make(features, hidden_dims=[hidden, hidden], **options) for _ in range(layers)]
         stack: list[Any] = []
         for part in parts:
-            stack += [transforms.Permute(torch.arange(features).flip(0)), part.inv if inverted else part]
+            stack += [
+                transforms.Permute(torch.arange(features).flip(0)),
+                part.inv if inverted else part,
+            ]
         base = dist.Normal(torch.zeros(features), torch.ones(features)).to_event(1)
         flow = dist.TransformedDistribution(base, stack)
 
@@ -109,7 +114,9 @@ def _zuko(name: str, **options: Any) -> Build:
     def build(features: int, hidden: int, layers: int) -> Model:
         import zuko.flows
 
-        flow = getattr(zuko.flows, name)(features, transforms=layers, hidden_features=(hidden, hidden), **options)
+        flow = getattr(zuko.flows, name)(
+            features, transforms=layers, hidden_features=(hidden, hidden), **options
+        )
         return Model(
             flow,
             log_prob=lambda x: flow().log_prob(x),
@@ -166,7 +173,10 @@ def _nflows_nsf(coupling: bool) -> Build:
 
         stack: list[Any] = []
         for number in range(layers):
-            stack += [transforms.RandomPermutation(features), transforms.LULinear(features, identity_init=True)]
+            stack += [
+                transforms.RandomPermutation(features),
+                transforms.LULinear(features, identity_init=True),
+            ]
             stack.append(layer(number))
         return _nflows_model(Flow(transforms.CompositeTransform(stack), StandardNormal([features])))
 
@@ -181,7 +191,9 @@ def _normflows(make: Callable[[Any, int, int], list[Any]]) -> Build:
         import normflows
 
         stack = [flow for _ in range(layers) for flow in make(normflows, features, hidden)]
-        model = normflows.NormalizingFlow(normflows.distributions.base.DiagGaussian(features), stack)
+        model = normflows.NormalizingFlow(
+            normflows.distributions.base.DiagGaussian(features), stack
+        )
 
         @torch.no_grad()
         def sample(n: int) -> Tensor:
@@ -307,5 +319,7 @@ def matching_width(build: Build, features: int, parameters: int, layers: int = L
         low, high = (middle, high) if count(middle) < parameters else (low, middle)
     width = min((low, high), key=lambda hidden: abs(count(hidden) - parameters))
     if abs(count(width) - parameters) > TOLERANCE * parameters:
-        raise ValueError(f"Expected a model of about {parameters} parameters; the nearest has {count(width)}.")
+        raise ValueError(
+            f"Expected a model of about {parameters} parameters; the nearest has {count(width)}."
+        )
     return width

@@ -52,7 +52,9 @@ class PosteriorDB:
         root = Path(path).expanduser()
         root = root / FOLDER if (root / FOLDER).is_dir() else root
         if not (root / "posteriors").is_dir():
-            raise ValueError(f"Expected --db to name a posteriordb folder (with {FOLDER}/posteriors in it); got {path}.")
+            raise ValueError(
+                f"Expected --db to name a posteriordb folder (with {FOLDER}/posteriors in it); got {path}."
+            )
         self.root = root
 
     def names(self) -> list[str]:
@@ -73,14 +75,18 @@ class PosteriorDB:
         """
         file = self.root / "posteriors" / f"{name}.json"
         if not file.is_file():
-            raise ValueError(f"Expected a posterior of the database ({', '.join(self.names())}); got {name!r}.")
+            raise ValueError(
+                f"Expected a posterior of the database ({', '.join(self.names())}); got {name!r}."
+            )
         info = json.loads(file.read_text(encoding="utf-8"))
         if not info.get("reference_posterior_name"):
             raise ValueError(f"The posterior {name!r} has no reference draws.")
         data = _read_zip(self.root / "data" / "data" / f"{info['data_name']}.json.zip")
         draws = self.root / "reference_posteriors" / "draws" / "draws"
         chains = _read_zip(draws / f"{info['reference_posterior_name']}.json.zip")
-        return Reference(name, data, {key: np.concatenate([chain[key] for chain in chains]) for key in chains[0]})
+        return Reference(
+            name, data, {key: np.concatenate([chain[key] for chain in chains]) for key in chains[0]}
+        )
 
 
 def _read_zip(file: Path) -> Any:

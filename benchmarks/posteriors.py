@@ -26,7 +26,15 @@ import numpy as np
 import torch
 
 from benchmarks import check as checks
-from benchmarks.methods import INSTALL_NUMPYRO, METHODS, NUMPYRO, NUTS_TO_TARGET, Result, Task, has_numpyro
+from benchmarks.methods import (
+    INSTALL_NUMPYRO,
+    METHODS,
+    NUMPYRO,
+    NUTS_TO_TARGET,
+    Result,
+    Task,
+    has_numpyro,
+)
 from benchmarks.models import MODELS
 from benchmarks.posteriordb import PosteriorDB, Reference, flatten
 
@@ -99,7 +107,9 @@ def errors(draws: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> tu
     """
     missing = sorted(set(reference) - set(draws))
     if missing:
-        raise ValueError(f"Expected draws of every scalar of the reference; {', '.join(missing)} are missing.")
+        raise ValueError(
+            f"Expected draws of every scalar of the reference; {', '.join(missing)} are missing."
+        )
     mean, log_sd = [], []
     for name, values in reference.items():
         sd = values.std()
@@ -110,7 +120,9 @@ def errors(draws: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> tu
     return float(np.max(mean)), float(np.max(log_sd))
 
 
-def noise_floor(reference: dict[str, np.ndarray], repeats: int = 50, seed: int = 0) -> tuple[float, float]:
+def noise_floor(
+    reference: dict[str, np.ndarray], repeats: int = 50, seed: int = 0
+) -> tuple[float, float]:
     """Return the median errors of two independent sets of as many draws as the reference has.
 
     Args:
@@ -145,14 +157,21 @@ def run_row(reference: Reference, method: str, seed: int, budget: float | None) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = METHODS[method](Task(entry, entry.kwargs(reference.data), seed, budget, reference.name))
+            result = METHODS[method](
+                Task(entry, entry.kwargs(reference.data), seed, budget, reference.name)
+            )
         return _filled(row, result, reference)
     except Exception as error:
-        return replace(row, error=_sentence(error), passed=False, seconds=time.process_time() - start)
+        return replace(
+            row, error=_sentence(error), passed=False, seconds=time.process_time() - start
+        )
 
 
 def _filled(row: Row, result: Result, reference: Reference) -> Row:
-    numbers = {name: getattr(result, name) for name in ("khat", "ess", "elbo", "seconds", "bound", "ok", "note")}
+    numbers = {
+        name: getattr(result, name)
+        for name in ("khat", "ess", "elbo", "seconds", "bound", "ok", "note")
+    }
     row = replace(row, draws=0, **numbers)
     if not result.draws:
         return row
@@ -162,7 +181,9 @@ def _filled(row: Row, result: Result, reference: Reference) -> Row:
     # A chain that was cut short to extrapolate its seconds is not there for its moments.
     passed = None if result.bound else mean_error < LIMIT and log_sd_error < LIMIT
     count = len(next(iter(scalars.values())))
-    return replace(row, mean_error=mean_error, log_sd_error=log_sd_error, passed=passed, draws=count)
+    return replace(
+        row, mean_error=mean_error, log_sd_error=log_sd_error, passed=passed, draws=count
+    )
 
 
 def _sentence(error: Exception) -> str:
@@ -195,7 +216,12 @@ def run(
         for seed in seeds:
             allowed = budget
             for method in sorted(methods, key=list(METHODS).index):
-                row = run_row(reference, method, seed, None if method in UNLIMITED else allowed or DEFAULT_BUDGET)
+                row = run_row(
+                    reference,
+                    method,
+                    seed,
+                    None if method in UNLIMITED else allowed or DEFAULT_BUDGET,
+                )
                 if method == "pyroflows" and budget is None and not row.error:
                     allowed = row.seconds
                 rows.append(row)
@@ -284,7 +310,10 @@ def _cells(row: Row) -> list[str]:
 
 
 def _line(cells: Sequence[str], error: str = "") -> str:
-    padded = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, _WIDTHS, strict=True))]
+    padded = [
+        cell.ljust(w) if i < 2 else cell.rjust(w)
+        for i, (cell, w) in enumerate(zip(cells, _WIDTHS, strict=True))
+    ]
     return " ".join([*padded, f" {error}" if error else ""]).rstrip()
 
 
@@ -314,7 +343,9 @@ def summary(rows: Sequence[Row]) -> str:
     ours = methods["pyroflows"]
     for name in (NUTS_TO_TARGET, NUMPYRO):
         pairs = [(ours[p], row) for p, row in methods[name].items() if p in ours]
-        pairs = [(our, row) for our, row in pairs if our.seconds is not None and row.seconds is not None]
+        pairs = [
+            (our, row) for our, row in pairs if our.seconds is not None and row.seconds is not None
+        ]
         if pairs:
             lines.append(_versus_line(name, pairs))
     return "\n".join(lines)
@@ -325,7 +356,9 @@ def _method_line(name: str, rows: Sequence[Row]) -> str:
     if judged := [row.passed for row in rows if row.passed is not None]:
         parts.append(f"{sum(judged)} of {len(judged)} posteriors pass for every seed")
     if ess := [row.ess for row in rows if row.ess is not None]:
-        parts.append(f"ESS/N > {EFFICIENT} on {sum(value > EFFICIENT for value in ess)} of {len(ess)}")
+        parts.append(
+            f"ESS/N > {EFFICIENT} on {sum(value > EFFICIENT for value in ess)} of {len(ess)}"
+        )
     if timed := [row for row in rows if row.seconds is not None]:
         slowest = max(timed, key=lambda row: row.seconds or 0.0)
         parts.append(f"median {_median([row.seconds for row in timed]):.1f} CPU s")
@@ -336,12 +369,15 @@ def _method_line(name: str, rows: Sequence[Row]) -> str:
 def _versus_line(name: str, pairs: Sequence[tuple[Row, Row]]) -> str:
     ratios = [(our.seconds or 0.0) / (row.seconds or math.inf) for our, row in pairs]
     parts = [
-        f"CPU s at most {limit:g} times those of {name} on {sum(r <= limit for r in ratios)}" for limit in (1, 0.5, 0.1)
+        f"CPU s at most {limit:g} times those of {name} on {sum(r <= limit for r in ratios)}"
+        for limit in (1, 0.5, 0.1)
     ]
     if name == NUMPYRO:
         for field, title in (("mean_error", "mean err"), ("log_sd_error", "|log sd|")):
             known = [(getattr(our, field), getattr(row, field)) for our, row in pairs]
-            smaller = sum(ours < theirs for ours, theirs in known if ours is not None and theirs is not None)
+            smaller = sum(
+                ours < theirs for ours, theirs in known if ours is not None and theirs is not None
+            )
             parts.append(f"smaller {title} on {smaller}")
     return f"pyroflows: {', '.join(parts)}, of {len(pairs)} posteriors."
 
@@ -366,7 +402,9 @@ def machine() -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
 
@@ -378,7 +416,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def write_json(path: str | Path, rows: Sequence[Row], floors: dict[str, tuple[float, float]]) -> None:
+def write_json(
+    path: str | Path, rows: Sequence[Row], floors: dict[str, tuple[float, float]]
+) -> None:
     """Write the results.
 
     Args:
@@ -388,7 +428,9 @@ def write_json(path: str | Path, rows: Sequence[Row], floors: dict[str, tuple[fl
     """
     document = {
         "machine": machine(),
-        "noise_floor": {name: {"mean_error": m, "log_sd_error": s} for name, (m, s) in floors.items()},
+        "noise_floor": {
+            name: {"mean_error": m, "log_sd_error": s} for name, (m, s) in floors.items()
+        },
         "rows": [asdict(row) for row in rows],
         "medians": [{**asdict(row), "seeds": row.seed, "seed": None} for row in medians(rows)],
     }
@@ -411,13 +453,25 @@ def _finite(value: Any) -> Any:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.posteriors", description=__doc__)
     parser.add_argument("--db", required=True, metavar="DIR", help="a posteriordb folder")
-    parser.add_argument("--models", default="eight", help="all, eight (both eight schools; default) or names, by commas")
+    parser.add_argument(
+        "--models",
+        default="eight",
+        help="all, eight (both eight schools; default) or names, by commas",
+    )
     parser.add_argument("--seeds", default="0,1,2", help="seeds, by commas (default: 0,1,2)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods, by commas (default: all)")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="methods, by commas (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--budget", type=float, help="CPU seconds for Pyro's methods (default: what pyroflows took)")
-    parser.add_argument("--json", metavar="FILE", help="write the results, rewritten after every row")
-    parser.add_argument("--check", action="store_true", help="check the models against the reference draws and stop")
+    parser.add_argument(
+        "--budget", type=float, help="CPU seconds for Pyro's methods (default: what pyroflows took)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results, rewritten after every row"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="check the models against the reference draws and stop"
+    )
     return parser
 
 
@@ -456,15 +510,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         db = PosteriorDB(args.db)
         references = [db.load(name) for name in _choose_models(args.models, db)]
-        methods, seeds = _choose(args.methods, list(METHODS), "--methods"), _choose_seeds(args.seeds)
+        methods, seeds = (
+            _choose(args.methods, list(METHODS), "--methods"),
+            _choose_seeds(args.seeds),
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(args.threads)
     if args.threads == 1:
-        os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
-    logging.getLogger("pyro").setLevel(logging.WARNING)  # "Guessed max_plate_nesting" would cut the table
+        os.environ.setdefault(
+            "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        )
+    logging.getLogger("pyro").setLevel(
+        logging.WARNING
+    )  # "Guessed max_plate_nesting" would cut the table
     if args.check:
         outcomes = [checks.check(reference) for reference in references]
         print(checks.table(outcomes))
@@ -505,7 +566,11 @@ def _benchmark(
         print(f"\nMedians over the seeds\n{table(medians(rows), 'n')}")
         print(f"\n{summary(medians(rows))}")
         print("\nNoise floor, 10,000 draws against 10,000: mean err, |log sd|")
-        print("\n".join(f"{name:40s} {mean:.3f} {log_sd:.3f}" for name, (mean, log_sd) in floors.items()))
+        print(
+            "\n".join(
+                f"{name:40s} {mean:.3f} {log_sd:.3f}" for name, (mean, log_sd) in floors.items()
+            )
+        )
     return 0
 
 

@@ -27,12 +27,19 @@ def table(results: dict[str, Any]) -> str:
     lines: list[list[str]] = [head + peers]
     for posterior in dict.fromkeys(row["posterior"] for row in results["rows"]):
         ours, numpyros, pyros = (
-            [row for row in results["rows"] if (row["posterior"], row["method"]) == (posterior, method)]
+            [
+                row
+                for row in results["rows"]
+                if (row["posterior"], row["method"]) == (posterior, method)
+            ]
             for method in ("pyroflows", "NumPyro NUTS", "NUTS to 1000")
         )
         lines.append(
             [_name(posterior)]
-            + [_median(ours, key, form) for key, form in (*ERRORS, ("ess", ".2f"), ("seconds", ".1f"))]
+            + [
+                _median(ours, key, form)
+                for key, form in (*ERRORS, ("ess", ".2f"), ("seconds", ".1f"))
+            ]
             + [_median(numpyros, key, form) for key, form in (*ERRORS, ("seconds", ".1f"))]
             + [_bound(pyros) + _median(pyros, "seconds", ".0f")]
         )
@@ -45,11 +52,29 @@ def posteriors(results: dict[str, Any]) -> str:
     Args:
         results: What `python -m benchmarks.posteriors --json FILE` writes.
     """
-    lines: list[list[str]] = [["posterior", "method", "seeds", "mean error", "sd error", "k-hat", "ESS/N", "CPU s"]]
-    for posterior, method in dict.fromkeys((row["posterior"], row["method"]) for row in results["rows"]):
-        rows = [row for row in results["rows"] if (row["posterior"], row["method"]) == (posterior, method)]
-        numbers = [_median(rows, key, form) for key, form in (*ERRORS, ("khat", ".2f"), ("ess", ".2f"))]
-        lines.append([_name(posterior), method, str(len(rows)), *numbers, _bound(rows) + _median(rows, "seconds", ".1f")])
+    lines: list[list[str]] = [
+        ["posterior", "method", "seeds", "mean error", "sd error", "k-hat", "ESS/N", "CPU s"]
+    ]
+    for posterior, method in dict.fromkeys(
+        (row["posterior"], row["method"]) for row in results["rows"]
+    ):
+        rows = [
+            row
+            for row in results["rows"]
+            if (row["posterior"], row["method"]) == (posterior, method)
+        ]
+        numbers = [
+            _median(rows, key, form) for key, form in (*ERRORS, ("khat", ".2f"), ("ess", ".2f"))
+        ]
+        lines.append(
+            [
+                _name(posterior),
+                method,
+                str(len(rows)),
+                *numbers,
+                _bound(rows) + _median(rows, "seconds", ".1f"),
+            ]
+        )
     return _rows(lines)
 
 
@@ -60,12 +85,27 @@ def adversaries(results: dict[str, Any]) -> str:
         results: What `python -m benchmarks.adversarial --json FILE` writes.
     """
     rows = results["rows"]
-    lines: list[list[str]] = [["density", "fits", "right", "verdict ok", "ok and wrong", "mean error", "sd error", "CPU s"]]
+    lines: list[list[str]] = [
+        [
+            "density",
+            "fits",
+            "right",
+            "verdict ok",
+            "ok and wrong",
+            "mean error",
+            "sd error",
+            "CPU s",
+        ]
+    ]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
         counts = [len(own), *(sum(map(bool, flags)) for flags in _flags(own))]
         lines.append(
-            [name.replace("_", " "), *map(str, counts), *(_median(own, k, f) for k, f in (*ERRORS, ("seconds", ".1f")))]
+            [
+                name.replace("_", " "),
+                *map(str, counts),
+                *(_median(own, k, f) for k, f in (*ERRORS, ("seconds", ".1f"))),
+            ]
         )
     right, ok, lies = (sum(map(bool, flags)) for flags in _flags(rows))
     confusion = [
@@ -78,7 +118,11 @@ def adversaries(results: dict[str, Any]) -> str:
 
 def _flags(rows: list[dict[str, Any]]) -> tuple[list[bool], list[bool], list[bool]]:
     """Of each fit, whether it is right, whether the verdict is ok, and whether that is a lie."""
-    return [r["right"] for r in rows], [r["ok"] for r in rows], [r["ok"] and not r["right"] for r in rows]
+    return (
+        [r["right"] for r in rows],
+        [r["ok"] for r in rows],
+        [r["ok"] and not r["right"] for r in rows],
+    )
 
 
 def _name(posterior: str) -> str:
@@ -105,7 +149,9 @@ def with_table(readme: str, results: dict[str, Any]) -> str:
 def _rows(lines: Iterable[Iterable[object]]) -> str:
     """Return a Markdown table, its first line the head."""
     head, *body = [[str(cell) for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
+    return (
+        "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"
+    )
 
 
 def densities(results: dict[str, Any]) -> str:
@@ -120,7 +166,11 @@ def densities(results: dict[str, Any]) -> str:
     for data, family in dict.fromkeys((row["data"], row["family"]) for row in rows):
         cells: dict[str, tuple[float, float]] = {}
         for library in libraries:
-            own = [r["test"] for r in rows if (r["data"], r["family"], r["library"]) == (data, family, library)]
+            own = [
+                r["test"]
+                for r in rows
+                if (r["data"], r["family"], r["library"]) == (data, family, library)
+            ]
             if own:
                 cells[library] = statistics.median(own), 0.5 * (max(own) - min(own))
         best = max(value for value, _ in cells.values())
@@ -140,7 +190,8 @@ def _density_costs(rows: list[dict[str, Any]], libraries: list[str]) -> list[lis
         for library in libraries:
             own = [r for r in rows if (r["family"], r["library"]) == (family, library)]
             epoch, draws = (
-                statistics.median(r[what] for r in own if r[what] is not None) for what in ("epoch_seconds", "sample_ms")
+                statistics.median(r[what] for r in own if r[what] is not None)
+                for what in ("epoch_seconds", "sample_ms")
             )
             line.append(f"{epoch:.2f}, {draws:.0f}, {sum(r['nans'] for r in own if r['nans'])}")
         lines.append(line)
@@ -155,15 +206,23 @@ def speeds(results: dict[str, Any]) -> str:
     """
     rows = results["rows"]
     contenders = list(dict.fromkeys(row["contender"] for row in rows))
-    keys = dict.fromkeys((r["family"], r["step"], r["features"], r["batch"], r["hidden"]) for r in rows)
+    keys = dict.fromkeys(
+        (r["family"], r["step"], r["features"], r["batch"], r["hidden"]) for r in rows
+    )
     lines: list[list[object]] = [["family", "step", "D", "batch", "net", *contenders]]
     for key in keys:
-        own = {r["contender"]: r for r in rows if (r["family"], r["step"], r["features"], r["batch"], r["hidden"]) == key}
+        own = {
+            r["contender"]: r
+            for r in rows
+            if (r["family"], r["step"], r["features"], r["batch"], r["hidden"]) == key
+        }
         cells = [own.get(name) for name in contenders]
         lines.append(
             [*key]
             + [
-                f"{cell['milliseconds']:.2f} ({cell['ratio']:.1f})" if cell and cell["milliseconds"] is not None else ""
+                f"{cell['milliseconds']:.2f} ({cell['ratio']:.1f})"
+                if cell and cell["milliseconds"] is not None
+                else ""
                 for cell in cells
             ]
         )
@@ -178,7 +237,12 @@ def memory(results: dict[str, Any]) -> str:
     """
     head = ["layers", "activations kept, MB", "recomputed, MB", "gradients differ by"]
     lines = [
-        [row["depth"], f"{row['kept_mb']:.1f}", f"{row['recomputed_mb']:.1f}", f"{row['gradient']:.0e}"]
+        [
+            row["depth"],
+            f"{row['kept_mb']:.1f}",
+            f"{row['recomputed_mb']:.1f}",
+            f"{row['gradient']:.0e}",
+        ]
         for row in results["rows"]
     ]
     return _rows([head, *lines])
@@ -186,16 +250,27 @@ def memory(results: dict[str, Any]) -> str:
 
 def page() -> str:
     """Return the page of results as Markdown."""
-    stored = {name: json.loads((STORED / f"{name}.json").read_text(encoding="utf-8")) for name in TEXTS}
+    stored = {
+        name: json.loads((STORED / f"{name}.json").read_text(encoding="utf-8")) for name in TEXTS
+    }
     parts = [f"{TEXTS[name]}\n{TABLES[name](stored[name])}" for name in TEXTS]
-    return "# Results\n\nMade by `python -m benchmarks.report` from `benchmarks/results/`.\n\n" + "\n".join(parts)
+    return (
+        "# Results\n\nMade by `python -m benchmarks.report` from `benchmarks/results/`.\n\n"
+        + "\n".join(parts)
+    )
 
 
 DENSITY_COSTS = """
 CPU seconds of an epoch and milliseconds for 1000 draws (medians over the tables and seeds), and how many of all steps,
 test rows and draws were not finite:
 """
-TABLES = {"posteriors": posteriors, "adversarial": adversaries, "density": densities, "speed": speeds, "memory": memory}
+TABLES = {
+    "posteriors": posteriors,
+    "adversarial": adversaries,
+    "density": densities,
+    "speed": speeds,
+    "memory": memory,
+}
 TEXTS = {
     "posteriors": """## Posteriors
 
@@ -235,7 +310,11 @@ Peak bytes of a training step of RealNVP layers (32 features, batch 512), with a
 def main() -> None:
     """Rewrite the README's table and the page from the stored results."""
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))))
+    readme.write_text(
+        with_table(
+            readme.read_text(encoding="utf-8"), json.loads(RESULTS.read_text(encoding="utf-8"))
+        )
+    )
     PAGE.write_text(page(), encoding="utf-8")
 
 

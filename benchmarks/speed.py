@@ -32,7 +32,10 @@ FEATURES, BATCHES = (8, 32, 64, 256), (64, 512, 4096)
 FLOOR, COMPILED = "floor", " compiled"
 #: pyroflows' ready-made flows, and their layers without the linear maps that these have between them.
 OURS: dict[str, dict[str, Build]] = {"pyroflows": BUILDERS["pyroflows"], "layers alone": PLAIN}
-CONTENDERS = (*(name + how for name in OURS for how in ("", COMPILED)), *(name for name in BUILDERS if name not in OURS))
+CONTENDERS = (
+    *(name + how for name in OURS for how in ("", COMPILED)),
+    *(name for name in BUILDERS if name not in OURS),
+)
 #: CPU seconds that a contender's repetitions of a step take together; and the most that one step may take to be run.
 BUDGET, LIMIT = 1.5, 5.0
 REPEATS = (3, 100)
@@ -246,7 +249,10 @@ def time_in_turn(steps: dict[str, Action]) -> dict[str, list[float]]:
     """
     times = {name: [_seconds(step)] for name, step in steps.items()}
     least, most = REPEATS
-    wanted = {name: min(most, max(least, math.ceil(BUDGET / max(first, 1e-6)))) for name, (first,) in times.items()}
+    wanted = {
+        name: min(most, max(least, math.ceil(BUDGET / max(first, 1e-6))))
+        for name, (first,) in times.items()
+    }
     for number in range(1, most):
         for name, step in steps.items():
             if number < wanted[name]:
@@ -270,7 +276,9 @@ def table(rows: Sequence[Row]) -> str:
         rows: The rows of one setting.
     """
     setting = rows[0].setting
-    cells = [f"{setting.family:18s} {setting.step:6s} {setting.features:4d} {setting.batch:5d} {setting.hidden:4d}"]
+    cells = [
+        f"{setting.family:18s} {setting.step:6s} {setting.features:4d} {setting.batch:5d} {setting.hidden:4d}"
+    ]
     for row in rows:
         if row.milliseconds is None:
             cells.append(f"{'-':>16s}")
@@ -286,7 +294,9 @@ def header(contenders: Sequence[str]) -> str:
     Args:
         contenders: Names in `CONTENDERS`.
     """
-    names = " ".join(f"{name:>16s}" for name in (FLOOR, *(name.replace(COMPILED, " c.") for name in contenders)))
+    names = " ".join(
+        f"{name:>16s}" for name in (FLOOR, *(name.replace(COMPILED, " c.") for name in contenders))
+    )
     return f"{'family':18s} {'step':6s} {'D':>4s} {'batch':>5s} {'net':>4s} {names}"
 
 
@@ -299,10 +309,20 @@ def write_json(path: str | Path, rows: Sequence[Row]) -> None:
     """
     document = {
         "machine": machine() | {"dtype": "torch.float32", **versions()},
-        "settings": {"layers": LAYERS, "bins": BINS, "budget_seconds": BUDGET, "limit_seconds": LIMIT},
-        "rows": [{**asdict(row.setting), **{k: v for k, v in asdict(row).items() if k != "setting"}} for row in rows],
+        "settings": {
+            "layers": LAYERS,
+            "bins": BINS,
+            "budget_seconds": BUDGET,
+            "limit_seconds": LIMIT,
+        },
+        "rows": [
+            {**asdict(row.setting), **{k: v for k, v in asdict(row).items() if k != "setting"}}
+            for row in rows
+        ],
     }
-    Path(path).write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    Path(path).write_text(
+        json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_json(path: str | Path) -> list[Row]:
@@ -323,15 +343,31 @@ def read_json(path: str | Path) -> list[Row]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--families", default=",".join(FAMILIES), help="families, by commas (default: all)")
+    parser.add_argument(
+        "--families", default=",".join(FAMILIES), help="families, by commas (default: all)"
+    )
     parser.add_argument("--steps", default=",".join(STEPS), help="steps, by commas (default: all)")
-    parser.add_argument("--features", default=",".join(map(str, FEATURES)), help="entries of an event, by commas")
-    parser.add_argument("--batch", default=",".join(map(str, BATCHES)), help="points of a step, by commas")
-    parser.add_argument("--hidden", default=str(WIDTH), help=f"width of both hidden layers (default: {WIDTH})")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="contenders, by commas (default: all)")
+    parser.add_argument(
+        "--features", default=",".join(map(str, FEATURES)), help="entries of an event, by commas"
+    )
+    parser.add_argument(
+        "--batch", default=",".join(map(str, BATCHES)), help="points of a step, by commas"
+    )
+    parser.add_argument(
+        "--hidden", default=str(WIDTH), help=f"width of both hidden layers (default: {WIDTH})"
+    )
+    parser.add_argument(
+        "--contenders", default=",".join(CONTENDERS), help="contenders, by commas (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the results, rewritten after every setting")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that FILE holds and run what is missing")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the results, rewritten after every setting"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that FILE holds and run what is missing",
+    )
     return parser
 
 
@@ -387,7 +423,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in [name for name in contenders if name in BUILDERS and missing(name)]:
         print(missing(name))
         contenders.remove(name)
-    print(f"Medians of CPU milliseconds, in brackets multiples of the floor; {args.threads} thread(s), float32.")
+    print(
+        f"Medians of CPU milliseconds, in brackets multiples of the floor; {args.threads} thread(s), float32."
+    )
     print(header(contenders), flush=True)
     try:
         for setting in settings:

@@ -40,13 +40,17 @@ def check_positive(name: str, value: Any) -> float:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of some words."""
     if value not in choices:
-        raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise ValueError(
+            f"Expected {name} to be one of {', '.join(map(repr, choices))}; got {value!r}."
+        )
 
 
 def check_hidden(value: Any) -> tuple[int, ...]:
     """Returns the widths of hidden layers as a tuple."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(f"Expected hidden_features to be a sequence of integers such as (64, 64); got {value!r}.")
+        raise TypeError(
+            f"Expected hidden_features to be a sequence of integers such as (64, 64); got {value!r}."
+        )
     return tuple(check_size("hidden_features", width) for width in value)
 
 
@@ -68,7 +72,9 @@ def check_activation(value: Any) -> nn.Module:
 def check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
     """Returns ``value`` if it is a floating-point tensor whose last dimensions are ``shape``."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"Expected {name} to be a tensor of shape {_pattern(shape)}; got {type(value).__name__}.")
+        raise TypeError(
+            f"Expected {name} to be a tensor of shape {_pattern(shape)}; got {type(value).__name__}."
+        )
     if not value.is_floating_point():
         raise TypeError(f"Expected {name} of a floating-point dtype; got {value.dtype}.")
     n = len(shape)
@@ -86,7 +92,9 @@ def check_context(context: Any, context_features: int | None, owner: str) -> Ten
             )
         return None
     if context is None:
-        raise ValueError(f"Expected context of shape (*, {context_features}) for {owner}; got None.")
+        raise ValueError(
+            f"Expected context of shape (*, {context_features}) for {owner}; got None."
+        )
     return check_tensor("context", context, (context_features,))
 
 

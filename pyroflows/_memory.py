@@ -35,14 +35,21 @@ class Memory:
         self._last: Evaluation | None = None
 
     def keep(
-        self, given: Tensor, result: Tensor, log_det: Tensor, define: Callable[[], Iterable[Tensor | bool]], tag: Any = None
+        self,
+        given: Tensor,
+        result: Tensor,
+        log_det: Tensor,
+        define: Callable[[], Iterable[Tensor | bool]],
+        tag: Any = None,
     ) -> None:
         """Replaces what is remembered; ``define`` returns all that defines the map, tensors and flags."""
         if transforming():
             return
         self.clear()
         definition = tuple(define())
-        if given is result or any(_is_inference(part) for part in (given, result, log_det, *definition)):
+        if given is result or any(
+            _is_inference(part) for part in (given, result, log_det, *definition)
+        ):
             return
         owner = weakref.ref(self)
 
@@ -54,7 +61,9 @@ class Memory:
         state = _state(given, result, log_det, *definition)
         self._last = Evaluation(given, weakref.ref(result, forget), log_det, tag, definition, state)
 
-    def recall(self, result: Tensor, define: Callable[[], Iterable[Tensor | bool]]) -> Evaluation | None:
+    def recall(
+        self, result: Tensor, define: Callable[[], Iterable[Tensor | bool]]
+    ) -> Evaluation | None:
         """The last evaluation, if ``result`` came out of it and nothing has changed since."""
         if transforming():
             return None

@@ -147,10 +147,23 @@ def _parser() -> argparse.ArgumentParser:
     add = fit.add_argument
     add("model", help="a packaged example (see: pyroflows list), or path/to/model.py:function")
     add("--data", metavar="FILE", help="JSON file with the arguments of the model, see below")
-    add("--flow", choices=list(FLOWS), help="family of the guide's flow (default: the fit's choice)")
+    add(
+        "--flow", choices=list(FLOWS), help="family of the guide's flow (default: the fit's choice)"
+    )
     add("--seed", type=_seed, default=0, metavar="N", help="seed of all randomness (default: 0)")
-    add("--time-limit", type=_seconds, metavar="SECONDS", help="time for the fit to aim at (default: none)")
-    add("--draws", type=_draws, default=4000, metavar="N", help="draws to summarise and save (default: 4000)")
+    add(
+        "--time-limit",
+        type=_seconds,
+        metavar="SECONDS",
+        help="time for the fit to aim at (default: none)",
+    )
+    add(
+        "--draws",
+        type=_draws,
+        default=4000,
+        metavar="N",
+        help="draws to summarise and save (default: 4000)",
+    )
     add(
         "--out",
         metavar="FILE.nc",
@@ -169,7 +182,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="threads of torch (default: 1; more pay only for models with much data)",
     )
-    add("--checkpoint", metavar="FILE", help="file from which a fit that was killed goes on (default: none)")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="file from which a fit that was killed goes on (default: none)",
+    )
     add("--quiet", action="store_true", help="print the verdict only: no progress, no table")
     about = "list the packaged examples"
     listing = commands.add_parser("list", help=about, description=about, allow_abbrev=False)
@@ -191,7 +208,9 @@ def _integer(text: str, least: int, most: int) -> int:
     except ValueError:
         value = least - 1
     if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} to {most}, got {text!r}"
+        )
     return value
 
 
@@ -311,7 +330,10 @@ def _report(name: str, posterior: Any, draws: int) -> None:
     print()
     for label, value in (
         ("ELBO", f"{verdict.elbo:.2f}"),
-        ("log evidence", f"{verdict.log_evidence:.3f}, Monte Carlo error {verdict.log_evidence_error:.1g}"),
+        (
+            "log evidence",
+            f"{verdict.log_evidence:.3f}, Monte Carlo error {verdict.log_evidence_error:.1g}",
+        ),
         ("k-hat", f"{verdict.khat:.2f}"),
         ("importance ESS", f"{verdict.ess:.1%} of {verdict.draws} draws"),
         ("found by", posterior.rungs[-1].name if posterior.rungs else "-"),
@@ -348,7 +370,9 @@ def _save(posterior: Any, out: Path, draws: int) -> None:
             torch.manual_seed(0)  # the same command draws the same picture
             plot_posterior(posterior, path=out.with_suffix(".png"), draws=draws)
     except (OSError, ValueError) as error:
-        raise UserError(f"Could not write {out} and the picture beside it: {_sentence(error)}") from error
+        raise UserError(
+            f"Could not write {out} and the picture beside it: {_sentence(error)}"
+        ) from error
 
 
 def _output(text: str) -> Path:
@@ -369,8 +393,13 @@ def _output(text: str) -> Path:
 
 
 def _check_checkpoint(name: str | None, out: Path) -> None:
-    if name is not None and Path(name).resolve() in (out.resolve(), out.with_suffix(".png").resolve()):
-        raise UserError(f"Expected --checkpoint to name another file than --out and its picture; got {name!r} for both.")
+    if name is not None and Path(name).resolve() in (
+        out.resolve(),
+        out.with_suffix(".png").resolve(),
+    ):
+        raise UserError(
+            f"Expected --checkpoint to name another file than --out and its picture; got {name!r} for both."
+        )
 
 
 def _check_device(name: str | None) -> None:
@@ -446,7 +475,9 @@ def _with_data(name: str, model: Callable[..., Any], source: str, file: str | No
     known = [p.name for p in named]
     missing = [p.name for p in named if p.default is p.empty and p.name not in data]
     if missing and file is None:
-        raise UserError(f"The model {name!r} needs {_listed(missing)}; give a JSON file with --data.")
+        raise UserError(
+            f"The model {name!r} needs {_listed(missing)}; give a JSON file with --data."
+        )
     if missing:
         raise UserError(f"{file} lacks {_listed(missing)}, which the model {name!r} needs.")
     unknown = [key for key in data if key not in known]
@@ -484,7 +515,9 @@ def _read_data(file: str) -> dict[str, Any]:
 
 def _argument(file: str, key: str, value: Any) -> Any:
     if isinstance(value, Mapping):
-        raise UserError(f"Expected {key!r} in {file} to be a number, a list or null; got an object.")
+        raise UserError(
+            f"Expected {key!r} in {file} to be a number, a list or null; got an object."
+        )
     if not isinstance(value, list):
         return value
     import numpy as np
@@ -493,16 +526,27 @@ def _argument(file: str, key: str, value: Any) -> Any:
     try:
         array = np.array(value)
     except ValueError as error:
-        raise UserError(f"{key!r} in {file} is ragged: its inner lists must all be of one length.") from error
-    dtype = {"b": torch.bool, "i": torch.int64, "f": torch.get_default_dtype()}.get(array.dtype.kind)
+        raise UserError(
+            f"{key!r} in {file} is ragged: its inner lists must all be of one length."
+        ) from error
+    dtype = {"b": torch.bool, "i": torch.int64, "f": torch.get_default_dtype()}.get(
+        array.dtype.kind
+    )
     if dtype is None:
-        expected = "nothing but numbers (NaN for one that is missing, whole ones below 2**63) or booleans"
+        expected = (
+            "nothing but numbers (NaN for one that is missing, whole ones below 2**63) or booleans"
+        )
         raise UserError(f"Expected {key!r} in {file} to hold {expected}.")
     return torch.tensor(array, dtype=dtype)
 
 
 def _show_warning(
-    message: Warning | str, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
+    message: Warning | str,
+    category: Any,
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
 ) -> None:
     print(f"pyroflows: {_sentence(message)}", file=sys.stderr)
 

@@ -11,7 +11,18 @@ from typing import Any, TypeVar
 
 import pyro.distributions as dist
 import torch
-from families import autoregressive, continuous, linear, monotone, planar, polynomial, presets, residual, splines, tails
+from families import (
+    autoregressive,
+    continuous,
+    linear,
+    monotone,
+    planar,
+    polynomial,
+    presets,
+    residual,
+    splines,
+    tails,
+)
 from families.sizes import NET, C, D
 from pyro.distributions import constraints
 from torch import Tensor, nn
@@ -36,7 +47,18 @@ from pyroflows.univariate import Affine, Scale, Shift, Univariate
 
 Module = TypeVar("Module", bound=nn.Module)
 
-FAMILIES = (autoregressive, continuous, linear, monotone, planar, polynomial, presets, residual, splines, tails)
+FAMILIES = (
+    autoregressive,
+    continuous,
+    linear,
+    monotone,
+    planar,
+    polynomial,
+    presets,
+    residual,
+    splines,
+    tails,
+)
 SCALES = ("softclip", "exp", "softplus", "sigmoid")
 MASKS: dict[str, Any] = {
     "half": "half",
@@ -54,7 +76,15 @@ UNIVARIATES: dict[str, Univariate] = {
 }
 
 #: Transforms that do not start at the identity, by intention.
-MOVED = {"permute", "permute-random", "reverse", "reverse-1", "inverse-permute", "compose", "compose-inverse"}
+MOVED = {
+    "permute",
+    "permute-random",
+    "reverse",
+    "reverse-1",
+    "inverse-permute",
+    "compose",
+    "compose-inverse",
+}
 #: Transforms that stay affine whatever their parameters are.
 AFFINE = {
     "standardize",
@@ -88,7 +118,10 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "additive-coupling-context": lambda: AdditiveCoupling(D, C, **NET),
     "coupling-scale": lambda: Coupling(Scale(), D, **NET),
     **{f"affine-coupling-{s}": (lambda s=s: AffineCoupling(D, scale=s, **NET)) for s in SCALES},
-    **{f"affine-coupling-{n}": (lambda m=m: AffineCoupling(D, mask=m, **NET)) for n, m in MASKS.items()},
+    **{
+        f"affine-coupling-{n}": (lambda m=m: AffineCoupling(D, mask=m, **NET))
+        for n, m in MASKS.items()
+    },
     "affine-coupling-2": lambda: AffineCoupling(2, hidden_features=(), bound=1.0),
     "affine-coupling-context": lambda: AffineCoupling(D, C, activation=nn.Tanh, **NET),
     "affine-coupling-context-linear": lambda: AffineCoupling(D, C, hidden_features=()),
@@ -97,15 +130,23 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "inverse-coupling": lambda: AffineCoupling(D, **NET).inv,
     "inverse-coupling-context": lambda: Inverse(AffineCoupling(D, C, **NET)),
     "compose": lambda: Compose([AffineCoupling(D, **NET), Reverse(D), LowerTriangularAffine(D)]),
-    "compose-context": lambda: Compose([Rescale(D), AffineCoupling(D, C, **NET), AdditiveCoupling(D, C, **NET)]),
+    "compose-context": lambda: Compose(
+        [Rescale(D), AffineCoupling(D, C, **NET), AdditiveCoupling(D, C, **NET)]
+    ),
     "compose-inverse": lambda: Compose(
         [Compose([AffineCoupling(D, **NET), Permute([1, 2, 0])]).inv, LowerTriangularAffine(D).inv]
     ),
     "compose-shared": lambda: Compose([t := LowerTriangularAffine(D), AffineCoupling(D, **NET), t]),
-    "compose-conditioned": lambda: Compose([AffineCoupling(D, C, **NET).condition(torch.ones(C)), Rescale(D)]),
+    "compose-conditioned": lambda: Compose(
+        [AffineCoupling(D, C, **NET).condition(torch.ones(C)), Rescale(D)]
+    ),
     "conditioned": lambda: AffineCoupling(D, C, **NET).condition(torch.tensor([0.5, -1.0])),
-    "conditioned-lower-triangular": lambda: Conditioned(LowerTriangularAffine(D, C, **NET), torch.ones(C)),
-    "conditioned-inverse": lambda: AffineCoupling(D, C, **NET).inv.condition(torch.ones(1).expand(C)),
+    "conditioned-lower-triangular": lambda: Conditioned(
+        LowerTriangularAffine(D, C, **NET), torch.ones(C)
+    ),
+    "conditioned-inverse": lambda: AffineCoupling(D, C, **NET).inv.condition(
+        torch.ones(1).expand(C)
+    ),
 }
 
 SUPPORTS: dict[str, constraints.Constraint] = {
@@ -125,8 +166,12 @@ BASES: dict[str, Callable[[], Any]] = {
     "batch-as-event": lambda: dist.Normal(torch.zeros(D), 1.0),
     "laplace": lambda: dist.Laplace(torch.zeros(D), torch.ones(D)).to_event(1),
     "student": lambda: dist.StudentT(5.0 * torch.ones(D)).to_event(1),
-    "multivariate": lambda: dist.MultivariateNormal(torch.ones(D), scale_tril=torch.tensor(0.5) * torch.eye(D)),
-    "low-rank": lambda: dist.LowRankMultivariateNormal(torch.zeros(D), torch.ones(D, 1), torch.ones(D)),
+    "multivariate": lambda: dist.MultivariateNormal(
+        torch.ones(D), scale_tril=torch.tensor(0.5) * torch.eye(D)
+    ),
+    "low-rank": lambda: dist.LowRankMultivariateNormal(
+        torch.zeros(D), torch.ones(D, 1), torch.ones(D)
+    ),
     "transformed": lambda: dist.TransformedDistribution(
         dist.Normal(torch.zeros(D), 1.0).to_event(1),
         [dist.transforms.AffineTransform(torch.ones(D), 2.0 * torch.ones(D), event_dim=1)],
@@ -143,12 +188,19 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     **{f"realnvp-{s}": (lambda s=s: pf.RealNVP(D, scale=s, **SMALL)) for s in SCALES},
     **{f"nice-{n}": (lambda m=m: pf.NICE(D, mask=m, **SMALL)) for n, m in MASKS.items()},
     "realnvp-masks": lambda: pf.RealNVP(D, mask=torch.eye(D).bool(), transforms=3, **NET),
-    **{f"realnvp-{n}": (lambda s=s: pf.RealNVP(D, support=s, **SMALL)) for n, s in SUPPORTS.items()},
-    **{f"realnvp-base-{n}": (lambda b=b: pf.RealNVP(D, base=b(), **SMALL)) for n, b in BASES.items()},
+    **{
+        f"realnvp-{n}": (lambda s=s: pf.RealNVP(D, support=s, **SMALL)) for n, s in SUPPORTS.items()
+    },
+    **{
+        f"realnvp-base-{n}": (lambda b=b: pf.RealNVP(D, base=b(), **SMALL))
+        for n, b in BASES.items()
+    },
     "flow": lambda: pf.Flow([AffineCoupling(D, **NET), Permute(D), LowerTriangularAffine(D)]),
     "flow-inverse": lambda: pf.Flow(LowerTriangularAffine(D).inv),
     "flow-1": lambda: pf.Flow([Elementwise(Affine(), 1)]),
-    "flow-1-context": lambda: pf.Flow([Elementwise(Affine(), 1, C, **NET)], support=constraints.positive),
+    "flow-1-context": lambda: pf.Flow(
+        [Elementwise(Affine(), 1, C, **NET)], support=constraints.positive
+    ),
 }
 
 #: Laws that cannot hold for a case, by the name of their test, with the reason.
@@ -156,7 +208,9 @@ EXEMPT: dict[str, dict[str, str]] = {}
 
 for family in FAMILIES:
     TRANSFORMS |= family.TRANSFORMS
-    TRANSFORMS |= {f"elementwise-{n}": (lambda u=u: Elementwise(u, D)) for n, u in family.UNIVARIATES.items()}
+    TRANSFORMS |= {
+        f"elementwise-{n}": (lambda u=u: Elementwise(u, D)) for n, u in family.UNIVARIATES.items()
+    }
     FLOWS |= family.FLOWS
     MOVED |= family.MOVED
     AFFINE |= family.AFFINE
@@ -177,15 +231,21 @@ def perturbed(module: Module, scale: float = 0.3, seed: int = 1) -> Module:
 def points(module: Any, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
     """Standard normal points of the module's event shape."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*batch, *module.event_shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*batch, *module.event_shape, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
 
 
-def context_for(module: Any, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 3) -> Tensor | None:
+def context_for(
+    module: Any, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 3
+) -> Tensor | None:
     """A context that the module takes; ``None`` where it takes none."""
     if module.context_features is None:
         return None
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*batch, module.context_features, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *batch, module.context_features, generator=generator, dtype=torch.float64
+    ).to(dtype)
 
 
 def tolerance(dtype: torch.dtype, factor: float = 200.0) -> dict[str, float]:

@@ -79,17 +79,25 @@ class FakePosterior:
         return {"mu": torch.randn(n), "theta": torch.randn(n, 2)}
 
     def summary(self, n: int) -> pandas.DataFrame:
-        rows = [(4.43219, 3.3, -1.5, 10.61), (0.000123456, 0.0002, 0.0, 0.0004), (3.0, 0.0, 3.0, 3.0)]
+        rows = [
+            (4.43219, 3.3, -1.5, 10.61),
+            (0.000123456, 0.0002, 0.0, 0.0004),
+            (3.0, 0.0, 3.0, 3.0),
+        ]
         columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
         return pandas.DataFrame(rows, index=["mu", "theta[0]", "k"], columns=columns)
 
     def to_arviz(self, draws: int) -> SimpleNamespace:
-        return SimpleNamespace(to_netcdf=lambda path, engine: Path(path).write_text(f"{draws} draws"))
+        return SimpleNamespace(
+            to_netcdf=lambda path, engine: Path(path).write_text(f"{draws} draws")
+        )
 
 
 class FakeVerdict(SimpleNamespace):
     def __init__(self) -> None:
-        super().__init__(ok=True, elbo=-31.338, log_evidence=-31.2876, log_evidence_error=0.0042, khat=0.517)
+        super().__init__(
+            ok=True, elbo=-31.338, log_evidence=-31.2876, log_evidence_error=0.0042, khat=0.517
+        )
         self.ess, self.draws = 0.941, 10000
 
     def __str__(self) -> str:
@@ -127,7 +135,9 @@ def data(**values: Any) -> str:
 
 
 def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
-    assert main(["fit", "eight_schools", "--draws", "500", "--seed", "7", "--time-limit", "60"]) == 0
+    assert (
+        main(["fit", "eight_schools", "--draws", "500", "--seed", "7", "--time-limit", "60"]) == 0
+    )
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
@@ -151,7 +161,14 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
     assert model is EXAMPLES["eight_schools"].model
     assert set(options.pop("kwargs")) == {"y", "sigma"}
     assert options.pop("progress") is True
-    assert options == {"args": (), "guide": "auto", "seed": 7, "checkpoint": None, "time_limit": 60.0, "device": None}
+    assert options == {
+        "args": (),
+        "guide": "auto",
+        "seed": 7,
+        "checkpoint": None,
+        "time_limit": 60.0,
+        "device": None,
+    }
 
 
 def test_quiet_prints_the_verdict_alone(fit, folder, capsys):
@@ -254,7 +271,10 @@ def test_data_replace_those_of_an_example(fit):
 
 # Name of the test: the arguments after "fit", and what the sentence must say.
 MISTAKES = {
-    "unknown example": ("nine_schools", "no example 'nine_schools'; the examples are eight_schools, "),
+    "unknown example": (
+        "nine_schools",
+        "no example 'nine_schools'; the examples are eight_schools, ",
+    ),
     "file without function": ("m.py", "path/to/model.py:function"),
     "no model file": ("gone.py:model", "no model file gone.py"),
     "model file too long": ("f" * 300 + ".py:model", "no model file fff"),
@@ -268,23 +288,35 @@ MISTAKES = {
     ),
     "a class": ("m.py:Module", "it is a class"),
     "syntax": ("syntax.py:model", "SyntaxError (invalid syntax) at syntax.py, line 2"),
-    "import raises": ("raises.py:model", "NameError (name 'foo' is not defined) at raises.py, line 3"),
+    "import raises": (
+        "raises.py:model",
+        "NameError (name 'foo' is not defined) at raises.py, line 3",
+    ),
     "import exits": ("exits.py:model", "SystemExit (1) at exits.py, line 2"),
     "import lacks": ("lacks.py:model", "No module named 'no_such_thing'"),
     "no data": ("m.py:model", "'model' needs 'y' and 'sigma'; give a JSON file with --data"),
     "missing file": ("m.py:model --data gone.json", "Cannot read --data gone.json: No such file"),
     "folder for data": ("m.py:model --data .", "Cannot read --data .: Is a directory"),
-    "out in no folder": ("funnel --out no/such/f.nc", "Cannot write no/such/f.nc: No such file or directory"),
+    "out in no folder": (
+        "funnel --out no/such/f.nc",
+        "Cannot write no/such/f.nc: No such file or directory",
+    ),
     "out under a file": ("funnel --out m.py/f.nc", "Cannot write m.py/f.nc: Not a directory"),
     "out is no .nc": ("funnel --out f.png", "ends in .nc; got 'f.png'"),
-    "checkpoint is out": ("funnel --out f.nc --checkpoint ./f.nc", "--checkpoint to name another file than --out"),
+    "checkpoint is out": (
+        "funnel --out f.nc --checkpoint ./f.nc",
+        "--checkpoint to name another file than --out",
+    ),
     "out is too long": ("funnel --out " + "f" * 300 + ".nc", "File name too long"),
     "threads": ("funnel --threads 0", "--threads: expected a positive number of threads, got '0'"),
     "draws": ("funnel --draws 0", "--draws: expected a whole number from 10 to 100000000, got '0'"),
     "draws in words": ("funnel --draws many", "--draws"),
     "seed": ("funnel --seed -1", "--seed"),
     "seed fraction": ("funnel --seed 1.5", "--seed"),
-    "time limit": ("funnel --time-limit 0", "--time-limit: expected a positive number of seconds, got '0'"),
+    "time limit": (
+        "funnel --time-limit 0",
+        "--time-limit: expected a positive number of seconds, got '0'",
+    ),
     "time limit nan": ("funnel --time-limit nan", "--time-limit"),
     "time limit inf": ("funnel --time-limit inf", "--time-limit"),
     "time limit in words": ("funnel --time-limit 1m", "--time-limit"),
@@ -324,20 +356,36 @@ DATA_MISTAKES: dict[str, tuple[str, str | bytes, str]] = {
     "binary": ("m.py:model", b"\xff\xfe\x00", "d is not JSON"),
     "endless": ("m.py:model", '{"y": ' + "1" * 5000 + "}", "d is not JSON"),
     "bottomless": ("m.py:model", "[" * 200000, "d is not JSON"),
-    "not an object": ("m.py:model", "[1, 2]", "JSON object, its keys the model's arguments; got a list"),
+    "not an object": (
+        "m.py:model",
+        "[1, 2]",
+        "JSON object, its keys the model's arguments; got a list",
+    ),
     "incomplete": ("m.py:model", '{"y": [1.0]}', "d lacks 'sigma', which the model 'model' needs"),
     "unknown key": (
         "m.py:model",
         '{"y": 1, "sigma": 1, "sgima": 2}',
         "d holds 'sgima', but the model 'model' takes 'y', 'sigma' and 'power'",
     ),
-    "no arguments": ("m.py:nothing", '{"y": 1}', "d holds 'y', but the model 'nothing' takes no arguments"),
+    "no arguments": (
+        "m.py:nothing",
+        '{"y": 1}',
+        "d holds 'y', but the model 'nothing' takes no arguments",
+    ),
     "example incomplete": ("eight_schools", '{"y": [1]}', "d lacks 'sigma'"),
     "ragged": ("m.py:model", '{"y": [[1, 2], [3]], "sigma": 1}', "'y' in d is ragged"),
     "ragged depth": ("m.py:model", '{"y": [1, [2]], "sigma": 1}', "'y' in d is ragged"),
     "words": ("m.py:model", '{"y": [1, "a"], "sigma": 1}', "'y' in d to hold nothing but numbers"),
-    "null inside": ("m.py:model", '{"y": [1, null], "sigma": 1}', "'y' in d to hold nothing but numbers"),
-    "object inside": ("m.py:model", '{"y": [{}], "sigma": 1}', "'y' in d to hold nothing but numbers"),
+    "null inside": (
+        "m.py:model",
+        '{"y": [1, null], "sigma": 1}',
+        "'y' in d to hold nothing but numbers",
+    ),
+    "object inside": (
+        "m.py:model",
+        '{"y": [{}], "sigma": 1}',
+        "'y' in d to hold nothing but numbers",
+    ),
     "too large": ("m.py:model", '{"y": [9223372036854775808], "sigma": 1}', "below 2**63"),
     "object": ("m.py:model", '{"y": {"a": 1}, "sigma": 1}', "'y' in d to be a number, a list"),
 }
@@ -409,7 +457,10 @@ def test_a_mistake_of_the_package_keeps_its_traceback(fit):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("broken", "The model raised AttributeError ("), ("misshapen", "The model raised ValueError (")],
+    [
+        ("broken", "The model raised AttributeError ("),
+        ("misshapen", "The model raised ValueError ("),
+    ],
 )
 def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, sentence):
     def trace(model: Any, args: Any, kwargs: Any, **_: Any) -> None:
@@ -421,7 +472,9 @@ def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, se
     line = 1 + next(
         i
         for i, text in enumerate(MODEL.splitlines())
-        if text.endswith("y.missing" if name == "broken" else "dist.Normal(torch.zeros(2), 1.0), obs=y)")
+        if text.endswith(
+            "y.missing" if name == "broken" else "dist.Normal(torch.zeros(2), 1.0), obs=y)"
+        )
     )
     assert sentence in err
     assert err.endswith(f" at m.py, line {line}.\n")
@@ -432,7 +485,10 @@ def test_data_of_a_wrong_shape_are_told_with_their_site(fit, capsys):
     fit.result = RuntimeError("The size of tensor a (2) must match the size of tensor b (3).")
     assert main(["fit", "eight_schools", "--data", data(y=[1.0, 2.0], sigma=[1.0, 2.0, 3.0])]) == 2
     sentence = _one_sentence(capsys)
-    assert "site 'y' holds a value of shape (2,) that its distribution, of shape (3,), cannot score" in sentence
+    assert (
+        "site 'y' holds a value of shape (2,) that its distribution, of shape (3,), cannot score"
+        in sentence
+    )
 
 
 def test_warnings_are_sentences(monkeypatch, capsys):

@@ -32,7 +32,9 @@ def example(request: pytest.FixtureRequest) -> Example:
 def _trace(example: Example) -> poutine.Trace:
     pyro.set_rng_seed(0)
     with InitMessenger(init_to_median):
-        trace = prune_subsample_sites(poutine.trace(example.model).get_trace(*example.args, **example.kwargs))
+        trace = prune_subsample_sites(
+            poutine.trace(example.model).get_trace(*example.args, **example.kwargs)
+        )
     trace.compute_log_prob()
     return trace
 
@@ -70,7 +72,11 @@ def test_draws_new_data_without_data(example, parallel):
 
 def test_the_two_parametrisations_of_eight_schools_agree():
     centred, other = load_example("eight_schools"), load_example("eight_schools_noncentered")
-    values = {"mu": torch.tensor(3.0), "tau": torch.tensor(2.0), "theta_trans": torch.linspace(-1, 1, 8)}
+    values = {
+        "mu": torch.tensor(3.0),
+        "tau": torch.tensor(2.0),
+        "theta_trans": torch.linspace(-1, 1, 8),
+    }
     trace = poutine.trace(poutine.condition(other.model, values)).get_trace(**other.kwargs)
     theta = trace.nodes["theta"]["value"]
     torch.testing.assert_close(theta, 3 + 2 * values["theta_trans"])
@@ -97,17 +103,23 @@ def test_challenger_numbers_give_the_published_fit():
     beta = torch.zeros(2, dtype=torch.float64)
     for _ in range(30):
         p = torch.sigmoid(design @ beta)
-        beta = beta + torch.linalg.solve(design.T @ (design * (p * (1 - p))[:, None]), design.T @ (y - p))
+        beta = beta + torch.linalg.solve(
+            design.T @ (design * (p * (1 - p))[:, None]), design.T @ (y - p)
+        )
     assert beta.tolist() == pytest.approx([15.0429, -0.2322], abs=1e-4)
 
 
 def test_car_numbers_give_the_published_fit():
     # R: lm(mpg ~ wt + hp, mtcars): 37.22727, -3.87783, -0.03177, residual standard error 2.593.
     data = {key: value.double() for key, value in load_example("linear_regression").kwargs.items()}
-    design = torch.stack([torch.ones(32, dtype=torch.float64), data["weight"], data["horsepower"]], dim=1)
+    design = torch.stack(
+        [torch.ones(32, dtype=torch.float64), data["weight"], data["horsepower"]], dim=1
+    )
     beta = torch.linalg.lstsq(design, data["mpg"][:, None]).solution[:, 0]
     assert beta.tolist() == pytest.approx([37.22727, -3.87783, -0.03177], abs=1e-5)
-    assert ((data["mpg"] - design @ beta).square().sum() / 29).sqrt().item() == pytest.approx(2.593, abs=5e-4)
+    assert ((data["mpg"] - design @ beta).square().sum() / 29).sqrt().item() == pytest.approx(
+        2.593, abs=5e-4
+    )
 
 
 def test_school_numbers_are_rubins():

@@ -32,7 +32,9 @@ def test_the_table_is_that_of_the_stored_results():
 
 
 def test_the_posteriors_reach_what_is_claimed():
-    results = json.loads((ROOT / "benchmarks" / "results" / "posteriors.json").read_text(encoding="utf-8"))
+    results = json.loads(
+        (ROOT / "benchmarks" / "results" / "posteriors.json").read_text(encoding="utf-8")
+    )
     rows = [row for row in results["rows"] if row["method"] == "pyroflows"]
     assert len(rows) == 3 * 14
     for row in rows:
@@ -49,7 +51,9 @@ def test_the_posteriors_reach_what_is_claimed():
 
 
 def test_no_verdict_is_a_lie():
-    results = json.loads((ROOT / "benchmarks" / "results" / "adversarial.json").read_text(encoding="utf-8"))
+    results = json.loads(
+        (ROOT / "benchmarks" / "results" / "adversarial.json").read_text(encoding="utf-8")
+    )
     assert not [row["model"] for row in results["rows"] if row["ok"] and not row["right"]]
     assert sum(row["ok"] for row in results["rows"]) >= 0.5 * len(results["rows"])
 

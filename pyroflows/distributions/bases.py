@@ -48,7 +48,9 @@ def student_t_base(features: int, df: float | Tensor = 5.0) -> dist.Independent:
 
 
 def _student_t(df: Tensor) -> dist.Independent:
-    return dist.StudentT(df, torch.zeros_like(df), torch.ones_like(df), validate_args=False).to_event(1)
+    return dist.StudentT(
+        df, torch.zeros_like(df), torch.ones_like(df), validate_args=False
+    ).to_event(1)
 
 
 class NormalMixture(dist.MixtureSameFamily):
@@ -78,20 +80,31 @@ class NormalMixture(dist.MixtureSameFamily):
         # torch's own draws from all components, and fails on empty batches.
         shape = self._extended_shape(torch.Size(sample_shape))
         normal, logits = self._component_distribution.base_dist, self._mixture_distribution.logits
-        noise = torch.empty(shape[:-1] + logits.shape[-1:], dtype=logits.dtype, device=logits.device).exponential_()
+        noise = torch.empty(
+            shape[:-1] + logits.shape[-1:], dtype=logits.dtype, device=logits.device
+        ).exponential_()
         which = (logits - noise.log()).argmax(-1)[..., None, None].expand(*shape[:-1], 1, shape[-1])
-        loc, scale = (t.expand(*shape[:-1], *t.shape[-2:]).gather(-2, which).squeeze(-2) for t in (normal.loc, normal.scale))
+        loc, scale = (
+            t.expand(*shape[:-1], *t.shape[-2:]).gather(-2, which).squeeze(-2)
+            for t in (normal.loc, normal.scale)
+        )
         return torch.addcmul(loc, scale, torch.randn_like(loc))
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draws reparametrised samples of shape ``sample_shape + batch_shape + (features,)``."""
         x = self.sample(sample_shape)
         normal = self._component_distribution.base_dist
-        shares = self._mixture_distribution.logits.expand(x.shape[:-1] + self._mixture_distribution.logits.shape[-1:])
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in (shares, normal.loc, normal.scale)):
+        shares = self._mixture_distribution.logits.expand(
+            x.shape[:-1] + self._mixture_distribution.logits.shape[-1:]
+        )
+        if not torch.is_grad_enabled() or not any(
+            t.requires_grad for t in (shares, normal.loc, normal.scale)
+        ):
             return x
         entries = []
-        for entry, loc, scale in zip(x.unbind(-1), normal.loc.unbind(-1), normal.scale.unbind(-1), strict=True):
+        for entry, loc, scale in zip(
+            x.unbind(-1), normal.loc.unbind(-1), normal.scale.unbind(-1), strict=True
+        ):
             component = dist.Normal(loc, scale, validate_args=False)
             at = entry.unsqueeze(-1)
             weights = shares.softmax(-1)
@@ -103,7 +116,9 @@ class NormalMixture(dist.MixtureSameFamily):
         return torch.stack(entries, -1)
 
 
-def mixture_base(locs: Tensor, scales: Tensor | float = 1.0, logits: Tensor | None = None) -> NormalMixture:
+def mixture_base(
+    locs: Tensor, scales: Tensor | float = 1.0, logits: Tensor | None = None
+) -> NormalMixture:
     """A mixture of normals with diagonal covariances, as a base of several modes.
 
     Args:
@@ -124,11 +139,15 @@ def mixture_base(locs: Tensor, scales: Tensor | float = 1.0, logits: Tensor | No
         torch.Size([5, 2])
     """
     if not isinstance(locs, Tensor) or not locs.is_floating_point():
-        raise TypeError(f"Expected locs to be a floating-point tensor of shape (components, features); got {locs!r}.")
+        raise TypeError(
+            f"Expected locs to be a floating-point tensor of shape (components, features); got {locs!r}."
+        )
     if locs.dim() != 2 or 0 in locs.shape:
         raise ValueError(f"Expected locs of shape (components, features); got {tuple(locs.shape)}.")
     if isinstance(scales, Tensor):
-        if scales.dim() > 2 or any(n not in (1, m) for n, m in zip(scales.shape[::-1], locs.shape[::-1], strict=False)):
+        if scales.dim() > 2 or any(
+            n not in (1, m) for n, m in zip(scales.shape[::-1], locs.shape[::-1], strict=False)
+        ):
             raise ValueError(
                 f"Expected scales that broadcast against locs of {tuple(locs.shape)}; got {tuple(scales.shape)}."
             )
@@ -139,7 +158,9 @@ def mixture_base(locs: Tensor, scales: Tensor | float = 1.0, logits: Tensor | No
     if logits is None:
         logits = torch.zeros_like(locs[:, 0])
     elif not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"Expected logits to be a floating-point tensor of shape ({len(locs)},); got {logits!r}.")
+        raise TypeError(
+            f"Expected logits to be a floating-point tensor of shape ({len(locs)},); got {logits!r}."
+        )
     elif logits.shape != locs.shape[:1]:
         raise ValueError(f"Expected logits of shape ({len(locs)},); got {tuple(logits.shape)}.")
     return _normal_mixture(locs, scales.expand_as(locs), logits)
@@ -149,7 +170,9 @@ def _normal_mixture(locs: Tensor, scales: Tensor, logits: Tensor) -> NormalMixtu
     normal = dist.Normal(locs, scales, validate_args=False)
     components = torch.distributions.Independent(normal, 1, validate_args=False)
     return NormalMixture(
-        torch.distributions.Categorical(logits=logits, validate_args=False), components, validate_args=False
+        torch.distributions.Categorical(logits=logits, validate_args=False),
+        components,
+        validate_args=False,
     )
 
 
@@ -215,15 +238,21 @@ class NormalMixtureBase(nn.Module):
         True
     """
 
-    def __init__(self, features: int, components: int = 8, scale: float = 0.5, seed: int = 0) -> None:
+    def __init__(
+        self, features: int, components: int = 8, scale: float = 0.5, seed: int = 0
+    ) -> None:
         super().__init__()
         self.event_shape = torch.Size([check_size("features", features)])
         self.start = check_positive("scale", scale)
         if self.start > 1:
-            raise ValueError(f"Expected scale <= 1, the standard deviation of the whole; got {scale}.")
+            raise ValueError(
+                f"Expected scale <= 1, the standard deviation of the whole; got {scale}."
+            )
         shape = (check_size("components", components), features)
         generator = torch.Generator().manual_seed(check_size("seed", seed, least=0))
-        spread = math.sqrt(1 - self.start**2) * torch.randn(shape, generator=generator, device="cpu")
+        spread = math.sqrt(1 - self.start**2) * torch.randn(
+            shape, generator=generator, device="cpu"
+        )
         self.locs = nn.Parameter(torch.empty(shape))
         self.raw_scales = nn.Parameter(torch.zeros(shape))
         self.logits = nn.Parameter(torch.zeros(components))
@@ -232,7 +261,9 @@ class NormalMixtureBase(nn.Module):
 
     def forward(self) -> NormalMixture:
         """Returns the distribution, of event shape ``(features,)``."""
-        return _normal_mixture(self.locs, self.start * torch.exp(3 * torch.tanh(self.raw_scales / 3)), self.logits)
+        return _normal_mixture(
+            self.locs, self.start * torch.exp(3 * torch.tanh(self.raw_scales / 3)), self.logits
+        )
 
     def extra_repr(self) -> str:
         return f"{self.event_shape[0]}, components={len(self.logits)}, scale={self.start}"

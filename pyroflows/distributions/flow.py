@@ -137,7 +137,9 @@ class FlowDistribution(dist.TransformedDistribution):
         y, log_det_onto = value, value.new_zeros(())
         for onto in self._onto:
             y = onto.inv(value)
-            log_det_onto = sum_rightmost(onto.log_abs_det_jacobian(y, value), self._spare_dims(onto))
+            log_det_onto = sum_rightmost(
+                onto.log_abs_det_jacobian(y, value), self._spare_dims(onto)
+            )
         x, log_det = self.transform.inverse_and_log_det(y)
         return self._base_log_prob(x) + log_det - log_det_onto
 
@@ -149,7 +151,9 @@ class FlowDistribution(dist.TransformedDistribution):
         if score is None and self.path_gradient and torch.is_grad_enabled():
             # The density at a fixed value has the gradient of its own parameters only, which the path gradient omits.
             fixed = self.log_prob(x.detach())
-            return ScoreParts(parts.log_prob, parts.score_function, parts.log_prob - fixed + fixed.detach())
+            return ScoreParts(
+                parts.log_prob, parts.score_function, parts.log_prob - fixed + fixed.detach()
+            )
         if score is None:
             return parts
         # Equal to log q(x) in value; its gradient is the score times dx, with the density's own parameters held fixed.
@@ -158,7 +162,12 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _generate(self, x: Tensor) -> Tensor:
         score = None
-        if self.path_gradient and not self._onto and torch.is_grad_enabled() and not torch.jit.is_tracing():
+        if (
+            self.path_gradient
+            and not self._onto
+            and torch.is_grad_enabled()
+            and not torch.jit.is_tracing()
+        ):
             y, log_det, score = self.transform.push_score(x, self._base_score(x))
         else:
             y, log_det = self.transform.forward_and_log_det(x)
@@ -169,7 +178,9 @@ class FlowDistribution(dist.TransformedDistribution):
     def _constrain(self, y: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         for onto in self._onto:
             value = onto(y)
-            log_det = log_det + sum_rightmost(onto.log_abs_det_jacobian(y, value), self._spare_dims(onto))
+            log_det = log_det + sum_rightmost(
+                onto.log_abs_det_jacobian(y, value), self._spare_dims(onto)
+            )
             y = value
         return y, log_det
 
@@ -218,5 +229,7 @@ def bijection_onto(support: constraints.Constraint) -> torch.distributions.Trans
             f"Expected a support with a bijection from real vectors; biject_to knows none for {support}."
         ) from None
     if not onto.bijective or onto.domain.event_dim > 1:
-        raise ValueError(f"Expected a support with a bijection from real vectors; that of {support} is none.")
+        raise ValueError(
+            f"Expected a support with a bijection from real vectors; that of {support} is none."
+        )
     return onto

@@ -41,18 +41,27 @@ class FlowMixture(dist.TorchDistribution):
     auxiliary = False
 
     def __init__(
-        self, components: Sequence[torch.distributions.Distribution], logits: Tensor, validate_args: bool | None = None
+        self,
+        components: Sequence[torch.distributions.Distribution],
+        logits: Tensor,
+        validate_args: bool | None = None,
     ) -> None:
         if not components:
             raise ValueError("Expected at least one component; got none.")
         shapes = {(tuple(c.batch_shape), tuple(c.event_shape)) for c in components}
         if len(shapes) > 1:
-            raise ValueError(f"Expected components of one shape; got batch and event shapes {sorted(shapes)}.")
+            raise ValueError(
+                f"Expected components of one shape; got batch and event shapes {sorted(shapes)}."
+            )
         if logits.shape != (len(components),):
-            raise ValueError(f"Expected logits of shape ({len(components)},); got {tuple(logits.shape)}.")
+            raise ValueError(
+                f"Expected logits of shape ({len(components)},); got {tuple(logits.shape)}."
+            )
         self.components = list(components)
         self.logits = logits
-        super().__init__(components[0].batch_shape, components[0].event_shape, validate_args=validate_args)
+        super().__init__(
+            components[0].batch_shape, components[0].event_shape, validate_args=validate_args
+        )
 
     @property
     def support(self) -> Any:
@@ -61,7 +70,9 @@ class FlowMixture(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowMixture:
         """The mixture with a larger batch shape."""
-        expanded = FlowMixture([c.expand(batch_shape) for c in self.components], self.logits, validate_args=False)
+        expanded = FlowMixture(
+            [c.expand(batch_shape) for c in self.components], self.logits, validate_args=False
+        )
         expanded.auxiliary = self.auxiliary
         return expanded
 
@@ -73,7 +84,9 @@ class FlowMixture(dist.TorchDistribution):
         choice = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
             sample_shape + self.batch_shape
         )
-        index = choice.reshape(1, *choice.shape, *(1,) * len(self.event_shape)).expand(1, *draws.shape[1:])
+        index = choice.reshape(1, *choice.shape, *(1,) * len(self.event_shape)).expand(
+            1, *draws.shape[1:]
+        )
         return draws.gather(0, index).squeeze(0)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -81,12 +94,20 @@ class FlowMixture(dist.TorchDistribution):
         each = self.component_log_probs(value)
         # Where no component has any density, logsumexp has no gradient.
         outside = (each == -torch.inf).all(-1)
-        return each.masked_fill(outside.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(outside, -torch.inf)
+        return (
+            each.masked_fill(outside.unsqueeze(-1), 0.0)
+            .logsumexp(-1)
+            .masked_fill(outside, -torch.inf)
+        )
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
         """The parts of the gradient of an ELBO, so that it is that of the score function estimator, all costs included."""
         parts = super().score_parts(x, *args, **kwargs)
-        return parts._replace(entropy_term=parts.log_prob.detach() * parts.log_prob) if self.auxiliary else parts
+        return (
+            parts._replace(entropy_term=parts.log_prob.detach() * parts.log_prob)
+            if self.auxiliary
+            else parts
+        )
 
     def component_log_probs(self, value: Tensor) -> Tensor:
         """Log density of each component, its weight included, along a last dimension of their number."""

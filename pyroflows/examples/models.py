@@ -152,5 +152,9 @@ def linear_regression(weight: Tensor, horsepower: Tensor, mpg: Tensor | None = N
     slope_horsepower = pyro.sample("slope_horsepower", dist.Normal(0.0, 10.0))
     sigma = pyro.sample("sigma", dist.HalfNormal(10.0))
     with pyro.plate("car", weight.shape[0]):
-        mean = intercept + slope_weight * (weight - 3.0) + slope_horsepower * (horsepower - 150.0) / 100.0
+        mean = (
+            intercept
+            + slope_weight * (weight - 3.0)
+            + slope_horsepower * (horsepower - 150.0) / 100.0
+        )
         return pyro.sample("mpg", dist.Normal(mean, sigma), obs=mpg)

@@ -78,12 +78,16 @@ class Flow(PyroModule):
         standardize: bool = False,
     ) -> None:
         super().__init__(type(self).__name__ if name is None else _check_name(name))
-        self.transform = Compose([transforms] if isinstance(transforms, Transform) else transforms, reversible)
+        self.transform = Compose(
+            [transforms] if isinstance(transforms, Transform) else transforms, reversible
+        )
         if standardize:
             last = Standardize(self.transform.image_shape[0])
             self.transform = Compose([*self.transform.layers, last], reversible)  # type: ignore[list-item]
         # Copies, for they move with the module.
-        self.support = None if support is None else copy.deepcopy(_check_support(support, self.transform))
+        self.support = (
+            None if support is None else copy.deepcopy(_check_support(support, self.transform))
+        )
         self.learned_base = base if isinstance(base, nn.Module) else None
         checked = None if base is None else _check_base(_made(base), self.event_shape)
         self._base = None if checked is None or self.learned_base is not None else _copy(checked)
@@ -129,7 +133,9 @@ class Flow(PyroModule):
             register_parameters(self)
         transform = self._modules["transform"]
         assert isinstance(transform, Transform)
-        return FlowDistribution(self.base, transform if given is None else transform.condition(given), self.support)
+        return FlowDistribution(
+            self.base, transform if given is None else transform.condition(given), self.support
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Pyro would register each submodule again, under other names, whenever one is read in a model.
@@ -194,7 +200,11 @@ def _state_local(full: str, parameter: nn.Parameter) -> None:
 def _has_other_name(full: str, parameter: nn.Parameter) -> bool:
     """Whether ``pyro.module`` has put the parameter into this very trace; under two names compiled ELBOs fail."""
     other = pyro.get_param_store().param_name(parameter)
-    return other is not None and other != full and any(traced is parameter for traced in _traced(other))
+    return (
+        other is not None
+        and other != full
+        and any(traced is parameter for traced in _traced(other))
+    )
 
 
 def _check_single_name(full: str, parameter: nn.Parameter, module_name: str) -> None:
@@ -224,12 +234,20 @@ def _made(base: Any) -> Any:
 
 def _check_base(base: Any, event_shape: torch.Size) -> torch.distributions.Distribution:
     if not isinstance(base, torch.distributions.Distribution):
-        raise TypeError(f"Expected base to be a distribution, or a module that makes one without arguments; got {base!r}.")
+        raise TypeError(
+            f"Expected base to be a distribution, or a module that makes one without arguments; got {base!r}."
+        )
     shape = base.batch_shape + base.event_shape
-    if shape[max(0, len(shape) - len(event_shape)) :] != event_shape or len(base.event_shape) > len(event_shape):
-        raise ValueError(f"Expected base of shape (*, {', '.join(map(str, event_shape))}); got {tuple(shape)}.")
+    if shape[max(0, len(shape) - len(event_shape)) :] != event_shape or len(base.event_shape) > len(
+        event_shape
+    ):
+        raise ValueError(
+            f"Expected base of shape (*, {', '.join(map(str, event_shape))}); got {tuple(shape)}."
+        )
     if not base.has_rsample:
-        raise ValueError(f"Expected a base with reparametrised samples (has_rsample); got {type(base).__name__}.")
+        raise ValueError(
+            f"Expected a base with reparametrised samples (has_rsample); got {type(base).__name__}."
+        )
     return base
 
 
@@ -253,7 +271,9 @@ def _check_support(support: Any, transform: Transform) -> constraints.Constraint
     try:
         onto.forward_shape(shape)
     except (ValueError, RuntimeError):
-        raise ValueError(f"Expected features that fit the support {support}; got events of shape {tuple(shape)}.") from None
+        raise ValueError(
+            f"Expected features that fit the support {support}; got events of shape {tuple(shape)}."
+        ) from None
     return support
 
 
@@ -273,7 +293,11 @@ def _apply_to_tensors(value: Any, fn: Callable[[Tensor], Tensor], seen: set[int]
         return value._apply(fn)
     if isinstance(value, list):
         return [_apply_to_tensors(item, fn, seen) for item in value]
-    parts = (torch.distributions.Distribution, torch.distributions.Transform, constraints.Constraint)
+    parts = (
+        torch.distributions.Distribution,
+        torch.distributions.Transform,
+        constraints.Constraint,
+    )
     if isinstance(value, parts) and id(value) not in seen:
         seen.add(id(value))  # a transform and its inverse refer to each other
         for key, item in list(vars(value).items()):

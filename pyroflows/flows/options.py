@@ -45,7 +45,9 @@ MIXINGS: dict[str, Callable[[int, int, int], Transform]] = {
     "permute": lambda features, gap, gaps: Permute(features, seed=gap),
     "householder": lambda features, gap, gaps: Householder(features),
     "orthogonal": lambda features, gap, gaps: Orthogonal(features),
-    "lu": lambda features, gap, gaps: LULinear(features, rotate=_turn(gap, gaps), seed=gap // 2).inv,
+    "lu": lambda features, gap, gaps: (
+        LULinear(features, rotate=_turn(gap, gaps), seed=gap // 2).inv
+    ),
     "exponential": lambda features, gap, gaps: MatrixExponential(features),
     "actnorm": lambda features, gap, gaps: ActNorm(features),
     "batchnorm": lambda features, gap, gaps: BatchNorm(features).inv,
@@ -79,11 +81,15 @@ def _mixing_layer(mixing: Any, features: int, gap: int, gaps: int) -> Transform:
             raise ValueError(f"Expected mixing to be one of {', '.join(MIXINGS)}; got {mixing!r}.")
         return MIXINGS[mixing](features, gap, gaps)
     if isinstance(mixing, Transform) or not callable(mixing):
-        raise TypeError(f"Expected mixing to be a name or a callable features -> transform; got {mixing!r}.")
+        raise TypeError(
+            f"Expected mixing to be a name or a callable features -> transform; got {mixing!r}."
+        )
     return check_transform("the result of mixing", mixing(features))
 
 
-def with_tails(tails: str | None, features: int, base: Base | None) -> tuple[list[Transform], Base | None]:
+def with_tails(
+    tails: str | None, features: int, base: Base | None
+) -> tuple[list[Transform], Base | None]:
     """The last layer and the base that give a flow heavy tails.
 
     Args:
@@ -99,7 +105,9 @@ def with_tails(tails: str | None, features: int, base: Base | None) -> tuple[lis
         return [], base
     if tails == "student":
         if base is not None:
-            raise ValueError("Expected either tails='student', which brings its base, or base; got both.")
+            raise ValueError(
+                "Expected either tails='student', which brings its base, or base; got both."
+            )
         return [], StudentTBase(check_size("features", features))
     if tails in ("gpd", "loft"):
         return [tail_transform(tails, features)], base

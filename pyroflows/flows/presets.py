@@ -122,7 +122,12 @@ class NICE(Flow):
         ]
         last, base = with_tails(tails, features, base)
         super().__init__(
-            [*mixed(layers, features, mixing), Rescale(features), *last], base, support, name, reversible, standardize
+            [*mixed(layers, features, mixing), Rescale(features), *last],
+            base,
+            support,
+            name,
+            reversible,
+            standardize,
         )
 
 
@@ -184,11 +189,15 @@ class RealNVP(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            AffineCoupling(features, context_features, chosen, hidden_features, activation, scale, bound)
+            AffineCoupling(
+                features, context_features, chosen, hidden_features, activation, scale, bound
+            )
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize
+        )
 
 
 class MAF(Flow):
@@ -260,7 +269,9 @@ class MAF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class IAF(Flow):
@@ -333,7 +344,9 @@ class IAF(Flow):
             fast="forward",
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class NSF(Flow):
@@ -415,13 +428,22 @@ class NSF(Flow):
             ]
         else:
             layers = _autoregressive(
-                make, features, context_features, transforms, hidden_features, activation, order, residual
+                make,
+                features,
+                context_features,
+                transforms,
+                hidden_features,
+                activation,
+                order,
+                residual,
             )
         if spline == "circular":
             uniform = _circular_base(features, mixing, tails)
             base = uniform if base is None else base
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize
+        )
 
 
 class NAF(Flow):
@@ -489,7 +511,9 @@ class NAF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class UNAF(Flow):
@@ -545,10 +569,19 @@ class UNAF(Flow):
         standardize: bool = False,
     ) -> None:
         layers = _autoregressive(
-            MonotoneIntegral, features, context_features, transforms, hidden_features, activation, order, residual
+            MonotoneIntegral,
+            features,
+            context_features,
+            transforms,
+            hidden_features,
+            activation,
+            order,
+            residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class BNAF(Flow):
@@ -603,7 +636,9 @@ class BNAF(Flow):
             for chosen in _orders(order, features, transforms)
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class SOSPF(Flow):
@@ -673,7 +708,9 @@ class SOSPF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class BPF(Flow):
@@ -744,7 +781,9 @@ class BPF(Flow):
             residual,
         )
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class PlanarFlow(Flow):
@@ -799,7 +838,9 @@ class PlanarFlow(Flow):
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class RadialFlow(Flow):
@@ -854,7 +895,9 @@ class RadialFlow(Flow):
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class SylvesterFlow(Flow):
@@ -912,7 +955,9 @@ class SylvesterFlow(Flow):
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class Glow(Flow):
@@ -977,7 +1022,9 @@ class Glow(Flow):
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, reversible, standardize
+        )
 
 
 class ResidualFlow(Flow):
@@ -1037,7 +1084,9 @@ class ResidualFlow(Flow):
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class FFJORD(Flow):
@@ -1102,12 +1151,23 @@ class FFJORD(Flow):
     ) -> None:
         layers = [
             ContinuousFlow(
-                features, context_features, hidden_features, activation, trace, solver, rtol, atol, steps, adjoint
+                features,
+                context_features,
+                hidden_features,
+                activation,
+                trace,
+                solver,
+                rtol,
+                atol,
+                steps,
+                adjoint,
             )
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 class FlowPlusPlus(Flow):
@@ -1163,11 +1223,20 @@ class FlowPlusPlus(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            Coupling(LogisticMixture(components), features, context_features, chosen, hidden_features, activation).inv
+            Coupling(
+                LogisticMixture(components),
+                features,
+                context_features,
+                chosen,
+                hidden_features,
+                activation,
+            ).inv
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
-        super().__init__([*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize)
+        super().__init__(
+            [*mixed(layers, features, mixing), *last], base, support, name, standardize=standardize
+        )
 
 
 def _orders(order: Any, features: int, transforms: int) -> list[list[int]]:
@@ -1182,8 +1251,13 @@ def _orders(order: Any, features: int, transforms: int) -> list[list[int]]:
         return [natural if layer % 2 == 0 else natural[::-1] for layer in range(count)]
     if order == "random":
         generator = torch.Generator().manual_seed(0)
-        return [torch.randperm(features, generator=generator, device="cpu").tolist() for _ in range(count)]
-    raise ValueError(f"Expected order to be alternating, natural, random or a permutation; got {order!r}.")
+        return [
+            torch.randperm(features, generator=generator, device="cpu").tolist()
+            for _ in range(count)
+        ]
+    raise ValueError(
+        f"Expected order to be alternating, natural, random or a permutation; got {order!r}."
+    )
 
 
 def _autoregressive(
@@ -1198,12 +1272,23 @@ def _autoregressive(
     fast: str = "inverse",
 ) -> list[Transform]:
     return [
-        Autoregressive(make(), features, context_features, hidden_features, activation, chosen, residual=residual, fast=fast)
+        Autoregressive(
+            make(),
+            features,
+            context_features,
+            hidden_features,
+            activation,
+            chosen,
+            residual=residual,
+            fast=fast,
+        )
         for chosen in _orders(order, features, transforms)
     ]
 
 
-def _circular_base(features: int, mixing: Mixing, tails: str | None) -> torch.distributions.Distribution:
+def _circular_base(
+    features: int, mixing: Mixing, tails: str | None
+) -> torch.distributions.Distribution:
     """The uniform distribution of angles."""
     if tails is not None or mixing not in (None, "reverse", "permute"):
         raise ValueError(
@@ -1221,4 +1306,6 @@ def _spline(spline: Any, bins: int, bound: float) -> Callable[[], Univariate]:
         return lambda: LinearRationalSpline(bins, bound)
     if spline == "circular":
         return lambda: CircularSpline(bins)
-    raise ValueError(f"Expected spline to be rational-quadratic, linear-rational or circular; got {spline!r}.")
+    raise ValueError(
+        f"Expected spline to be rational-quadratic, linear-rational or circular; got {spline!r}."
+    )

@@ -36,7 +36,9 @@ class FlowGuide(AutoContinuous):
     ) -> None:
         self._init_scale = check_positive("init_scale", init_scale)
         if flow is not None and not callable(flow):
-            raise TypeError(f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}.")
+            raise TypeError(
+                f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}."
+            )
         if isinstance(flow, torch.nn.Module):
             raise TypeError(
                 f"Expected flow to be a preset or callable such as pf.RealNVP, not a made {type(flow).__name__}."
@@ -74,8 +76,14 @@ class FlowGuide(AutoContinuous):
         """A fresh flow, with a whitening map that starts as the guide does."""
         loc = self._init_loc()
         layers, base = _parts((self._make_flow or default_flow)(self.latent_dim), self.latent_dim)
-        flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(loc.device, loc.dtype)
-        whiten(flow, loc, self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device))
+        flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(
+            loc.device, loc.dtype
+        )
+        whiten(
+            flow,
+            loc,
+            self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device),
+        )
         return flow
 
     # The protocol of AutoContinuous
@@ -131,7 +139,9 @@ class FlowGuide(AutoContinuous):
 
     def _check_built(self, what: str) -> None:
         if self.prototype_trace is None:
-            raise RuntimeError(f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}.")
+            raise RuntimeError(
+                f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}."
+            )
 
     # Saving and copying
 
@@ -143,7 +153,9 @@ class FlowGuide(AutoContinuous):
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + k: v for k, v in (self._waiting_state or {}).items()})
 
@@ -285,16 +297,25 @@ def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:
     transform: Transform
     if isinstance(made, Flow):
         if made.support is not None:
-            raise ValueError(f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}.")
-        transform, base = made.transform, made._base if made.learned_base is None else made.learned_base
+            raise ValueError(
+                f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}."
+            )
+        transform, base = (
+            made.transform,
+            made._base if made.learned_base is None else made.learned_base,
+        )
     elif isinstance(made, Transform):
         transform, base = made, None
     else:
         raise TypeError(f"Expected flow(features) to return a Flow or a Transform; got {made!r}.")
     if transform.context_features is not None:
-        raise ValueError("Expected a flow without context in AutoFlow; got one with context_features.")
+        raise ValueError(
+            "Expected a flow without context in AutoFlow; got one with context_features."
+        )
     if transform.event_shape != (features,):
-        raise ValueError(f"Expected a flow of {features} features, as the model has; got {tuple(transform.event_shape)}.")
+        raise ValueError(
+            f"Expected a flow of {features} features, as the model has; got {tuple(transform.event_shape)}."
+        )
     return (list(transform.layers) if isinstance(transform, Compose) else [transform]), base  # type: ignore[arg-type]
 
 
@@ -328,4 +349,6 @@ class _ScoredDeltas(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
         if type(msg["fn"]) is dist.Delta:
             delta = msg["fn"]
-            msg["fn"] = _ScoredDelta(delta.v, delta.log_density, delta.event_dim, validate_args=False)
+            msg["fn"] = _ScoredDelta(
+                delta.v, delta.log_density, delta.event_dim, validate_args=False
+            )

@@ -243,7 +243,9 @@ class LogDensity:
         Returns:
             Whether ``biject_to(support)`` is the map of the site.
         """
-        unconstrained, value = next((u, v) for site, u, v in self._unpack(self.initial + 1) if site.name == name)
+        unconstrained, value = next(
+            (u, v) for site, u, v in self._unpack(self.initial + 1) if site.name == name
+        )
         try:
             image = biject_to(support)(unconstrained)
         except (NotImplementedError, RuntimeError):
@@ -254,7 +256,9 @@ class LogDensity:
 
     def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
         batch = z.shape[:-1]
-        for site, part in zip(self.sites, z.split([site.features for site in self.sites], -1), strict=True):
+        for site, part in zip(
+            self.sites, z.split([site.features for site in self.sites], -1), strict=True
+        ):
             unconstrained = part.reshape(batch + site.unconstrained_shape)
             yield site, unconstrained, site.transform(unconstrained)
 
@@ -265,7 +269,9 @@ class LogDensity:
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
         # Validation reads values, which a batch under vmap does not have.
         with self.on_device(), poutine.block(), pyro.validation_enabled(False), _Unvalidated():
-            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(*args, **kwargs)
+            return poutine.trace(poutine.condition(model, data=dict(values))).get_trace(
+                *args, **kwargs
+            )
 
     def _single(self, z: Tensor, run: Run | None = None) -> Tensor:
         values, log_det = {}, z.new_zeros(())
@@ -282,7 +288,9 @@ class LogDensity:
         sizes = {
             name: (int(node["fn"].size), int(node["fn"].subsample_size))
             for name, node in trace.nodes.items()
-            if node["type"] == "sample" and site_is_subsample(node) and node["fn"].subsample_size is not None
+            if node["type"] == "sample"
+            and site_is_subsample(node)
+            and node["fn"].subsample_size is not None
         }
         subsampled = {name: (size, part) for name, (size, part) in sizes.items() if 0 < part < size}
         for name, node in _latent_nodes(trace):
@@ -300,7 +308,9 @@ class LogDensity:
             return site["fn"].sample() if _is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
-            return poutine.trace(InitMessenger(start)(self.model)).get_trace(*self.args, **self.kwargs)
+            return poutine.trace(InitMessenger(start)(self.model)).get_trace(
+                *self.args, **self.kwargs
+            )
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
@@ -371,10 +381,16 @@ class Evaluator:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], start: Tensor, batch_size: int, shared: Sequence[Tensor] = ()
+        self,
+        function: Callable[..., Tensor],
+        start: Tensor,
+        batch_size: int,
+        shared: Sequence[Tensor] = (),
     ) -> None:
         self.function, self.start, self.batch_size = function, start, batch_size
-        self._vmap = torch.func.vmap(torch.func.grad_and_value(function), in_dims=(0, *(None for _ in shared)))
+        self._vmap = torch.func.vmap(
+            torch.func.grad_and_value(function), in_dims=(0, *(None for _ in shared))
+        )
         # A graph knows one shape of each tensor.
         self._graphs: dict[tuple[torch.Size, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
         self.mode, self.reason = self._choose_mode(tuple(shared))
@@ -382,7 +398,13 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, points: Tensor, *shared: Tensor) -> tuple[Tensor, Tensor]:
         """The values, of shape ``(n,)``, and gradients, of shape ``(n, features)``, at points of the latter shape."""
-        evaluate = self._loop if self.mode == "loop" else self._vmap if self.mode == "vmap" else self._graph(shared)
+        evaluate = (
+            self._loop
+            if self.mode == "loop"
+            else self._vmap
+            if self.mode == "vmap"
+            else self._graph(shared)
+        )
         values, grads = [], []
         for chunk in points.split(self.batch_size):
             n = len(chunk)
@@ -400,7 +422,11 @@ class Evaluator:
                 point = row.detach().requires_grad_()
                 value = self.function(point, *shared)
                 # A density that is flat everywhere has no graph.
-                (grad,) = torch.autograd.grad(value, point) if value.requires_grad else (torch.zeros_like(row),)
+                (grad,) = (
+                    torch.autograd.grad(value, point)
+                    if value.requires_grad
+                    else (torch.zeros_like(row),)
+                )
             grads.append(grad)
             values.append(value.detach())
         return torch.stack(grads), torch.stack(values)
@@ -408,10 +434,14 @@ class Evaluator:
     def _graph(self, shared: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
         key = tuple(tensor.shape for tensor in shared)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(self.start.expand(self.batch_size, -1).contiguous(), shared)
+            self._graphs[key] = self._capture(
+                self.start.expand(self.batch_size, -1).contiguous(), shared
+            )
         return self._graphs[key]
 
-    def _capture(self, points: Tensor, shared: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _capture(
+        self, points: Tensor, shared: tuple[Tensor, ...]
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         graph = make_fx(lambda rows, *rest: self._vmap(rows, *rest))(points, *shared)
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -467,7 +497,9 @@ def _whole_plates() -> Iterator[None]:
     # No handler can do this: a plate refuses rows of another number than its own, and counts by that number.
     subsample = SubsampleMessenger._subsample
 
-    def whole(name: str, size: Any = None, subsample_size: Any = None, rows: Any = None, *rest: Any) -> Any:
+    def whole(
+        name: str, size: Any = None, subsample_size: Any = None, rows: Any = None, *rest: Any
+    ) -> Any:
         return subsample(name, size, None if rows is None else subsample_size, rows, *rest)
 
     SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[method-assign,assignment]
@@ -510,9 +542,13 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
         TypeError: If they are not a list or tuple, and a mapping.
     """
     if not isinstance(args, (list, tuple)):
-        raise TypeError(f"Expected args to be a sequence of arguments such as (x, y); got {type(args).__name__}.")
+        raise TypeError(
+            f"Expected args to be a sequence of arguments such as (x, y); got {type(args).__name__}."
+        )
     if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"Expected kwargs to be a mapping of names to arguments; got {type(kwargs).__name__}.")
+        raise TypeError(
+            f"Expected kwargs to be a mapping of names to arguments; got {type(kwargs).__name__}."
+        )
     return tuple(args), dict(kwargs or {})
 
 
@@ -531,7 +567,9 @@ def latent_sites(trace: Any) -> list[LatentSite]:
     sites = []
     nodes = list(_latent_nodes(trace))
     if not nodes:
-        raise ValueError("Expected a model with a latent site; got one in which every sample site is observed.")
+        raise ValueError(
+            "Expected a model with a latent site; got one in which every sample site is observed."
+        )
     for name, node in nodes:
         fn, value = node["fn"], node["value"]
         if _is_discrete(node):
@@ -548,7 +586,9 @@ def latent_sites(trace: Any) -> list[LatentSite]:
             raise ValueError(
                 f"Expected latent sites with a support that biject_to knows; got {name!r} with {_law(fn)}."
             ) from None
-        sites.append(LatentSite(name, value.shape, unconstrained.shape, transform, site_plates(node)))
+        sites.append(
+            LatentSite(name, value.shape, unconstrained.shape, transform, site_plates(node))
+        )
     if not sites:
         names = ", ".join(repr(name) for name, _ in nodes)
         raise ValueError(
@@ -557,7 +597,9 @@ def latent_sites(trace: Any) -> list[LatentSite]:
         )
     if not any(site.features for site in sites):
         names = ", ".join(repr(site.name) for site in sites)
-        raise ValueError(f"Expected a model with a latent site that has entries; got only empty ones ({names}).")
+        raise ValueError(
+            f"Expected a model with a latent site that has entries; got only empty ones ({names})."
+        )
     return sites
 
 
@@ -569,7 +611,11 @@ def _latent_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _sample_nodes(trace: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, node in trace.nodes.items():
-        if node["type"] == "sample" and not site_is_subsample(node) and not node["infer"].get("_deterministic"):
+        if (
+            node["type"] == "sample"
+            and not site_is_subsample(node)
+            and not node["infer"].get("_deterministic")
+        ):
             yield name, node
 
 
@@ -604,7 +650,10 @@ def site_plates(node: dict[str, Any]) -> tuple[str | None, ...]:
 
 
 def _refuse_changing_shapes(first: Any, second: Any) -> None:
-    shapes = [{name: tuple(node["value"].shape) for name, node in _latent_nodes(t)} for t in (first, second)]
+    shapes = [
+        {name: tuple(node["value"].shape) for name, node in _latent_nodes(t)}
+        for t in (first, second)
+    ]
     for name in {**shapes[0], **shapes[1]}:
         if shapes[0].get(name) != shapes[1].get(name):
             was, now = (f"of shape {s[name]}" if name in s else "absent" for s in shapes)
@@ -616,7 +665,9 @@ def _refuse_changing_shapes(first: Any, second: Any) -> None:
 
 def _refuse_nan(trace: Any) -> None:
     trace.compute_log_prob()
-    at_fault = [repr(name) for name, node in _sample_nodes(trace) if bool(node["log_prob_sum"].isnan())]
+    at_fault = [
+        repr(name) for name, node in _sample_nodes(trace) if bool(node["log_prob_sum"].isnan())
+    ]
     if at_fault:
         raise ValueError(
             f"Expected a model with a finite log density where it starts; site {', site '.join(at_fault)} gives nan. Look "

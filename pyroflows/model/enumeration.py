@@ -43,12 +43,16 @@ def enumerated_log_prob(trace: Any) -> Tensor:
             continue
         if site["infer"].get("_enumerate_dim") is None:
             term = packed.scale_and_mask(term, mask=site["packed"]["mask"])
-        ordinal = frozenset(plates[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized)
+        ordinal = frozenset(
+            plates[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized
+        )
         factors.setdefault(ordinal, []).append(term)
         scales.append(site["scale"])
     if not factors:
         return total
-    return total + _common(scales) * contract_to_tensor(factors, enumerated, ring=_EliminationRing())
+    return total + _common(scales) * contract_to_tensor(
+        factors, enumerated, ring=_EliminationRing()
+    )
 
 
 def _common(scales: list[Any]) -> float:
@@ -71,7 +75,10 @@ class _EliminationRing(LogRing):
         left = {dim for dim in dims if _touched(terms, dim)}
         while left:
             # The one with the smallest table first: in a star the leaves, not the centre that joins them all.
-            dim = min(sorted(left), key=lambda dim: len(set("".join(t._pyro_dims for t in _touched(terms, dim)))))
+            dim = min(
+                sorted(left),
+                key=lambda dim: len(set("".join(t._pyro_dims for t in _touched(terms, dim)))),
+            )
             touched = _touched(terms, dim)
             product = _product(touched)
             rest = product._pyro_dims.replace(dim, "")  # type: ignore[attr-defined]
@@ -90,7 +97,9 @@ def _logsumexp(term: Tensor, dim: int) -> Tensor:
     shift = term.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(term.dtype).min)
     total = (term - shift).exp().sum(dim)
     possible = total > 0
-    return torch.where(possible, torch.where(possible, total, 1.0).log() + shift.squeeze(dim), -torch.inf)
+    return torch.where(
+        possible, torch.where(possible, total, 1.0).log() + shift.squeeze(dim), -torch.inf
+    )
 
 
 def _product(terms: list[Tensor]) -> Tensor:

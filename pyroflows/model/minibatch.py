@@ -165,8 +165,12 @@ class SubsampledDensity(MiniBatchDensity):
 
     def __init__(self, full: LogDensity, batch_size: int = 256) -> None:
         super().__init__(full)
-        first = [torch.arange(part, device=full.initial.device) for _, part in full.subsampled.values()]
-        self._evaluator = Evaluator(self._single, full.initial, batch_size + 1, first)  # with the anchor
+        first = [
+            torch.arange(part, device=full.initial.device) for _, part in full.subsampled.values()
+        ]
+        self._evaluator = Evaluator(
+            self._single, full.initial, batch_size + 1, first
+        )  # with the anchor
 
     @property
     def mode(self) -> str:
@@ -174,11 +178,16 @@ class SubsampledDensity(MiniBatchDensity):
 
     def _single(self, z: Tensor, *rows: Tensor) -> Tensor:
         given = dict(zip(self.full.subsampled, rows, strict=True))
-        return self.full._single(z, Run(_GivenRows(given)(self.full.model_of_batch), self.full.args, self.full.kwargs))
+        return self.full._single(
+            z, Run(_GivenRows(given)(self.full.model_of_batch), self.full.args, self.full.kwargs)
+        )
 
     def _evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
         device = points.device
-        rows = [torch.randperm(size, device=device)[:part] for size, part in self.full.subsampled.values()]
+        rows = [
+            torch.randperm(size, device=device)[:part]
+            for size, part in self.full.subsampled.values()
+        ]
         return self._evaluator(points, *rows)
 
 
@@ -214,7 +223,9 @@ class LoadedDensity(MiniBatchDensity):
                 self._taken += 1
                 return batch
             self._batches = None
-        raise ValueError("Expected a loader that can be gone through again and again; got one that has run dry.")
+        raise ValueError(
+            "Expected a loader that can be gone through again and again; got one that has run dry."
+        )
 
     def _begin_epoch(self) -> None:
         self._epoch = self._random_state()
@@ -243,7 +254,11 @@ class LoadedDensity(MiniBatchDensity):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes back to where the mini-batches were."""
         suffix = " at the start of the epoch"
-        epoch = {name.removesuffix(suffix): value for name, value in state.items() if name.endswith(suffix)}
+        epoch = {
+            name.removesuffix(suffix): value
+            for name, value in state.items()
+            if name.endswith(suffix)
+        }
         if not epoch:
             return
         now = torch.get_rng_state()
@@ -305,7 +320,9 @@ class _StreamedDensity(LogDensity):
         if self._kept is not None:
             yield from self._kept
             return
-        with torch.random.fork_rng(devices=[]):  # even a loader without workers draws a seed for them
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # even a loader without workers draws a seed for them
             batches = iter(self.batches(self._in_order))
             first = next(batches, None)
         if first is not None:
@@ -326,7 +343,9 @@ class _StreamedDensity(LogDensity):
             value += weight * of_batch[0]
             grad += weight * of_batch[1]
         if seen != self.rows:
-            raise ValueError(f"Expected a loader of the same {self.rows} rows every time; got {seen} this time.")
+            raise ValueError(
+                f"Expected a loader of the same {self.rows} rows every time; got {seen} this time."
+            )
         return value, grad
 
     def _make_evaluator(self) -> Evaluator:
@@ -347,7 +366,9 @@ class _StreamedDensity(LogDensity):
             self._names = list(batch)
             batch = list(batch.values())
         tensors = [batch] if isinstance(batch, Tensor) else batch
-        rows_first = isinstance(tensors, (list, tuple)) and all(isinstance(t, Tensor) and t.dim() for t in tensors)
+        rows_first = isinstance(tensors, (list, tuple)) and all(
+            isinstance(t, Tensor) and t.dim() for t in tensors
+        )
         if not (rows_first and tensors):
             raise TypeError(
                 "Expected a loader whose batches are tensors with the rows first, or lists, tuples or dictionaries of them; "
@@ -368,7 +389,9 @@ class _StreamedDensity(LogDensity):
         for rows in (_FirstRows(), _FirstRows(flip=True)):
             values.append(float(self._single(self.initial, self._run(rows(model), self._first))))
         # What is no number is refused where the fit looks for its start.
-        if all(map(math.isfinite, values)) and not math.isclose(*values, rel_tol=1e-4, abs_tol=1e-4):
+        if all(map(math.isfinite, values)) and not math.isclose(
+            *values, rel_tol=1e-4, abs_tol=1e-4
+        ):
             raise ValueError(
                 "Expected a model that takes a batch of the loader as it is; got one whose log density depends on the "
                 "indices that a subsampled plate draws. Give all data as args instead of a loader."
@@ -429,7 +452,9 @@ class _FirstRows(Messenger):
         if site_is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size is not None:
             size, part = msg["fn"].size, msg["fn"].subsample_size
             if part > size:
-                raise ValueError(f"Expected plate {msg['name']!r} of at least the {part} rows of a batch; got size {size}.")
+                raise ValueError(
+                    f"Expected plate {msg['name']!r} of at least the {part} rows of a batch; got size {size}."
+                )
             rows = torch.arange(part, device=msg["fn"].device)
             msg["value"] = msg["fn"].size - 1 - rows if self.flip else rows
 

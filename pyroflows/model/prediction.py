@@ -30,7 +30,10 @@ Draws = dict[str, Tensor]
 
 
 def inference_data(
-    density: LogDensity, z: Tensor, sample_stats: Mapping[str, Tensor], attrs: Mapping[str, Any] | None = None
+    density: LogDensity,
+    z: Tensor,
+    sample_stats: Mapping[str, Tensor],
+    attrs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Draws in ArviZ's container, with all that the model allows: predictions, likelihood, data, prior.
 
@@ -55,10 +58,13 @@ def inference_data(
         for group, values in of_draws.items()
     }
     groups["sample_stats"] = dict(sample_stats)
-    groups["prior"] = {name: value.unsqueeze(0) for name, value in prior_draws(density, draws).items()}
+    groups["prior"] = {
+        name: value.unsqueeze(0) for name, value in prior_draws(density, draws).items()
+    }
     groups["observed_data"] = observed_data(density)
     arrays = {
-        group: {name: value.detach().cpu().numpy() for name, value in values.items()} for group, values in groups.items()
+        group: {name: value.detach().cpu().numpy() for name, value in values.items()}
+        for group, values in groups.items()
     }
     return arviz.to_inference_data(arrays, dims=dimension_names(density), attrs=attrs)
 
@@ -77,7 +83,11 @@ def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
     """Values of ``pyro.deterministic`` sites, one run of the model per draw ``z`` of shape ``(draws, features)``."""
     if density.discrete:
         return {}
-    return _per_draw(density, z, lambda trace: {n: s["value"] for n, s in trace.nodes.items() if _is_deterministic(s)})
+    return _per_draw(
+        density,
+        z,
+        lambda trace: {n: s["value"] for n, s in trace.nodes.items() if _is_deterministic(s)},
+    )
 
 
 def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
@@ -90,7 +100,9 @@ def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
         return {name: trace.nodes[name]["log_prob"] for name in _observed(trace)}
 
     observed = set(observed_data(density))
-    return _per_draw(density, z, lambda trace: {n: v for n, v in of_trace(trace).items() if n in observed})
+    return _per_draw(
+        density, z, lambda trace: {n: v for n, v in of_trace(trace).items() if n in observed}
+    )
 
 
 def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
@@ -128,14 +140,21 @@ def observed_data(density: LogDensity) -> Draws:
     """Values of the observed sites."""
     trace = density._trace(density.constrain(density.initial))
     names = set(_observed(trace)) - {site.name for site in density.sites}
-    return {n: s["value"] for n, s in trace.nodes.items() if n in names and isinstance(s["value"], Tensor)}
+    return {
+        n: s["value"]
+        for n, s in trace.nodes.items()
+        if n in names and isinstance(s["value"], Tensor)
+    }
 
 
 def _observed(trace: Any) -> list[str]:
     return [
         name
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and site["is_observed"] and not _is_deterministic(site) and not _is_factor(site)
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not _is_deterministic(site)
+        and not _is_factor(site)
     ]
 
 
@@ -146,7 +165,9 @@ def _is_deterministic(site: dict[str, Any]) -> bool:
     fn = site["fn"]
     while isinstance(fn, (dist.MaskedDistribution, torch.distributions.Independent)):
         fn = fn.base_dist
-    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and isinstance(fn, dist.Delta))
+    return bool(site["infer"].get("_deterministic")) or (
+        site["is_observed"] and isinstance(fn, dist.Delta)
+    )
 
 
 def _is_factor(site: dict[str, Any]) -> bool:
@@ -172,7 +193,9 @@ def _map(run: Callable[[Tensor], Draws], rows: Tensor, batched: bool) -> Draws:
         try:
             with warnings.catch_warnings():
                 # torch says so of its own binomial sampler; the samples are right.
-                warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
+                warnings.filterwarnings(
+                    "ignore", message="An output with one or more elements was resized"
+                )
                 return torch.func.vmap(run, randomness="different", chunk_size=1000)(rows)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none

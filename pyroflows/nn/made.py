@@ -99,7 +99,9 @@ class MADE(nn.Module):
         if context_features is not None:
             check_size("context_features", context_features)
         if residual and len(set(widths)) > 1:
-            raise ValueError(f"Expected hidden_features of one width for a residual network; got {widths}.")
+            raise ValueError(
+                f"Expected hidden_features of one width for a residual network; got {widths}."
+            )
         if adjacency is None:
             graph = _chain(check_order(order, features))
         elif order is None:
@@ -114,7 +116,11 @@ class MADE(nn.Module):
         self.widths = widths
         sizes = (*widths, self.outputs * features)
         self.output_scale = widths[-1] ** -0.5 if widths else 1.0
-        self.context = nn.Linear(context_features, sizes[0], bias=False) if context_features is not None else None
+        self.context = (
+            nn.Linear(context_features, sizes[0], bias=False)
+            if context_features is not None
+            else None
+        )
         ins = (codes * features if sees_inputs else 0, *widths)
         self.layers = nn.ModuleList(_Masked(i, o) for i, o in zip(ins, sizes, strict=True))
         self.register_buffer("adjacency", torch.tensor(graph.tolist()))
@@ -138,7 +144,8 @@ class MADE(nn.Module):
         #: How many entries there are up to each stage, and how many units of each layer are known before it.
         self.entry_ends = (0, *accumulate(map(len, stages)))
         self.unit_ends = tuple(
-            tuple(int((degrees[units] <= stage).sum()) for stage in range(len(stages))) for units in chosen
+            tuple(int((degrees[units] <= stage).sum()) for stage in range(len(stages)))
+            for units in chosen
         )
         entries = torch.tensor([i for stage in stages for i in stage], device=self.adjacency.device)
         self.register_buffer("entries", entries, persistent=False)
@@ -184,7 +191,9 @@ class MADE(nn.Module):
         if matrix is not None and self.widths:
             matrix, bias = matrix * self.output_scale, bias * self.output_scale
         matrices, biases = zip(*hidden, (matrix, bias), strict=True)
-        return Weights(list(matrices), list(biases), None if self.context is None else self.context.weight)
+        return Weights(
+            list(matrices), list(biases), None if self.context is None else self.context.weight
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Evaluates the network.
@@ -199,7 +208,11 @@ class MADE(nn.Module):
         return self.evaluate(x, context, self.weights())
 
     def evaluate(
-        self, x: Tensor, context: Tensor | None, weights: Weights, trace: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        weights: Weights,
+        trace: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """As :meth:`forward`, with weights at hand; notes what goes into each activation and what comes out of it."""
         (first, *matrices), (bias, *biases), of_context = weights
@@ -217,7 +230,9 @@ class MADE(nn.Module):
         return z.unflatten(-1, (self.outputs, self.features))
 
     def extra_repr(self) -> str:
-        return f"{self.features}, {self.outputs}, stages={self.stages}" + (", residual=True" if self.residual else "")
+        return f"{self.features}, {self.outputs}, stages={self.stages}" + (
+            ", residual=True" if self.residual else ""
+        )
 
 
 class Unfolding:
@@ -235,7 +250,9 @@ class Unfolding:
         in_place: Whether to write to tensors, which is faster; not for what is differentiated or mapped.
     """
 
-    def __init__(self, net: MADE, weights: Weights, context: Tensor | None, like: Tensor, in_place: bool) -> None:
+    def __init__(
+        self, net: MADE, weights: Weights, context: Tensor | None, like: Tensor, in_place: bool
+    ) -> None:
         self.net, self.stage = net, 0
         self.values = _Rows(like, net.codes * net.features if in_place else None)
         self.active = [_Rows(like, width if in_place else None) for width in net.widths]
@@ -286,11 +303,15 @@ class Folding:
         in_place: Whether to write to tensors.
     """
 
-    def __init__(self, net: MADE, weights: Weights, slopes: list[Tensor], like: Tensor, in_place: bool) -> None:
+    def __init__(
+        self, net: MADE, weights: Weights, slopes: list[Tensor], like: Tensor, in_place: bool
+    ) -> None:
         self.net, self.stage, self.slopes = net, net.stages, slopes
         sizes = (*net.widths, net.outputs * net.features)
         #: The matrix that leads out of the entries, then those out of the layers.
-        self.matrices = [matrix.mT for matrix in _by_stage(net, weights.matrices) if matrix is not None]
+        self.matrices = [
+            matrix.mT for matrix in _by_stage(net, weights.matrices) if matrix is not None
+        ]
         self.cotangents = [_Rows(like, size if in_place else None, upwards=True) for size in sizes]
 
     def pulled(self) -> Tensor:
@@ -397,7 +418,10 @@ def check_order(order: Any, features: int) -> list[int]:
         return list(range(features))
     if isinstance(order, str) or not isinstance(order, (Sequence, Tensor)):
         raise TypeError(f"Expected order to be a sequence of integers; got {order!r}.")
-    given = [check_size("order", i, least=0) for i in (order.tolist() if isinstance(order, Tensor) else order)]
+    given = [
+        check_size("order", i, least=0)
+        for i in (order.tolist() if isinstance(order, Tensor) else order)
+    ]
     if sorted(given) != list(range(features)):
         raise ValueError(f"Expected order to hold each of 0 .. {features - 1} once; got {given}.")
     return given
@@ -417,7 +441,9 @@ def _check_adjacency(adjacency: Any, features: int) -> Tensor:
     if graph.dtype != torch.bool:
         raise TypeError(f"Expected adjacency to be boolean; got {graph.dtype}.")
     if graph.shape != (features, features):
-        raise ValueError(f"Expected adjacency of shape ({features}, {features}); got {tuple(graph.shape)}.")
+        raise ValueError(
+            f"Expected adjacency of shape ({features}, {features}); got {tuple(graph.shape)}."
+        )
     return graph
 
 
@@ -432,7 +458,9 @@ def _stages(graph: Tensor) -> list[list[int]]:
     while not bool(placed.all()):
         ready = (waits_for == 0) & ~placed
         if not bool(ready.any()):
-            raise ValueError(f"Expected adjacency without cycles; got one where {_cycle(graph, placed)}.")
+            raise ValueError(
+                f"Expected adjacency without cycles; got one where {_cycle(graph, placed)}."
+            )
         stages.append(ready.nonzero().flatten().tolist())
         placed |= ready
         waits_for -= graph[:, ready].sum(1)

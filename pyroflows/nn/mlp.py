@@ -59,13 +59,19 @@ class MLP(nn.Module):
         if context_features is not None:
             check_size("context_features", context_features)
         elif in_features == 0:
-            raise ValueError("Expected an MLP with an input or a context; got in_features=0 and no context_features.")
+            raise ValueError(
+                "Expected an MLP with an input or a context; got in_features=0 and no context_features."
+            )
         check_size("out_features", out_features)
         widths = check_hidden(hidden_features)
         self.activation = check_activation(activation)
         widths = (*widths, out_features)
         self.input: nn.Linear | None = nn.Linear(in_features, widths[0]) if in_features else None
-        self.context = None if context_features is None else nn.Linear(context_features, widths[0], bias=in_features == 0)
+        self.context = (
+            None
+            if context_features is None
+            else nn.Linear(context_features, widths[0], bias=in_features == 0)
+        )
         self.output_scale = widths[-2] ** -0.5 if len(widths) > 1 else 1.0
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
 
@@ -76,7 +82,11 @@ class MLP(nn.Module):
         Args:
             values: Tensor of shape ``(out_features,)``.
         """
-        last: list[Any] = [self.layers[-1]] if len(self.layers) else [m for m in (self.input, self.context) if m is not None]
+        last: list[Any] = (
+            [self.layers[-1]]
+            if len(self.layers)
+            else [m for m in (self.input, self.context) if m is not None]
+        )
         for layer in last:
             layer.weight.zero_()
             if layer.bias is not None:
@@ -107,5 +117,7 @@ class MLP(nn.Module):
             h = layer(self.activation(h))
         # The product's own factor, which spares a pass over the output.
         rows = self.activation(h).reshape(math.prod(h.shape[:-1]), h.shape[-1])
-        out = torch.addmm(last.bias * self.output_scale, rows, last.weight.mT, alpha=self.output_scale)
+        out = torch.addmm(
+            last.bias * self.output_scale, rows, last.weight.mT, alpha=self.output_scale
+        )
         return out.reshape(*h.shape[:-1], out.shape[-1])

@@ -74,7 +74,9 @@ def take_census(density: LogDensity, start: Tensor, starts: int = STARTS, seed: 
         torch.manual_seed(seed)
         first, first_end = fit_gaussians(density, start.unsqueeze(0))
         others = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
-        best, end = fit_gaussians(density, _starts(density, first.one(0), others), draws=_few_draws(density))
+        best, end = fit_gaussians(
+            density, _starts(density, first.one(0), others), draws=_few_draws(density)
+        )
         fits = _rescored(density, _distinct(_joined(first, first_end, best, end)))
         modes, weights = _modes(density, _distinct(_joined(first_end, end)))
     return Census(fits, modes, weights)
@@ -113,11 +115,15 @@ def without_end(density: LogDensity, fit: Gaussian) -> Tensor | None:
     # What is no number so far out counts as zero density.
     far = density.log_prob(fit.loc + FAR * axes).nan_to_num(nan=-math.inf, posinf=-math.inf)
     # Newton's steps widen a fit without end where there is no curvature; there rounding hides what the density does.
-    endless = (density.log_prob(fit.loc) - far < math.log(FAR)) | (axes.abs().amax(-1) > WIDEST / FAR)
+    endless = (density.log_prob(fit.loc) - far < math.log(FAR)) | (
+        axes.abs().amax(-1) > WIDEST / FAR
+    )
     return axes[endless.nonzero()[0, 0]] if bool(endless.any()) else None
 
 
-def missed_mass(density: LogDensity, log_q: Callable[[Tensor], Tensor], log_evidence: float, fits: Gaussians) -> Tensor:
+def missed_mass(
+    density: LogDensity, log_q: Callable[[Tensor], Tensor], log_evidence: float, fits: Gaussians
+) -> Tensor:
     r"""Mass of the posterior where a guide has next to none, as far as local fits reach it.
 
     For a local fit :math:`c` it is the estimate, by draws of :math:`c`, of
@@ -185,7 +191,10 @@ def _distinct(fits: Gaussians) -> Gaussians:
         kept.append(i)
         offset = torch.linalg.solve(fits.root[i], (fits.loc - fits.loc[i]).mT).mT
         relative = torch.linalg.solve(fits.root[i], fits.root)
-        alike = torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0])) < 1.5
+        alike = (
+            torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0]))
+            < 1.5
+        )
         near = alike & (offset.square().sum(-1) < min(0.25 * n, 4.0))
         left &= ~near
     return fits.pick(torch.tensor(kept, device=left.device, dtype=torch.long))
@@ -235,9 +244,13 @@ def _weighed(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tens
     """Draws of each fit, ``(count, draws, features)``, and log densities of the model and of the fit, ``(count, draws)``."""
     n = fits.loc.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(DRAWS, n, generator=generator, device="cpu", dtype=fits.loc.dtype).to(fits.loc.device)
+    noise = torch.randn(DRAWS, n, generator=generator, device="cpu", dtype=fits.loc.dtype).to(
+        fits.loc.device
+    )
     z = fits.loc.unsqueeze(-2) + noise @ fits.root.mT
     log_c = (
-        -0.5 * noise.square().sum(-1) - 0.5 * n * math.log(2 * math.pi) - torch.linalg.slogdet(fits.root)[1].unsqueeze(-1)
+        -0.5 * noise.square().sum(-1)
+        - 0.5 * n * math.log(2 * math.pi)
+        - torch.linalg.slogdet(fits.root)[1].unsqueeze(-1)
     )
     return z, density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf), log_c

@@ -88,7 +88,10 @@ class Chains:
     def draws(self) -> dict[str, Tensor]:
         """For each latent and deterministic site a tensor of shape ``(chains, draws, *site_shape)``."""
         rows = self.unconstrained.flatten(0, 1)
-        values = {**self.density.constrain(rows), **simulate.deterministic_sites(self.density, rows)}
+        values = {
+            **self.density.constrain(rows),
+            **simulate.deterministic_sites(self.density, rows),
+        }
         return {name: value.unflatten(0, self.log_density.shape) for name, value in values.items()}
 
     @property
@@ -108,9 +111,15 @@ class Chains:
             A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``, ``mcse_mean``,
             ``ess_bulk``, ``ess_tail``, ``rhat``.
         """
-        table = arviz.summary({name: values.reshape(-1, *values.shape[2:]) for name, values in self._arrays.items()})
+        table = arviz.summary(
+            {name: values.reshape(-1, *values.shape[2:]) for name, values in self._arrays.items()}
+        )
         for kind in ("mcse_mean", "ess_bulk", "ess_tail", "rhat"):
-            table[kind] = [float(value) for values in self._diagnostics[kind].values() for value in values.ravel()]
+            table[kind] = [
+                float(value)
+                for values in self._diagnostics[kind].values()
+                for value in values.ravel()
+            ]
         return table
 
     def to_arviz(self) -> Any:
@@ -128,7 +137,9 @@ class Chains:
             "sampling_time": self.seconds,
         }
         with forked(0):
-            return simulate.inference_data(self.density, self.unconstrained, {"lp": self.log_density}, attrs)
+            return simulate.inference_data(
+                self.density, self.unconstrained, {"lp": self.log_density}, attrs
+            )
 
     @cached_property
     def _arrays(self) -> dict[str, numpy.ndarray]:
@@ -192,7 +203,9 @@ def neutra(
     check_choice("kernel", kernel, KERNELS)
     if not isinstance(posterior.guide, AutoFlow):
         kind = type(posterior.guide).__name__
-        raise TypeError(f"Expected a posterior whose guide is an AutoFlow; got one with {kind}. See flow_mc.")
+        raise TypeError(
+            f"Expected a posterior whose guide is an AutoFlow; got one with {kind}. See flow_mc."
+        )
     begin = time.perf_counter()
     space = _BaseSpace(posterior.guide)
     target = latent_target(posterior.density, space.transform)
@@ -260,7 +273,11 @@ def flow_mc(
     begin = time.perf_counter()
     with forked(seed):
         guide = posterior.guide
-        space = _BaseSpace(guide) if isinstance(guide, AutoFlow) else _WhitenedSpace(guide.get_posterior())
+        space = (
+            _BaseSpace(guide)
+            if isinstance(guide, AutoFlow)
+            else _WhitenedSpace(guide.get_posterior())
+        )
         target = latent_target(posterior.density, space.transform)
         start = _start(target, space, chains)
         jump = _Jump(target, space, jumps)
@@ -328,7 +345,9 @@ class _Jump:
         for rows in torch.arange(self.moves * chains, device=x.device).split(chains):
             proposal = Point(*(part[rows] for part in proposals))
             log_ratio = log_weights[rows] - log_weight
-            log_ratio = log_ratio.where(proposal.log_density.isfinite() & ~log_ratio.isnan(), -math.inf)
+            log_ratio = log_ratio.where(
+                proposal.log_density.isfinite() & ~log_ratio.isnan(), -math.inf
+            )
             accepted = torch.rand_like(log_ratio).log() < log_ratio
             point = choose(accepted, proposal, point)
             log_weight = log_weights[rows].where(accepted, log_weight)
@@ -347,7 +366,9 @@ class _Run:
     jump_acceptance: float | None = None
 
 
-def _run(kernel: Kernel, point: Point, draws: int, warmup: int, progress: bool, jump: _Jump | None = None) -> _Run:
+def _run(
+    kernel: Kernel, point: Point, draws: int, warmup: int, progress: bool, jump: _Jump | None = None
+) -> _Run:
     """Moves all chains through warm-up and draws."""
     positions, acceptance, jump_acceptance, divergences = [], 0.0, 0.0, 0
     for t in tqdm(range(warmup + draws), disable=not progress, desc="Sampling", leave=True):
@@ -361,13 +382,21 @@ def _run(kernel: Kernel, point: Point, draws: int, warmup: int, progress: bool, 
             jump_acceptance += jumped / draws
             divergences += move.divergences
     has_jumps = jump is not None and jump.moves > 0
-    return _Run(torch.stack(positions, 1), acceptance, kernel.step_size, divergences, jump_acceptance if has_jumps else None)
+    return _Run(
+        torch.stack(positions, 1),
+        acceptance,
+        kernel.step_size,
+        divergences,
+        jump_acceptance if has_jumps else None,
+    )
 
 
 def _nuts(target: Target, start: Tensor, draws: int, warmup: int, progress: bool) -> _Run:
     """Runs Pyro's sampler, one chain after the other."""
     positions, acceptances, step_sizes, divergences = [], [], [], 0
-    bar = tqdm(total=len(start) * (warmup + draws), disable=not progress, desc="Sampling", leave=True)
+    bar = tqdm(
+        total=len(start) * (warmup + draws), disable=not progress, desc="Sampling", leave=True
+    )
     for x in start:
         kernel = NUTS(potential_fn=_potential(target))
         at = {"x": x}
@@ -386,7 +415,9 @@ def _nuts(target: Target, start: Tensor, draws: int, warmup: int, progress: bool
         divergences += len(found["divergences"])
     bar.close()
     chains = len(start)
-    return _Run(torch.stack(positions), sum(acceptances) / chains, sum(step_sizes) / chains, divergences)
+    return _Run(
+        torch.stack(positions), sum(acceptances) / chains, sum(step_sizes) / chains, divergences
+    )
 
 
 def _potential(target: Target) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -409,7 +440,9 @@ def _start(target: Target, space: _BaseSpace | _WhitenedSpace, chains: int) -> P
         if not bool(outside.any()):
             return point
         point = choose(outside, evaluate(target, space.propose(chains)[0]), point)
-    raise ValueError("Expected a guide whose draws have a finite log density; too few of its draws have one.")
+    raise ValueError(
+        "Expected a guide whose draws have a finite log density; too few of its draws have one."
+    )
 
 
 def _chains(density: LogDensity, transform: Transform, run: _Run, begin: float) -> Chains:

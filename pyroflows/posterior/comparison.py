@@ -144,7 +144,9 @@ def evidence(
     check_size("draws", draws, least=LEAST_DRAWS)
     if method == "importance":
         if samples is not None:
-            raise ValueError("Expected samples with method='bridge' only; got them with method='importance'.")
+            raise ValueError(
+                "Expected samples with method='bridge' only; got them with method='importance'."
+            )
         return importance_evidence(posterior, draws, seed)
     return bridge_evidence(posterior, draws, samples, seed)
 
@@ -171,9 +173,13 @@ def bridge_evidence(
         of_guide = _log_weights(posterior, draws, seed=None)
         if not bool(of_guide.isfinite().any()):
             return _nothing("bridge", draws)
-        of_posterior = _log_weights_at(posterior, _chains(posterior, draws) if given is None else given)
+        of_posterior = _log_weights_at(
+            posterior, _chains(posterior, draws) if given is None else given
+        )
     log_evidence, error = bridge(of_guide, of_posterior)
-    return Evidence(log_evidence, error, "bridge", draws, _bridge_caution(_rhat(of_posterior), error))
+    return Evidence(
+        log_evidence, error, "bridge", draws, _bridge_caution(_rhat(of_posterior), error)
+    )
 
 
 def bridge(of_guide: Tensor, of_posterior: Tensor) -> tuple[float, float]:
@@ -204,7 +210,9 @@ def bridge(of_guide: Tensor, of_posterior: Tensor) -> tuple[float, float]:
         on_posterior = (eta - of_posterior).sigmoid()
         effective = _effective(on_posterior)
     error_of_guide = _relative_error((of_guide - eta).sigmoid(), n)
-    return eta - log_odds, math.hypot(error_of_guide, _relative_error(on_posterior.flatten(), effective))
+    return eta - log_odds, math.hypot(
+        error_of_guide, _relative_error(on_posterior.flatten(), effective)
+    )
 
 
 def compare(
@@ -276,7 +284,9 @@ def compare(
         columns |= _loo_columns(posteriors, draws, seed)
     columns["ok"] = [posterior.verdict.ok for posterior in posteriors.values()]
     table = pandas.DataFrame(columns, index=pandas.Index(list(posteriors), name="model"))
-    return table.sort_values("elpd_loo" if by == "loo" else "log_evidence", ascending=False, kind="stable")
+    return table.sort_values(
+        "elpd_loo" if by == "loo" else "log_evidence", ascending=False, kind="stable"
+    )
 
 
 # Weights
@@ -302,14 +312,20 @@ def _relative_error(values: Tensor, effective: float) -> float:
 
 
 def _nothing(method: str, draws: int) -> Evidence:
-    caution = "No draw of the guide has any density under the model; look at its priors and supports."
+    caution = (
+        "No draw of the guide has any density under the model; look at its priors and supports."
+    )
     return Evidence(-math.inf, math.inf, method, draws, caution)
 
 
 def _importance_caution(khat: float, ess: float, error: float) -> str:
     if khat >= VARIANCE_KHAT and ess <= ESS_LIMIT:
         return f"k-hat is {khat:.2f} (below {VARIANCE_KHAT} is fine), so do not rely on the standard error; use the bridge."
-    return "" if error < ERROR_LIMIT else "So large a standard error is itself not reliable; use the bridge."
+    return (
+        ""
+        if error < ERROR_LIMIT
+        else "So large a standard error is itself not reliable; use the bridge."
+    )
 
 
 def _bridge_caution(rhat: float, error: float) -> str:
@@ -329,7 +345,9 @@ def _bridge_caution(rhat: float, error: float) -> str:
 def _chains(posterior: Posterior, draws: int) -> Tensor:
     """Draws of the posterior, of shape ``(chains, draws, features)``."""
     chains = min(CHAINS, draws // (2 * LEAST_LENGTH))
-    return flow_mc(posterior, -(-draws // chains), chains, WARM_UP, seed=None, progress=False).unconstrained
+    return flow_mc(
+        posterior, -(-draws // chains), chains, WARM_UP, seed=None, progress=False
+    ).unconstrained
 
 
 def _effective(values: Tensor) -> float:
@@ -357,7 +375,9 @@ def _balance(of_guide: Tensor, of_posterior: Tensor, log_odds: float) -> float:
     low, high = float(finite.min()) - 100.0, float(finite.max()) + 100.0
     odds = math.exp(log_odds)
     while low < (middle := (low + high) / 2) < high:
-        excess = odds * (of_guide - middle).sigmoid().mean() - (middle - of_posterior).sigmoid().mean()
+        excess = (
+            odds * (of_guide - middle).sigmoid().mean() - (middle - of_posterior).sigmoid().mean()
+        )
         low, high = (middle, high) if excess > 0 else (low, middle)
     return low
 
@@ -365,12 +385,19 @@ def _balance(of_guide: Tensor, of_posterior: Tensor, log_odds: float) -> float:
 # Columns of the comparison
 
 
-def _evidence_columns(posteriors: Mapping[str, Posterior], method: str, draws: int, seed: int | None) -> dict[str, Any]:
+def _evidence_columns(
+    posteriors: Mapping[str, Posterior], method: str, draws: int, seed: int | None
+) -> dict[str, Any]:
     _warn_of_improper_priors(posteriors)
-    results = {name: evidence(posterior, method, draws, seed=seed) for name, posterior in posteriors.items()}
+    results = {
+        name: evidence(posterior, method, draws, seed=seed)
+        for name, posterior in posteriors.items()
+    }
     for name, result in results.items():
         if result.caution:
-            warnings.warn(f"The evidence of model {name!r} is not reliable. {result.caution}", stacklevel=3)
+            warnings.warn(
+                f"The evidence of model {name!r} is not reliable. {result.caution}", stacklevel=3
+            )
     values = np.array([result.log_evidence for result in results.values()])
     errors = np.array([result.log_evidence_error for result in results.values()])
     best = int(values.argmax())
@@ -386,12 +413,18 @@ def _evidence_columns(posteriors: Mapping[str, Posterior], method: str, draws: i
     }
 
 
-def _loo_columns(posteriors: Mapping[str, Posterior], draws: int, seed: int | None) -> dict[str, Any]:
+def _loo_columns(
+    posteriors: Mapping[str, Posterior], draws: int, seed: int | None
+) -> dict[str, Any]:
     results = [_loo(name, posterior, draws, seed) for name, posterior in posteriors.items()]
     known = [result for result in results if result is not None]
-    counts = {name: len(r.elpd) for name, r in zip(posteriors, results, strict=True) if r is not None}
+    counts = {
+        name: len(r.elpd) for name, r in zip(posteriors, results, strict=True) if r is not None
+    }
     if len(set(counts.values())) > 1:
-        raise ValueError(f"Expected models that split the data into the same observations; got {counts}. Use by='evidence'.")
+        raise ValueError(
+            f"Expected models that split the data into the same observations; got {counts}. Use by='evidence'."
+        )
     best = max(known, key=lambda result: result.elpd.sum(), default=None)
     rows = [_loo_row(result, best) for result in results]
     return {name: [row[name] for row in rows] for name in rows[0]}
@@ -403,14 +436,23 @@ def _loo(name: str, posterior: Posterior, draws: int, seed: int | None) -> arviz
     arrays = {site: value.detach().cpu().numpy()[None] for site, value in log_likelihood.items()}
     if sum(array[0, 0].size for array in arrays.values()) == 0:
         what = "has discrete latent sites" if posterior.density.discrete else "has no observed site"
-        warnings.warn(f"Model {name!r} {what}, so that there is no cross-validation of it.", stacklevel=5)
+        warnings.warn(
+            f"Model {name!r} {what}, so that there is no cross-validation of it.", stacklevel=5
+        )
         return None
     return arviz.loo(arrays)
 
 
 def _loo_row(result: arviz.Loo | None, best: arviz.Loo | None) -> dict[str, float]:
     if result is None or best is None:
-        names = ("elpd_loo", "elpd_loo_error", "p_loo", "elpd_difference", "elpd_difference_error", "bad_khat")
+        names = (
+            "elpd_loo",
+            "elpd_loo_error",
+            "p_loo",
+            "elpd_difference",
+            "elpd_difference_error",
+            "bad_khat",
+        )
         return dict.fromkeys(names, math.nan)
     difference = result.elpd - best.elpd
     root = math.sqrt(len(difference))
@@ -429,7 +471,9 @@ def _loo_row(result: arviz.Loo | None, best: arviz.Loo | None) -> dict[str, floa
 
 def _check_posteriors(posteriors: Any) -> None:
     if not isinstance(posteriors, Mapping):
-        raise TypeError(f"Expected posteriors to be a mapping of names to posteriors; got {type(posteriors).__name__}.")
+        raise TypeError(
+            f"Expected posteriors to be a mapping of names to posteriors; got {type(posteriors).__name__}."
+        )
     if not posteriors:
         raise ValueError("Expected at least one posterior; got none.")
     for name, posterior in posteriors.items():
@@ -445,15 +489,23 @@ def _check_samples(samples: Any, posterior: Posterior) -> Tensor:
         samples = _unconstrained(samples, posterior)
     check_tensor("samples", samples, (density.features,))
     if samples.dim() != 3:
-        raise ValueError(f"Expected samples of shape (chains, draws, {density.features}); got {tuple(samples.shape)}.")
+        raise ValueError(
+            f"Expected samples of shape (chains, draws, {density.features}); got {tuple(samples.shape)}."
+        )
     if samples.shape[0] < 1 or samples.shape[1] < LEAST_LENGTH:
-        raise ValueError(f"Expected samples of at least {LEAST_LENGTH} draws a chain; got shape {tuple(samples.shape)}.")
+        raise ValueError(
+            f"Expected samples of at least {LEAST_LENGTH} draws a chain; got shape {tuple(samples.shape)}."
+        )
     samples = samples.to(density.initial)
     if bool((samples == samples[:1, :1]).all()):
         raise ValueError("Expected samples from the posterior; got the same vector in every draw.")
     log_density = density.log_prob(samples)
-    if chains is not None and not torch.allclose(log_density, chains.log_density.to(log_density), rtol=1e-3, atol=0.1):
-        raise ValueError("Expected chains of this model and its data; got some whose log densities are others.")
+    if chains is not None and not torch.allclose(
+        log_density, chains.log_density.to(log_density), rtol=1e-3, atol=0.1
+    ):
+        raise ValueError(
+            "Expected chains of this model and its data; got some whose log densities are others."
+        )
     inside = log_density.isfinite()
     if not bool(inside.all()):
         raise ValueError(
@@ -467,32 +519,51 @@ def _unconstrained(samples: Mapping[str, Any], posterior: Posterior) -> Tensor:
     density = posterior.density
     missing = [site.name for site in density.sites if site.name not in samples]
     if missing:
-        raise ValueError(f"Expected samples of every latent site; got none of {', '.join(map(repr, missing))}.")
+        raise ValueError(
+            f"Expected samples of every latent site; got none of {', '.join(map(repr, missing))}."
+        )
     for site in density.sites:
         value = check_tensor(f"samples[{site.name!r}]", samples[site.name], site.shape)
         if value.dim() != 2 + len(site.shape):
             shape = ", ".join(["chains", "draws", *map(str, site.shape)])
-            raise ValueError(f"Expected samples[{site.name!r}] of shape ({shape}); got {tuple(value.shape)}.")
-    return density.unconstrain({site.name: samples[site.name].to(density.initial) for site in density.sites})
+            raise ValueError(
+                f"Expected samples[{site.name!r}] of shape ({shape}); got {tuple(value.shape)}."
+            )
+    return density.unconstrain(
+        {site.name: samples[site.name].to(density.initial) for site in density.sites}
+    )
 
 
 def _refuse_different_data(posteriors: Mapping[str, Posterior]) -> None:
     """Data of a model that has them in ``pyro.factor`` cannot be seen, and are taken on trust."""
-    seen = {name: simulate.observed_data(posterior.density) for name, posterior in posteriors.items()}
+    seen = {
+        name: simulate.observed_data(posterior.density) for name, posterior in posteriors.items()
+    }
     seen = {name: data for name, data in seen.items() if data}
     first = next(iter(seen), "")
     for name, data in seen.items():
         if not _same_data(seen[first], data):
-            raise ValueError(f"Expected models of the same data; got other observed values for {name!r} than for {first!r}.")
+            raise ValueError(
+                f"Expected models of the same data; got other observed values for {name!r} than for {first!r}."
+            )
 
 
 def _same_data(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     """Whether the values of the sites are the same, by name, or in their order where models name them differently."""
     if len(a) != len(b):
         return False
-    pairs = [(a[name], b[name]) for name in a] if a.keys() == b.keys() else list(zip(a.values(), b.values(), strict=True))
-    flat = [(x.detach().cpu().double().flatten(), y.detach().cpu().double().flatten()) for x, y in pairs]
-    return all(len(x) == len(y) and torch.allclose(x, y, rtol=1e-6, atol=0.0, equal_nan=True) for x, y in flat)
+    pairs = (
+        [(a[name], b[name]) for name in a]
+        if a.keys() == b.keys()
+        else list(zip(a.values(), b.values(), strict=True))
+    )
+    flat = [
+        (x.detach().cpu().double().flatten(), y.detach().cpu().double().flatten()) for x, y in pairs
+    ]
+    return all(
+        len(x) == len(y) and torch.allclose(x, y, rtol=1e-6, atol=0.0, equal_nan=True)
+        for x, y in flat
+    )
 
 
 def _warn_of_improper_priors(posteriors: Mapping[str, Posterior]) -> None:

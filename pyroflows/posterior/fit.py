@@ -136,14 +136,18 @@ def fit_posterior(
     deadline = None if time_limit is None else start + time_limit
     args, kwargs = _on_device(device, model, args, kwargs)
     with seeded(distributed.agree(seed)), _outside_of_handlers():
-        trained = log_density_of(model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device)
+        trained = log_density_of(
+            model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device
+        )
         density = trained.full
         given = None if isinstance(guide, str) and guide == "auto" else _make_guide(guide, density)
         settings = {
             "deadline": deadline,
             "progress": progress,
             "compile": compile,
-            "checkpoint": None if checkpoint is None else Checkpoint(checkpoint, {"seed": seed, "steps": steps}),
+            "checkpoint": None
+            if checkpoint is None
+            else Checkpoint(checkpoint, {"seed": seed, "steps": steps}),
         }
         ladder = _Ladder(trained, _finite_start(density), steps, settings, given)
         rungs: list[Rung] = []
@@ -151,7 +155,9 @@ def fit_posterior(
 
         def judged(name: str, guide: FlowGuide, trajectories: int = 0) -> Posterior:
             kept = copy.deepcopy(guide) if given is None else guide
-            posterior = Posterior(kept, density, fits=ladder.fits, trajectories=trajectories, endless=ladder.endless)
+            posterior = Posterior(
+                kept, density, fits=ladder.fits, trajectories=trajectories, endless=ladder.endless
+            )
             rungs.append(Rung(name, time.perf_counter() - start, posterior.verdict))
             return posterior
 
@@ -187,7 +193,12 @@ class _Ladder:
         settings: Mapping[str, Any],
         given: tuple[AutoFlow, bool] | None,
     ) -> None:
-        self.trained, self.density, self.start, self.settings = trained, trained.full, start, settings
+        self.trained, self.density, self.start, self.settings = (
+            trained,
+            trained.full,
+            start,
+            settings,
+        )
         self.left = steps
         self.history: list[Tensor] = []
         self.fits: Gaussians | None = None
@@ -213,7 +224,11 @@ class _Ladder:
 
     def _polish(self, least_ess: float = POLISH_ESS) -> Iterator[tuple[str, FlowGuide, int]]:
         best = self.best
-        if best is not None and best.verdict.ess >= least_ess and not best.verdict.missed > MISSED_LIMIT:
+        if (
+            best is not None
+            and best.verdict.ess >= least_ess
+            and not best.verdict.missed > MISSED_LIMIT
+        ):
             yield f"polish, {POLISH_TRAJECTORIES} trajectories", best.guide, POLISH_TRAJECTORIES
 
     def _climb_all(self, census: Census) -> Iterator[tuple[Any, ...]]:
@@ -234,7 +249,9 @@ class _Ladder:
         yield from self._train(self._made(wide_flow_of_fit, census.best), "wide flow", (WIDE,))
         yield from self._polish(least_ess=0.0)
 
-    def _follow(self, census: Census, auto: AutoFlow, fresh: bool) -> Iterator[tuple[str, FlowGuide]]:
+    def _follow(
+        self, census: Census, auto: AutoFlow, fresh: bool
+    ) -> Iterator[tuple[str, FlowGuide]]:
         """The rungs of a guide that the user has chosen."""
         if fresh:
             auto.whiten(census.best.loc, census.best.scale_tril)
@@ -242,7 +259,9 @@ class _Ladder:
             yield "as it is", auto
         yield from self._train(auto, "guide", (*ROUNDS, max(0, self.left - sum(ROUNDS))))
 
-    def _train(self, auto: AutoFlow, name: str, rounds: Sequence[int]) -> Iterator[tuple[str, FlowGuide]]:
+    def _train(
+        self, auto: AutoFlow, name: str, rounds: Sequence[int]
+    ) -> Iterator[tuple[str, FlowGuide]]:
         self.guide = auto
         taken = 0
         for steps in rounds:
@@ -303,7 +322,9 @@ def weigh(density: LogDensity, mixture: AutoMixture, rounds: int = 200) -> None:
     z = torch.cat([component.sample((WEIGHING_DRAWS,)) for component in law.components])
     each = law.component_log_probs(z) - mixture.logits.log_softmax(-1)
     # The draws come from all components in equal numbers, whatever the weights.
-    ratio = density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf) - (each.logsumexp(-1) - math.log(count))
+    ratio = density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf) - (
+        each.logsumexp(-1) - math.log(count)
+    )
     # What no component can bring back counts nothing.
     ratio = ratio.masked_fill((each == -math.inf).all(-1), torch.finfo(ratio.dtype).min)
     weights = ratio.softmax(0)
@@ -332,8 +353,12 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
     elif callable(guide) and not isinstance(guide, torch.nn.Module):
         auto = AutoFlow(density.continuous_model, flow=guide)
     else:
-        got = f"a made {type(guide).__name__}" if isinstance(guide, torch.nn.Module) else repr(guide)
-        raise TypeError(f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}.")
+        got = (
+            f"a made {type(guide).__name__}" if isinstance(guide, torch.nn.Module) else repr(guide)
+        )
+        raise TypeError(
+            f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}."
+        )
     fresh = auto.prototype_trace is None
     if fresh:
         density.introduce(auto)
@@ -342,9 +367,13 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
     of_model = [(site.name, tuple(site.shape)) for site in density.sites]
     for name, node in nodes:
         if of_guide == of_model and not density.has_support(name, node["fn"].support):
-            raise ValueError(f"Expected a guide of this model; got one in which {name!r} has support {node['fn'].support}.")
+            raise ValueError(
+                f"Expected a guide of this model; got one in which {name!r} has support {node['fn'].support}."
+            )
     if of_guide != of_model:
-        raise ValueError(f"Expected a guide of this model, with latent sites {of_model}; got one with {of_guide}.")
+        raise ValueError(
+            f"Expected a guide of this model, with latent sites {of_model}; got one with {of_guide}."
+        )
     return auto, fresh
 
 
@@ -369,7 +398,9 @@ def _finite_start(density: LogDensity, tries: int = 256) -> Tensor:
     )
 
 
-def _on_device(device: str | torch.device | None, model: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+def _on_device(
+    device: str | torch.device | None, model: Any, args: Any, kwargs: Any
+) -> tuple[Any, dict[str, Any]]:
     """The arguments, checked and moved; the batches of a loader are moved as they come."""
     loader = args if isinstance(args, DataLoader) else None
     args, kwargs = check_arguments(() if loader is not None else args, kwargs)
@@ -377,7 +408,9 @@ def _on_device(device: str | torch.device | None, model: Any, args: Any, kwargs:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(f"Expected device to be one of this machine; got {str(device)!r} ({error}).") from None
+            raise ValueError(
+                f"Expected device to be one of this machine; got {str(device)!r} ({error})."
+            ) from None
         if torch.device(device).type == "meta":
             raise ValueError("Expected a device that computes; got 'meta'.")
         if isinstance(model, torch.nn.Module):

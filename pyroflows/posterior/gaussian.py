@@ -59,7 +59,9 @@ class Gaussians(NamedTuple):
         return Gaussian(self.loc[index], _lower_root(self.root[index]), float(self.elbo[index]))
 
 
-def fit_gaussian(density: LogDensity, start: Tensor, steps: int = 30, draws: int = 256, seed: int = 0) -> Gaussian:
+def fit_gaussian(
+    density: LogDensity, start: Tensor, steps: int = 30, draws: int = 256, seed: int = 0
+) -> Gaussian:
     """Fits a Gaussian by saddle-free Newton steps in whitened units; see :func:`fit_gaussians`.
 
     Args:
@@ -107,10 +109,14 @@ def fit_gaussians(
     """
     n = density.features
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(draws // 2, n, generator=generator, device="cpu", dtype=starts.dtype).to(starts.device)
+    noise = torch.randn(draws // 2, n, generator=generator, device="cpu", dtype=starts.dtype).to(
+        starts.device
+    )
     if len(noise) >= n:
         # With the covariance of the draws exactly one, the ELBOs of normal densities carry no sampling error.
-        noise = torch.linalg.solve_triangular(torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False).mT
+        noise = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False
+        ).mT
     noise = torch.cat([noise, -noise])
     root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
     last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))
@@ -137,7 +143,9 @@ def fit_gaussians(
 
 
 def _put(into: Gaussians, index: Tensor, new: Gaussians) -> Gaussians:
-    return Gaussians(*(old.index_put((index,), value) for old, value in zip(into, new, strict=True)))
+    return Gaussians(
+        *(old.index_put((index,), value) for old, value in zip(into, new, strict=True))
+    )
 
 
 def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +157,9 @@ def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, 
     change = (gradients[:, :n] - gradients[:, n : 2 * n]) / (2 * width) @ root
     change = -(change + change.mT) / 2
     finite = change.isfinite().all(-1).all(-1)[:, None, None]
-    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, change, torch.eye(n, dtype=z.dtype, device=z.device)))
+    eigenvalues, vectors = torch.linalg.eigh(
+        torch.where(finite, change, torch.eye(n, dtype=z.dtype, device=z.device))
+    )
     # One step changes a width by at most a factor of 30: the Hessian is known only within the present ones.
     renewed = root @ (vectors * eigenvalues.abs().clamp(1e-3, 1e3).rsqrt().unsqueeze(-2))
     return torch.where(finite, renewed, root), gradients[:, -1].nan_to_num(0.0, 0.0, 0.0)
@@ -157,7 +167,9 @@ def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, 
 
 def _line_searches(density: LogDensity, z: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     lengths = 2.0 ** torch.arange(-14, 5, dtype=z.dtype, device=z.device)
-    points = torch.cat([z.unsqueeze(-2), z.unsqueeze(-2) + lengths.unsqueeze(-1) * direction.unsqueeze(-2)], -2)
+    points = torch.cat(
+        [z.unsqueeze(-2), z.unsqueeze(-2) + lengths.unsqueeze(-1) * direction.unsqueeze(-2)], -2
+    )
     values = density.log_prob(points).nan_to_num(nan=-torch.inf, posinf=-torch.inf)
     best = values.argmax(-1)
     return points[torch.arange(len(z), device=z.device), best], best > 0

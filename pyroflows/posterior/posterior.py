@@ -35,7 +35,13 @@ __all__ = ["Posterior", "load_posterior"]
 FORMAT = 3
 PARTS = ("sites", "flow", "parameters", "arguments", "history", "seconds", "interrupted")
 #: What format 2 has added, with what a file of format 1 stands for.
-LATER_PARTS: dict[str, Any] = {"components": None, "fits": None, "trajectories": 0, "rungs": [], "endless": None}
+LATER_PARTS: dict[str, Any] = {
+    "components": None,
+    "fits": None,
+    "trajectories": 0,
+    "rungs": [],
+    "endless": None,
+}
 JUDGE_DRAWS = 10_000
 # What looks for a drift: as many chains as tell a tenth of a standard deviation, a few quarters of an orbit long.
 DRIFT_CHAINS = 2000
@@ -165,17 +171,24 @@ class Posterior:
         moved = polish(self.density, self.guide, half, self.trajectories // 2)
         # With reliable weights the start is right, and need not be forgotten.
         remembered = torch.zeros_like(z[0]) if self._reliable(verdict) else memory(half, moved)
-        return polished(verdict, drift(half, moved, DRIFT_CHAINS), remembered, self.trajectories, names)
+        return polished(
+            verdict, drift(half, moved, DRIFT_CHAINS), remembered, self.trajectories, names
+        )
 
     def _along(self, direction: Tensor) -> str:
         """A direction in words: the entries that change the most."""
         shares = direction.abs() / direction.abs().amax()
-        return "along " + " and ".join(name for name, share in zip(self.entry_names, shares, strict=True) if share > 0.3)
+        return "along " + " and ".join(
+            name for name, share in zip(self.entry_names, shares, strict=True) if share > 0.3
+        )
 
     def _where(self, z: Tensor) -> str:
         """A point in words: the values of the first sites."""
         values = {name: value.flatten() for name, value in self.density.constrain(z).items()}
-        parts = [f"{name} = {', '.join(f'{float(v):.3g}' for v in value[:3])}" for name, value in list(values.items())[:3]]
+        parts = [
+            f"{name} = {', '.join(f'{float(v):.3g}' for v in value[:3])}"
+            for name, value in list(values.items())[:3]
+        ]
         return "near " + "; ".join(parts)
 
     def __repr__(self) -> str:
@@ -208,7 +221,9 @@ class Posterior:
             shape = site.unconstrained_shape
             for index in range(shape.numel()):
                 position = torch.unravel_index(torch.tensor(index), shape) if shape else ()
-                names.append(site.name + (f"[{', '.join(str(int(i)) for i in position)}]" if shape else ""))
+                names.append(
+                    site.name + (f"[{', '.join(str(int(i)) for i in position)}]" if shape else "")
+                )
         return names
 
     def sample(self, n: int = 4000, seed: int | None = None) -> dict[str, Tensor]:
@@ -322,7 +337,9 @@ class Posterior:
             "flow": _preset_name(self.guide),
             "components": len(self.guide.flows) if isinstance(self.guide, AutoMixture) else None,
             "parameters": self.guide.state_dict(),
-            "arguments": None if self.density.streamed else _plain((list(self.density.args), self.density.kwargs)),
+            "arguments": None
+            if self.density.streamed
+            else _plain((list(self.density.args), self.density.kwargs)),
             "history": self.history,
             "seconds": self.seconds,
             "interrupted": self.interrupted,
@@ -335,7 +352,9 @@ class Posterior:
         try:
             save_whole(state, name)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"Expected a path that can be written; got {name!r} ({error}).") from None
+            raise ValueError(
+                f"Expected a path that can be written; got {name!r} ({error})."
+            ) from None
 
     @torch.no_grad()
     def _propose(self, n: int, seed: int | None, weigh: bool = True) -> tuple[Tensor, Tensor]:
@@ -386,7 +405,9 @@ def load_posterior(
     state = _read(path)
     if args is None and kwargs is None:
         if state["arguments"] is None:
-            raise ValueError(f"Expected args and kwargs of the model, for {str(path)!r} could not hold them; got neither.")
+            raise ValueError(
+                f"Expected args and kwargs of the model, for {str(path)!r} could not hold them; got neither."
+            )
         args, kwargs = state["arguments"]
     if not isinstance(args, DataLoader):
         args, kwargs = check_arguments(() if args is None else args, kwargs)
@@ -394,11 +415,19 @@ def load_posterior(
     of_file = [(name, tuple(shape)) for name, shape in state["sites"]]
     of_model = [(site.name, tuple(site.shape)) for site in density.sites]
     if of_file != of_model:
-        raise ValueError(f"Expected the model of the saved posterior, with latent sites {of_file}; got one with {of_model}.")
+        raise ValueError(
+            f"Expected the model of the saved posterior, with latent sites {of_file}; got one with {of_model}."
+        )
     if guide is None:
         if state["flow"] is None:
-            raise ValueError(f"Expected a guide made as the one saved in {str(path)!r}, whose flow is no preset; got None.")
-        flow = _OWN_FLOWS[state["flow"]] if state["flow"] in _OWN_FLOWS else getattr(flows, state["flow"])
+            raise ValueError(
+                f"Expected a guide made as the one saved in {str(path)!r}, whose flow is no preset; got None."
+            )
+        flow = (
+            _OWN_FLOWS[state["flow"]]
+            if state["flow"] in _OWN_FLOWS
+            else getattr(flows, state["flow"])
+        )
         if state["components"] is None:
             guide = AutoFlow(density.continuous_model, flow=flow)
         else:
@@ -416,23 +445,31 @@ def load_posterior(
         state["history"],
         state["seconds"],
         state["interrupted"],
-        fits=None if state["fits"] is None else Gaussians(*(part.to(density.initial) for part in state["fits"])),
+        fits=None
+        if state["fits"] is None
+        else Gaussians(*(part.to(density.initial) for part in state["fits"])),
         trajectories=state["trajectories"],
         endless=state["endless"],
-        rungs=[Rung(name, seconds, Verdict(**verdict)) for name, seconds, verdict in state["rungs"]],
+        rungs=[
+            Rung(name, seconds, Verdict(**verdict)) for name, seconds, verdict in state["rungs"]
+        ],
     )
 
 
 def check_posterior(name: str, value: Any) -> None:
     """Raises ``TypeError`` unless ``value`` is a posterior."""
     if not isinstance(value, Posterior):
-        raise TypeError(f"Expected {name} to be a Posterior, as fit_posterior returns it; got {type(value).__name__}.")
+        raise TypeError(
+            f"Expected {name} to be a Posterior, as fit_posterior returns it; got {type(value).__name__}."
+        )
 
 
 def _heaviest(log_weights: Tensor, z: Tensor, count: int = 8) -> Tensor:
     """The draws of greatest weight, of shape ``(count, features)``."""
     finite = log_weights.isfinite() & z.isfinite().all(-1)
-    order = log_weights.masked_fill(~finite, -math.inf).argsort(descending=True)[: min(count, int(finite.sum()))]
+    order = log_weights.masked_fill(~finite, -math.inf).argsort(descending=True)[
+        : min(count, int(finite.sum()))
+    ]
     return z[order]
 
 
@@ -475,20 +512,26 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
     try:
         state = torch.load(path, weights_only=True)
     except OSError as error:
-        raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} cannot be read ({error}).") from None
+        raise ValueError(
+            f"Expected the file of a saved posterior; {str(path)!r} cannot be read ({error})."
+        ) from None
     except Exception:
         # What the bytes of another file make the reader do is anyone's guess.
         state = None
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} is none.")
     if state["format"] not in (1, 2, FORMAT):
-        raise ValueError(f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}.")
+        raise ValueError(
+            f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}."
+        )
     state = {**LATER_PARTS, **state}
     if state["format"] < FORMAT and state.get("flow") in _FORMER_FLOWS:
         state["flow"] = _FORMER_FLOWS[state["flow"]]
     missing = [part for part in PARTS if part not in state]
     if missing:
-        raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} lacks {', '.join(missing)}.")
+        raise ValueError(
+            f"Expected the file of a saved posterior; {str(path)!r} lacks {', '.join(missing)}."
+        )
     return state
 
 

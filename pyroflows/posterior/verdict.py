@@ -67,7 +67,9 @@ class Verdict:
     drift: float = math.nan
 
     def __str__(self) -> str:
-        return ("Trust this posterior: " if self.ok else "Do not trust this posterior: ") + self.reason
+        return (
+            "Trust this posterior: " if self.ok else "Do not trust this posterior: "
+        ) + self.reason
 
 
 def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Tensor]:
@@ -93,7 +95,9 @@ def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Te
     raw = raw.masked_fill(~usable, -math.inf)
     zero = float((raw == -math.inf).double().mean())
     if zero == 1.0:
-        reason = "the model gives every draw of the guide zero density; look at its priors and supports."
+        reason = (
+            "the model gives every draw of the guide zero density; look at its priors and supports."
+        )
         nothing = Verdict(False, reason, math.inf, 0.0, -math.inf, -math.inf, math.inf, math.inf, n)
         return nothing, torch.full_like(raw, -math.log(n))
     smoothed_array, khat = arviz.psis(raw.numpy())
@@ -109,7 +113,9 @@ def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Te
     outliers = 1 - math.exp(log_evidence + math.log(n) - float(raw.logsumexp(0)))
     verdict = _verdict(khat, ess, float(shifts[worst]), names[worst], zero, outliers)
     return (
-        Verdict(*verdict, khat, ess, float(raw.mean()), log_evidence, error, float(shifts[worst]), n),
+        Verdict(
+            *verdict, khat, ess, float(raw.mean()), log_evidence, error, float(shifts[worst]), n
+        ),
         smoothed,
     )
 
@@ -183,7 +189,9 @@ def drifted(verdict: Verdict, drifts: Tensor, names: list[str]) -> Verdict:
     )
 
 
-def polished(verdict: Verdict, drifts: Tensor, remembered: Tensor, trajectories: int, names: list[str]) -> Verdict:
+def polished(
+    verdict: Verdict, drifts: Tensor, remembered: Tensor, trajectories: int, names: list[str]
+) -> Verdict:
     """Judges draws that were polished.
 
     Args:
@@ -229,19 +237,25 @@ def _shifts(z: Tensor, weights: Tensor) -> Tensor:
     """How far weights move each mean, and the log width of each central 90 % interval, in standard deviations."""
     mean_shift = (weights @ z - z.mean(0)).abs() / z.std(0)
     # Widths by quantiles: under heavy tails a standard deviation hangs on a few draws.
-    width_shift = (_width(z, weights) / _width(z, torch.full_like(weights, 1 / len(weights)))).log().abs()
+    width_shift = (
+        (_width(z, weights) / _width(z, torch.full_like(weights, 1 / len(weights)))).log().abs()
+    )
     return torch.maximum(mean_shift, width_shift)
 
 
 def _width(z: Tensor, weights: Tensor) -> Tensor:
     values, order = z.sort(0)
     levels = torch.tensor([0.05, 0.95], dtype=z.dtype) * weights.sum()
-    index = torch.searchsorted(weights[order].cumsum(0).mT.contiguous(), levels.expand(z.shape[1], 2).contiguous())
+    index = torch.searchsorted(
+        weights[order].cumsum(0).mT.contiguous(), levels.expand(z.shape[1], 2).contiguous()
+    )
     ends = values.mT.gather(1, index.clamp(max=len(z) - 1))
     return ends[:, 1] - ends[:, 0]
 
 
-def _verdict(khat: float, ess: float, shift: float, name: str, zero: float, outliers: float) -> tuple[bool, str]:
+def _verdict(
+    khat: float, ess: float, shift: float, name: str, zero: float, outliers: float
+) -> tuple[bool, str]:
     facts = f"k-hat is {khat:.2f} and {ess:.0%} of the importance draws are effective"
     if khat == -math.inf:
         kind = "all of equal weight" if ess > 0.999 else "their weights bounded"
@@ -268,4 +282,7 @@ def _verdict(khat: float, ess: float, shift: float, name: str, zero: float, outl
         )
     if math.isfinite(khat) and khat >= KHAT_LIMIT:
         facts = f"{ess:.0%} of the importance draws are effective (k-hat {khat:.2f}: a far tail of little weight is off)"
-    return True, f"{facts}, and weighting moves no mean or width by more than {max(shift, 0.005):.2f}."
+    return (
+        True,
+        f"{facts}, and weighting moves no mean or width by more than {max(shift, 0.005):.2f}.",
+    )

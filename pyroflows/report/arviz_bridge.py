@@ -95,8 +95,14 @@ def to_inference_data(
         >>> data["posterior"]["theta"].dims
         ('chain', 'draw', 'school')
     """
-    datasets = {group: _dataset(group, arrays, dims or {}, coords or {}) for group, arrays in groups.items() if arrays}
-    notes = {str(key): _storable(value) for key, value in (attrs or {}).items() if value is not None}
+    datasets = {
+        group: _dataset(group, arrays, dims or {}, coords or {})
+        for group, arrays in groups.items()
+        if arrays
+    }
+    notes = {
+        str(key): _storable(value) for key, value in (attrs or {}).items() if value is not None
+    }
     arviz = _import_arviz()
     if not _has_datatree(arviz):
         return arviz.InferenceData(attrs=notes, **datasets)
@@ -194,16 +200,26 @@ def loo(log_likelihood: Mapping[str, Any]) -> Loo:
         >>> result.elpd.shape, bool((result.khat < 0.7).all())
         ((8,), True)
     """
-    arrays = [_checked_array("log_likelihood", name, values).astype(np.float64) for name, values in log_likelihood.items()]
-    columns = [array.reshape(math.prod(array.shape[:2]), math.prod(array.shape[2:])) for array in arrays]
+    arrays = [
+        _checked_array("log_likelihood", name, values).astype(np.float64)
+        for name, values in log_likelihood.items()
+    ]
+    columns = [
+        array.reshape(math.prod(array.shape[:2]), math.prod(array.shape[2:])) for array in arrays
+    ]
     observations = [column for matrix in columns for column in matrix.T]
     if not observations:
         raise ValueError("log_likelihood: expected at least one observation; got none")
     # An observation is left out by dividing its likelihood away.
     left_out = [psis(-column) for column in observations]
-    elpd = [np.logaddexp.reduce(weights + column) for (weights, _), column in zip(left_out, observations, strict=True)]
+    elpd = [
+        np.logaddexp.reduce(weights + column)
+        for (weights, _), column in zip(left_out, observations, strict=True)
+    ]
     lppd = [np.logaddexp.reduce(column) - math.log(len(column)) for column in observations]
-    return Loo(np.array(elpd), np.array([khat for _, khat in left_out]), float(np.sum(lppd) - np.sum(elpd)))
+    return Loo(
+        np.array(elpd), np.array([khat for _, khat in left_out]), float(np.sum(lppd) - np.sum(elpd))
+    )
 
 
 def summary(
@@ -243,7 +259,9 @@ def summary(
     rows = [np.empty((0, 4))]
     for name, variable in dataset.data_vars.items():
         if variable.sizes["draw"] < 2:
-            raise ValueError(f"draws: expected at least 2 draws of {name!r}; got {variable.sizes['draw']}")
+            raise ValueError(
+                f"draws: expected at least 2 draws of {name!r}; got {variable.sizes['draw']}"
+            )
         labels.extend(_labels(str(name), variable))
         rows.append(_statistics(variable.values[0]))
     columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
@@ -277,7 +295,9 @@ def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """
     arviz = _import_arviz()
     # Numbers for names, so that no variable is called as a dimension.
-    dataset = _dataset("posterior", {f"{i}": np.asarray(values) for i, values in enumerate(draws.values())}, {}, {})
+    dataset = _dataset(
+        "posterior", {f"{i}": np.asarray(values) for i, values in enumerate(draws.values())}, {}, {}
+    )
     if dataset.data_vars and dataset.sizes["draw"] < 4:
         raise ValueError(f"draws: expected at least 4 draws a chain; got {dataset.sizes['draw']}")
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -288,7 +308,10 @@ def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
             "ess_tail": arviz.ess(dataset, method="tail"),
             "mcse_mean": arviz.mcse(dataset, method="mean"),
         }
-    return {kind: {name: np.asarray(values[f"{i}"]) for i, name in enumerate(draws)} for kind, values in found.items()}
+    return {
+        kind: {name: np.asarray(values[f"{i}"]) for i, name in enumerate(draws)}
+        for kind, values in found.items()
+    }
 
 
 def save(data: Any, path: str | os.PathLike[str]) -> None:
@@ -390,18 +413,24 @@ def _dataset(
             raise ValueError(f"groups: expected different names in {group!r}; got {key!r} twice")
         for dim, size in zip(names, array.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
-                expected = f"expected {dim!r} to be as long for {name!r} as for the others in {group!r}"
+                expected = (
+                    f"expected {dim!r} to be as long for {name!r} as for the others in {group!r}"
+                )
                 raise ValueError(f"dims: {expected}, {sizes[dim]}; got {size}")
         variables[key] = (names, array)
     for name in sizes.keys() & variables.keys():
-        raise ValueError(f"dims: expected no dimension named as a variable of {group!r}; got {name!r}")
+        raise ValueError(
+            f"dims: expected no dimension named as a variable of {group!r}; got {name!r}"
+        )
     return Dataset(variables, coords=_coordinates(sizes, coords))
 
 
 def _checked_array(group: str, name: str, values: Any) -> np.ndarray:
     array = np.asarray(values)
     if array.dtype.kind not in ("biufU" if _is_data(group) else "biuf"):
-        raise TypeError(f"groups: expected real numbers for {name!r} in {group!r}; got dtype {array.dtype}")
+        raise TypeError(
+            f"groups: expected real numbers for {name!r} in {group!r}; got dtype {array.dtype}"
+        )
     return array
 
 
@@ -409,21 +438,31 @@ def _is_data(group: str) -> bool:
     return "data" in group
 
 
-def _dimensions(group: str, name: str, shape: tuple[int, ...], given: Sequence[str | None]) -> tuple[str, ...]:
+def _dimensions(
+    group: str, name: str, shape: tuple[int, ...], given: Sequence[str | None]
+) -> tuple[str, ...]:
     if isinstance(given, str):
-        raise TypeError(f"dims: expected a sequence of names for {name!r}; got the string {given!r}")
+        raise TypeError(
+            f"dims: expected a sequence of names for {name!r}; got the string {given!r}"
+        )
     sample_dims = () if _is_data(group) else SAMPLE_DIMS
     if len(shape) < len(sample_dims):
-        raise ValueError(f"groups: expected {name!r} in {group!r} of shape (chain, draw, ...); got {shape}")
+        raise ValueError(
+            f"groups: expected {name!r} in {group!r} of shape (chain, draw, ...); got {shape}"
+        )
     rank = len(shape) - len(sample_dims)
     names = list(given)[:rank] if group.startswith("log_") else list(given)
     if len(names) > rank:
-        raise ValueError(f"dims: expected at most {rank} names for {name!r} in {group!r}; got {names}")
+        raise ValueError(
+            f"dims: expected at most {rank} names for {name!r} in {group!r}; got {names}"
+        )
     names += [None] * (rank - len(names))
     named = [f"{name}_dim_{i}" if dim is None else dim for i, dim in enumerate(names)]
     result = (*sample_dims, *map(_storable_name, named))
     if len(set(result)) < len(result):
-        raise ValueError(f"dims: expected different names for the dimensions of {name!r}; got {result}")
+        raise ValueError(
+            f"dims: expected different names for the dimensions of {name!r}; got {result}"
+        )
     return result
 
 
@@ -431,7 +470,9 @@ def _coordinates(sizes: Mapping[str, int], coords: Mapping[str, Any]) -> dict[st
     given = {_storable_name(dim): np.asarray(labels) for dim, labels in coords.items()}
     for dim, size in sizes.items():
         if dim in given and given[dim].shape != (size,):
-            raise ValueError(f"coords: expected {size} labels for {dim!r}; got shape {given[dim].shape}")
+            raise ValueError(
+                f"coords: expected {size} labels for {dim!r}; got shape {given[dim].shape}"
+            )
     return {dim: given.get(dim, np.arange(size)) for dim, size in sizes.items()}
 
 
@@ -458,7 +499,9 @@ def _checked_log_weights(log_weights: np.ndarray) -> np.ndarray:
         got = f"{bad[0]} ({bad.size} of {log_weights.size})"
         raise ValueError(f"log_weights: expected finite numbers or -inf; got {got}")
     if not np.isfinite(log_weights).any():
-        raise ValueError(f"log_weights: expected a draw of non-zero weight; got none in {log_weights.size}")
+        raise ValueError(
+            f"log_weights: expected a draw of non-zero weight; got none in {log_weights.size}"
+        )
     return log_weights
 
 

@@ -31,7 +31,9 @@ class Sampler(Protocol):
         ...
 
 
-def plot_posterior(posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000) -> Figure:
+def plot_posterior(
+    posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000
+) -> Figure:
     """Draw the marginals of the scalar parameters, and the pair of them that is hardest to fit.
 
     At most twelve marginals are drawn, some of every site; a sentence below says of how many. The pair is
@@ -72,7 +74,9 @@ def plot_posterior(posterior: Sampler, path: str | PathLike[str] | None = None, 
     return _written(figure, path)
 
 
-def plot_marginals(posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000) -> Figure:
+def plot_marginals(
+    posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000
+) -> Figure:
     """Draw a histogram of each scalar parameter, with its mean and its shortest interval that holds 94 %.
 
     Args:
@@ -197,7 +201,9 @@ def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
 def _draw(posterior: Sampler, draws: int) -> tuple[list[str], np.ndarray]:
     """The scalar parameters that are finite and vary, by name, and their draws in columns."""
     if not callable(getattr(posterior, "sample", None)):
-        raise TypeError(f"Expected a posterior with a method sample(n); got {type(posterior).__name__}.")
+        raise TypeError(
+            f"Expected a posterior with a method sample(n); got {type(posterior).__name__}."
+        )
     names: list[str] = []
     columns: list[np.ndarray] = []
     for site, value in posterior.sample(check_size("draws", draws, least=2)).items():
@@ -208,7 +214,9 @@ def _draw(posterior: Sampler, draws: int) -> tuple[list[str], np.ndarray]:
                 names.append(f"{site}[{', '.join(map(str, index))}]" if index else site)
                 columns.append(column)
     if not columns:
-        raise ValueError("There is nothing to draw: no scalar parameter has draws that are finite and vary.")
+        raise ValueError(
+            "There is nothing to draw: no scalar parameter has draws that are finite and vary."
+        )
     return names, np.stack(columns, axis=1)
 
 
@@ -225,7 +233,9 @@ def _choose(names: list[str]) -> list[int]:
 
 def _index(names: list[str], name: str) -> int:
     if name not in names:
-        raise ValueError(f"There is no parameter {name!r} to draw; there are {', '.join(names[:30])}.")
+        raise ValueError(
+            f"There is no parameter {name!r} to draw; there are {', '.join(names[:30])}."
+        )
     return names.index(name)
 
 
@@ -241,7 +251,9 @@ def _written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     return figure
 
 
-def _marginals(figure: FigureBase, names: list[str], values: np.ndarray, shown: list[int], columns: int) -> None:
+def _marginals(
+    figure: FigureBase, names: list[str], values: np.ndarray, shown: list[int], columns: int
+) -> None:
     grid = figure.subplots(-(-len(shown) // columns), columns, squeeze=False)
     for axes in grid.flat[len(shown) :]:
         axes.remove()
@@ -249,7 +261,9 @@ def _marginals(figure: FigureBase, names: list[str], values: np.ndarray, shown: 
         _marginal(axes, names[i], values[:, i])
     figure.suptitle("Marginals, with mean and 94 % HDI", fontsize=12)
     if len(shown) < len(names):
-        figure.supxlabel(f"{len(shown)} of {len(names)} scalar parameters are shown.", fontsize=9, color=GREY)
+        figure.supxlabel(
+            f"{len(shown)} of {len(names)} scalar parameters are shown.", fontsize=9, color=GREY
+        )
 
 
 def _marginal(axes: Axes, name: str, column: np.ndarray) -> None:
@@ -284,7 +298,9 @@ def _pair(
         (names[pair[0]], x, axes.xaxis, axes.set_xscale, axes.set_xlim),
         (names[pair[1]], y, axes.yaxis, axes.set_yscale, axes.set_ylim),
     ):
-        logarithmic = column.min() > 0 and np.quantile(column, 0.99) > 10 * np.quantile(column, 0.01)
+        logarithmic = column.min() > 0 and np.quantile(column, 0.99) > 10 * np.quantile(
+            column, 0.01
+        )
         axis.set_label_text(_plain(name) + (" (log scale)" if logarithmic else ""), fontsize=11)
         if logarithmic:
             scale("log")
@@ -304,7 +320,9 @@ def _range(column: np.ndarray) -> tuple[float, float]:
     """Where the draws are, but for the last 0.2 % on either side, with a margin."""
     low, high = np.quantile(column, [0.002, 0.998])
     margin = 0.05 * (high - low) or 0.5 * float(column.max() - column.min())
-    return max(float(low) - margin, float(column.min())), min(float(high) + margin, float(column.max()))
+    return max(float(low) - margin, float(column.min())), min(
+        float(high) + margin, float(column.max())
+    )
 
 
 def _hdi(column: np.ndarray, mass: float = 0.94) -> tuple[float, float]:

@@ -154,7 +154,9 @@ def hmc(
     )
 
 
-def latent_target(density: LogDensity, transform: Transform, log_factor: LogFactor | None = None) -> Target:
+def latent_target(
+    density: LogDensity, transform: Transform, log_factor: LogFactor | None = None
+) -> Target:
     r"""The log density in the base space of a flow, as a target for :func:`hmc`.
 
     .. math:: \log \tilde p(x) = \log p(f(x)) + \log|\det J_f(x)|, \qquad
@@ -183,7 +185,10 @@ def latent_target(density: LogDensity, transform: Transform, log_factor: LogFact
         tensor([[-1.]])
     """
     layers = list(transform.layers) if isinstance(transform, Compose) else [transform]
-    if layers and all(isinstance(layer, LowerTriangularAffine) and layer.context_features is None for layer in layers):
+    if layers and all(
+        isinstance(layer, LowerTriangularAffine) and layer.context_features is None
+        for layer in layers
+    ):
         return _affine_target(density, layers, log_factor)
 
     def target(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +253,9 @@ class Kernel:
         leapfrog: int = LEAPFROG,
     ) -> None:
         self.target = target
-        self.step_size = features**-0.25 if step_size is None else check_positive("step_size", step_size)
+        self.step_size = (
+            features**-0.25 if step_size is None else check_positive("step_size", step_size)
+        )
         self.path_length = check_positive("path_length", path_length)
         self.leapfrog = check_size("leapfrog", leapfrog)
         self._error = 0.0
@@ -268,7 +275,9 @@ class Kernel:
         divergences = int((inside & (log_ratio < -DIVERGENCE)).sum())
         if adapt:
             self._adapt(acceptance)
-        return choose(torch.rand_like(log_ratio).log() < log_ratio, end, start), Move(acceptance, divergences)
+        return choose(torch.rand_like(log_ratio).log() < log_ratio, end, start), Move(
+            acceptance, divergences
+        )
 
     def _adapt(self, acceptance: float) -> None:
         error = acceptance - ACCEPTANCE
@@ -285,10 +294,14 @@ def evaluate(target: Target, position: Tensor) -> Point:
         got = f"{tuple(log_density.shape)} and {tuple(slope.shape)}"
         raise ValueError(f"Expected target to return tensors of shapes {expected}; got {got}.")
     finite = log_density.isfinite() & slope.isfinite().all(-1)
-    return Point(position, log_density.where(finite, -math.inf), slope.where(finite.unsqueeze(-1), 0.0))
+    return Point(
+        position, log_density.where(finite, -math.inf), slope.where(finite.unsqueeze(-1), 0.0)
+    )
 
 
-def integrate(target: Target, start: Point, momentum: Tensor, step_size: Tensor, steps: int) -> tuple[Point, Tensor]:
+def integrate(
+    target: Target, start: Point, momentum: Tensor, step_size: Tensor, steps: int
+) -> tuple[Point, Tensor]:
     """Leapfrog steps from all points at a time, of a size each, of shape ``(chains, 1)``.
 
     An orbit that overflows stays where it began, as a point of density zero.
@@ -330,7 +343,9 @@ def _stacked(history: list[Tensor], start: Tensor) -> Tensor:
 
 def _check_start(start: Any) -> None:
     if not isinstance(start, Tensor):
-        raise TypeError(f"Expected start to be a tensor of shape (chains, features); got {type(start).__name__}.")
+        raise TypeError(
+            f"Expected start to be a tensor of shape (chains, features); got {type(start).__name__}."
+        )
     if not start.is_floating_point():
         raise TypeError(f"Expected start of a floating-point dtype; got {start.dtype}.")
     if start.dim() != 2 or not start.numel():

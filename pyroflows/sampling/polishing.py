@@ -18,7 +18,9 @@ __all__ = ["drift", "memory", "polish"]
 
 
 @torch.no_grad()
-def polish(density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadline: float | None = None) -> Tensor:
+def polish(
+    density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadline: float | None = None
+) -> Tensor:
     r"""Moves draws towards the posterior by Hamiltonian Monte Carlo in the base space of a guide.
 
     The posterior pulled back to the base of a good guide is nearly a standard normal, which a few trajectories of all
@@ -53,7 +55,12 @@ def polish(density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadli
         if bool(mine.any()):
             # Given the component, the law of a draw is the target times the component's share.
             moved[mine] = _in_base(
-                density, flow.transform, z[mine], trajectories, deadline, functools.partial(_log_share, law, k)
+                density,
+                flow.transform,
+                z[mine],
+                trajectories,
+                deadline,
+                functools.partial(_log_share, law, k),
             )
     return moved
 
@@ -110,7 +117,9 @@ def _in_base(
     sound = x.isfinite().all(-1)
     if not bool(sound.any()):
         return z
-    result = hmc(latent_target(density, transform, log_factor), x[sound], trajectories, deadline=deadline)
+    result = hmc(
+        latent_target(density, transform, log_factor), x[sound], trajectories, deadline=deadline
+    )
     moved = z.clone()
     moved[sound] = transform.forward_and_log_det(result.position)[0]
     return moved
@@ -120,7 +129,9 @@ def _width(z: Tensor, effective: float) -> tuple[Tensor, Tensor]:
     """Central 90 % widths, and their relative standard errors, from quantiles as far apart as their ranks err."""
     levels = torch.tensor([0.05, 0.95], dtype=torch.float64, device=z.device)
     spread = (0.05 * 0.95 / effective) ** 0.5
-    low, ends, high = (z.double().quantile((levels + by).clamp(0, 1), dim=0) for by in (-spread, 0.0, spread))
+    low, ends, high = (
+        z.double().quantile((levels + by).clamp(0, 1), dim=0) for by in (-spread, 0.0, spread)
+    )
     width = ends[1] - ends[0]
     error = ((high - low) / 2).square().sum(0).sqrt() / width
     return width.to(z.dtype), error.to(z.dtype)

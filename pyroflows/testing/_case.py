@@ -72,7 +72,9 @@ class Options:
 class Case:
     """One transform or flow as the laws see it."""
 
-    def __init__(self, given: Transform | Flow, x: Tensor | None, context: Tensor | None, options: Options) -> None:
+    def __init__(
+        self, given: Transform | Flow, x: Tensor | None, context: Tensor | None, options: Options
+    ) -> None:
         self.options = options
         try:
             self.original = copy.deepcopy(given).to("cpu").eval()
@@ -92,7 +94,9 @@ class Case:
         t = self.transform
         onto, codomain_onto = bijection(t.domain), bijection(t.codomain)
         if x is None and onto is None:
-            raise ValueError(f"Expected x, points of the domain of {type(t).__name__}, for there is no bijection onto it.")
+            raise ValueError(
+                f"Expected x, points of the domain of {type(t).__name__}, for there is no bijection onto it."
+            )
         n = 20 if x is None else _count(x, self._point_shape())
         self.contexts = self._contexts(context, n)
         if x is None:
@@ -102,10 +106,14 @@ class Case:
             self.contexts = None if self.contexts is None else self.contexts[::stride]
             self.x = self._base_points(_flat(x, self._point_shape())[::stride])
             if not bool(satisfies(t.domain, self.x).all()):
-                raise ValueError(f"Expected x with points of the domain, {t.domain}; got some outside.")
+                raise ValueError(
+                    f"Expected x with points of the domain, {t.domain}; got some outside."
+                )
         self.y = back = self._images()
         if x is None and codomain_onto is not None:
-            back = codomain_onto(normal_points(n, codomain_onto.inverse_shape(t.image_shape), seed=1))
+            back = codomain_onto(
+                normal_points(n, codomain_onto.inverse_shape(t.image_shape), seed=1)
+            )
         self.directions = [
             Direction("forward_and_log_det", forward, self.x, (tuple(t.image_shape), ()), t.domain),
             Direction("inverse_and_log_det", inverse, back, (tuple(t.event_shape), ()), t.codomain),
@@ -132,7 +140,9 @@ class Case:
             self.values = onto_support(flow)(self.y)
         shapes = (tuple(self.batch_shape),)
         self.density = Direction("log_prob", self._density, self.values, shapes, constraint)
-        self.directions.append(Direction("log_prob", self._log_prob, self.values, shapes, constraint))
+        self.directions.append(
+            Direction("log_prob", self._log_prob, self.values, shapes, constraint)
+        )
 
     def _point_shape(self) -> torch.Size:
         if isinstance(self.pristine, Flow):
@@ -143,24 +153,37 @@ class Case:
         if not isinstance(self.pristine, Flow):
             return x
         with torch.no_grad():
-            return self.transform.inverse_and_log_det(onto_support(self.pristine).inv(x), self.contexts)[0]
+            return self.transform.inverse_and_log_det(
+                onto_support(self.pristine).inv(x), self.contexts
+            )[0]
 
     def _contexts(self, context: Tensor | None, n: int) -> Tensor | None:
         width = self.transform.context_features
         if width is None:
             return check_context(context, None, type(self.transform).__name__)
         if context is None:
-            return torch.randn(n, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        given = check_tensor("context", context, (width,)).detach().to("cpu", torch.float64).reshape(-1, width)
+            return torch.randn(
+                n, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+            )
+        given = (
+            check_tensor("context", context, (width,))
+            .detach()
+            .to("cpu", torch.float64)
+            .reshape(-1, width)
+        )
         if len(given) not in (1, n):
-            raise ValueError(f"Expected context of shape (*, {width}) for one point or for {n}; got {tuple(context.shape)}.")
+            raise ValueError(
+                f"Expected context of shape (*, {width}) for one point or for {n}; got {tuple(context.shape)}."
+            )
         return given.expand(n, width).clone()
 
     def batch(self, points: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Points, and their contexts, in a batch of another shape."""
         index = torch.arange(math.prod(shape)) % len(points)
         chosen = points[index].reshape((*shape, *points.shape[1:]))
-        return chosen, None if self.contexts is None else self.contexts[index].reshape((*shape, self.contexts.shape[-1]))
+        return chosen, None if self.contexts is None else self.contexts[index].reshape(
+            (*shape, self.contexts.shape[-1])
+        )
 
     # Copies
 
@@ -200,17 +223,25 @@ class Case:
             raise LeftOut("no distribution over the domain is known")
         shape = onto.inverse_shape(self.transform.event_shape)
         normal = dist.Normal(torch.zeros(shape, dtype=torch.float64), 1.0).to_event(len(shape))
-        return normal if is_real(self.transform.domain) else dist.TransformedDistribution(normal, [onto])
+        return (
+            normal
+            if is_real(self.transform.domain)
+            else dist.TransformedDistribution(normal, [onto])
+        )
 
     def distribution(self, module: Any, context: Tensor | None) -> Any:
         """The distribution that a flow gives, or the one that Pyro makes of a transform."""
         if isinstance(module, Flow):
             return module(with_room(context, 1, len(self.batch_shape)))
-        return dist.TransformedDistribution(self.base(), [module if context is None else module.condition(context)])
+        return dist.TransformedDistribution(
+            self.base(), [module if context is None else module.condition(context)]
+        )
 
     def _log_prob(self, flow: Flow, values: Tensor, context: Tensor | None) -> Tensor:
         spare = len(self.batch_shape)
-        return flow(with_room(context, 1, spare)).log_prob(with_room(values, len(self._point_shape()), spare))
+        return flow(with_room(context, 1, spare)).log_prob(
+            with_room(values, len(self._point_shape()), spare)
+        )
 
     def density_by_hand(self, module: Any, values: Tensor, context: Tensor | None) -> Tensor:
         """The change of variables, written out."""
@@ -219,7 +250,9 @@ class Case:
             onto = onto_support(module)
             z = onto.inv(values)
             log_det_onto = onto.log_abs_det_jacobian(z, values)
-            log_det_onto = sum_rightmost(log_det_onto, log_det_onto.dim() - (z.dim() - len(self.transform.image_shape)))
+            log_det_onto = sum_rightmost(
+                log_det_onto, log_det_onto.dim() - (z.dim() - len(self.transform.image_shape))
+            )
         x, log_det = transform_of(module).inverse_and_log_det(z, context)
         base = base_of(module) if isinstance(module, Flow) else self.base()
         return base.log_prob(x) + log_det - log_det_onto
@@ -227,7 +260,10 @@ class Case:
     def _density(self, module: Any, values: Tensor, context: Tensor | None) -> Tensor:
         """The same for a batch of values, each under every member of a batch of bases."""
         spare = len(self.batch_shape)
-        values, context = with_room(values, len(self.values.shape[1:]), spare), with_room(context, 1, spare)
+        values, context = (
+            with_room(values, len(self.values.shape[1:]), spare),
+            with_room(context, 1, spare),
+        )
         return self.density_by_hand(module, values, context)
 
     # Rounding
@@ -238,48 +274,88 @@ class Case:
 
     def usual(self, direction: Direction, n: int) -> Outputs:
         """The room of the first of the points that a function is tried on, in float64."""
-        return tuple(room[:n] for room in self.slack(direction, direction.points, self.contexts, torch.float64))
+        return tuple(
+            room[:n]
+            for room in self.slack(direction, direction.points, self.contexts, torch.float64)
+        )
 
     def slack(
-        self, direction: Direction, points: Tensor, context: Tensor | None, dtype: torch.dtype, linear: bool = False
+        self,
+        direction: Direction,
+        points: Tensor,
+        context: Tensor | None,
+        dtype: torch.dtype,
+        linear: bool = False,
     ) -> Outputs:
         """How far rounding may move what a function returns, one number per point and output.
 
         With ``linear`` it is infinite where what is returned does not move in proportion to the error of the point, as far
         out, where a map may change within less than the distance to the next number.
         """
-        points, context = points.detach().double(), None if context is None else context.detach().double()
-        key = (direction.name, dtype, points.numpy().tobytes(), b"" if context is None else context.numpy().tobytes())
+        points, context = (
+            points.detach().double(),
+            None if context is None else context.detach().double(),
+        )
+        key = (
+            direction.name,
+            dtype,
+            points.numpy().tobytes(),
+            b"" if context is None else context.numpy().tobytes(),
+        )
         if key not in self._room:
             self._room[key] = self._measure(direction, points, context, self.rounding(dtype))
-        return tuple(torch.where(even | torch.tensor(not linear), room, math.inf) for room, even in self._room[key])
+        return tuple(
+            torch.where(even | torch.tensor(not linear), room, math.inf)
+            for room, even in self._room[key]
+        )
 
     def _measure(
         self, direction: Direction, points: Tensor, context: Tensor | None, size: float
     ) -> list[tuple[Tensor, Tensor]]:
         """For each output the room that rounding needs, and whether the output moves in proportion to the points."""
-        n, tries = len(points), [(seed, sign, share) for seed, share in enumerate(SHARES) for sign in (1.0, -1.0)]
+        n, tries = (
+            len(points),
+            [(seed, sign, share) for seed, share in enumerate(SHARES) for sign in (1.0, -1.0)],
+        )
         copies = len(tries)
-        off = torch.cat([_shake(points, s * size * share, k, direction.constraint) for k, s, share in tries])
+        off = torch.cat(
+            [_shake(points, s * size * share, k, direction.constraint) for k, s, share in tries]
+        )
         context_off = context_same = None
         if context is not None:
-            context_off = torch.cat([_shake(context, s * size * share, k, constraints.real) for k, s, share in tries])
+            context_off = torch.cat(
+                [_shake(context, s * size * share, k, constraints.real) for k, s, share in tries]
+            )
             context_same = context.repeat(copies, 1)
         with torch.no_grad():
             # As large a batch as is compared with, for a fault that mixes points is not to pass for rounding.
-            same = attempt(direction, self.pristine, points.repeat(copies, *[1] * (points.dim() - 1)), context_same)
+            same = attempt(
+                direction,
+                self.pristine,
+                points.repeat(copies, *[1] * (points.dim() - 1)),
+                context_same,
+            )
             by_points = attempt(direction, self.pristine, off, context_off)
             shaken = [self.shaken(size, 0, 1.0), self.shaken(size, 1, -1.0)]
-            nominal, *by_parameters = [attempt(direction, each, points, context) for each in (self.pristine, *shaken)]
+            nominal, *by_parameters = [
+                attempt(direction, each, points, context) for each in (self.pristine, *shaken)
+            ]
         found = []
         for k, value in enumerate(same):
-            moved = per_point(by_points[k] - value, copies * n).nan_to_num(math.inf).reshape(len(SHARES), -1, n).amax(1)
+            moved = (
+                per_point(by_points[k] - value, copies * n)
+                .nan_to_num(math.inf)
+                .reshape(len(SHARES), -1, n)
+                .amax(1)
+            )
             moved = moved / torch.tensor(SHARES).unsqueeze(-1)
             most, least = moved.amax(0), moved.amin(0)
             digits = size * per_point(nominal[k], n).nan_to_num(0.0, 0.0).clamp_min(1.0)
             for other in by_parameters:
                 most = most + per_point(other[k] - nominal[k], n).nan_to_num(math.inf)
-            found.append((2 * most + digits, (moved.amax(0) <= 16 * least) | (moved.amax(0) <= 16 * digits)))
+            found.append(
+                (2 * most + digits, (moved.amax(0) <= 16 * least) | (moved.amax(0) <= 16 * digits))
+            )
         return found
 
 
@@ -289,7 +365,9 @@ def attempt(direction: Direction, module: Any, points: Tensor, context: Tensor |
         return direction(module, points, context)
     except RuntimeError:
         if len(points) < 2:
-            return tuple(points.new_full((len(points), *shape), math.nan) for shape in direction.shapes)
+            return tuple(
+                points.new_full((len(points), *shape), math.nan) for shape in direction.shapes
+            )
     half = len(points) // 2
     parts = [
         attempt(direction, module, points[rows], None if context is None else context[rows])
@@ -354,7 +432,9 @@ def base_of(flow: Flow) -> Any:
 def normal_points(n: int, shape: Any, seed: int = 0) -> Tensor:
     """Points about the origin, some of them near it and some further out."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor([1.0, 1.0, 3.0, 1.0, 0.1], dtype=torch.float64).repeat(math.ceil(n / 5))[:n]
+    sizes = torch.tensor([1.0, 1.0, 3.0, 1.0, 0.1], dtype=torch.float64).repeat(math.ceil(n / 5))[
+        :n
+    ]
     points = torch.randn(n, *shape, generator=generator, dtype=torch.float64)
     return sizes.reshape(n, *[1] * len(shape)) * points
 
@@ -383,7 +463,11 @@ def _shake(points: Tensor, size: float, seed: int, constraint: Any) -> Tensor:
 def satisfies(constraint: Any, points: Tensor) -> Tensor:
     """Which points of a batch of rank one satisfy a constraint."""
     inside = constraint.check(points)
-    return inside.reshape(len(points), -1).all(1) if points.numel() else torch.ones(len(points), dtype=torch.bool)
+    return (
+        inside.reshape(len(points), -1).all(1)
+        if points.numel()
+        else torch.ones(len(points), dtype=torch.bool)
+    )
 
 
 def per_point(value: Tensor, n: int) -> Tensor:

@@ -21,7 +21,8 @@ from ._law import TESTS, premises
 
 #: What each law demands, and why, by its name; each after those that it builds on.
 LAWS: dict[str, str] = {
-    name: " ".join((TESTS[name].__doc__ or "").split()) for name in sorted(TESTS, key=lambda name: len(premises(name)))
+    name: " ".join((TESTS[name].__doc__ or "").split())
+    for name in sorted(TESTS, key=lambda name: len(premises(name)))
 }
 
 
@@ -75,7 +76,9 @@ class Report:
     def __str__(self) -> str:
         skipped = sum(result.skipped is not None for result in self.results)
         held = len(self.results) - skipped - len(self.failed)
-        head = f"{self.subject}: {held} laws hold, {len(self.failed)} fail, {skipped} were not judged"
+        head = (
+            f"{self.subject}: {held} laws hold, {len(self.failed)} fail, {skipped} were not judged"
+        )
         return "\n".join([head, *(f"  {result}" for result in self.results)])
 
 
@@ -162,8 +165,12 @@ def check(
         exemptions = _exemptions(transform_or_flow, exempt)
         report.results.extend(_result(case, name, exemptions, failed) for name in names)
     if raises and not report.ok:
-        sentences = [f"{result.name}: {result.detail}" for result in report.results if not result.passed]
-        raise LawError(f"{report.subject} breaks {len(sentences)} of the laws.\n" + "\n".join(sentences))
+        sentences = [
+            f"{result.name}: {result.detail}" for result in report.results if not result.passed
+        ]
+        raise LawError(
+            f"{report.subject} breaks {len(sentences)} of the laws.\n" + "\n".join(sentences)
+        )
     return report
 
 
@@ -206,7 +213,9 @@ def laws(
         ...     law()
     """
     if not callable(make_or_instance):
-        raise TypeError(f"Expected a transform, a flow or a callable that makes one; got {type(make_or_instance).__name__}.")
+        raise TypeError(
+            f"Expected a transform, a flow or a callable that makes one; got {type(make_or_instance).__name__}."
+        )
     names, exempt, accuracy = _check_only(only), _check_exempt(exempt), _check_accuracy(accuracy)
     make = None if isinstance(make_or_instance, nn.Module) else make_or_instance
     options = Options(starts_at_identity, compile, accuracy, make)
@@ -288,7 +297,9 @@ def _check_exempt(exempt: Any) -> dict[str, str]:
     if exempt is None:
         return {}
     if not isinstance(exempt, Mapping):
-        raise TypeError(f"Expected exempt to be a dictionary from names of laws to reasons; got {exempt!r}.")
+        raise TypeError(
+            f"Expected exempt to be a dictionary from names of laws to reasons; got {exempt!r}."
+        )
     for name, reason in exempt.items():
         _check_name("exempt", name)
         if not isinstance(reason, str) or not reason.strip():

@@ -16,7 +16,17 @@ from torch.distributions import constraints
 
 from .._memory import Memory
 from ..flows import Flow
-from ._case import DTYPES, Broken, Case, Direction, LeftOut, Outputs, bijection, satisfies, transform_of
+from ._case import (
+    DTYPES,
+    Broken,
+    Case,
+    Direction,
+    LeftOut,
+    Outputs,
+    bijection,
+    satisfies,
+    transform_of,
+)
 from ._law import brief, law, near, require
 
 BATCHES: tuple[tuple[int, ...], ...] = ((), (5,), (2, 1, 3), (0,), (4, 0))
@@ -41,7 +51,8 @@ def shapes(case: Case) -> None:
                 continue  # not every base takes an empty batch
             outputs = direction(case.module(), *case.batch(direction.points, batch))
             require(
-                len(outputs) == len(direction.shapes) and all(isinstance(value, Tensor) for value in outputs),
+                len(outputs) == len(direction.shapes)
+                and all(isinstance(value, Tensor) for value in outputs),
                 f"Expected {direction.name} to return {len(direction.shapes)} tensors; got {_kinds(outputs)}.",
             )
             for value, shape, what in zip(outputs, direction.shapes, direction.names, strict=True):
@@ -60,18 +71,29 @@ def _kinds(outputs: Any) -> str:
 def registered(case: Case) -> None:
     """Every tensor and every module that a transform holds is a parameter, a buffer or a submodule, for nothing else
     is saved, moved to a device or trained."""
-    registered, internal = {id(module) for module in case.original.modules()}, set(vars(nn.Module()))
+    registered, internal = (
+        {id(module) for module in case.original.modules()},
+        set(vars(nn.Module())),
+    )
     for module in case.original.modules():
         for key, value in vars(module).items():
             # The base of a flow moves with the module, which sees to that itself.
-            if key in internal or key.startswith("_pyro") or (isinstance(module, Flow) and key == "_base"):
+            if (
+                key in internal
+                or key.startswith("_pyro")
+                or (isinstance(module, Flow) and key == "_base")
+            ):
                 continue
             for path, found in _held(value, key, 4, frozenset()):
                 owner = f"{type(module).__name__}.{path}"
                 require(
-                    not isinstance(found, Tensor), f"Expected {owner} to be a parameter or a buffer; got a plain tensor."
+                    not isinstance(found, Tensor),
+                    f"Expected {owner} to be a parameter or a buffer; got a plain tensor.",
                 )
-                require(id(found) in registered, f"Expected {owner} to be a registered submodule; got a module apart.")
+                require(
+                    id(found) in registered,
+                    f"Expected {owner} to be a registered submodule; got a module apart.",
+                )
 
 
 def _held(value: Any, path: str, depth: int, seen: frozenset[int]) -> Iterator[tuple[str, Any]]:
@@ -98,15 +120,31 @@ def pure(case: Case) -> None:
     the same twice, for otherwise a density is no function of its point."""
     for direction in case.directions:
         module = case.module()
-        points, context = direction.points.clone(), None if case.contexts is None else case.contexts.clone()
+        points, context = (
+            direction.points.clone(),
+            None if case.contexts is None else case.contexts.clone(),
+        )
         state = {key: value.clone() for key, value in module.state_dict().items()}
         random = torch.get_rng_state()
         first, second = _raw(direction, module, points, context), direction(module, points, context)
-        require(torch.equal(torch.get_rng_state(), random), f"Expected {direction.name} to draw no random numbers; it does.")
-        require(torch.equal(points, direction.points), f"Expected {direction.name} to leave its input; it wrote to it.")
+        require(
+            torch.equal(torch.get_rng_state(), random),
+            f"Expected {direction.name} to draw no random numbers; it does.",
+        )
+        require(
+            torch.equal(points, direction.points),
+            f"Expected {direction.name} to leave its input; it wrote to it.",
+        )
         after = module.state_dict()
-        changed = [key for key in state if not torch.equal(state[key].nan_to_num(), after[key].nan_to_num())]
-        require(not changed, f"Expected {direction.name} to leave parameters and buffers; it changed {', '.join(changed)}.")
+        changed = [
+            key
+            for key in state
+            if not torch.equal(state[key].nan_to_num(), after[key].nan_to_num())
+        ]
+        require(
+            not changed,
+            f"Expected {direction.name} to leave parameters and buffers; it changed {', '.join(changed)}.",
+        )
         for one, two in zip(first, second, strict=True):
             require(
                 torch.equal(one.nan_to_num(), two.nan_to_num()),
@@ -171,17 +209,32 @@ def rows(case: Case) -> None:
         points, context = case.batch(direction.points, (n,))
         layouts = {
             "its points one by one": _stacked(direction, module, points, context),
-            "a strided batch": _raw(direction, module, points.repeat_interleave(2, 0)[::2], context),
+            "a strided batch": _raw(
+                direction, module, points.repeat_interleave(2, 0)[::2], context
+            ),
             "a transposed batch": _raw(direction, module, _transposed(points), context),
         }
         whole = direction(module, points, context)
         for what, outputs in layouts.items():
             for value, wanted, room in zip(outputs, whole, case.usual(direction, n), strict=True):
-                near(value, wanted, 2 * room, f"{direction.name} of {what} to be that of the batch", points)
+                near(
+                    value,
+                    wanted,
+                    2 * room,
+                    f"{direction.name} of {what} to be that of the batch",
+                    points,
+                )
         same = points[:1].expand(n, *points.shape[1:])
         outputs = _raw(direction, module, same, context)
-        for value, wanted, room in zip(outputs, direction(module, same, context), case.usual(direction, n), strict=True):
-            near(value, wanted, 2 * room.amax().expand(n), f"{direction.name} of an expanded batch to be that of its rows")
+        for value, wanted, room in zip(
+            outputs, direction(module, same, context), case.usual(direction, n), strict=True
+        ):
+            near(
+                value,
+                wanted,
+                2 * room.amax().expand(n),
+                f"{direction.name} of an expanded batch to be that of its rows",
+            )
 
 
 def _raw(direction: Direction, module: Any, points: Tensor, context: Tensor | None) -> Outputs:
@@ -191,12 +244,17 @@ def _raw(direction: Direction, module: Any, points: Tensor, context: Tensor | No
 
 
 def _stacked(direction: Direction, module: Any, points: Tensor, context: Tensor | None) -> Outputs:
-    singles = [direction(module, points[i], None if context is None else context[i]) for i in range(len(points))]
+    singles = [
+        direction(module, points[i], None if context is None else context[i])
+        for i in range(len(points))
+    ]
     return tuple(torch.stack(values) for values in zip(*singles, strict=True))
 
 
 def _transposed(points: Tensor) -> Tensor:
-    return points.flatten(1).mT.contiguous().mT.reshape(points.shape) if points.dim() > 1 else points
+    return (
+        points.flatten(1).mT.contiguous().mT.reshape(points.shape) if points.dim() > 1 else points
+    )
 
 
 @law("rows")
@@ -213,14 +271,18 @@ def context(case: Case) -> None:
         event = points.shape[2:]
         every, each = points.expand(4, 3, *event), contexts.expand(4, 3, contexts.shape[-1])
         expected = direction(module, every, each)
-        slack = case.slack(direction, every.reshape(12, *event), each.reshape(12, -1), torch.float64)
+        slack = case.slack(
+            direction, every.reshape(12, *event), each.reshape(12, -1), torch.float64
+        )
         for given, c, rows in (
             (points, contexts, slice(None)),
             (points[0, 0], contexts, slice(0, 3)),
             (points[:, 0], contexts[0], slice(0, 12, 3)),
         ):
             outputs = direction(module, given, c)
-            for value, full, room, shape in zip(outputs, expected, slack, direction.shapes, strict=True):
+            for value, full, room, shape in zip(
+                outputs, expected, slack, direction.shapes, strict=True
+            ):
                 wanted = full.reshape(12, *shape)[rows]
                 got = f"{direction.name} of points {tuple(given.shape)} with a context {tuple(c.shape)}"
                 flat = (4, 3) if given is points else (len(wanted),)
@@ -228,7 +290,12 @@ def context(case: Case) -> None:
                     value.shape == (*flat, *shape),
                     f"Expected {got} to be of shape {(*flat, *shape)}; got {tuple(value.shape)}.",
                 )
-                near(value.reshape(len(wanted), *shape), wanted, 2 * room[rows], f"{got} to be that of each pair")
+                near(
+                    value.reshape(len(wanted), *shape),
+                    wanted,
+                    2 * room[rows],
+                    f"{got} to be that of each pair",
+                )
     _conditioned(case)
 
 
@@ -240,7 +307,8 @@ def _conditioned(case: Case) -> None:
     expected = case.forward(module, x, context)
     for value, wanted in zip(fixed.forward_and_log_det(x), expected, strict=True):
         require(
-            torch.equal(value, wanted), "Expected condition(context) to map as the context passed along; got other values."
+            torch.equal(value, wanted),
+            "Expected condition(context) to map as the context passed along; got other values.",
         )
     shape = fixed.forward_shape(x.shape)
     require(
@@ -267,7 +335,10 @@ def devices(case: Case) -> None:
                 )
         if isinstance(module, Flow):
             drawn = case.distribution(module, context).rsample()
-            require(drawn.device.type == device, f"Expected draws on {device}; got them on {drawn.device.type}.")
+            require(
+                drawn.device.type == device,
+                f"Expected draws on {device}; got them on {drawn.device.type}.",
+            )
 
 
 @law("pure")
@@ -288,7 +359,9 @@ def copies(case: Case) -> None:
     require(grown <= 256, f"Expected a pickle not to grow with use; got {grown} bytes more.")
     others = {"a state_dict": _scrambled(case)}
     if case.options.make is not None:
-        others["a state_dict in a new instance"] = copy.deepcopy(case.options.make()).to("cpu", torch.float64).eval()
+        others["a state_dict in a new instance"] = (
+            copy.deepcopy(case.options.make()).to("cpu", torch.float64).eval()
+        )
     for name, other in others.items():
         missing = other.load_state_dict(module.state_dict(), strict=False)
         require(
@@ -301,7 +374,9 @@ def copies(case: Case) -> None:
         require(not shared, f"Expected {name} to have parameters of its own; got shared ones.")
         for direction in case.directions:
             expected = direction(case.module(), direction.points, case.contexts)
-            for value, wanted in zip(direction(twin, direction.points, case.contexts), expected, strict=True):
+            for value, wanted in zip(
+                direction(twin, direction.points, case.contexts), expected, strict=True
+            ):
                 require(
                     torch.equal(value.nan_to_num(), wanted.nan_to_num()),
                     f"Expected {name} to be the same function after use; got other values of {direction.name}.",
@@ -320,10 +395,17 @@ def _use(case: Case, module: Any, grad: bool) -> tuple[Any, ...]:
     with torch.set_grad_enabled(grad):
         x, context = case.batch(case.x, (200,))
         t = transform_of(module)
-        outputs = (*t.forward_and_log_det(x, context), *t.inverse_and_log_det(case.batch(case.y, (200,))[0], context))
+        outputs = (
+            *t.forward_and_log_det(x, context),
+            *t.inverse_and_log_det(case.batch(case.y, (200,))[0], context),
+        )
         t = t if context is None else t.condition(context)
         y = t(x)
-        drawn = case.distribution(module, context).rsample() if bijection(t.domain) is not None else None
+        drawn = (
+            case.distribution(module, context).rsample()
+            if bijection(t.domain) is not None
+            else None
+        )
         return t, x, outputs, y, t.log_abs_det_jacobian(x, y), t.inv(y), t(x), drawn
 
 

@@ -28,30 +28,52 @@ def pyro(case: Case) -> None:
         d = case.distribution(module, context)
         batch_of_context = () if context is None else (*batch, *[1] * len(case.batch_shape))
         wanted = torch.broadcast_shapes(batch_of_context, case.batch_shape)
-        require(d.batch_shape == wanted, f"Expected a batch_shape of {tuple(wanted)}; got {tuple(d.batch_shape)}.")
+        require(
+            d.batch_shape == wanted,
+            f"Expected a batch_shape of {tuple(wanted)}; got {tuple(d.batch_shape)}.",
+        )
         event = case.values.shape[1:]
-        require(d.event_shape == event, f"Expected an event_shape of {tuple(event)}; got {tuple(d.event_shape)}.")
+        require(
+            d.event_shape == event,
+            f"Expected an event_shape of {tuple(event)}; got {tuple(d.event_shape)}.",
+        )
         drawn = d.rsample((4,))
         shape = (4, *d.batch_shape, *event)
         require(drawn.shape == shape, f"Expected draws of shape {shape}; got {tuple(drawn.shape)}.")
-        require(d.support.check(drawn).all(), "Expected draws that satisfy the support; got others.")
+        require(
+            d.support.check(drawn).all(), "Expected draws that satisfy the support; got others."
+        )
         _scores(case, d, drawn, context)
     if not isinstance(case.pristine, Flow) and case.contexts is not None:
         t = transform_of(case.module())
-        conditional = dist.ConditionalTransformedDistribution(case.base(), [t]).condition(case.contexts)
+        conditional = dist.ConditionalTransformedDistribution(case.base(), [t]).condition(
+            case.contexts
+        )
         n = len(case.contexts)
         expected = case.density_by_hand(case.module(), case.values, case.contexts)
         room = case.slack(case.density, case.values, case.contexts, torch.float64)[0]
         density = conditional.log_prob(case.values)
-        require(density.shape == (n,), f"Expected densities given {n} contexts of shape {(n,)}; got {tuple(density.shape)}.")
-        near(density, expected, 2 * room, "the conditional density to be that of the change of variables", case.values)
+        require(
+            density.shape == (n,),
+            f"Expected densities given {n} contexts of shape {(n,)}; got {tuple(density.shape)}.",
+        )
+        near(
+            density,
+            expected,
+            2 * room,
+            "the conditional density to be that of the change of variables",
+            case.values,
+        )
 
 
 def _scores(case: Case, d: Any, drawn: Tensor, context: Tensor | None) -> None:
     """The density of draws, remembered and not, beside the change of variables written out."""
     remembered, again = d.log_prob(drawn).detach(), d.log_prob(drawn.detach().clone()).detach()
     dims = (*drawn.shape[: drawn.dim() - len(case.values.shape[1:])],)
-    require(remembered.shape == dims, f"Expected densities of shape {dims}; got {tuple(remembered.shape)}.")
+    require(
+        remembered.shape == dims,
+        f"Expected densities of shape {dims}; got {tuple(remembered.shape)}.",
+    )
     flat = drawn.detach().reshape(-1, *case.values.shape[1:])
     context = with_room(context, 1, len(case.batch_shape))
     given = None if context is None else context.expand(*dims, context.shape[-1])
@@ -60,7 +82,10 @@ def _scores(case: Case, d: Any, drawn: Tensor, context: Tensor | None) -> None:
     room = case.slack(case.density, flat, given, torch.float64)[0]
     for what, density in (("a draw", remembered), ("a value", again)):
         near(
-            density.reshape(-1), expected.reshape(-1), 2 * room, f"log_prob of {what} to be that of the change of variables"
+            density.reshape(-1),
+            expected.reshape(-1),
+            2 * room,
+            f"log_prob of {what} to be that of the change of variables",
         )
 
 
@@ -78,7 +103,9 @@ def fresh(case: Case) -> None:
 
     def score(points: Tensor) -> Tensor:
         """A flow is called anew, for its base may be learned and is evaluated in the call."""
-        return (case.distribution(module, context) if isinstance(module, Flow) else once).log_prob(points)
+        return (case.distribution(module, context) if isinstance(module, Flow) else once).log_prob(
+            points
+        )
 
     for _ in range(2):
         density = score(y).sum()
@@ -101,7 +128,9 @@ def _step(module: nn.Module) -> None:
     if parameters:
         generator = torch.Generator().manual_seed(10)
         for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.grad = torch.randn(
+                parameter.shape, generator=generator, dtype=parameter.dtype
+            )
         torch.optim.SGD(parameters, lr=1e-2).step()
 
 
@@ -130,8 +159,17 @@ def _agrees(
             ("the image", mapped, image),
             ("log_abs_det_jacobian", slope, log_det),
         ):
-            room = ROUNDINGS * case.rounding(torch.float64) * per_point(two.detach(), len(two)).clamp_min(1.0)
-            near(one.detach(), two.detach(), room, f"{what} to be that of the new state after {after}")
+            room = (
+                ROUNDINGS
+                * case.rounding(torch.float64)
+                * per_point(two.detach(), len(two)).clamp_min(1.0)
+            )
+            near(
+                one.detach(),
+                two.detach(),
+                room,
+                f"{what} to be that of the new state after {after}",
+            )
 
 
 @law("round_trip", "log_det")
@@ -159,12 +197,17 @@ def normalised(case: Case) -> None:
             slope = onto.log_abs_det_jacobian(z.reshape(-1, *free), values)
             log_prob = d.log_prob(with_room(values[inside], len(event), len(case.batch_shape)))
             found = torch.zeros(len(z), dtype=torch.float64)
-            found[inside] = log_prob.reshape(int(inside.sum()), -1)[:, 0] + sum_rightmost(slope, slope.dim() - 1)[inside]
+            found[inside] = (
+                log_prob.reshape(int(inside.sum()), -1)[:, 0]
+                + sum_rightmost(slope, slope.dim() - 1)[inside]
+            )
             return torch.where(inside, found.exp().nan_to_num(0.0), 0.0) * root.det().abs()
 
         total, error = _on_grids(density, free.numel())
         if not abs(total - 1) <= 1e-3 + error:
-            total, error = _about_draws(density, torch.linalg.solve_triangular(root, (draws - centre).mT, upper=False).mT)
+            total, error = _about_draws(
+                density, torch.linalg.solve_triangular(root, (draws - centre).mT, upper=False).mT
+            )
     if error > 0.1:
         raise LeftOut(f"quadrature did not settle on {total:.3g}")
     require(
@@ -186,7 +229,9 @@ def _on_grids(density: Callable[[Tensor], Tensor], dims: int) -> tuple[float, fl
     return total, error
 
 
-def _about_draws(density: Callable[[Tensor], Tensor], draws: Tensor, n: int = 20_000) -> tuple[float, float]:
+def _about_draws(
+    density: Callable[[Tensor], Tensor], draws: Tensor, n: int = 20_000
+) -> tuple[float, float]:
     """An integral by weighted points about the draws, wherever these lie, and three of its standard errors.
 
     The points come from a mixture of normals, each shaped like the neighbourhood of a draw, and a Cauchy about all.
@@ -194,27 +239,48 @@ def _about_draws(density: Callable[[Tensor], Tensor], draws: Tensor, n: int = 20
     kernels, others = draws[:500], draws[500:]
     dims, n_near = draws.shape[-1], int(0.9 * n)
     nearest = torch.cdist(kernels, kernels).topk(16, largest=False).indices
-    spread = (kernels[nearest] - kernels.unsqueeze(1)).mT @ (kernels[nearest] - kernels.unsqueeze(1)) / 16
+    spread = (
+        (kernels[nearest] - kernels.unsqueeze(1)).mT
+        @ (kernels[nearest] - kernels.unsqueeze(1))
+        / 16
+    )
     roots = torch.linalg.cholesky(spread + 1e-20 * torch.eye(dims, dtype=draws.dtype))
     which = torch.randint(len(kernels), (n_near,))
-    close = kernels[which] + (roots[which] @ torch.randn(n_near, dims, 1, dtype=draws.dtype)).squeeze(-1)
-    far = torch.randn(n - n_near, dims, dtype=draws.dtype) / torch.randn(n - n_near, 1, dtype=draws.dtype).abs()
+    close = kernels[which] + (
+        roots[which] @ torch.randn(n_near, dims, 1, dtype=draws.dtype)
+    ).squeeze(-1)
+    far = (
+        torch.randn(n - n_near, dims, dtype=draws.dtype)
+        / torch.randn(n - n_near, 1, dtype=draws.dtype).abs()
+    )
 
     def proposal(points: Tensor) -> Tensor:
         whitened = roots.inverse().unsqueeze(1) @ (points - kernels.unsqueeze(1)).unsqueeze(-1)
-        log_normal = -0.5 * whitened.square().sum((-1, -2)) - roots.logdet().unsqueeze(1) - dims / 2 * math.log(2 * math.pi)
+        log_normal = (
+            -0.5 * whitened.square().sum((-1, -2))
+            - roots.logdet().unsqueeze(1)
+            - dims / 2 * math.log(2 * math.pi)
+        )
         normal = log_normal.logsumexp(0) - math.log(len(kernels) / 0.9)
-        log_cauchy = math.lgamma((1 + dims) / 2) - (1 + dims) / 2 * (math.log(math.pi) + points.square().sum(-1).log1p())
+        log_cauchy = math.lgamma((1 + dims) / 2) - (1 + dims) / 2 * (
+            math.log(math.pi) + points.square().sum(-1).log1p()
+        )
         return torch.logaddexp(normal, log_cauchy + math.log(0.1)).exp()
 
-    weights = torch.cat([density(part) / proposal(part) for part in torch.cat([close, far]).split(2000)])
+    weights = torch.cat(
+        [density(part) / proposal(part) for part in torch.cat([close, far]).split(2000)]
+    )
     # Where draws are much denser than the points are, a peak is missed, and the spread of the weights does not show it.
     missed = float((density(others) > 50 * proposal(others)).double().mean())
     return float(weights.mean()), 3 * float(weights.std()) / math.sqrt(n) + missed
 
 
-def _integral(density: Callable[[Tensor], Tensor], side: Tensor, length: Tensor, dims: int) -> float:
-    grid, cells = (torch.cartesian_prod(*[part] * dims).reshape(-1, dims) for part in (side, length))
+def _integral(
+    density: Callable[[Tensor], Tensor], side: Tensor, length: Tensor, dims: int
+) -> float:
+    grid, cells = (
+        torch.cartesian_prod(*[part] * dims).reshape(-1, dims) for part in (side, length)
+    )
     return float(density(grid) @ cells.prod(-1))
 
 

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..transforms import Transform
-from ._case import DTYPES, Case, Direction, attempt, bijection, is_real, normal_points, parts, per_point, satisfies
+from ._case import (
+    DTYPES,
+    Case,
+    Direction,
+    attempt,
+    bijection,
+    is_real,
+    normal_points,
+    parts,
+    per_point,
+    satisfies,
+)
 from ._law import brief, law, require, short
 from ._mathematics import opposite, there_and_back
 
@@ -37,7 +48,14 @@ def extreme_inputs(case: Case) -> None:
             context = None
             if case.contexts is not None:
                 context = case.contexts[torch.arange(len(points)) % len(case.contexts)].to(dtype)
-            _finite(module, there, points, context, names, partial(_nearer, module) if is_real(there.constraint) else None)
+            _finite(
+                module,
+                there,
+                points,
+                context,
+                names,
+                partial(_nearer, module) if is_real(there.constraint) else None,
+            )
             judged = _recoverable(module, there, back, points, context)
             points, context = points[judged], None if context is None else context[judged]
             there_and_back(case, there, back, points, context, dtype, linear=True)
@@ -49,7 +67,9 @@ def _nearer(module: Any, share: float, point: Tensor) -> tuple[Any, Tensor]:
     return module, share * point
 
 
-def _recoverable(module: Any, there: Direction, back: Direction, points: Tensor, context: Tensor | None) -> Tensor:
+def _recoverable(
+    module: Any, there: Direction, back: Direction, points: Tensor, context: Tensor | None
+) -> Tensor:
     """Which points come back with finite values, or would if no scale on the way underflowed."""
     with torch.no_grad():
         y = attempt(there, module, points, context)[0]
@@ -57,7 +77,10 @@ def _recoverable(module: Any, there: Direction, back: Direction, points: Tensor,
         kept = judged.nonzero().flatten()
         again = attempt(back, module, y[kept], None if context is None else context[kept])[0]
     for i in kept[~per_point(again, len(kept)).isfinite()].tolist():
-        judged[i] = not (_outgrows(module, back, *_at(y, context, i)) or _outgrows(module, there, *_at(points, context, i)))
+        judged[i] = not (
+            _outgrows(module, back, *_at(y, context, i))
+            or _outgrows(module, there, *_at(points, context, i))
+        )
     return judged
 
 
@@ -85,15 +108,26 @@ def extremes(case: Case, direction: Direction, dtype: torch.dtype) -> tuple[Tens
         found["a point with one huge entry"] = one_far.reshape(start.shape).to(dtype)
     for bound in _bounds(case.pristine):
         edge = (bound * signs).to(dtype)
-        inner, outer = torch.nextafter(edge, torch.zeros_like(edge)), torch.nextafter(edge, 2 * edge)
+        inner, outer = (
+            torch.nextafter(edge, torch.zeros_like(edge)),
+            torch.nextafter(edge, 2 * edge),
+        )
         found[f"a point at the edge {bound:g}"] = torch.cat([edge, inner, outer])
-    return torch.cat(list(found.values())), [name for name, points in found.items() for _ in range(len(points))]
+    return torch.cat(list(found.values())), [
+        name for name, points in found.items() for _ in range(len(points))
+    ]
 
 
 def _bounds(module: nn.Module) -> list[float]:
     """The edges of boxes, as modules and their univariate maps give them."""
     bounds = [getattr(part, "bound", None) for part in parts(module)]
-    return sorted({float(bound) for bound in bounds if isinstance(bound, Real) and not isinstance(bound, bool)})
+    return sorted(
+        {
+            float(bound)
+            for bound in bounds
+            if isinstance(bound, Real) and not isinstance(bound, bool)
+        }
+    )
 
 
 @law("precision")
@@ -109,8 +143,14 @@ def extreme_parameters(case: Case) -> None:
             _finite(module, direction, points, context, what, partial(_wild, case))
             if _infinite_gradient(module, direction, points, context) is not None:
                 # A gradient is a product of such values, so that it may overflow beyond the root of the largest number.
-                calm = [i for i in range(len(points)) if not _outgrows(module, direction, *_at(points, context, i), 0.5)]
-                name = _infinite_gradient(module, direction, points[calm], None if context is None else context[calm])
+                calm = [
+                    i
+                    for i in range(len(points))
+                    if not _outgrows(module, direction, *_at(points, context, i), 0.5)
+                ]
+                name = _infinite_gradient(
+                    module, direction, points[calm], None if context is None else context[calm]
+                )
                 require(
                     name is None,
                     f"Expected finite gradients of {direction.name} in {short(dtype)} with respect to "
@@ -123,11 +163,15 @@ def _wild(case: Case, share: float, points: Tensor) -> tuple[Any, Tensor]:
     module, generator = case.fresh(), torch.Generator().manual_seed(8)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(share * 20 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.copy_(
+                share * 20 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            )
     return module.to(points.dtype), points
 
 
-def _infinite_gradient(module: Any, direction: Direction, points: Tensor, context: Tensor | None) -> str | None:
+def _infinite_gradient(
+    module: Any, direction: Direction, points: Tensor, context: Tensor | None
+) -> str | None:
     """The name of a parameter whose gradient is NaN or infinite."""
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     total = sum(value.sum() for value in direction(module, points, context))
@@ -139,7 +183,12 @@ def _infinite_gradient(module: Any, direction: Direction, points: Tensor, contex
 
 
 def _finite(
-    module: Any, direction: Direction, points: Tensor, context: Tensor | None, what: list[str], shrink: Shrink | None
+    module: Any,
+    direction: Direction,
+    points: Tensor,
+    context: Tensor | None,
+    what: list[str],
+    shrink: Shrink | None,
 ) -> None:
     """Demands finite values and gradients, but where they outgrow the dtype as the extreme is approached."""
     excused: set[int] = set()
@@ -163,7 +212,9 @@ def _overflows(shrink: Shrink, direction: Direction, point: Tensor, context: Ten
         found = _with_gradients(direction, module, at, context)
         if not all(bool(value.isfinite().all()) for value in found.values()):
             high = middle
-        elif any(_is_huge(value) for value in found.values()) or _outgrows(module, direction, at, context):
+        elif any(_is_huge(value) for value in found.values()) or _outgrows(
+            module, direction, at, context
+        ):
             return True
         else:
             low = middle
@@ -174,7 +225,9 @@ def _is_huge(value: Tensor, power: float = 0.75) -> bool:
     return bool((value.detach().abs() > torch.finfo(value.dtype).max ** power).any())
 
 
-def _outgrows(module: Any, direction: Direction, point: Tensor, context: Tensor | None, power: float = 0.75) -> bool:
+def _outgrows(
+    module: Any, direction: Direction, point: Tensor, context: Tensor | None, power: float = 0.75
+) -> bool:
     """Whether a value or a scale of any transform on the way nears the limits of the dtype, up to a power."""
     largest = math.log(torch.finfo(point.dtype).max) * power
     seen: list[bool] = []
@@ -197,7 +250,9 @@ def _outgrows(module: Any, direction: Direction, point: Tensor, context: Tensor 
     return any(seen)
 
 
-def _with_gradients(direction: Direction, module: Any, points: Tensor, context: Tensor | None) -> dict[str, Tensor]:
+def _with_gradients(
+    direction: Direction, module: Any, points: Tensor, context: Tensor | None
+) -> dict[str, Tensor]:
     """Values and log-determinants, and their gradients with respect to the points, as far as there are any."""
     at = points.detach().clone().requires_grad_()
     outputs = dict(zip(direction.names, attempt(direction, module, at, context), strict=True))

@@ -40,12 +40,19 @@ def require(holds: bool | Tensor, sentence: str) -> None:
         raise Broken(sentence)
 
 
-def near(actual: Tensor, expected: Tensor, slack: Tensor, what: str, at: Tensor | None = None) -> None:
+def near(
+    actual: Tensor, expected: Tensor, slack: Tensor, what: str, at: Tensor | None = None
+) -> None:
     """Demands equality up to the room that rounding has, one number per entry of the first dimension."""
     if not len(slack):
         return
-    difference = torch.where(actual == expected, 0.0, actual.double() - expected.double())  # of infinities too
-    error, slack = per_point(difference, len(slack)).nan_to_num(math.inf), slack.double().nan_to_num(math.inf)
+    difference = torch.where(
+        actual == expected, 0.0, actual.double() - expected.double()
+    )  # of infinities too
+    error, slack = (
+        per_point(difference, len(slack)).nan_to_num(math.inf),
+        slack.double().nan_to_num(math.inf),
+    )
     excess = torch.where(error.isinf(), math.inf, error - slack)
     worst = int(excess.argmax())
     if not bool(excess[worst] <= 0):
@@ -57,7 +64,11 @@ def near(actual: Tensor, expected: Tensor, slack: Tensor, what: str, at: Tensor 
 
 def brief(value: Tensor) -> str:
     numbers = [f"{number:.4g}" for number in value.detach().double().flatten()[:6].tolist()]
-    return numbers[0] if value.dim() == 0 else "[" + ", ".join(numbers) + (", ..." if value.numel() > 6 else "") + "]"
+    return (
+        numbers[0]
+        if value.dim() == 0
+        else "[" + ", ".join(numbers) + (", ..." if value.numel() > 6 else "") + "]"
+    )
 
 
 def short(dtype: torch.dtype) -> str:

@@ -51,7 +51,12 @@ class Checkpoint:
         ValueError: Expected a checkpoint of this fit; the one in ... has seed 0, and this fit has seed 1.
     """
 
-    def __init__(self, path: str | PathLike[str], settings: Mapping[str, Any] | None = None, every: float = 10.0) -> None:
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        settings: Mapping[str, Any] | None = None,
+        every: float = 10.0,
+    ) -> None:
         try:
             self.path = os.fsdecode(path)
         except TypeError:
@@ -103,9 +108,14 @@ class Checkpoint:
             # A copy, for the next training goes on with these very tensors.
             self._stages[self._stage]["state"] = _copy(state)
             try:
-                save_whole({"format": FORMAT, "settings": self.settings, "stages": self._stages}, self.path)
+                save_whole(
+                    {"format": FORMAT, "settings": self.settings, "stages": self._stages}, self.path
+                )
             except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-                warnings.warn(f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}", stacklevel=2)
+                warnings.warn(
+                    f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}",
+                    stacklevel=2,
+                )
         self._saved_at = time.perf_counter()
 
     def _read_or_error(self) -> Any:
@@ -126,19 +136,31 @@ class Checkpoint:
                 pass
             os.remove(temporary_for(self.path))
         except (OSError, ValueError) as error:  # the latter of a name with a null character
-            raise ValueError(f"Expected a checkpoint that can be written; got {self.path!r} ({error}).") from None
+            raise ValueError(
+                f"Expected a checkpoint that can be written; got {self.path!r} ({error})."
+            ) from None
 
     def _read(self) -> list[dict[str, Any]]:
         if not os.path.exists(self.path):
             return []
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
-            known, settings, stages = content["format"] == FORMAT, {**content["settings"]}, [*content["stages"]]
-            stages = [{"settings": {**stage["settings"]}, "state": stage["state"]} for stage in stages]
+            known, settings, stages = (
+                content["format"] == FORMAT,
+                {**content["settings"]},
+                [*content["stages"]],
+            )
+            stages = [
+                {"settings": {**stage["settings"]}, "state": stage["state"]} for stage in stages
+            ]
         except Exception as error:
-            raise ValueError(f"Expected {self.path!r} to be a checkpoint of a fit; got another file.") from error
+            raise ValueError(
+                f"Expected {self.path!r} to be a checkpoint of a fit; got another file."
+            ) from error
         if not known:
-            raise ValueError(f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has {content['format']}.")
+            raise ValueError(
+                f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has {content['format']}."
+            )
         self._compare(settings, self.settings)
         return stages
 

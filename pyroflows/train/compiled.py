@@ -42,7 +42,11 @@ def compiled_push_score(transform: Transform, like: Tensor, owner: nn.Module) ->
         x = torch.randn_like(like)
         try:
             push_score = _compile(transform, x, owner)
-            reason = None if _agree(push_score, transform.push_score, transform, x) else "its values differ when compiled"
+            reason = (
+                None
+                if _agree(push_score, transform.push_score, transform, x)
+                else "its values differ when compiled"
+            )
         except Exception as error:
             reason = _reason(error)
     if reason is None:
@@ -68,7 +72,10 @@ def _compile(transform: Transform, x: Tensor, owner: nn.Module) -> PushScore:
     def run(parameters: Any, buffers: Any, x: Tensor, score: Tensor) -> Any:
         return functional_call(module, (parameters, buffers), (x, score))
 
-    shapes = {name: (tensor.shape, tensor.requires_grad) for name, tensor in {**parameters, **buffers}.items()}
+    shapes = {
+        name: (tensor.shape, tensor.requires_grad)
+        for name, tensor in {**parameters, **buffers}.items()
+    }
     key = (x.shape, x.dtype, x.device, tuple(shapes.items()))
     made = _COMPILED.setdefault(owner, {})
     if key not in made:
@@ -87,10 +94,15 @@ def _agree(compiled: PushScore, eager: PushScore, transform: Transform, x: Tenso
     for push in (compiled, eager):
         y, log_det, score = push(x, -x)
         grads = torch.autograd.grad(y, parameters, -x, allow_unused=True)
-        results.append([y, log_det, score, *(torch.zeros(()) if grad is None else grad for grad in grads)])
+        results.append(
+            [y, log_det, score, *(torch.zeros(()) if grad is None else grad for grad in grads)]
+        )
     tolerance = 1e-8 if x.dtype == torch.float64 else 1e-3
     return all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1 + float(b.detach().abs().amax())))
+        a.shape == b.shape
+        and torch.allclose(
+            a, b, rtol=tolerance, atol=tolerance * (1 + float(b.detach().abs().amax()))
+        )
         for a, b in zip(*results, strict=True)
     )
 
@@ -101,4 +113,6 @@ def _reason(error: BaseException) -> str:
         if type(cause).__name__ in ("InvalidCxxCompiler", "TritonMissing"):
             return "torch.compile found no C++ compiler, or no Triton, on this machine"
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
-    return "torch.compile failed with " + (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(".")
+    return "torch.compile failed with " + (
+        " ".join(str(error).split())[:200] or type(error).__name__
+    ).rstrip(".")

@@ -71,8 +71,16 @@ class DensityReport:
         return len(self.validation) - 1
 
     def __str__(self) -> str:
-        best = "training did not improve on it" if self.best_epoch == 0 else f"reached in epoch {self.best_epoch}"
-        skipped = f"; {self.skipped} of {self.steps} steps were skipped as not finite" if self.skipped else ""
+        best = (
+            "training did not improve on it"
+            if self.best_epoch == 0
+            else f"reached in epoch {self.best_epoch}"
+        )
+        skipped = (
+            f"; {self.skipped} of {self.steps} steps were skipped as not finite"
+            if self.skipped
+            else ""
+        )
         return (
             f"The validation log-likelihood is {self.log_likelihood:.3f} nats per point ({self.validation_size} points), "
             f"{best}; training ended after {_count(self.epochs, 'epoch')} and {self.seconds:.0f} s because "
@@ -145,9 +153,13 @@ def fit_density(
         (5, 6)
     """
     start = time.perf_counter()
-    options = _check_options(_Options(batch_size, learning_rate, max_epochs, patience, weight_decay, time_limit))
+    options = _check_options(
+        _Options(batch_size, learning_rate, max_epochs, patience, weight_decay, time_limit)
+    )
     if not isinstance(flow, nn.Module):
-        raise TypeError(f"Expected flow to be a module whose call returns a distribution; got {flow!r}.")
+        raise TypeError(
+            f"Expected flow to be a module whose call returns a distribution; got {flow!r}."
+        )
     before = {name: value.clone() for name, value in _tensors(flow).items()}
     modes = [(module, module.training) for module in flow.modules()]
     with seeded(seed), torch.enable_grad():
@@ -206,7 +218,13 @@ class _Fit:
         history: tuple[list[float], list[float]],
         start: float,
     ) -> None:
-        self.flow, self.train, self.held_out, self.options, self.start = flow, train, held_out, options, start
+        self.flow, self.train, self.held_out, self.options, self.start = (
+            flow,
+            train,
+            held_out,
+            options,
+            start,
+        )
         self.parameters = [p for p in flow.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -227,7 +245,9 @@ class _Fit:
                 while reason is None:
                     reason = self.epoch()
                     bar.update()
-                    bar.set_postfix_str(f"validation {self.history[-1]:.3f}, best {self.history[self.best_epoch]:.3f}")
+                    bar.set_postfix_str(
+                        f"validation {self.history[-1]:.3f}, best {self.history[self.best_epoch]:.3f}"
+                    )
         except KeyboardInterrupt:
             reason = INTERRUPTED
         finally:
@@ -302,7 +322,9 @@ class _Fit:
     def fraction_done(self) -> float:
         limit = self.options.time_limit
         by_steps = self.steps / (self.batches * self.options.max_epochs)
-        return by_steps if limit is None else max(by_steps, (time.perf_counter() - self.start) / limit)
+        return (
+            by_steps if limit is None else max(by_steps, (time.perf_counter() - self.start) / limit)
+        )
 
 
 def _count(number: int, noun: str) -> str:
@@ -310,7 +332,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def _tensors(flow: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in flow.state_dict().items() if isinstance(value, Tensor)}
+    return {
+        name: value.detach()
+        for name, value in flow.state_dict().items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _distribution(flow: nn.Module, context: Tensor | None) -> Any:
@@ -324,7 +350,9 @@ def _log_prob(flow: nn.Module, points: _Points) -> Tensor:
 @torch.no_grad()
 def _log_probs(flow: nn.Module, points: _Points, batch_size: int) -> Tensor:
     """Log-density of each point, on the host."""
-    parts = [_log_prob(flow, batch).to("cpu", torch.float64) for batch in points.batches(4 * batch_size)]
+    parts = [
+        _log_prob(flow, batch).to("cpu", torch.float64) for batch in points.batches(4 * batch_size)
+    ]
     return torch.cat(parts)
 
 
@@ -342,11 +370,15 @@ def _check_options(options: _Options) -> _Options:
     return options
 
 
-def _split(flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any) -> tuple[_Points, _Points]:
+def _split(
+    flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any
+) -> tuple[_Points, _Points]:
     """The training points and those held out."""
     trained = next((p for p in flow.parameters() if p.requires_grad), None)
     if trained is None:
-        raise ValueError(f"Expected a flow with parameters to train; got {type(flow).__name__} without any.")
+        raise ValueError(
+            f"Expected a flow with parameters to train; got {type(flow).__name__} without any."
+        )
     points = _points("x", flow, x, context, like=trained)
     if isinstance(validation, Real) and not isinstance(validation, bool):
         train, held_out = _hold_out(points, float(validation))
@@ -372,14 +404,20 @@ def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Te
     """Points that a flow can be fitted to, where it is and of its dtype."""
     check_tensor(name, x, ())
     if x.dim() == 0 or len(x) == 0:
-        raise ValueError(f"Expected {name} to hold points along its first dimension; got shape {tuple(x.shape)}.")
+        raise ValueError(
+            f"Expected {name} to hold points along its first dimension; got shape {tuple(x.shape)}."
+        )
     if context is not None:
         check_tensor("context", context, ())
         if context.dim() == 0 or len(context) != len(x):
-            raise ValueError(f"Expected one context for each of the {len(x)} points; got shape {tuple(context.shape)}.")
+            raise ValueError(
+                f"Expected one context for each of the {len(x)} points; got shape {tuple(context.shape)}."
+            )
     for what, value in ((name, x), ("context", context)):
         if value is not None:
-            _check_rows(f"finite numbers in {what}", value.isfinite().reshape(len(value), -1).all(-1))
+            _check_rows(
+                f"finite numbers in {what}", value.isfinite().reshape(len(value), -1).all(-1)
+            )
 
     def placed(value: Tensor) -> Tensor:
         return value.detach().to(like.device, like.dtype)
@@ -391,11 +429,15 @@ def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Te
 
 def _hold_out(points: _Points, fraction: float) -> tuple[_Points, _Points]:
     if not 0 < fraction < 1:
-        raise ValueError(f"Expected validation between 0 and 1, the fraction of points to hold out; got {fraction:g}.")
+        raise ValueError(
+            f"Expected validation between 0 and 1, the fraction of points to hold out; got {fraction:g}."
+        )
     n = len(points.x)
     held_out = max(1, round(fraction * n))
     if n - held_out < 2:
-        raise ValueError(f"Expected at least 2 points to train on besides those held out; got {n} points in all.")
+        raise ValueError(
+            f"Expected at least 2 points to train on besides those held out; got {n} points in all."
+        )
     order = torch.randperm(n, device="cpu").to(points.x.device)
     return points.rows(order[held_out:]), points.rows(order[:held_out])
 
@@ -406,10 +448,14 @@ def _check_event(name: str, flow: nn.Module, points: _Points) -> None:
     with torch.no_grad():
         distribution = _distribution(flow, one.context)
     if not isinstance(distribution, torch.distributions.Distribution):
-        raise TypeError(f"Expected flow to return a distribution when called; got {type(distribution).__name__}.")
+        raise TypeError(
+            f"Expected flow to return a distribution when called; got {type(distribution).__name__}."
+        )
     batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
     if batch not in ((), (1,)) or (batch == (1,) and points.context is None):
-        raise ValueError(f"Expected flow to return a distribution over single points; got one of batch shape {batch}.")
+        raise ValueError(
+            f"Expected flow to return a distribution over single points; got one of batch shape {batch}."
+        )
     if tuple(points.x.shape[1:]) != event:
         sizes = ", ".join(["N", *map(str, event)])
         raise ValueError(f"Expected {name} of shape ({sizes}); got {tuple(points.x.shape)}.")
@@ -422,7 +468,9 @@ def _check_event(name: str, flow: nn.Module, points: _Points) -> None:
 def _check_rows(expected: str, good: Tensor) -> None:
     if not bool(good.all()):
         bad = (~good).nonzero().flatten()
-        raise ValueError(f"Expected {expected}; {len(bad)} of {len(good)} rows are not so, the first is row {int(bad[0])}.")
+        raise ValueError(
+            f"Expected {expected}; {len(bad)} of {len(good)} rows are not so, the first is row {int(bad[0])}."
+        )
 
 
 def _first_log_prob(name: str, flow: nn.Module, points: _Points, options: _Options) -> float:

@@ -65,7 +65,9 @@ class Objective(ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
 
     @abstractmethod
-    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """The loss of a guide, to differentiate.
 
         Args:
@@ -79,7 +81,9 @@ class Objective(ELBO):
         """
 
     @abstractmethod
-    def density_loss(self, distribution: torch.distributions.Distribution, density: LogDensity) -> Tensor:
+    def density_loss(
+        self, distribution: torch.distributions.Distribution, density: LogDensity
+    ) -> Tensor:
         """The loss of a distribution, to differentiate.
 
         Args:
@@ -93,12 +97,16 @@ class Objective(ELBO):
             ValueError: If the distribution is not one over such vectors.
         """
 
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """The value of the loss, without gradient."""
         with torch.no_grad():
             return _checked(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """The value of the loss; its gradient is added to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
@@ -127,11 +135,15 @@ class _Bound(Objective):
     power: float
     upper = False
 
-    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         runs = list(self._get_traces(model, guide, args, kwargs))
         return self._loss(_Particles(*map(torch.cat, zip(*runs, strict=True))))
 
-    def density_loss(self, distribution: torch.distributions.Distribution, density: LogDensity) -> Tensor:
+    def density_loss(
+        self, distribution: torch.distributions.Distribution, density: LogDensity
+    ) -> Tensor:
         _check_distribution(distribution, density)
         _check_reparametrised(distribution)
         z, log_guide, score = _draw(distribution, self.num_particles)
@@ -158,21 +170,33 @@ class _Bound(Objective):
         return 1 - self.power + self.power * share
 
     def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
     ) -> _Particles:
         """Runs the guide, and then guide and model at its draws, cut off from the parameters that these came by."""
         if isinstance(poutine.unwrap(guide), Messenger):
             kind = type(poutine.unwrap(guide)).__name__
-            raise TypeError(f"Expected a guide that runs without its model; got {kind}. Use pyro.infer.Trace_ELBO for it.")
+            raise TypeError(
+                f"Expected a guide that runs without its model; got {kind}. Use pyro.infer.Trace_ELBO for it."
+            )
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
         sources = _sources(drawn)
         for name, node in sources.items():
             _check_reparametrised(node["fn"], f" at site {name!r}")
         points = {name: node["value"].detach().requires_grad_() for name, node in sources.items()}
-        guide_trace = poutine.trace(poutine.replay(guide, trace=_at(drawn, points))).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        guide_trace = poutine.trace(poutine.replay(guide, trace=_at(drawn, points))).get_trace(
+            *args, **kwargs
+        )
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(
+            *args, **kwargs
+        )
         self._check(model_trace, guide_trace)
-        drawn, guide_trace, model_trace = map(prune_subsample_sites, (drawn, guide_trace, model_trace))
+        drawn, guide_trace, model_trace = map(
+            prune_subsample_sites, (drawn, guide_trace, model_trace)
+        )
         drawn.compute_score_parts()
         joint = self._sum(model_trace)
         log_weight = (joint - self._sum(drawn)).detach()
@@ -181,22 +205,34 @@ class _Bound(Objective):
         carried = _carried_scores(sources)
         # Point masses follow from the draws: what the parameters do to them is no score.
         direct = joint - self._sum(guide_trace, lambda name: name not in sources)
-        at_points = direct - self._sum(guide_trace, lambda name: name in sources and name not in carried)
+        at_points = direct - self._sum(
+            guide_trace, lambda name: name in sources and name not in carried
+        )
         slopes = _gradients(at_points, points)
-        paths = [(node["value"], slopes[name] - carried.get(name, 0.0)) for name, node in sources.items()]
+        paths = [
+            (node["value"], slopes[name] - carried.get(name, 0.0)) for name, node in sources.items()
+        ]
         return _particles(direct + (log_weight - direct.detach()), paths)
 
-    def _sum(self, trace: poutine.Trace, chosen: Callable[[str], bool] = lambda name: True) -> Tensor:
+    def _sum(
+        self, trace: poutine.Trace, chosen: Callable[[str], bool] = lambda name: True
+    ) -> Tensor:
         """The log density of each particle, over some sites."""
         count = self.num_particles if self.vectorize_particles else 1
         trace.compute_log_prob(lambda name, _: chosen(name))
         nodes = [node for name, node in _sample_nodes(trace) if chosen(name)]
         for node in nodes if is_validation_enabled() else []:
             check_site_shape(node, self.max_plate_nesting)  # type: ignore[arg-type]
-        return sum((node["log_prob"].reshape(count, -1).sum(-1) for node in nodes), start=torch.zeros(()))
+        return sum(
+            (node["log_prob"].reshape(count, -1).sum(-1) for node in nodes), start=torch.zeros(())
+        )
 
     def _check(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-        missing = [n for n, node in _sample_nodes(model_trace) if not node["is_observed"] and n not in guide_trace]
+        missing = [
+            n
+            for n, node in _sample_nodes(model_trace)
+            if not node["is_observed"] and n not in guide_trace
+        ]
         if missing:
             raise ValueError(
                 f"Expected a guide of every latent site of the model; got one without {', '.join(map(repr, missing))}. "
@@ -327,7 +363,9 @@ class RenyiBound(_Bound):
         0.5
     """
 
-    def __init__(self, alpha: float, num_particles: int = 32, vectorize_particles: bool = True) -> None:
+    def __init__(
+        self, alpha: float, num_particles: int = 32, vectorize_particles: bool = True
+    ) -> None:
         self.alpha = check_positive("alpha", alpha)
         self.power = 1 - self.alpha
         super().__init__(num_particles, vectorize_particles)
@@ -365,10 +403,14 @@ class ChiSquareBound(_Bound):
 
     upper = True
 
-    def __init__(self, order: float = 2.0, num_particles: int = 256, vectorize_particles: bool = True) -> None:
+    def __init__(
+        self, order: float = 2.0, num_particles: int = 256, vectorize_particles: bool = True
+    ) -> None:
         self.power = self.order = check_positive("order", order)
         if self.order <= 1:
-            raise ValueError(f"Expected order > 1; got {order}. Up to 1 the bound is a lower one: use RenyiBound.")
+            raise ValueError(
+                f"Expected order > 1; got {order}. Up to 1 the bound is a lower one: use RenyiBound."
+            )
         super().__init__(num_particles, vectorize_particles)
 
     def _path_share(self, share: Tensor) -> Tensor:
@@ -383,7 +425,9 @@ def _particles(log_weight: Tensor, paths: Sequence[tuple[Tensor, Tensor]]) -> _P
         slope = slope.reshape(count, -1)
         sound = slope.isfinite().all(-1)
         log_weight = log_weight.where(sound, -math.inf)
-        path = path + ((z - z.detach()).reshape(count, -1) * slope.where(sound.unsqueeze(-1), 0.0)).sum(-1)
+        path = path + (
+            (z - z.detach()).reshape(count, -1) * slope.where(sound.unsqueeze(-1), 0.0)
+        ).sum(-1)
     return _Particles(log_weight, path)
 
 
@@ -415,14 +459,22 @@ def _gradients(values: Tensor, points: Mapping[str, Tensor]) -> dict[str, Tensor
     if not points or not values.requires_grad:
         return {name: torch.zeros_like(point) for name, point in points.items()}
     gradients = torch.autograd.grad(
-        values.sum(), list(points.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        values.sum(),
+        list(points.values()),
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
     )
     return dict(zip(points, gradients, strict=True))
 
 
 def _carried_score(distribution: Any, entropy_term: Any, z: Tensor) -> Tensor | None:
     """The score that a flow took along when it drew ``z``, or ``None``."""
-    if not (isinstance(distribution, FlowDistribution) and distribution.path_gradient and z.requires_grad):
+    if not (
+        isinstance(distribution, FlowDistribution)
+        and distribution.path_gradient
+        and z.requires_grad
+    ):
         return None
     if distribution._support is not None or not torch.is_grad_enabled():
         return None
@@ -440,7 +492,11 @@ def _carried_scores(sources: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _sources(trace: poutine.Trace) -> dict[str, Any]:
     """The sites where a guide draws: all but its point masses."""
-    return {name: node for name, node in _sample_nodes(trace) if not (node["is_observed"] or _is_point_mass(node))}
+    return {
+        name: node
+        for name, node in _sample_nodes(trace)
+        if not (node["is_observed"] or _is_point_mass(node))
+    }
 
 
 def _at(trace: poutine.Trace, points: Mapping[str, Tensor]) -> poutine.Trace:
@@ -453,7 +509,11 @@ def _at(trace: poutine.Trace, points: Mapping[str, Tensor]) -> poutine.Trace:
 
 
 def _sample_nodes(trace: poutine.Trace) -> list[tuple[str, Any]]:
-    return [(n, node) for n, node in trace.nodes.items() if node["type"] == "sample" and not site_is_subsample(node)]
+    return [
+        (n, node)
+        for n, node in trace.nodes.items()
+        if node["type"] == "sample" and not site_is_subsample(node)
+    ]
 
 
 def _is_point_mass(node: Any) -> bool:
@@ -469,19 +529,27 @@ def _is_point_mass(node: Any) -> bool:
 class _VectorObjective(Objective):
     """An objective for guides that draw one unconstrained vector."""
 
-    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         distribution = self._get_trace(model, guide, args, kwargs)
         target = self._target(model, guide, args, kwargs)
         if isinstance(target, LogDensity):
             _check_distribution(distribution, target)
         return self._loss(distribution, target)
 
-    def density_loss(self, distribution: torch.distributions.Distribution, density: LogDensity) -> Tensor:
+    def density_loss(
+        self, distribution: torch.distributions.Distribution, density: LogDensity
+    ) -> Tensor:
         _check_distribution(distribution, density)
         return self._loss(distribution, density)
 
     def _get_trace(
-        self, model: Callable[..., Any], guide: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
     ) -> torch.distributions.Distribution:
         """The distribution of the vector, taken from a run, in which SVI sees the parameters."""
         sources = {}
@@ -495,7 +563,9 @@ class _VectorObjective(Objective):
         return next(iter(sources.values()))["fn"]
 
     @abstractmethod
-    def _target(self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _target(
+        self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         """What the distribution is compared with."""
 
     @abstractmethod
@@ -514,7 +584,9 @@ class _DrawsObjective(_VectorObjective):
         super().__init__(num_particles)
         self.draws = _check_draws(draws)
 
-    def _target(self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Sites:
+    def _target(
+        self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> _Sites:
         return _Sites(latent_sites(guide.prototype_trace))
 
     def _vectors(self, target: LogDensity | _Sites) -> Tensor:
@@ -526,7 +598,9 @@ class _DrawsObjective(_VectorObjective):
                 raise ValueError(f"Expected draws of every latent site; got none of {site.name!r}.")
             if values.shape[1:] != site.shape:
                 expected = tuple(site.shape)
-                raise ValueError(f"Expected draws of {site.name!r}, each of shape {expected}; got {tuple(values.shape)}.")
+                raise ValueError(
+                    f"Expected draws of {site.name!r}, each of shape {expected}; got {tuple(values.shape)}."
+                )
             part = site.transform.inv(values).reshape(len(values), -1)
             outside = int((~part.isfinite()).any(-1).sum())
             if outside:
@@ -617,7 +691,10 @@ class MMD(_DrawsObjective):
     """
 
     def __init__(
-        self, draws: Mapping[str, Tensor], bandwidth: float | Tensor | None = None, num_particles: int = 256
+        self,
+        draws: Mapping[str, Tensor],
+        bandwidth: float | Tensor | None = None,
+        num_particles: int = 256,
     ) -> None:
         super().__init__(draws, check_size("num_particles", num_particles, least=2))
         if len(next(iter(self.draws.values()))) < 2:
@@ -634,11 +711,15 @@ class MMD(_DrawsObjective):
         vectors = self._vectors(target)
         width = self.bandwidth
         if isinstance(width, Tensor) and width.dim() and width.shape != vectors.shape[-1:]:
-            raise ValueError(f"Expected bandwidth of shape ({vectors.shape[-1]},); got {tuple(width.shape)}.")
+            raise ValueError(
+                f"Expected bandwidth of shape ({vectors.shape[-1]},); got {tuple(width.shape)}."
+            )
         if width is None:
             width = vectors.std(0) * math.sqrt(2 * vectors.shape[-1])
             if not bool((width > 0).all()):
-                raise ValueError("Expected draws that differ in every coordinate, or a bandwidth; got a constant one.")
+                raise ValueError(
+                    "Expected draws that differ in every coordinate, or a bandwidth; got a constant one."
+                )
         # About their mean, for the squares of large numbers would drown their differences.
         y = (self._batch(vectors) - vectors.mean(0)) / width
         z = (distribution.rsample((self.num_particles,)) - vectors.mean(0)) / width
@@ -721,7 +802,9 @@ class FAB(_VectorObjective):
         self._buffer: _Annealed | None = None
         self._steps = 0
 
-    def _target(self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LogDensity:
+    def _target(
+        self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> LogDensity:
         known = self._density
         if known is None:
             self._density = LogDensity(model, args, kwargs)
@@ -757,16 +840,27 @@ class FAB(_VectorObjective):
         scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
         log_weight = torch.zeros_like(z[:, 0])
         for stage in range(1, self.temperatures + 1):
-            log_weight = log_weight + self.alpha / self.temperatures * _log_ratio(distribution, density, z)
+            log_weight = log_weight + self.alpha / self.temperatures * _log_ratio(
+                distribution, density, z
+            )
             target = _tempered(distribution, density, self.alpha * stage / self.temperatures, scale)
-            moved = hmc(target, z / scale, 1, leapfrog=self.leapfrog_steps, step_size=self.step_size, adapt=False)
+            moved = hmc(
+                target,
+                z / scale,
+                1,
+                leapfrog=self.leapfrog_steps,
+                step_size=self.step_size,
+                adapt=False,
+            )
             z = moved.position * scale
             self.step_size *= math.exp(0.2 * (moved.acceptance - ACCEPTANCE))
         with torch.no_grad():
             log_guide = distribution.log_prob(z)
         sound = log_weight.isfinite() & log_guide.isfinite()
         if not bool(sound.any()):
-            raise ValueError(f"Expected a finite log density at a draw of the guide; got none at {len(z)}.")
+            raise ValueError(
+                f"Expected a finite log density at a draw of the guide; got none at {len(z)}."
+            )
         return _Annealed(z[sound], log_weight[sound], log_guide[sound])
 
 
@@ -794,7 +888,9 @@ def _tempered(distribution: Any, density: LogDensity, power: float, scale: Tenso
         z = x * scale
         log_guide, score = _score(distribution, z)
         log_joint, slope = density.value_and_grad(z)
-        return log_guide + power * (log_joint - log_guide), (score + power * (slope - score)) * scale
+        return log_guide + power * (log_joint - log_guide), (
+            score + power * (slope - score)
+        ) * scale
 
     return target
 
@@ -804,10 +900,14 @@ def _tempered(distribution: Any, density: LogDensity, power: float, scale: Tenso
 
 def _check_distribution(distribution: Any, density: LogDensity) -> None:
     if not isinstance(distribution, torch.distributions.Distribution):
-        raise TypeError(f"Expected a distribution, such as flow(); got {type(distribution).__name__}.")
+        raise TypeError(
+            f"Expected a distribution, such as flow(); got {type(distribution).__name__}."
+        )
     shape = tuple(distribution.batch_shape + distribution.event_shape)
     if tuple(distribution.event_shape) != (density.features,) or distribution.batch_shape:
-        raise ValueError(f"Expected a distribution of one vector of {density.features} features; got one of shape {shape}.")
+        raise ValueError(
+            f"Expected a distribution of one vector of {density.features} features; got one of shape {shape}."
+        )
 
 
 def _check_reparametrised(distribution: Any, where: str = "") -> None:
@@ -820,10 +920,14 @@ def _check_reparametrised(distribution: Any, where: str = "") -> None:
 
 def _check_draws(draws: Any) -> dict[str, Tensor]:
     if not isinstance(draws, Mapping):
-        raise TypeError(f"Expected draws to be a mapping of names to tensors; got {type(draws).__name__}.")
+        raise TypeError(
+            f"Expected draws to be a mapping of names to tensors; got {type(draws).__name__}."
+        )
     for name, values in draws.items():
         if not isinstance(values, Tensor):
-            raise TypeError(f"Expected draws of {name!r} to be a tensor; got {type(values).__name__}.")
+            raise TypeError(
+                f"Expected draws of {name!r} to be a tensor; got {type(values).__name__}."
+            )
     lengths = {name: len(values) if values.dim() else 0 for name, values in draws.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"Expected draws of at least one site, all of one length; got {lengths}.")

@@ -23,7 +23,16 @@ from torch import Tensor
 
 from .._random import random_state, set_random_state
 
-__all__ = ["agree", "initialize_from_environment", "is_main", "rank", "shard", "share", "sum_over_ranks", "world_size"]
+__all__ = [
+    "agree",
+    "initialize_from_environment",
+    "is_main",
+    "rank",
+    "shard",
+    "share",
+    "sum_over_ranks",
+    "world_size",
+]
 
 T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -126,7 +135,9 @@ def initialize_from_environment() -> Iterator[str | None]:
     if torch.cuda.is_available():
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise ValueError(f"Expected at most one process per GPU; got process {local} on a machine with {gpus} of them.")
+            raise ValueError(
+                f"Expected at most one process per GPU; got process {local} on a machine with {gpus} of them."
+            )
         torch.cuda.set_device(local)
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
     # Its functions hold the group that stands while they are defined, and torch.compile's machinery imports them at a
@@ -161,5 +172,7 @@ def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _unflatten(flat: Tensor, tensors: list[Tensor]) -> None:
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, part in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(part.view_as(tensor))

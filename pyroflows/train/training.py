@@ -135,7 +135,9 @@ def train(
         "annealing": [1.0 if anneal is None else anneal(done) for done in (0.0, 0.25, 0.5, 0.75)],
     }
     with training.whitened(), _bar(progress, steps) as bar:
-        saved = None if checkpoint is None else checkpoint.begin({**settings, **training.settings()})
+        saved = (
+            None if checkpoint is None else checkpoint.begin({**settings, **training.settings()})
+        )
         training.share_start()
         if saved is not None:
             training.load_state_dict(saved)
@@ -162,7 +164,11 @@ def train(
 
 
 def path_gradient(
-    transform: Transform, base: Any, density: Density, beta: float = 1.0, push: Callable[..., Any] | None = None
+    transform: Transform,
+    base: Any,
+    density: Density,
+    beta: float = 1.0,
+    push: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Adds the path gradient of the negative ELBO to the gradients of a transform's parameters.
 
@@ -202,7 +208,13 @@ class _Training:
     """The state of a training: parameters, optimiser, the best so far, counts."""
 
     def __init__(
-        self, flow: Flow, density: Density, history: list[Tensor], particles: int, step_size: float, whitening: float
+        self,
+        flow: Flow,
+        density: Density,
+        history: list[Tensor],
+        particles: int,
+        step_size: float,
+        whitening: float,
     ) -> None:
         self.flow, self.density, self.history = flow, density, history
         networks, self.whitening = list(flow.transform.layers[:-1]), flow.transform.layers[-1]
@@ -216,7 +228,11 @@ class _Training:
         ]
         self.trained = [p for parameters, _ in groups for p in parameters]
         self.optimizer = torch.optim.Adam(
-            [{"params": parameters, "lr": peak, "peak": peak} for parameters, peak in groups if parameters],
+            [
+                {"params": parameters, "lr": peak, "peak": peak}
+                for parameters, peak in groups
+                if parameters
+            ],
             betas=(0.9, 0.99),
             fused=density.initial.device.type in ("cpu", "cuda"),
         )
@@ -244,7 +260,9 @@ class _Training:
             raise
         finally:
             self.whitening.requires_grad_(True)
-            both = composed(self.adjustment.loc_and_scale_tril(), self.whitening.loc_and_scale_tril())  # type: ignore[operator]
+            both = composed(
+                self.adjustment.loc_and_scale_tril(), self.whitening.loc_and_scale_tril()
+            )  # type: ignore[operator]
             self.whitening.set(*both)  # type: ignore[operator]
 
     def share_start(self) -> None:
@@ -262,12 +280,19 @@ class _Training:
 
     def step(self, done: float, beta: float) -> None:
         """One step, at which a fraction of the training is done."""
-        rate = 0.5**self.restored * min(1.0, (self.steps + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = (
+            0.5**self.restored
+            * min(1.0, (self.steps + 1) / WARM_UP)
+            * 0.5
+            * (1 + math.cos(math.pi * done))
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["peak"]
         self.optimizer.zero_grad()
         total, count = path_gradient(self.stack, self.base, self.density, beta, self.push)
-        distributed.sum_over_ranks([total, count, *(p.grad for p in self.trained if p.grad is not None)])
+        distributed.sum_over_ranks(
+            [total, count, *(p.grad for p in self.trained if p.grad is not None)]
+        )
         elbo = total / count
         norm = torch.nn.utils.clip_grad_norm_(self.trained, GRADIENT_NORM)
         self.steps += 1
@@ -301,7 +326,11 @@ class _Training:
         """What happened, with a warning if steps were skipped."""
         report = TrainingReport(self.steps, self.skipped, self.restored)
         if report.skipped:
-            back = f"; the last good parameters were restored {report.restored} times" if report.restored else ""
+            back = (
+                f"; the last good parameters were restored {report.restored} times"
+                if report.restored
+                else ""
+            )
             end = ", and the training ended early, with them" if self.gave_up else ""
             warnings.warn(
                 f"{report.skipped} of {report.steps} training steps were skipped, for their ELBO or gradient was not "
@@ -316,7 +345,10 @@ class _Training:
         """What tells this training from others: sizes, and what the density says at one point."""
         zero = torch.zeros_like(self.density.initial)
         at_zero = getattr(self.density, "full", self.density).value_and_grad(zero)[0].nan_to_num()
-        parameters = {f"the shape of {name}": list(value.shape) for name, value in self.stack.state_dict().items()}
+        parameters = {
+            f"the shape of {name}": list(value.shape)
+            for name, value in self.stack.state_dict().items()
+        }
         return {
             "particles": self.particles,
             "dtype": str(self.density.initial.dtype),
@@ -348,7 +380,11 @@ class _Training:
         self.history.extend(state["history"].to(device).unbind())
         self.best.elbo = state["best"]["elbo"]
         for name in ("state", "start"):
-            setattr(self.best, name, {key: value.to(device) for key, value in state["best"][name].items()})
+            setattr(
+                self.best,
+                name,
+                {key: value.to(device) for key, value in state["best"][name].items()},
+            )
         self.steps, self.skipped, self.bad_in_a_row, self.restored = state["counts"]
         self.ended, self.gave_up = state["ended"], state["gave_up"]
         if state["density"]:
@@ -392,5 +428,10 @@ def _fraction_done(step: int, steps: int, start: float, deadline: float | None) 
 def _bar(progress: Any, steps: int) -> Any:
     """A bar of its own, or the one that was given, which stays open."""
     if isinstance(progress, bool):
-        return tqdm(total=steps, disable=not (progress and distributed.is_main()), desc="Fitting", leave=True)
+        return tqdm(
+            total=steps,
+            disable=not (progress and distributed.is_main()),
+            desc="Fitting",
+            leave=True,
+        )
     return contextlib.nullcontext(progress)

@@ -16,7 +16,9 @@ __all__ = ["Feedforward", "Jacobian", "check_trace", "trace_rule"]
 #: Slopes by hand, from the argument and the value; forward-mode differentiation gives all others, at many times the cost.
 _SLOPES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
     nn.Tanh: lambda module, h, a: 1 - a * a,
-    nn.SiLU: lambda module, h, a: _silu_slope(h.clamp(-90, 90)),  # beyond it is 0 or 1 to the last digit
+    nn.SiLU: lambda module, h, a: _silu_slope(
+        h.clamp(-90, 90)
+    ),  # beyond it is 0 or 1 to the last digit
     nn.ELU: lambda module, h, a: torch.where(h > 0, torch.ones_like(h), a + module.alpha),
     nn.Softplus: lambda module, h, a: (module.beta * h).sigmoid(),
 }
@@ -76,7 +78,9 @@ class Jacobian(NamedTuple):
 
     def detach(self) -> Jacobian:
         """The same without gradients."""
-        return Jacobian(tuple(w.detach() for w in self.weights), tuple(s.detach() for s in self.slopes))
+        return Jacobian(
+            tuple(w.detach() for w in self.weights), tuple(s.detach() for s in self.slopes)
+        )
 
 
 class Feedforward(NamedTuple):
@@ -100,7 +104,10 @@ class Feedforward(NamedTuple):
         weights, shifts = [layer.weight for layer in layers], [layer.bias for layer in layers]
         if network.context is not None:
             shifts[0] = shifts[0] + network.context(context)
-        weights[-1], shifts[-1] = weights[-1] * network.output_scale, shifts[-1] * network.output_scale
+        weights[-1], shifts[-1] = (
+            weights[-1] * network.output_scale,
+            shifts[-1] * network.output_scale,
+        )
         return cls(tuple(weights), tuple(shifts), network.activation)
 
     def __call__(self, x: Tensor) -> Tensor:

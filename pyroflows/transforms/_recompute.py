@@ -23,11 +23,15 @@ class Step(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         given = None if self.layer.context_features is None else context
-        return (self.layer.inverse_and_log_det if self.inverted else self.layer.forward_and_log_det)(x, given)
+        return (
+            self.layer.inverse_and_log_det if self.inverted else self.layer.forward_and_log_det
+        )(x, given)
 
     def back(self, y: Tensor, context: Tensor | None) -> Tensor:
         given = None if self.layer.context_features is None else context
-        return (self.layer.forward_and_log_det if self.inverted else self.layer.inverse_and_log_det)(y, given)[0]
+        return (
+            self.layer.forward_and_log_det if self.inverted else self.layer.inverse_and_log_det
+        )(y, given)[0]
 
 
 def recomputed(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,9 @@ class _Plan(NamedTuple):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, x: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, plan: _Plan, x: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         y, total = plan.steps[0](x, context)
         for step in plan.steps[1:]:
             y, log_det = step(y, context)
@@ -95,14 +101,24 @@ def _undo(
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None]]:
     """The input of a step, and the gradients with respect to it, to the context and to the parameters."""
     lent = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
-    x = functional_call(_Back(step), {f"step.{n}": p for n, p in zip(names, lent, strict=True)}, (y, context))
+    x = functional_call(
+        _Back(step), {f"step.{n}": p for n, p in zip(names, lent, strict=True)}, (y, context)
+    )
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         given = None if context is None else context.detach().requires_grad_()
         outputs = functional_call(step, dict(zip(names, lent, strict=True)), (x, given))
         wanted = [x, *([] if given is None else [given]), *(p for p in lent if p.requires_grad)]
-        pairs = [(out, grad) for out, grad in zip(outputs, (grad_y, grad_total), strict=True) if out.requires_grad]
-        found = list(torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True))
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, (grad_y, grad_total), strict=True)
+            if out.requires_grad
+        ]
+        found = list(
+            torch.autograd.grad(
+                [out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
+            )
+        )
     of_x, of_context = found.pop(0), None if given is None else found.pop(0)
     of_own = [found.pop(0) if p.requires_grad else None for p in lent]
     return x.detach(), torch.zeros_like(x) if of_x is None else of_x, of_context, of_own

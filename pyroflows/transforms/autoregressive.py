@@ -106,7 +106,9 @@ class Autoregressive(Transform):
     ) -> None:
         super().__init__(features, context_features)
         if fast not in ("inverse", "forward"):
-            raise ValueError(f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}.")
+            raise ValueError(
+                f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}."
+            )
         self.fast = fast
         self.univariate = univariate
         table = identity_table(univariate, features)
@@ -129,13 +131,19 @@ class Autoregressive(Transform):
 
     codomain = domain  # type: ignore[assignment]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._move(x, context) if self.fast == "forward" else self._solve(x, context)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._move(y, context) if self.fast == "inverse" else self._solve(y, context)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.fast == "inverse":
             return super().push_score(x, score, context)
         # The Jacobian at x is at hand, and triangular: no need to find x again.
@@ -150,11 +158,17 @@ class Autoregressive(Transform):
 
     def _move(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The fast direction, by one evaluation of the network."""
-        u, log_slope = self.univariate.forward_and_log_det(v, self._raw(v, context, self.conditioner.weights()))
+        u, log_slope = self.univariate.forward_and_log_det(
+            v, self._raw(v, context, self.conditioner.weights())
+        )
         return u, log_slope.sum(-1)
 
     def _raw(
-        self, v: Tensor, context: Tensor | None, weights: Weights, trace: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        v: Tensor,
+        context: Tensor | None,
+        weights: Weights,
+        trace: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         return self.conditioner.evaluate(encode(self.univariate, v), context, weights, trace)
 
@@ -170,7 +184,9 @@ class Autoregressive(Transform):
         if transforming() or torch.jit.is_tracing():
             return self._unfold(u, context, weights, in_place=False)
         with torch.no_grad():
-            solution = self._iterate(u, context, weights) or self._unfold(u, context, weights, in_place=True)
+            solution = self._iterate(u, context, weights) or self._unfold(
+                u, context, weights, in_place=True
+            )
         inputs = [u, context, *weights.tensors(), *self._own_parameters()]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs if t is not None):
             return solution
@@ -179,9 +195,17 @@ class Autoregressive(Transform):
 
     def _own_parameters(self) -> list[nn.Parameter]:
         """Parameters beside the weights of the network: of the activation, and of a univariate map that is a module."""
-        modules = (self.univariate, self.conditioner.activation if self.conditioner.widths else None)
+        modules = (
+            self.univariate,
+            self.conditioner.activation if self.conditioner.widths else None,
+        )
         # A univariate map has an attribute of the name of this method.
-        return [p for module in modules if isinstance(module, nn.Module) for p in nn.Module.parameters(module)]
+        return [
+            p
+            for module in modules
+            if isinstance(module, nn.Module)
+            for p in nn.Module.parameters(module)
+        ]
 
     def rounds(self, points: int) -> int:
         """The most rounds of iteration over so many points before it is better to go stage by stage."""
@@ -190,7 +214,9 @@ class Autoregressive(Transform):
         rounds = stages + 1 if cost <= 1 else int(0.5 * stages / cost)
         return rounds if rounds >= min(stages, _TRY) else 0
 
-    def _iterate(self, u: Tensor, context: Tensor | None, weights: Weights) -> tuple[Tensor, Tensor] | None:
+    def _iterate(
+        self, u: Tensor, context: Tensor | None, weights: Weights
+    ) -> tuple[Tensor, Tensor] | None:
         """Round by round; ``None`` if it does not settle, be it for overflow on the way."""
         v = u
         for _ in range(0 if u.is_meta else self.rounds(u.shape[:-1].numel())):
@@ -200,7 +226,9 @@ class Autoregressive(Transform):
                 return v, log_slope.sum(-1)
         return None
 
-    def _unfold(self, u: Tensor, context: Tensor | None, weights: Weights, in_place: bool) -> tuple[Tensor, Tensor]:
+    def _unfold(
+        self, u: Tensor, context: Tensor | None, weights: Weights, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
         """Stage by stage, on columns, one per point."""
         net, batch = self.conditioner, u.shape[:-1]
         given: Tensor | None = None
@@ -211,7 +239,9 @@ class Autoregressive(Transform):
         unfolding = Unfolding(net, weights, given, columns, in_place)
         found: list[tuple[Tensor, Tensor]] = []
         for low, high in net.slices:
-            v, log_slope = self.univariate.inverse_and_log_det(columns[low:high], unfolding.parameters())
+            v, log_slope = self.univariate.inverse_and_log_det(
+                columns[low:high], unfolding.parameters()
+            )
             unfolding.reveal(encode(self.univariate, v).unflatten(-1, (net.codes, -1)))
             found.append((v, log_slope))
         v, log_slope = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -274,7 +304,16 @@ class AffineAutoregressive(Autoregressive):
     ) -> None:
         univariate = Affine(scale, bound)
         super().__init__(
-            univariate, features, context_features, hidden_features, activation, order, residual, adjacency, fast, seed
+            univariate,
+            features,
+            context_features,
+            hidden_features,
+            activation,
+            order,
+            residual,
+            adjacency,
+            fast,
+            seed,
         )
 
 
@@ -285,7 +324,9 @@ class _Linearized:
     that nothing is computed again.
     """
 
-    def __init__(self, transform: Autoregressive, at: Tensor, context: Tensor | None, weights: Weights) -> None:
+    def __init__(
+        self, transform: Autoregressive, at: Tensor, context: Tensor | None, weights: Weights
+    ) -> None:
         self.transform, self.context, self.weights = transform, context, weights
         self.activations: list[tuple[Tensor, Tensor]] = []
         # The network sees the point by another name, which parts the Jacobian off the diagonal from that on it.
@@ -318,19 +359,26 @@ class _Linearized:
         """Stage by stage, from the last."""
         net = self.transform.conditioner
         by_raw = self._diagonal(self.value, self.raw)
-        codes = encode(self.transform.univariate, self.seen).unflatten(-1, (net.codes, -1)).unbind(-2)
+        codes = (
+            encode(self.transform.univariate, self.seen).unflatten(-1, (net.codes, -1)).unbind(-2)
+        )
         by_seen = torch.stack([self._diagonal(code, self.seen) for code in codes], -2)
         slopes = [_columns(self._diagonal(h, z)) for z, h in self.activations]
         with torch.no_grad():
             by_raw, by_seen = (
-                t.reshape(-1, *t.shape[-2:]).index_select(-1, net.entries).permute(2, 1, 0).contiguous()
+                t.reshape(-1, *t.shape[-2:])
+                .index_select(-1, net.entries)
+                .permute(2, 1, 0)
+                .contiguous()
                 for t in (by_raw, by_seen)
             )
             cotangents, slope = (_columns(t).index_select(0, net.entries) for t in (v, slope))
             folding = Folding(net, self.weights, slopes, cotangents, in_place)
             parts: list[Tensor] = []
             for low, high in reversed(net.slices):
-                a = (cotangents[low:high] - (folding.pulled() * by_seen[low:high]).sum(1)) / slope[low:high]
+                a = (cotangents[low:high] - (folding.pulled() * by_seen[low:high]).sum(1)) / slope[
+                    low:high
+                ]
                 folding.reveal(by_raw[low:high] * a.unsqueeze(1))
                 parts.append(a)
             return torch.cat(parts[::-1]).index_select(0, net.places).mT.reshape(v.shape)
@@ -358,22 +406,36 @@ class _Implicit(torch.autograd.Function):
         here, (u, context, *others) = ctx.here, ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more: by the stages themselves
             found = here.transform._unfold(u, context, here.weights, in_place=False)
-            return None, *_vjp(zip(found, (by_v, by_log_det), strict=True), [u, context, *others], create_graph=True)
+            return None, *_vjp(
+                zip(found, (by_v, by_log_det), strict=True),
+                [u, context, *others],
+                create_graph=True,
+            )
         with torch.enable_grad():
             by_log_slope = -by_log_det.unsqueeze(-1).expand_as(by_v)
             a = here.solve_transposed(by_v + vjp([(here.log_slope, by_log_slope)], here.at))
-            return None, a, *_vjp([(here.value, -a), (here.log_slope, by_log_slope)], [context, *others])
+            return (
+                None,
+                a,
+                *_vjp([(here.value, -a), (here.log_slope, by_log_slope)], [context, *others]),
+            )
 
 
 def _vjp(
-    outputs: Iterable[tuple[Tensor, Tensor]], inputs: list[Tensor | None], create_graph: bool = False
+    outputs: Iterable[tuple[Tensor, Tensor]],
+    inputs: list[Tensor | None],
+    create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Vector-Jacobian products by those of the inputs that require a gradient."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     if not wanted:
         return [None] * len(inputs)
-    values, vectors = zip(*((value, vector) for value, vector in outputs if value.requires_grad), strict=True)
-    products = iter(torch.autograd.grad(values, wanted, vectors, retain_graph=True, create_graph=create_graph))
+    values, vectors = zip(
+        *((value, vector) for value, vector in outputs if value.requires_grad), strict=True
+    )
+    products = iter(
+        torch.autograd.grad(values, wanted, vectors, retain_graph=True, create_graph=create_graph)
+    )
     return [next(products) if t is not None and t.requires_grad else None for t in inputs]
 
 
@@ -393,4 +455,6 @@ def named_order(order: Any, features: int, seed: int) -> Any:
         return list(reversed(range(check_size("features", features))))
     if order == "random":
         return torch.randperm(features, generator=generator, device="cpu").tolist()
-    raise ValueError(f"Expected order to be natural, reversed, random or a permutation; got {order!r}.")
+    raise ValueError(
+        f"Expected order to be natural, reversed, random or a permutation; got {order!r}."
+    )

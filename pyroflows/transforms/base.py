@@ -18,7 +18,12 @@ from ._recompute import Step, recomputed
 
 __all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
 
-_FAST = {"both": "both directions", "forward": "sampling", "inverse": "scoring", "neither": "neither direction"}
+_FAST = {
+    "both": "both directions",
+    "forward": "sampling",
+    "inverse": "scoring",
+    "neither": "neither direction",
+}
 
 
 def vjp(outputs: Iterable[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
@@ -81,17 +86,23 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
     fast: str = "both"
 
-    def __init__(self, event_shape: int | Sequence[int], context_features: int | None = None) -> None:
+    def __init__(
+        self, event_shape: int | Sequence[int], context_features: int | None = None
+    ) -> None:
         super().__init__()
         sizes = [event_shape] if not isinstance(event_shape, Sequence) else event_shape
         self.event_shape = torch.Size([check_size("features", size) for size in sizes])
-        self.context_features = None if context_features is None else check_size("context_features", context_features)
+        self.context_features = (
+            None if context_features is None else check_size("context_features", context_features)
+        )
         self._memory = Memory()
         self._inverse_ref: weakref.ref[Inverse] | None = None
 
     # What a subclass writes
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         r"""Maps base to event.
 
         Args:
@@ -103,7 +114,9 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward_and_log_det.")
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         r"""Maps event to base.
 
         Args:
@@ -115,7 +128,9 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det.")
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Maps base to event and carries the score of the density along.
 
         With :math:`s_x = \nabla_x \log q(x)`, the score of the transformed density is
@@ -136,7 +151,9 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """
         return _carry_score(self.forward_and_log_det, self.inverse_and_log_det, x, score, context)
 
-    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         r"""Maps event to base and carries the score of the density along, as :meth:`push_score` does for the inverse.
 
         Args:
@@ -166,7 +183,9 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     @property
     def sign(self) -> int:
         if len(self.event_shape):
-            raise AttributeError(f"Only maps of single numbers have a sign; {type(self).__name__} has none.")
+            raise AttributeError(
+                f"Only maps of single numbers have a sign; {type(self).__name__} has none."
+            )
         return 1
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -189,11 +208,17 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
 
     def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
         if self.context_features is not None:
-            check_context(None, self.context_features, f"{type(self).__name__} (give it by condition(context))")
+            check_context(
+                None,
+                self.context_features,
+                f"{type(self).__name__} (give it by condition(context))",
+            )
         memory = self._memory.recall(given, self._definition)
         if memory is not None and memory.tag != inverted:
             return memory.given
-        result, log_det = (self.inverse_and_log_det if inverted else self.forward_and_log_det)(given)
+        result, log_det = (self.inverse_and_log_det if inverted else self.forward_and_log_det)(
+            given
+        )
         self._memory.keep(given, result, log_det, self._definition, tag=inverted)
         return result
 
@@ -249,14 +274,20 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        shape = f"{self.event_shape[0]}" if len(self.event_shape) == 1 else f"{tuple(self.event_shape)}"
-        context = "" if self.context_features is None else f", context_features={self.context_features}"
+        shape = (
+            f"{self.event_shape[0]}" if len(self.event_shape) == 1 else f"{tuple(self.event_shape)}"
+        )
+        context = (
+            "" if self.context_features is None else f", context_features={self.context_features}"
+        )
         fast = _FAST[self.fast]
         return f"{shape}{context}, fast: {fast}"
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
-            vars(parameter).pop("unconstrained", None)  # a weak reference of Pyro's param store, which no pickle takes
+            vars(parameter).pop(
+                "unconstrained", None
+            )  # a weak reference of Pyro's param store, which no pickle takes
         return {**super().__getstate__(), "_inverse_ref": None}
 
     def _definition(self) -> Iterable[Tensor | bool]:
@@ -266,7 +297,11 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         while modules:  # several times faster than parameters() and buffers(), in every call
             module = modules.pop()
             parts.append(module.training)
-            parts += [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+            parts += [
+                t
+                for t in (*module._parameters.values(), *module._buffers.values())
+                if t is not None
+            ]
             modules += [m for m in module._modules.values() if m is not None]
         return parts
 
@@ -283,7 +318,9 @@ def _carry_score(
     with torch.enable_grad():
         point = y.detach().requires_grad_()
         x, log_det_back = back(point, context)
-        pushed = vjp([(x, score.expand_as(x)), (log_det_back, torch.ones_like(log_det_back))], point)
+        pushed = vjp(
+            [(x, score.expand_as(x)), (log_det_back, torch.ones_like(log_det_back))], point
+        )
     return y, log_det, pushed
 
 
@@ -303,10 +340,14 @@ def _check_reversible(layer: Transform) -> None:
     kind = type(layer).__name__
     if layer.fast != "both":
         kind = f"{kind} (fast: {_FAST[layer.fast]})"
-        raise ValueError(f"Expected reversible=True with transforms fast in both directions; got {kind}.")
+        raise ValueError(
+            f"Expected reversible=True with transforms fast in both directions; got {kind}."
+        )
     if not all(module.repeatable for module in layer.modules() if isinstance(module, Transform)):
         kind = f"{kind}, which changes with use"
-        raise ValueError(f"Expected reversible=True with transforms that repeat themselves; got {kind}.")
+        raise ValueError(
+            f"Expected reversible=True with transforms that repeat themselves; got {kind}."
+        )
 
 
 class Inverse(Transform):
@@ -345,16 +386,24 @@ class Inverse(Transform):
             transform._inverse_ref = weakref.ref(self)
         return transform
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_log_det(x, context)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_log_det(y, context)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.pull_score(x, score, context)
 
-    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.push_score(y, score, context)
 
     # One memory serves both directions, so that t.inv(t(x)) is x without a second evaluation.
@@ -398,7 +447,9 @@ class Conditioned(Transform):
         check_transform("transform", transform)
         super().__init__(transform.event_shape)
         self.transform = transform
-        self.register_buffer("context", check_context(context, transform.context_features, type(transform).__name__))
+        self.register_buffer(
+            "context", check_context(context, transform.context_features, type(transform).__name__)
+        )
 
     @property
     def fast(self) -> str:  # type: ignore[override]
@@ -407,23 +458,35 @@ class Conditioned(Transform):
     domain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
     codomain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.transform.forward_and_log_det(x, self.context)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_log_det(y, self.context)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.push_score(x, score, self.context)
 
-    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.pull_score(y, score, self.context)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return broadcast_batch(self.transform.forward_shape(shape), self.codomain.event_dim, self.context)
+        return broadcast_batch(
+            self.transform.forward_shape(shape), self.codomain.event_dim, self.context
+        )
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return broadcast_batch(self.transform.inverse_shape(shape), self.domain.event_dim, self.context)
+        return broadcast_batch(
+            self.transform.inverse_shape(shape), self.domain.event_dim, self.context
+        )
 
     def extra_repr(self) -> str:
         return f"context of shape {tuple(self.context.shape)}"
@@ -457,7 +520,9 @@ class Compose(Transform):
 
     def __init__(self, transforms: Iterable[Transform], reversible: bool = False) -> None:
         if not isinstance(transforms, Iterable):
-            raise TypeError(f"Expected transforms to be a sequence of transforms; got {type(transforms).__name__}.")
+            raise TypeError(
+                f"Expected transforms to be a sequence of transforms; got {type(transforms).__name__}."
+            )
         layers = list(transforms)
         if not layers:
             raise ValueError("Expected at least one transform in transforms; got none.")
@@ -497,10 +562,14 @@ class Compose(Transform):
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
         return self._codomain
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._run(x, context, inverted=False)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._run(y, context, inverted=True)
 
     def _run(self, x: Tensor, context: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
@@ -511,18 +580,26 @@ class Compose(Transform):
             return recomputed([Step(layer, inverted) for layer, _ in layers], x, context)
         total: Tensor | None = None
         for layer, given in layers:
-            x, log_det = layer.inverse_and_log_det(x, given) if inverted else layer.forward_and_log_det(x, given)
+            x, log_det = (
+                layer.inverse_and_log_det(x, given)
+                if inverted
+                else layer.forward_and_log_det(x, given)
+            )
             total = log_det if total is None else total + log_det
         return x, total  # type: ignore[return-value]
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | None = None
         for layer, given in self._with_context(context):
             x, log_det, score = layer.push_score(x, score, given)
             total = log_det if total is None else total + log_det
         return x, total, score  # type: ignore[return-value]
 
-    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         total: Tensor | None = None
         for layer, given in reversed(list(self._with_context(context))):
             y, log_det, score = layer.pull_score(y, score, given)

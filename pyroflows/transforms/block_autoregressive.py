@@ -82,7 +82,9 @@ class BlockAutoregressive(Transform):
     ) -> None:
         super().__init__(features, context_features)
         if fast not in ("inverse", "forward"):
-            raise ValueError(f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}.")
+            raise ValueError(
+                f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}."
+            )
         self.fast = fast
         entries = check_order(named_order(order, features, seed), features)
         self.register_buffer("entries", torch.tensor(entries))
@@ -90,16 +92,27 @@ class BlockAutoregressive(Transform):
         widths = (1, *check_hidden(hidden_features), 1)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
-            _Layer(features, i, o, context_features, layer == last) for layer, (i, o) in enumerate(pairwise(widths))
+            _Layer(features, i, o, context_features, layer == last)
+            for layer, (i, o) in enumerate(pairwise(widths))
         )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._move(x, context) if self.fast == "forward" else self._solve(x, context, _search)
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            self._move(x, context) if self.fast == "forward" else self._solve(x, context, _search)
+        )
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._move(y, context) if self.fast == "inverse" else self._solve(y, context, _search)
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            self._move(y, context) if self.fast == "inverse" else self._solve(y, context, _search)
+        )
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.fast == "inverse":
             return super().push_score(x, score, context)
         # The point is known, so a step of Newton's from it, which does not move, takes the place of the search.
@@ -108,7 +121,13 @@ class BlockAutoregressive(Transform):
         with torch.enable_grad():
             point = y.detach().requires_grad_()
             back, inverse_log_det = self._solve(point, context, partial(_stay, known))
-            pushed = vjp([(back, score.expand_as(back)), (inverse_log_det, torch.ones_like(inverse_log_det))], point)
+            pushed = vjp(
+                [
+                    (back, score.expand_as(back)),
+                    (inverse_log_det, torch.ones_like(inverse_log_det)),
+                ],
+                point,
+            )
         return y, log_det, pushed
 
     def _move(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,7 +135,9 @@ class BlockAutoregressive(Transform):
         h = seen = v.index_select(-1, self.entries).unsqueeze(-1)
         slope = torch.ones_like(h)
         for layer in self._layers():
-            h, slope, seen = _step(h, slope, layer.mixture(), layer.free(seen, context), layer.bend())
+            h, slope, seen = _step(
+                h, slope, layer.mixture(), layer.free(seen, context), layer.bend()
+            )
         u, log_slope = h.squeeze(-1), slope.squeeze(-1).log()
         return u.index_select(-1, self.places), log_slope.expand(u.shape).sum(-1)
 
@@ -166,7 +187,9 @@ class _Layer(nn.Module):
 
     earlier: Tensor
 
-    def __init__(self, features: int, inputs: int, outputs: int, context_features: int | None, last: bool) -> None:
+    def __init__(
+        self, features: int, inputs: int, outputs: int, context_features: int | None, last: bool
+    ) -> None:
         super().__init__()
         # At the start nothing heeds the shifts of hidden layers yet. So they may differ from unit to unit, and the layer is
         # the identity nevertheless.
@@ -177,12 +200,18 @@ class _Layer(nn.Module):
         self.bias = nn.Parameter(2 * spread * torch.randn(features, 2 * outputs))
         self.lower: nn.Parameter | None = None
         if features > 1:
-            self.lower = nn.Parameter(size[..., None, None] * torch.randn(features, 2 * outputs, features, inputs))
+            self.lower = nn.Parameter(
+                size[..., None, None] * torch.randn(features, 2 * outputs, features, inputs)
+            )
         self.context: nn.Parameter | None = None
         if context_features is not None:
-            self.context = nn.Parameter(size[..., None] * torch.randn(features, 2 * outputs, context_features))
+            self.context = nn.Parameter(
+                size[..., None] * torch.randn(features, 2 * outputs, context_features)
+            )
         earlier = torch.ones(features, features).tril(-1)
-        self.register_buffer("earlier", earlier.bool().reshape(features, 1, features, 1), persistent=False)
+        self.register_buffer(
+            "earlier", earlier.bool().reshape(features, 1, features, 1), persistent=False
+        )
 
     def mixture(self) -> Tensor | None:
         """The weights of an entry's own units, of shape ``(features, outputs, inputs)``, or ``None`` for a single one."""
@@ -197,7 +226,9 @@ class _Layer(nn.Module):
         if self.context is None:
             return self.bias
         assert context is not None
-        return self.bias + F.linear(context, self.context.flatten(0, 1)).unflatten(-1, self.bias.shape)
+        return self.bias + F.linear(context, self.context.flatten(0, 1)).unflatten(
+            -1, self.bias.shape
+        )
 
     def free(self, seen: Tensor, context: Tensor | None) -> Tensor:
         """Shifts and log-gains, from units of shape ``(*, features, inputs)`` of all entries."""
@@ -205,7 +236,9 @@ class _Layer(nn.Module):
             return self.fixed(context)
         # Not a product: far out the gradient of what is masked overflows, and infinity times zero is no number.
         weight = torch.where(self.earlier, self.lower, 0.0).flatten(2).flatten(0, 1)
-        return self.fixed(context) + F.linear(seen.flatten(-2), weight).unflatten(-1, self.bias.shape)
+        return self.fixed(context) + F.linear(seen.flatten(-2), weight).unflatten(
+            -1, self.bias.shape
+        )
 
 
 class _Reader:
@@ -232,7 +265,10 @@ def _step(
     """One layer: its units, their derivatives by their own entry, and what later entries see of them."""
     shift, log_gain = free.chunk(2, -1)
     gain = _softclip(log_gain, 3.0).exp()
-    own, slope = (gain * (t if mixture is None else torch.einsum("...ik,iok->...io", t, mixture)) for t in (h, slope))
+    own, slope = (
+        gain * (t if mixture is None else torch.einsum("...ik,iok->...io", t, mixture))
+        for t in (h, slope)
+    )
     if bend is None:
         return own + shift, slope, own
     squashed = torch.tanh(own + shift)

@@ -115,20 +115,28 @@ class ContinuousFlow(Transform):
     @property
     def exempt_laws(self) -> dict[str, str]:  # type: ignore[override]
         """What an adaptive solver cannot keep, for :mod:`pyroflows.testing`."""
-        return {} if self.solver in _FIXED else dict.fromkeys(("vmap", "compiles", "devices"), _READS)
+        return (
+            {} if self.solver in _FIXED else dict.fromkeys(("vmap", "compiles", "devices"), _READS)
+        )
 
     @property
     def _exact(self) -> bool:
         cheap = len(self.network.layers) <= 2 or self.event_shape[0] <= EXACT_FEATURES
         return self.trace == "exact" or (self.trace == "auto" and cheap) or not self.training
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._carry(x, context, 0.0, 1.0)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._carry(y, context, 1.0, 0.0)
 
-    def _carry(self, x: Tensor, context: Tensor | None, start: float, stop: float) -> tuple[Tensor, Tensor]:
+    def _carry(
+        self, x: Tensor, context: Tensor | None, start: float, stop: float
+    ) -> tuple[Tensor, Tensor]:
         x = x.expand(broadcast_batch(x.shape, 1, context))
         rule = _exact_trace if self._exact else _estimated_trace(torch.randn_like(x).sign())
         moved, (log_det,) = self._solve(x, context, start, stop, rule, 1)
@@ -154,7 +162,9 @@ class ContinuousFlow(Transform):
             regularization", 2020, https://arxiv.org/abs/2002.02798
         """
         y = y.expand(broadcast_batch(y.shape, 1, context))
-        _, (kinetic, jacobian) = self._solve(y, context, 1.0, 0.0, _energies(torch.randn_like(y).sign()), 2)
+        _, (kinetic, jacobian) = self._solve(
+            y, context, 1.0, 0.0, _energies(torch.randn_like(y).sign()), 2
+        )
         return -kinetic, -jacobian
 
     # The differential equation
@@ -185,7 +195,10 @@ class ContinuousFlow(Transform):
                 time = start + progress * (stop - start)
                 now = network._replace(shifts=(shift + time * drift, *shifts))
                 velocity, jacobian = now.linearise(state[..., :n])
-                integrands = [rate.expand(velocity.shape[:-1]).unsqueeze(-1) for rate in rates(velocity, jacobian)]
+                integrands = [
+                    rate.expand(velocity.shape[:-1]).unsqueeze(-1)
+                    for rate in rates(velocity, jacobian)
+                ]
                 return (stop - start) * torch.cat([velocity, *integrands], -1)
 
             return derivative
@@ -197,7 +210,9 @@ class ContinuousFlow(Transform):
             state = self._adaptive_steps(at_context, state, context)
         return state[..., :n], state[..., n:].unbind(-1)
 
-    def _adaptive_steps(self, at_context: Callable[[], Derivative], state: Tensor, context: Tensor | None) -> Tensor:
+    def _adaptive_steps(
+        self, at_context: Callable[[], Derivative], state: Tensor, context: Tensor | None
+    ) -> Tensor:
         from torchdiffeq import odeint, odeint_adjoint
 
         if torch.jit.is_tracing():
@@ -209,7 +224,11 @@ class ContinuousFlow(Transform):
         common: dict[str, Any] = {"max_num_steps": _MOST_STEPS, "norm": _largest}
         # The last step ends at the end; without a fixed end the solver interpolates, at a lower order.
         options = {**common, "step_t": state.new_ones(1)}
-        given: dict[str, Any] = {"rtol": max(self.rtol, rounding), "atol": max(self.atol, rounding), "method": self.solver}
+        given: dict[str, Any] = {
+            "rtol": max(self.rtol, rounding),
+            "atol": max(self.atol, rounding),
+            "method": self.solver,
+        }
         progress = state.new_tensor([0.0, 1.0])
         try:
             if not self.adjoint:
@@ -246,7 +265,12 @@ def _estimated_trace(noise: Tensor) -> Rule:
 
 
 def _energies(noise: Tensor) -> Rule:
-    return lambda network: lambda velocity, jacobian: [velocity.square().sum(-1), jacobian.pull(noise).square().sum(-1)]
+    return lambda network: (
+        lambda velocity, jacobian: [
+            velocity.square().sum(-1),
+            jacobian.pull(noise).square().sum(-1),
+        ]
+    )
 
 
 def _equal_steps(derivative: Derivative, state: Tensor, solver: str, steps: int | None) -> Tensor:
@@ -291,7 +315,9 @@ def _largest(values: Tensor) -> Tensor:
 
 def _check_solver(value: Any) -> str:
     if value not in (*_ADAPTIVE, *_FIXED):
-        raise ValueError(f"Expected solver to be one of {', '.join((*_ADAPTIVE, *_FIXED))}; got {value!r}.")
+        raise ValueError(
+            f"Expected solver to be one of {', '.join((*_ADAPTIVE, *_FIXED))}; got {value!r}."
+        )
     if value in _ADAPTIVE:
         try:
             import torchdiffeq  # noqa: F401
@@ -307,7 +333,9 @@ def _check_steps(value: Any, solver: str) -> int | None:
     if solver in _FIXED:
         return check_size("steps", _FIXED[solver] if value is None else value)
     if value is not None:
-        raise ValueError(f"Expected steps for a solver of equal steps ({', '.join(_FIXED)}) only; got solver={solver!r}.")
+        raise ValueError(
+            f"Expected steps for a solver of equal steps ({', '.join(_FIXED)}) only; got solver={solver!r}."
+        )
     return None
 
 
@@ -315,5 +343,7 @@ def _check_adjoint(value: Any, solver: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"Expected adjoint to be True or False; got {value!r}.")
     if value and solver in _FIXED:
-        raise ValueError(f"Expected adjoint=True with an adaptive solver ({', '.join(_ADAPTIVE)}) only; got {solver!r}.")
+        raise ValueError(
+            f"Expected adjoint=True with an adaptive solver ({', '.join(_ADAPTIVE)}) only; got {solver!r}."
+        )
     return value

@@ -21,7 +21,9 @@ __all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "coupling_masks"]
 Mask = str | Tensor | Sequence[bool]
 
 
-def coupling_masks(mask: Mask | Sequence[Mask], features: int, transforms: int, seed: int = 0) -> list[Tensor]:
+def coupling_masks(
+    mask: Mask | Sequence[Mask], features: int, transforms: int, seed: int = 0
+) -> list[Tensor]:
     r"""Masks for a stack of couplings; ``True`` marks the entries that stay and condition the others.
 
     Args:
@@ -66,10 +68,14 @@ def coupling_masks(mask: Mask | Sequence[Mask], features: int, transforms: int, 
     elif given.shape == (transforms, features):
         masks = list(given)
     else:
-        raise ValueError(f"Expected mask of shape ({features},) or ({transforms}, {features}); got {tuple(given.shape)}.")
+        raise ValueError(
+            f"Expected mask of shape ({features},) or ({transforms}, {features}); got {tuple(given.shape)}."
+        )
     for row in masks:
         if bool(row.all()):
-            raise ValueError("Expected mask to leave an entry to transform; got one that is True everywhere.")
+            raise ValueError(
+                "Expected mask to leave an entry to transform; got one that is True everywhere."
+            )
         if not bool(row.any()):
             raise ValueError(
                 "Expected mask to leave an entry to condition on; got one that is False everywhere. Use Elementwise instead."
@@ -90,11 +96,15 @@ def _named_masks(name: str, features: int, transforms: int, seed: int) -> list[T
         halves = _spread_halves(half, (transforms + 1) // 2, torch.Generator().manual_seed(seed))
         cycle = [mask for chosen in halves for mask in (chosen, ~chosen)]
     else:
-        raise ValueError(f"Expected mask to be half, checkerboard, alternating, random or a tensor; got {name!r}.")
+        raise ValueError(
+            f"Expected mask to be half, checkerboard, alternating, random or a tensor; got {name!r}."
+        )
     return [cycle[layer % len(cycle)].clone() for layer in range(transforms)]
 
 
-def _spread_halves(half: Tensor, count: int, generator: torch.Generator, candidates: int = 64) -> list[Tensor]:
+def _spread_halves(
+    half: Tensor, count: int, generator: torch.Generator, candidates: int = 64
+) -> list[Tensor]:
     """Random halves, each the one of some candidates that parts most pairs of entries that none before it has parted.
 
     Two entries that are never parted never condition each other.
@@ -102,7 +112,10 @@ def _spread_halves(half: Tensor, count: int, generator: torch.Generator, candida
     together = torch.ones(len(half), len(half), dtype=torch.bool, device="cpu")
     chosen: list[Tensor] = []
     for _ in range(count):
-        shuffled = [half[torch.randperm(len(half), generator=generator, device="cpu")] for _ in range(candidates)]
+        shuffled = [
+            half[torch.randperm(len(half), generator=generator, device="cpu")]
+            for _ in range(candidates)
+        ]
         # The layer before has the complement of the last one; the same mask twice would make one layer of two.
         new = [mask for mask in shuffled if not chosen or not torch.equal(mask, ~chosen[-1])]
         best = max(new, key=lambda mask: int((together & (mask[:, None] != mask)).sum()))
@@ -203,19 +216,27 @@ class Coupling(Transform):
             self._contiguous = _contiguous_part(order.tolist())
 
     def _raw(self, stays: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(encode(self.univariate, stays), context).unflatten(-1, (self.univariate.parameters, -1))
+        return self.conditioner(encode(self.univariate, stays), context).unflatten(
+            -1, (self.univariate.parameters, -1)
+        )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         stays, moves = self._split(x)
         moves, log_det = self.univariate.forward_and_log_det(moves, self._raw(stays, context))
         return self._merge(stays, moves), log_det.sum(-1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         stays, moves = self._split(y)
         moves, log_det = self.univariate.inverse_and_log_det(moves, self._raw(stays, context))
         return self._merge(stays, moves), log_det.sum(-1)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # The Jacobian is triangular, so its transpose is solved by substitution: first the entries that move, whose
         # block is diagonal, then those that stay, by one vector-Jacobian product of the network.
         shape = broadcast_batch(x.shape, 1, context)
@@ -230,7 +251,11 @@ class Coupling(Transform):
             with torch.no_grad():
                 pushed = (score_moves - curvature) * log_det.neg().exp()
             correction = vjp([(moved, pushed), (log_det, ones)], stays)
-        return self._merge(stays, moved), log_det.sum(-1), self._merge(score_stays - correction, pushed)
+        return (
+            self._merge(stays, moved),
+            log_det.sum(-1),
+            self._merge(score_stays - correction, pushed),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.univariate}, {super().extra_repr()}"
@@ -321,4 +346,6 @@ class AffineCoupling(Coupling):
         scale: str = "softclip",
         bound: float = 3.0,
     ) -> None:
-        super().__init__(Affine(scale, bound), features, context_features, mask, hidden_features, activation)
+        super().__init__(
+            Affine(scale, bound), features, context_features, mask, hidden_features, activation
+        )

@@ -26,7 +26,9 @@ def identity_table(univariate: Univariate, features: int) -> Tensor:
     missing = [name for name in asked if not hasattr(univariate, name)]
     if isinstance(univariate, type) or missing:
         lack = f" without {', '.join(missing)}" if missing else ""
-        raise TypeError(f"Expected univariate to be a monotone map such as Affine(); got {univariate!r}{lack}.")
+        raise TypeError(
+            f"Expected univariate to be a monotone map such as Affine(); got {univariate!r}{lack}."
+        )
     return torch.tensor(univariate.identity).unsqueeze(-1).repeat(1, features)
 
 
@@ -84,20 +86,28 @@ class Elementwise(Transform):
             return self.raw
         return self.conditioner(None, context).unflatten(-1, (self.univariate.parameters, -1))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         y, log_det = self.univariate.forward_and_log_det(x, self._parameters_for(context))
         return y, log_det.sum(-1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x, log_det = self.univariate.inverse_and_log_det(y, self._parameters_for(context))
         return x, log_det.sum(-1)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             x = x.expand(broadcast_batch(x.shape, 1, context))
             x = x if x.requires_grad else x.detach().requires_grad_()
             y, log_slope = self.univariate.forward_and_log_det(x, self._parameters_for(context))
-            curvature = 0.0 if self.univariate.linear else vjp([(log_slope, torch.ones_like(log_slope))], x)
+            curvature = (
+                0.0 if self.univariate.linear else vjp([(log_slope, torch.ones_like(log_slope))], x)
+            )
         return y, log_slope.sum(-1), ((score - curvature) * log_slope.neg().exp()).detach()
 
     def extra_repr(self) -> str:
@@ -135,4 +145,6 @@ class Rescale(Elementwise):
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
-        super().__init__(Scale(scale, bound), features, context_features, hidden_features, activation)
+        super().__init__(
+            Scale(scale, bound), features, context_features, hidden_features, activation
+        )

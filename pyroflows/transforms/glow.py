@@ -62,8 +62,12 @@ class GlowStep(Compose):
     ) -> None:
         super().__init__(
             [
-                AffineCoupling(features, context_features, mask, hidden_features, activation, scale, bound),
-                LULinear(features, bias=False, rotate=rotate, seed=seed),  # the offset is that of the normalisation
+                AffineCoupling(
+                    features, context_features, mask, hidden_features, activation, scale, bound
+                ),
+                LULinear(
+                    features, bias=False, rotate=rotate, seed=seed
+                ),  # the offset is that of the normalisation
                 ActNorm(features),
             ]
         )

@@ -16,7 +16,15 @@ from .._checks import check_size, check_tensor
 from ..nn import MLP
 from .base import Transform
 
-__all__ = ["Householder", "LULinear", "LowerTriangularAffine", "MatrixExponential", "Orthogonal", "Permute", "Reverse"]
+__all__ = [
+    "Householder",
+    "LULinear",
+    "LowerTriangularAffine",
+    "MatrixExponential",
+    "Orthogonal",
+    "Permute",
+    "Reverse",
+]
 
 
 def multiply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -25,15 +33,23 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def solve_triangle(
-    matrix: Tensor, y: Tensor, upper: bool = False, transposed: bool = False, unit_diagonal: bool = False
+    matrix: Tensor,
+    y: Tensor,
+    upper: bool = False,
+    transposed: bool = False,
+    unit_diagonal: bool = False,
 ) -> Tensor:
     """Solves ``matrix x = y``, or with the transposed matrix, for one triangular matrix or one per point."""
     if transposed:
         matrix, upper = matrix.mT, not upper
     if matrix.dim() == 2:
         columns = y.reshape(-1, y.shape[-1]).mT
-        return torch.linalg.solve_triangular(matrix, columns, upper=upper, unitriangular=unit_diagonal).mT.reshape(y.shape)
-    return torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit_diagonal).squeeze(-1)
+        return torch.linalg.solve_triangular(
+            matrix, columns, upper=upper, unitriangular=unit_diagonal
+        ).mT.reshape(y.shape)
+    return torch.linalg.solve_triangular(
+        matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit_diagonal
+    ).squeeze(-1)
 
 
 class Parametric(Transform):
@@ -127,16 +143,24 @@ class LowerTriangularAffine(Transform):
             ValueError: If the map has a context, or if an argument is not as described.
         """
         if self.context_features is not None:
-            raise ValueError("Expected a LowerTriangularAffine without context; this one is set by its network.")
+            raise ValueError(
+                "Expected a LowerTriangularAffine without context; this one is set by its network."
+            )
         n = self.event_shape[0]
         for name, given, dim in (("loc", loc, 1), ("scale_tril", scale_tril, 2)):
             if check_tensor(name, given, (n,) * dim).dim() != dim:
-                raise ValueError(f"Expected {name} of shape {(n,) * dim}; got {tuple(given.shape)}.")
+                raise ValueError(
+                    f"Expected {name} of shape {(n,) * dim}; got {tuple(given.shape)}."
+                )
         diagonal = scale_tril.diagonal()
         if not bool((diagonal > 0).all()):
-            raise ValueError(f"Expected scale_tril with a positive diagonal; got {diagonal.tolist()}.")
+            raise ValueError(
+                f"Expected scale_tril with a positive diagonal; got {diagonal.tolist()}."
+            )
         if bool(scale_tril.triu(1).any()):
-            raise ValueError("Expected scale_tril to be lower-triangular; got one with entries above the diagonal.")
+            raise ValueError(
+                "Expected scale_tril to be lower-triangular; got one with entries above the diagonal."
+            )
         self.loc.copy_(loc)
         self.log_diag.copy_(diagonal.log())
         self.lower.copy_(scale_tril.tril(-1))
@@ -149,7 +173,9 @@ class LowerTriangularAffine(Transform):
             ValueError: If the map has a context.
         """
         if self.context_features is not None:
-            raise ValueError("Expected a LowerTriangularAffine without context; this one is set by its network.")
+            raise ValueError(
+                "Expected a LowerTriangularAffine without context; this one is set by its network."
+            )
         loc, _, matrix = self._loc_matrix(None)
         return loc.clone(), matrix
 
@@ -162,21 +188,29 @@ class LowerTriangularAffine(Transform):
             lower = lower.unflatten(-1, (n, n))
         return loc, log_diag, lower.tril(-1) + torch.diag_embed(log_diag.exp())
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         loc, log_diag, matrix = self._loc_matrix(context)
         y = multiply(matrix, x) + loc
         return y, log_diag.sum(-1).expand(y.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         loc, log_diag, matrix = self._loc_matrix(context)
         x = solve_triangle(matrix, y - loc)
         return x, -log_diag.sum(-1).expand(x.shape[:-1])
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x, context)
         with torch.no_grad():
             # J = L, so the new score solves L' s = score.
-            pushed = solve_triangle(self._loc_matrix(context)[2], score.expand(y.shape), transposed=True)
+            pushed = solve_triangle(
+                self._loc_matrix(context)[2], score.expand(y.shape), transposed=True
+            )
         return y, log_det, pushed
 
 
@@ -210,26 +244,42 @@ class Permute(Transform):
     def __init__(self, permutation: int | Sequence[int] | Tensor, seed: int = 0) -> None:
         check_size("seed", seed, least=0)
         if isinstance(permutation, str):
-            raise TypeError(f"Expected permutation to be a sequence of integers or their number; got {permutation!r}.")
+            raise TypeError(
+                f"Expected permutation to be a sequence of integers or their number; got {permutation!r}."
+            )
         if isinstance(permutation, (Sequence, Tensor)):
-            given = permutation.tolist() if isinstance(permutation, Tensor) and permutation.dim() else permutation
+            given = (
+                permutation.tolist()
+                if isinstance(permutation, Tensor) and permutation.dim()
+                else permutation
+            )
             order = [check_size("permutation", i, least=0) for i in given]
             if sorted(order) != list(range(len(order))):
-                raise ValueError(f"Expected permutation to hold each of 0 .. {len(order) - 1} once; got {order}.")
+                raise ValueError(
+                    f"Expected permutation to hold each of 0 .. {len(order) - 1} once; got {order}."
+                )
         else:
             generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(check_size("features", permutation), generator=generator, device="cpu").tolist()
+            order = torch.randperm(
+                check_size("features", permutation), generator=generator, device="cpu"
+            ).tolist()
         super().__init__(len(order))
         self.register_buffer("permutation", torch.tensor(order))
         self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(order)))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return x.index_select(-1, self.permutation), x.new_zeros(()).expand(x.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return y.index_select(-1, self.inverse_permutation), y.new_zeros(()).expand(y.shape[:-1])
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x)
         return y, log_det, score.index_select(-1, self.permutation)
 
@@ -264,17 +314,23 @@ class LinearMap(Parametric):
     def _log_det(self, raw: Tensor) -> Tensor:
         return raw.new_zeros(()).expand(raw.shape[: raw.dim() - 2])
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         raw = self._raw(context)
         y = self._multiply(raw, x)
         return y, self._log_det(raw).expand(y.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         raw = self._raw(context)
         x = self._solve(raw, y)
         return x, -self._log_det(raw).expand(x.shape[:-1])
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         raw = self._raw(context)
         y = self._multiply(raw, x)
         with torch.no_grad():
@@ -344,7 +400,9 @@ class LULinear(LinearMap):
         if bias:
             table = torch.cat([table, table.new_zeros(1, features)])
         # By way of lists, so that the tensors are of the default dtype and on the default device.
-        super().__init__(features, torch.tensor(table.tolist()), context_features, hidden_features, activation)
+        super().__init__(
+            features, torch.tensor(table.tolist()), context_features, hidden_features, activation
+        )
         self.register_buffer("permutation", torch.tensor(permutation))
         self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(permutation)))
         self.register_buffer("signs", torch.tensor(diagonal.sign().tolist()))
@@ -379,7 +437,9 @@ class LULinear(LinearMap):
     def _solve_transposed(self, raw: Tensor, score: Tensor) -> Tensor:
         lower, upper = self._triangles(raw)
         score = solve_triangle(upper, score, upper=True, transposed=True)
-        return solve_triangle(lower, score, transposed=True, unit_diagonal=True).index_select(-1, self.permutation)
+        return solve_triangle(lower, score, transposed=True, unit_diagonal=True).index_select(
+            -1, self.permutation
+        )
 
 
 def _start(features: int, rotate: bool | float, seed: int) -> Tensor:
@@ -410,7 +470,11 @@ def slight_rotation(features: int, angle: float, seed: int) -> Tensor:
 def random_rotation(features: int, seed: int) -> Tensor:
     """A rotation drawn uniformly, of shape ``(features, features)``, in double precision on the CPU."""
     normal = torch.randn(
-        features, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu"
+        features,
+        features,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+        device="cpu",
     )
     q, r = torch.linalg.qr(normal)
     q = q * r.diagonal().sign()  # without which q is not uniform
@@ -453,7 +517,9 @@ class Orthogonal(LinearMap):
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         check_size("features", features)
-        super().__init__(features, torch.zeros(features, features), context_features, hidden_features, activation)
+        super().__init__(
+            features, torch.zeros(features, features), context_features, hidden_features, activation
+        )
 
     def _matrix(self, raw: Tensor) -> Tensor:
         lower = raw.tril(-1)
@@ -509,9 +575,15 @@ class Householder(LinearMap):
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         check_size("features", features)
-        count = 2 * max(features // 2, 1) if reflections is None else check_size("reflections", reflections)
+        count = (
+            2 * max(features // 2, 1)
+            if reflections is None
+            else check_size("reflections", reflections)
+        )
         if count % 2:
-            raise ValueError(f"Expected reflections to be even, so that they can start as equal pairs; got {count}.")
+            raise ValueError(
+                f"Expected reflections to be even, so that they can start as equal pairs; got {count}."
+            )
         # Along the axes two equal reflections undo each other without a rounding.
         axes = torch.eye(features)[(torch.arange(count, device="cpu") // 2 % features).tolist()]
         super().__init__(features, axes, context_features, hidden_features, activation)
@@ -587,7 +659,9 @@ class MatrixExponential(LinearMap):
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         check_size("features", features)
-        super().__init__(features, torch.zeros(features, features), context_features, hidden_features, activation)
+        super().__init__(
+            features, torch.zeros(features, features), context_features, hidden_features, activation
+        )
 
     def _log_det(self, raw: Tensor) -> Tensor:
         return raw.diagonal(dim1=-2, dim2=-1).sum(-1)

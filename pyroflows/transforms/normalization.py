@@ -84,7 +84,9 @@ class ActNorm(_Normalization):
         if not self.initialized.is_meta:
             self._waiting = not bool(self.initialized)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if self._waiting and self.training and not transforming() and not y.is_meta:
             self._initialize(y.detach(), context)
         return super().inverse_and_log_det(y, context)
@@ -92,7 +94,9 @@ class ActNorm(_Normalization):
     @torch.no_grad()
     def _initialize(self, y: Tensor, context: Tensor | None) -> None:
         data = y.reshape(-1, y.shape[-1])
-        lent = not all(isinstance(parameter, nn.Parameter) for parameter in self.parameters())  # by a functional call
+        lent = not all(
+            isinstance(parameter, nn.Parameter) for parameter in self.parameters()
+        )  # by a functional call
         if len(data) < 2 or lent:
             return
         if not bool(self._parameters_for(context).any()):
@@ -104,12 +108,16 @@ class ActNorm(_Normalization):
         self.initialized.fill_(True)
         self._waiting = False
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         raw = self._parameters_for(context)
         y, log_scale = self.univariate.forward_and_log_det(x, raw)
         return y, log_scale.sum(-1), (score * log_scale.neg().exp()).detach()
 
-    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         raw = self._parameters_for(context)
         x, log_slope = self.univariate.inverse_and_log_det(y, raw)
         return x, log_slope.sum(-1), (score * log_slope.neg().exp()).detach()
@@ -124,7 +132,9 @@ def _log_spread_and_mean(data: Tensor) -> tuple[Tensor, Tensor]:
     known = mean.isfinite() & variance.isfinite()
     # The deviations of a constant are roundings of its mean.
     varies = known & (variance.sqrt() > 8 * torch.finfo(data.dtype).eps)
-    log_spread = torch.where(varies, 0.5 * torch.where(varies, variance, 1.0).log() + unit.log(), 0.0)
+    log_spread = torch.where(
+        varies, 0.5 * torch.where(varies, variance, 1.0).log() + unit.log(), 0.0
+    )
     return log_spread, torch.where(known, mean * unit, 0.0)
 
 
@@ -203,28 +213,43 @@ class BatchNorm(_Normalization):
 
     def _normalization(self) -> tuple[Tensor, Tensor]:
         """The running mean and the logarithm of the running standard deviation, as they are now."""
-        epsilon = torch.where(self.batches > 0, self.epsilon, 0.0)  # without data, exactly the identity
-        return self.running_mean.clone(), 0.5 * (self.running_var + epsilon.to(self.running_var.dtype)).log()
+        epsilon = torch.where(
+            self.batches > 0, self.epsilon, 0.0
+        )  # without data, exactly the identity
+        return self.running_mean.clone(), 0.5 * (
+            self.running_var + epsilon.to(self.running_var.dtype)
+        ).log()
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if self.training and (torch.compiler.is_compiling() or not transforming()):
             self._update(x.detach())
         mean, log_spread = self._normalization()
         y, log_det = super().forward_and_log_det((x - mean) * log_spread.neg().exp(), context)
         return y, log_det - log_spread.sum()
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         mean, log_spread = self._normalization()
         x, log_det = super().inverse_and_log_det(y, context)
         return torch.addcmul(mean, x, log_spread.exp()), log_det + log_spread.sum()
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x, context)
         return y, log_det, (score * self._log_scale(context).neg().exp()).expand(y.shape).detach()
 
-    def pull_score(self, y: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def pull_score(
+        self, y: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, log_det = self.inverse_and_log_det(y, context)
         return x, log_det, (score * self._log_scale(context).exp()).expand(x.shape).detach()
 
     def _log_scale(self, context: Tensor | None) -> Tensor:
-        return self.univariate.log_scale(self._parameters_for(context).select(-2, 0)) - self._normalization()[1]
+        return (
+            self.univariate.log_scale(self._parameters_for(context).select(-2, 0))
+            - self._normalization()[1]
+        )

@@ -89,19 +89,32 @@ class Planar(Parametric):
         product = (w * u).sum(-1, keepdim=True)
         allowed = _above_minus_one(product)
         square = w.square().sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
-        return torch.addcmul(u, (allowed - product) / square, w), w, allowed.squeeze(-1), b.squeeze(-1)
+        return (
+            torch.addcmul(u, (allowed - product) / square, w),
+            w,
+            allowed.squeeze(-1),
+            b.squeeze(-1),
+        )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         u, w, product, b = self._push(context)
         h = torch.tanh((w * x).sum(-1) + b)
         return torch.addcmul(x, u, h.unsqueeze(-1)), torch.log1p(product * (1 - h.square()))
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         u, w, product, b = self._push(context)
-        level, log_det = invert(lambda z: _bend(z, torch.ones_like(b), product, b), (w * y).sum(-1), "Planar")
+        level, log_det = invert(
+            lambda z: _bend(z, torch.ones_like(b), product, b), (w * y).sum(-1), "Planar"
+        )
         return torch.addcmul(y, u, -torch.tanh(level + b).unsqueeze(-1)), log_det
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         u, w, product, b = self._push(context)
         h = torch.tanh((w * x).sum(-1) + b)
         slope = 1 - h.square()
@@ -164,13 +177,17 @@ class Radial(Parametric):
         log_across, log_along = torch.log1p(k / (1 + s)), torch.log1p(k / (1 + s) / (1 + s))
         return ((self.event_shape[0] - 1) * log_across + log_along).squeeze(-1)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         centre, alpha, k = self._centre(context)
         offset = x - centre
         s = _length(offset) / alpha
         return torch.addcmul(x, k / (1 + s), offset), self._log_det(k, s)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         centre, alpha, k = self._centre(context)
         offset = y - centre
         s = _radius(_length(offset) / alpha, k)
@@ -261,15 +278,24 @@ class Sylvester(Parametric):
         outer, inner = outer.unflatten(-1, (m, m)), inner.unflatten(-1, (m, m))
         steepness = _positive(_diagonal(inner))
         size = _above_minus_one(_diagonal(outer)) / steepness
-        return q, outer.triu(1) + torch.diag_embed(size), inner.triu(1) + torch.diag_embed(steepness), b
+        return (
+            q,
+            outer.triu(1) + torch.diag_embed(size),
+            inner.triu(1) + torch.diag_embed(steepness),
+            b,
+        )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         q, outer, inner, b = self._parts(context)
         h = torch.tanh(multiply(inner, multiply(q.mT, x)) + b)
         y = x + multiply(q, multiply(outer, h))
         return y, torch.log1p(_diagonal(outer) * _diagonal(inner) * (1 - h.square())).sum(-1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         q, outer, inner, b = self._parts(context)
         v, product = multiply(q.mT, y), _diagonal(outer) * _diagonal(inner)
         with torch.no_grad():
@@ -277,12 +303,16 @@ class Sylvester(Parametric):
         # Two steps of Newton, of no size, carry the derivatives (see the numeric inverse), for all units at once.
         for _ in range(2 if torch.is_grad_enabled() else 0):
             h = torch.tanh(multiply(inner, z) + b)
-            step = solve_triangle(_within(outer, inner, 1 - h.square()), z + multiply(outer, h) - v, upper=True)
+            step = solve_triangle(
+                _within(outer, inner, 1 - h.square()), z + multiply(outer, h) - v, upper=True
+            )
             z = z - (step - step.detach())
         h = torch.tanh(multiply(inner, z) + b)
         return y - multiply(q, multiply(outer, h)), -torch.log1p(product * (1 - h.square())).sum(-1)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, outer, inner, b = self._parts(context)
         h = torch.tanh(multiply(inner, multiply(q.mT, x)) + b)
         slope, product = 1 - h.square(), _diagonal(outer) * _diagonal(inner)
@@ -292,7 +322,9 @@ class Sylvester(Parametric):
             curvature = 2 * product * h * slope / (1 + product * slope)
             score = score + multiply(q, multiply(inner.mT, curvature))
             within = multiply(q.mT, score)
-            solved = solve_triangle(_within(outer, inner, slope), within, upper=True, transposed=True)
+            solved = solve_triangle(
+                _within(outer, inner, slope), within, upper=True, transposed=True
+            )
             pushed = score + multiply(q, solved - within)
         return y, log_det, pushed
 

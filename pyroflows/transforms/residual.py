@@ -140,7 +140,9 @@ class Residual(Transform):
 
     @property
     def _exact(self) -> bool:
-        exact = self.trace == "exact" or (self.trace == "auto" and self.event_shape[0] <= EXACT_FEATURES)
+        exact = self.trace == "exact" or (
+            self.trace == "auto" and self.event_shape[0] <= EXACT_FEATURES
+        )
         return exact or not self.training
 
     def _contraction(self, context: Tensor | None) -> Feedforward:
@@ -151,12 +153,16 @@ class Residual(Transform):
         weights, shifts = (*network.weights[:-1], network.weights[-1] / scale), network.shifts
         return network._replace(weights=weights, shifts=(*shifts[:-1], shifts[-1] / scale))
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         value, jacobian = self._contraction(context).linearise(y)
         x = y + value
         return x, self._log_det(jacobian, x)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         contraction, exact = self._contraction(context), self._exact
         eps = torch.finfo(x.dtype).eps
         y = self._fixed_point(contraction, x, eps**0.5 if exact else eps)
@@ -164,7 +170,9 @@ class Residual(Transform):
         for _ in range(2 if exact else 1):
             value, jacobian = contraction.linearise(y)
             residual = y + value - x
-            y = y - (_solve(jacobian, residual) if exact else self._neumann(jacobian.detach(), residual))
+            y = y - (
+                _solve(jacobian, residual) if exact else self._neumann(jacobian.detach(), residual)
+            )
         value, jacobian = contraction.linearise(y)
         self._certify(x, y, value)
         return y, -self._log_det(jacobian, y)
@@ -189,7 +197,9 @@ class Residual(Transform):
     def _neumann(self, jacobian: Jacobian, vector: Tensor) -> Tensor:
         r"""Solves :math:`(I + J) z = v` by its series, of which one term is enough where nothing is differentiated."""
         z = vector
-        for _ in range(self._rounds(torch.finfo(vector.dtype).eps) if torch.is_grad_enabled() else 0):
+        for _ in range(
+            self._rounds(torch.finfo(vector.dtype).eps) if torch.is_grad_enabled() else 0
+        ):
             z = vector - jacobian.push(z)
         return z
 
@@ -264,7 +274,9 @@ def _size(x: Tensor, y: Tensor) -> Tensor:
 
 def _check_lipschitz(value: Any) -> float:
     if check_positive("lipschitz", value) >= 1:
-        raise ValueError(f"Expected lipschitz within (0, 1), for only then is the map invertible; got {value}.")
+        raise ValueError(
+            f"Expected lipschitz within (0, 1), for only then is the map invertible; got {value}."
+        )
     return float(value)
 
 

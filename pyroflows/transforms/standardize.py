@@ -72,13 +72,21 @@ class Standardize(Transform):
             ValueError: If ``x`` has too few points, a number that is not finite, or an entry that never varies.
         """
         # In float64 on the host, which no size of data or of numbers upsets.
-        rows = check_tensor("x", x, self.event_shape).to("cpu", torch.float64).reshape(-1, *self.event_shape)
+        rows = (
+            check_tensor("x", x, self.event_shape)
+            .to("cpu", torch.float64)
+            .reshape(-1, *self.event_shape)
+        )
         if len(rows) < 2:
             raise ValueError(f"Expected at least 2 points to standardise by; got {len(rows)}.")
         if not bool(rows.isfinite().all()):
-            raise ValueError(f"Expected finite numbers in x; got {int((~rows.isfinite()).any(-1).sum())} rows with others.")
+            raise ValueError(
+                f"Expected finite numbers in x; got {int((~rows.isfinite()).any(-1).sum())} rows with others."
+            )
         loc, scale = rows.mean(0), rows.std(0)
-        constant = (scale.to(self.scale.dtype) < torch.finfo(self.scale.dtype).tiny) | (rows == rows[0]).all(0)
+        constant = (scale.to(self.scale.dtype) < torch.finfo(self.scale.dtype).tiny) | (
+            rows == rows[0]
+        ).all(0)
         if bool(constant.any()):
             raise ValueError(
                 f"Expected every entry of x to vary; got one value only in {constant.nonzero().flatten().tolist()}. "
@@ -92,14 +100,20 @@ class Standardize(Transform):
     def _log_det(self, batch: torch.Size) -> Tensor:
         return self.scale.log().sum(-1).expand(batch)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         y = torch.addcmul(self.loc, x, self.scale)
         return y, self._log_det(y.shape[:-1])
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = (y - self.loc) / self.scale
         return x, -self._log_det(x.shape[:-1])
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x)
         return y, log_det, score / self.scale

@@ -60,7 +60,9 @@ class GPDTail:
     bound: float = 3.0
 
     parameters = 4
-    exempt_laws: ClassVar[Mapping[str, str]] = {"starts_at_identity": "all maps of the family lengthen the tails"}
+    exempt_laws: ClassVar[Mapping[str, str]] = {
+        "starts_at_identity": "all maps of the family lengthen the tails"
+    }
     identity = (0.0, 0.0, 0.0, 0.0)
     linear = False
 
@@ -83,10 +85,19 @@ class GPDTail:
         _, scale, lower, upper = raw.unbind(-2)
         # By comparison, since at zero the derivatives of sign and abs are zero.
         below = offset < 0
-        start = math.log(_QUARTILE) + math.log(self.start) - math.log(math.expm1(self.start * math.log(2.0)))
+        start = (
+            math.log(_QUARTILE)
+            + math.log(self.start)
+            - math.log(math.expm1(self.start * math.log(2.0)))
+        )
         weight = math.log(self.start) + soft_clip(torch.where(below, lower, upper), self.bound)
         sign = torch.where(below, -1.0, torch.ones_like(offset))
-        return start + soft_clip(scale, self.bound), weight, sign, torch.where(below, -offset, offset)
+        return (
+            start + soft_clip(scale, self.bound),
+            weight,
+            sign,
+            torch.where(below, -offset, offset),
+        )
 
 
 def _lengthen(size: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +111,9 @@ def _lengthen(size: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
     far, log_weight = torch.where(inside, 1.0, x), torch.where(inside, 0.0, log_weight)
     excess = log_weight + _log_exponent(far) - math.log(_CAP)
     value_far = torch.exp(_CAP - log_weight) * (1 + _CAP * excess)
-    return torch.where(inside, value, value_far), torch.where(inside, growth, _CAP - excess) + _log_slope(x)
+    return torch.where(inside, value, value_far), torch.where(
+        inside, growth, _CAP - excess
+    ) + _log_slope(x)
 
 
 def _shorten(size: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +126,9 @@ def _shorten(size: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
     log_exponent = math.log(_CAP) + excess - torch.where(inside, 0.0, log_weight)
     huge = log_exponent > 50  # where the exponent is the square to the last digit, and may overflow
     exponent = torch.where(inside, exponent, torch.where(huge, 0.0, log_exponent).exp())
-    x = torch.where(huge, torch.exp(0.5 * torch.where(huge, log_exponent, 0.0)), _invert_exponent(exponent))
+    x = torch.where(
+        huge, torch.exp(0.5 * torch.where(huge, log_exponent, 0.0)), _invert_exponent(exponent)
+    )
     growth = torch.where(inside, torch.log1p(weight * near), _CAP - excess)
     return math.sqrt(2.0) * x, -(growth + _log_slope(x))
 
@@ -149,7 +164,9 @@ def _invert_exponent(exponent: Tensor) -> Tensor:
     """Solves ``_exponent(x) = exponent`` by Newton's method, which for this convex function needs no bracket."""
     with torch.no_grad():
         v = exponent.detach()
-        x = math.sqrt(math.pi) * v / (torch.sqrt(1 + 2 * v) + 1)  # right to two terms at zero, 25 percent off at infinity
+        x = (
+            math.sqrt(math.pi) * v / (torch.sqrt(1 + 2 * v) + 1)
+        )  # right to two terms at zero, 25 percent off at infinity
         for _ in range(6):
             x = x - _newton_step(x, v)
     if torch.is_grad_enabled():
@@ -210,17 +227,23 @@ class LOFT(Transform):
         tensor([ -1.0000, 100.0000, 113.8154])
     """
 
-    exempt_laws: ClassVar[Mapping[str, str]] = {"starts_at_identity": "it is the identity within its bound only"}
+    exempt_laws: ClassVar[Mapping[str, str]] = {
+        "starts_at_identity": "it is the identity within its bound only"
+    }
 
     def __init__(self, features: int, bound: float = 100.0) -> None:
         super().__init__(features)
         self.bound = check_positive("bound", bound)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         y, log_slope = self._compress(x)
         return y, log_slope.sum(-1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         inside, excess = self._excess(y)
         near = excess <= _CAP
         close, far = torch.where(near, excess, 0.0), torch.where(near, 0.0, excess - _CAP)
@@ -228,7 +251,9 @@ class LOFT(Transform):
         log_slope = torch.where(near, close, _CAP - torch.log1p(far))
         return inside + torch.where(y < 0, -grown, grown), log_slope.sum(-1)
 
-    def push_score(self, x: Tensor, score: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def push_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             y, log_slope = self._compress(x)
@@ -241,10 +266,15 @@ class LOFT(Transform):
     def _compress(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inside, excess = self._excess(x)
         near = excess <= math.exp(_CAP)
-        close, far = torch.where(near, excess, 0.0), torch.where(near, 0.0, excess * math.exp(-_CAP) - 1)
+        close, far = (
+            torch.where(near, excess, 0.0),
+            torch.where(near, 0.0, excess * math.exp(-_CAP) - 1),
+        )
         logarithm = torch.log1p(close)
         shrunk = torch.where(near, logarithm, _CAP + torch.expm1(far))
-        return inside + torch.where(x < 0, -shrunk, shrunk), torch.where(near, -logarithm, far - _CAP)
+        return inside + torch.where(x < 0, -shrunk, shrunk), torch.where(
+            near, -logarithm, far - _CAP
+        )
 
     def _excess(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """What lies within the bound, and the size of what is beyond."""

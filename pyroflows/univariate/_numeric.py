@@ -69,7 +69,9 @@ def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
     largest = torch.finfo(y.dtype).max / 4
     guess = y.clamp(-largest, largest)
     excess = function(guess)[0] - y
-    stops = readable(excess)  # not of y alone, for the function may close over what a transformation maps
+    stops = readable(
+        excess
+    )  # not of y alone, for the function may close over what a transformation maps
     growings, steps = (1, 1) if y.is_meta else _ROUNDS[stops]
     low, high, held = _bracket(function, y, guess, excess, growings, stops)
     x = torch.minimum(torch.maximum(y, low), high)

@@ -109,7 +109,9 @@ class _Scaled:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, str) or self.scale not in _LOG_SCALES:
-            raise ValueError(f"Expected scale to be one of {', '.join(_LOG_SCALES)}; got {self.scale!r}.")
+            raise ValueError(
+                f"Expected scale to be one of {', '.join(_LOG_SCALES)}; got {self.scale!r}."
+            )
         check_positive("bound", self.bound)
 
     def log_scale(self, raw: Tensor) -> Tensor:

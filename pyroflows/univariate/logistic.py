@@ -81,17 +81,23 @@ class LogisticMixture:
         mixture = self._mixture(raw)
         log_scale, shift = soft_clip(raw.select(-2, -2), self.bound), raw.select(-2, -1)
         unscaled = (y - shift) * log_scale.neg().exp()
-        x, log_slope = invert(lambda x: _logit_of_mixture(x, *mixture), unscaled, type(self).__name__)
+        x, log_slope = invert(
+            lambda x: _logit_of_mixture(x, *mixture), unscaled, type(self).__name__
+        )
         return x, log_slope - log_scale
 
     def _mixture(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the weights, locations and logarithms of the scales, each of shape ``(*, components, features)``."""
-        weights, locs, scales = raw.narrow(-2, 0, 3 * self.components).unflatten(-2, (3, self.components)).unbind(-3)
+        weights, locs, scales = (
+            raw.narrow(-2, 0, 3 * self.components).unflatten(-2, (3, self.components)).unbind(-3)
+        )
         factors = gains(self.components, raw).unsqueeze(-1)
         return weights, soft_clip(factors * locs, _NEAR), soft_clip(factors * scales, self.bound)
 
 
-def _logit_of_mixture(x: Tensor, weights: Tensor, locs: Tensor, log_scales: Tensor) -> tuple[Tensor, Tensor]:
+def _logit_of_mixture(
+    x: Tensor, weights: Tensor, locs: Tensor, log_scales: Tensor
+) -> tuple[Tensor, Tensor]:
     r"""The logit of the mixture's distribution function, and the logarithm of its derivative.
 
     Each component is compared with the standard logistic, whose logit is ``x`` itself: what lies below ``x`` and above it
@@ -103,7 +109,9 @@ def _logit_of_mixture(x: Tensor, weights: Tensor, locs: Tensor, log_scales: Tens
     z = (at - locs) * log_scales.neg().exp()
     below = weights + F.logsigmoid(z) - F.logsigmoid(at)
     above = weights + F.logsigmoid(-z) - F.logsigmoid(-at)
-    shares = torch.log_softmax(below, -2) + torch.log_softmax(above, -2) - torch.log_softmax(weights, -2)
+    shares = (
+        torch.log_softmax(below, -2) + torch.log_softmax(above, -2) - torch.log_softmax(weights, -2)
+    )
     log_slope = torch.logsumexp(shares - log_scales, -2)
     displacement = torch.logsumexp(below, -2) - torch.logsumexp(above, -2)
     return near + log_slope.exp() * (x - near) + displacement, log_slope

@@ -98,14 +98,18 @@ def _units(raw: Tensor, layers: int, units: int) -> list[tuple[Tensor, Tensor, T
     angle, stretch = 2 * math.pi * (index + 0.5) / units, 0.5 + 3 * index / max(units - 1, 1)
     gain = _softclip(angle.cos() * first - angle.sin() * second, _STEEPEST)
     shift = stretch * (angle.sin() * first + angle.cos() * second)
-    return list(zip(weight.log_softmax(-2).unbind(-3), gain.unbind(-3), shift.unbind(-3), strict=True))
+    return list(
+        zip(weight.log_softmax(-2).unbind(-3), gain.unbind(-3), shift.unbind(-3), strict=True)
+    )
 
 
 def _sigmoidal(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     u = gain.exp() * x.unsqueeze(-2) + shift
     # With p = sum_j w_j sigmoid(u_j), the logarithms of p / sigmoid(r) and of (1 - p) / sigmoid(-r). The reference r drops
     # out of the result; the u_j that rules the tail leaves nothing to cancel, and zero where all u_j are the same.
-    reference = torch.where(x.unsqueeze(-2) > 0, u.amin(-2, keepdim=True), u.amax(-2, keepdim=True)).detach()
+    reference = torch.where(
+        x.unsqueeze(-2) > 0, u.amin(-2, keepdim=True), u.amax(-2, keepdim=True)
+    ).detach()
     above = weight + (F.logsigmoid(u) - F.logsigmoid(reference))
     below = weight + (F.logsigmoid(-u) - F.logsigmoid(-reference))
     y = reference.squeeze(-2) + (above.logsumexp(-2) - below.logsumexp(-2))
@@ -158,7 +162,9 @@ class MonotoneIntegral:
     def __post_init__(self) -> None:
         check_size("units", self.units)
         if check_size("nodes", self.nodes, least=3) % 2 == 0:
-            raise ValueError(f"Expected nodes to be odd, so that zero is one of them; got {self.nodes}.")
+            raise ValueError(
+                f"Expected nodes to be odd, so that zero is one of them; got {self.nodes}."
+            )
         check_positive("bound", self.bound)
 
     @property
@@ -181,7 +187,9 @@ class MonotoneIntegral:
 
     def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         tables, scale, shift = self._tables(raw)
-        side, (near, far, below, above, area, end), rest, beyond = _cell((y - shift) * scale.neg().exp(), 2, tables)
+        side, (near, far, below, above, area, end), rest, beyond = _cell(
+            (y - shift) * scale.neg().exp(), 2, tables
+        )
         # The squared slope is linear in the integral. Seen from the end where it is least, all terms are positive.
         rises = above >= below
         least, risen = torch.where(rises, below, above), torch.where(rises, rest, end - area - rest)
@@ -199,14 +207,22 @@ class MonotoneIntegral:
         # One unit after the other, which takes less memory than all at once, and less time.
         for unit, (weight, centre, gain) in enumerate(_per_unit(raw[..., :-2, :], self.units)):
             steep = _softclip(gain, 3.0).exp()
-            hidden = torch.addcmul(-steep * (centre + (unit - (self.units - 1) / 2)), steep, places).tanh()
-            log_slope = weight * hidden if log_slope is None else torch.addcmul(log_slope, weight, hidden)
+            hidden = torch.addcmul(
+                -steep * (centre + (unit - (self.units - 1) / 2)), steep, places
+            ).tanh()
+            log_slope = (
+                weight * hidden if log_slope is None else torch.addcmul(log_slope, weight, hidden)
+            )
         assert log_slope is not None
         slopes = _softclip(log_slope, 7.0).exp()
         # Areas add up just as widths do, so that the integral of one is the node itself.
         areas = (0.5 * (slopes[..., 1:] + slopes[..., :-1]) * widths).cumsum(-1)
         nodes = F.pad(widths.cumsum(-1), (1, 0)).expand(2, -1)
-        return (nodes, slopes, F.pad(areas, (1, 0))), _softclip(raw.select(-2, -2), 3.0), raw.select(-2, -1)
+        return (
+            (nodes, slopes, F.pad(areas, (1, 0))),
+            _softclip(raw.select(-2, -2), 3.0),
+            raw.select(-2, -1),
+        )
 
 
 def _per_unit(raw: Tensor, units: int) -> list[tuple[Tensor, ...]]:
@@ -227,13 +243,19 @@ def _cell(
     left, right = tables[knots].unbind(-2)
     negative = value < 0
     side = torch.where(negative, -1.0, torch.ones_like(value))
-    above = torch.where(negative.unsqueeze(-1), -value.unsqueeze(-1) >= left, value.unsqueeze(-1) >= right)
+    above = torch.where(
+        negative.unsqueeze(-1), -value.unsqueeze(-1) >= left, value.unsqueeze(-1) >= right
+    )
     count = left.shape[-1]
     inner = (above.sum(-1) - 1).clamp(0, count - 2)
     inner = torch.where(negative, inner, inner + count).unsqueeze(-1)
     shape = torch.broadcast_shapes(inner.shape[:-1], tables[1].shape[:-2])
     index = torch.cat([inner, inner + 1], -1).expand(*shape, 2)
-    ends = [end for table in tables for end in table.flatten(-2).expand(*shape, -1).gather(-1, index).unbind(-1)]
+    ends = [
+        end
+        for table in tables
+        for end in table.flatten(-2).expand(*shape, -1).gather(-1, index).unbind(-1)
+    ]
     outward = side * value
     inside = torch.minimum(outward, ends[2 * knots + 1])
     return side, tuple(ends), inside - ends[2 * knots], outward - inside

@@ -99,7 +99,11 @@ class SumOfSquares:
 
     def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         squared, integral = self._coefficients(raw)
-        return invert(lambda x: self._evaluate(x, squared, integral), y - raw.select(-2, -1), type(self).__name__)
+        return invert(
+            lambda x: self._evaluate(x, squared, integral),
+            y - raw.select(-2, -1),
+            type(self).__name__,
+        )
 
     def _coefficients(self, raw: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Those of the polynomials, each of shape ``(*, K, features)``, and of the mean of their squares, integrated."""
@@ -109,11 +113,16 @@ class SumOfSquares:
         squared = [1 + first, *others]
         integral = []
         for power in range(2 * n - 1):
-            pairs = [squared[i] * squared[power - i] for i in range(max(0, power - n + 1), min(power, n - 1) + 1)]
+            pairs = [
+                squared[i] * squared[power - i]
+                for i in range(max(0, power - n + 1), min(power, n - 1) + 1)
+            ]
             integral.append(sum(pairs[1:], pairs[0]).sum(-2) / (k * (power + 1)))
         return squared, integral
 
-    def _evaluate(self, x: Tensor, squared: list[Tensor], integral: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _evaluate(
+        self, x: Tensor, squared: list[Tensor], integral: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         inside = x.clamp(-self.bound, self.bound)
         u = 2 * inside / self.bound
         # The slope from the squares themselves: no cancellation makes it negative.
@@ -183,14 +192,20 @@ class Bernstein:
 
     def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         slopes, displacements = self._coefficients(raw)
-        return invert(lambda x: self._evaluate(x, slopes, displacements), y - raw.select(-2, -1), type(self).__name__)
+        return invert(
+            lambda x: self._evaluate(x, slopes, displacements),
+            y - raw.select(-2, -1),
+            type(self).__name__,
+        )
 
     def _coefficients(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the derivative, ``(*, degree, features)``, and of the displacement, ``(*, degree + 1, features)``."""
         log_slopes = soft_clip(raw.narrow(-2, 0, self.degree), _STEEPEST)
         steps = torch.expm1(log_slopes)
         risen = torch.cat([torch.zeros_like(steps[..., :1, :]), steps.cumsum(-2)], -2)
-        return log_slopes.exp(), (2 * self.bound / self.degree) * (risen - 0.5 * steps.sum(-2, keepdim=True))
+        return log_slopes.exp(), (2 * self.bound / self.degree) * (
+            risen - 0.5 * steps.sum(-2, keepdim=True)
+        )
 
     def _evaluate(self, x: Tensor, slopes: Tensor, displacements: Tensor) -> tuple[Tensor, Tensor]:
         inside = x.clamp(-self.bound, self.bound)
@@ -204,5 +219,9 @@ def _casteljau(coefficients: Tensor, u: Tensor) -> Tensor:
     u = u.unsqueeze(-2)
     while coefficients.shape[-2] > 1:
         last = coefficients.shape[-2] - 1
-        coefficients = torch.lerp(coefficients.narrow(-2, 0, last), coefficients.narrow(-2, 1, last), u)
-    return coefficients.squeeze(-2).expand(torch.broadcast_shapes(coefficients.shape[:-2], u.shape[:-2]) + u.shape[-1:])
+        coefficients = torch.lerp(
+            coefficients.narrow(-2, 0, last), coefficients.narrow(-2, 1, last), u
+        )
+    return coefficients.squeeze(-2).expand(
+        torch.broadcast_shapes(coefficients.shape[:-2], u.shape[:-2]) + u.shape[-1:]
+    )

@@ -105,7 +105,15 @@ def find_bin(box: Box, z: Tensor, raw: Tensor, axis: int) -> tuple[Bin, Tensor, 
     rows, exist = box.slope_rows(j)
     ends = _pick(raw, 2 * box.bins + rows)
     ends = ends if exist is None else ends * exist
-    return Bin(corner, _pick_pair(shares, j) + box.least, (box.clip * torch.tanh(ends / box.clip)).exp()), j, shares
+    return (
+        Bin(
+            corner,
+            _pick_pair(shares, j) + box.least,
+            (box.clip * torch.tanh(ends / box.clip)).exp(),
+        ),
+        j,
+        shares,
+    )
 
 
 def _pick(table: Tensor, rows: Tensor) -> Tensor:
@@ -136,11 +144,15 @@ def pull_bin(box: Box, bin: Bin, j: Tensor, shares: Tensor, raw: Tensor, grad: B
     rows, exist = box.slope_rows(j)
     ends = grad.slope * bin.slope * (1 - (bin.slope.log() / box.clip).square())
     ends = ends if exist is None else ends * exist
-    slopes = ends.new_zeros(*ends.shape[:-2], box.slopes, ends.shape[-1]).scatter_add(-2, rows, ends)
+    slopes = ends.new_zeros(*ends.shape[:-2], box.slopes, ends.shape[-1]).scatter_add(
+        -2, rows, ends
+    )
     return torch.cat([*grads.unbind(-3), slopes], -2).sum_to_size(raw.shape)
 
 
-def finish(box: Box, x: Tensor, excess: Tensor, root: Tensor, slope: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def finish(
+    box: Box, x: Tensor, excess: Tensor, root: Tensor, slope: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
     """The value and the logarithm of its slope, from what the map adds to a point and from its root, both in units."""
     moved, log_slope = box.unit * excess, slope.log()
     if not box.periodic:
@@ -193,7 +205,9 @@ def rational_quadratic_root(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Ten
     # In exact arithmetic the discriminant is positive.
     root = torch.addcmul(b * b, twice_st, a, value=2).clamp(min=torch.finfo(t.dtype).tiny).sqrt()
     total = b.abs() + root
-    return torch.where(b.signbit(), total / _twice(torch.maximum(a, s)), twice_st / total).clamp(0.0, 1.0)
+    return torch.where(b.signbit(), total / _twice(torch.maximum(a, s)), twice_st / total).clamp(
+        0.0, 1.0
+    )
 
 
 class Evaluated(NamedTuple):
@@ -238,7 +252,11 @@ class _RationalQuadratic(torch.autograd.Function):
         x, raw, p, slope, j, shares, *parts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
-            return *_differentiable_pull(ctx.box, x, raw, ctx.inverse, grad_y, grad_log, wanted), None, None
+            return (
+                *_differentiable_pull(ctx.box, x, raw, ctx.inverse, grad_y, grad_log, wanted),
+                None,
+                None,
+            )
         box, bin = ctx.box, Bin(*parts)
         passed = 0.0
         if not box.periodic:
@@ -251,7 +269,13 @@ class _RationalQuadratic(torch.autograd.Function):
 
 
 def _differentiable_pull(
-    box: Box, x: Tensor, raw: Tensor, inverse: bool, grad_y: Tensor, grad_log: Tensor, wanted: tuple[bool, bool]
+    box: Box,
+    x: Tensor,
+    raw: Tensor,
+    inverse: bool,
+    grad_y: Tensor,
+    grad_log: Tensor,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     with torch.enable_grad():
         outputs = evaluate(box, x, raw, inverse)[:2]
@@ -261,7 +285,9 @@ def _differentiable_pull(
     return x_grad, raw_grad
 
 
-def _pull_map(bin: Bin, p: Tensor, slope: Tensor, grad_y: Tensor, grad_log: Tensor, inverse: bool) -> tuple[Tensor, Bin]:
+def _pull_map(
+    bin: Bin, p: Tensor, slope: Tensor, grad_y: Tensor, grad_log: Tensor, inverse: bool
+) -> tuple[Tensor, Bin]:
     r"""The gradient with respect to the point and the bins, all in units.
 
     Let :math:`y = f(z, \theta)` and :math:`\ell = \log \partial f / \partial z`. For gradients :math:`u` of :math:`y` and
@@ -307,10 +333,17 @@ def _pull_map(bin: Bin, p: Tensor, slope: Tensor, grad_y: Tensor, grad_log: Tens
     grad_d1 = twist * p * p - spin - lever * n_over_d
     grad_w = -(along * p + grad_s * s / width)
     grad_h = grad_y * n_over_d + grad_s / width
-    return grad_z, Bin(*(torch.stack(pair, -2) for pair in ((-along, grad_y), (grad_w, grad_h), (grad_d0, grad_d1))))
+    return grad_z, Bin(
+        *(
+            torch.stack(pair, -2)
+            for pair in ((-along, grad_y), (grad_w, grad_h), (grad_d0, grad_d1))
+        )
+    )
 
 
-def rational_quadratic_spline(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def rational_quadratic_spline(
+    box: Box, x: Tensor, raw: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
     """The spline, or its inverse, and the logarithm of its slope."""
     # Function transforms, compilers and forward mode see formulas, which they differentiate by themselves.
     if transforming() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
@@ -322,7 +355,9 @@ def rational_quadratic_spline(box: Box, x: Tensor, raw: Tensor, inverse: bool) -
 # The linear-rational spline
 
 
-def linear_rational_spline(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def linear_rational_spline(
+    box: Box, x: Tensor, raw: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
     r"""The spline, or its inverse, and the logarithm of its slope.
 
     A bin is split at the fraction :math:`\lambda` of its width. Seen from the end of slope :math:`d` (the left one, or the
@@ -369,7 +404,9 @@ def linear_rational_spline(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> t
 def _check_sizes(bins: Any, min_size: Any, min_slope: Any) -> None:
     check_size("bins", bins, least=2)
     if check_positive("min_size", min_size) * bins >= 1:
-        raise ValueError(f"Expected min_size < 1 / bins, for bins that fill the box; got {min_size} with {bins} bins.")
+        raise ValueError(
+            f"Expected min_size < 1 / bins, for bins that fill the box; got {min_size} with {bins} bins."
+        )
     if check_positive("min_slope", min_slope) >= 1:
         raise ValueError(f"Expected min_slope < 1; got {min_slope}.")
 

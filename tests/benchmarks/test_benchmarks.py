@@ -57,7 +57,9 @@ def write_zip(file: Path, content: Any) -> None:
         archive.writestr(file.name.removesuffix(".zip"), json.dumps(content))
 
 
-def write_posterior(root: Path, name: str, data: dict[str, Any], chains: list[dict[str, list[float]]]) -> None:
+def write_posterior(
+    root: Path, name: str, data: dict[str, Any], chains: list[dict[str, list[float]]]
+) -> None:
     info = {"name": name, "data_name": f"{name}-data", "reference_posterior_name": f"{name}-draws"}
     file = root / "posteriors" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +74,14 @@ def regression() -> tuple[dict[str, Any], list[dict[str, list[float]]]]:
     x = rng.normal(size=(30, 2))
     y = x @ [1.0, -2.0] + rng.normal(size=30)
     precision = x.T @ x + np.eye(2) / 100
-    beta = rng.multivariate_normal(np.linalg.solve(precision, x.T @ y), np.linalg.inv(precision), size=(2, 400))
+    beta = rng.multivariate_normal(
+        np.linalg.solve(precision, x.T @ y), np.linalg.inv(precision), size=(2, 400)
+    )
     data = {"N": 30, "D": 2, "X": x.tolist(), "y": y.tolist()}
     sigma = (1 + 0.1 * rng.normal(size=(2, 400))).tolist()
     chains = [
-        {"beta[1]": b[:, 0].tolist(), "beta[2]": b[:, 1].tolist(), "sigma": s} for b, s in zip(beta, sigma, strict=True)
+        {"beta[1]": b[:, 0].tolist(), "beta[2]": b[:, 1].tolist(), "sigma": s}
+        for b, s in zip(beta, sigma, strict=True)
     ]
     return data, chains
 
@@ -84,8 +89,12 @@ def regression() -> tuple[dict[str, Any], list[dict[str, list[float]]]]:
 def schools() -> tuple[dict[str, Any], list[dict[str, list[float]]]]:
     rng = np.random.default_rng(0)
     names = ["mu", *(f"theta[{j}]" for j in range(1, 9))]
-    chain = {name: rng.normal(size=50).tolist() for name in names} | {"tau": rng.gamma(2.0, size=50).tolist()}
-    return {"J": 8, "y": [28, 8, -3, 7, -1, 1, 18, 12], "sigma": [15, 10, 16, 11, 9, 11, 10, 18]}, [chain]
+    chain = {name: rng.normal(size=50).tolist() for name in names} | {
+        "tau": rng.gamma(2.0, size=50).tolist()
+    }
+    return {"J": 8, "y": [28, 8, -3, 7, -1, 1, 18, 12], "sigma": [15, 10, 16, 11, 9, 11, 10, 18]}, [
+        chain
+    ]
 
 
 @pytest.fixture
@@ -104,9 +113,13 @@ def reference(folder: Path) -> Reference:
 
 def copies_of_the_reference(task: Task) -> Result:
     _, chains = regression()
-    stan = unflatten({name: np.concatenate([chain[name] for chain in chains]) for name in chains[0]})
+    stan = unflatten(
+        {name: np.concatenate([chain[name] for chain in chains]) for name in chains[0]}
+    )
     draws = {name: torch.as_tensor(values) for name, values in stan.items()}
-    return Result(draws, seconds=1.5 + task.seed, elbo=-3.0, khat=0.4, ess=0.9, ok=True, note="exact")
+    return Result(
+        draws, seconds=1.5 + task.seed, elbo=-3.0, khat=0.4, ess=0.9, ok=True, note="exact"
+    )
 
 
 def fails(task: Task) -> Result:
@@ -124,7 +137,9 @@ def test_reader_finds_posteriors_data_and_draws(folder: Path) -> None:
     reference = db.load(REGRESSION)
     assert reference.data == data
     assert list(reference.draws) == ["beta[1]", "beta[2]", "sigma"]
-    np.testing.assert_array_equal(reference.draws["sigma"], np.concatenate([c["sigma"] for c in chains]))
+    np.testing.assert_array_equal(
+        reference.draws["sigma"], np.concatenate([c["sigma"] for c in chains])
+    )
 
 
 def test_reader_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
@@ -136,7 +151,9 @@ def test_reader_refuses_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     (db.root / "data" / "data" / f"{REGRESSION}-data.json.zip").unlink()
     with pytest.raises(ValueError, match="lacks the file"):
         db.load(REGRESSION)
-    (db.root / "posteriors" / "bare.json").write_text(json.dumps({"name": "bare", "reference_posterior_name": None}))
+    (db.root / "posteriors" / "bare.json").write_text(
+        json.dumps({"name": "bare", "reference_posterior_name": None})
+    )
     with pytest.raises(ValueError, match="no reference draws"):
         db.load("bare")
 
@@ -211,7 +228,9 @@ def test_a_method_gives_a_row(reference: Reference, monkeypatch: pytest.MonkeyPa
     assert not row.error and row.passed is True
 
 
-@pytest.mark.parametrize(("bias", "factor", "passed"), [(0.09, 1.0, True), (0.11, 1.0, False), (0.0, 1.12, False)])
+@pytest.mark.parametrize(
+    ("bias", "factor", "passed"), [(0.09, 1.0, True), (0.11, 1.0, False), (0.0, 1.12, False)]
+)
 def test_a_row_passes_below_a_tenth_of_a_sd(
     reference: Reference, monkeypatch: pytest.MonkeyPatch, bias: float, factor: float, passed: bool
 ) -> None:
@@ -225,8 +244,12 @@ def test_a_row_passes_below_a_tenth_of_a_sd(
     assert run_row(reference, "off", 0, 7.0).passed is passed
 
 
-def test_a_chain_cut_short_is_not_judged_by_its_moments(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "short", lambda task: replace(copies_of_the_reference(task), bound="~"))
+def test_a_chain_cut_short_is_not_judged_by_its_moments(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        METHODS, "short", lambda task: replace(copies_of_the_reference(task), bound="~")
+    )
     monkeypatch.setitem(METHODS, "none", lambda task: Result({}, seconds=60.0, bound=">"))
     short, none = (run_row(reference, method, 0, 7.0) for method in ("short", "none"))
     assert (short.mean_error, short.passed, short.bound) == (0.0, None, "~")
@@ -242,7 +265,9 @@ def test_a_chain_cut_short_is_not_judged_by_its_moments(reference: Reference, mo
     assert medians([short, none])[0].bound == "~" and medians([none])[0].bound == ">"
 
 
-def test_a_failing_method_gives_a_row_with_one_sentence(reference: Reference, monkeypatch: Any) -> None:
+def test_a_failing_method_gives_a_row_with_one_sentence(
+    reference: Reference, monkeypatch: Any
+) -> None:
     monkeypatch.setitem(METHODS, "bad", fails)
     row = run_row(reference, "bad", 3, 7.0)
     assert row.error == "RuntimeError: no luck today"
@@ -276,13 +301,17 @@ def test_budget_is_what_pyroflows_took(
 
 
 def test_medians_leave_failures_out_and_count_them() -> None:
-    rows = [Row("p", "m", seed, mean_error=value, ok=True) for seed, value in enumerate((0.1, 0.5, 0.2))]
+    rows = [
+        Row("p", "m", seed, mean_error=value, ok=True) for seed, value in enumerate((0.1, 0.5, 0.2))
+    ]
     rows += [Row("p", "m", 3, error="RuntimeError: x"), Row("p", "n", 0, error="RuntimeError: y")]
     m, n = medians(rows)
     assert (m.mean_error, m.seed, m.ok, m.error) == (0.2, 4, True, "1 of 4 failed")
     assert (n.mean_error, n.ok, n.error) == (None, None, "1 of 1 failed")
     assert medians([Row("p", "m", 0, ok=True), Row("p", "m", 1, ok=False)])[0].ok is False
-    assert medians([Row("p", "m", 0, passed=True), Row("p", "m", 1, passed=False)])[0].passed is False
+    assert (
+        medians([Row("p", "m", 0, passed=True), Row("p", "m", 1, passed=False)])[0].passed is False
+    )
 
 
 def test_summary_counts_and_compares() -> None:
@@ -310,7 +339,9 @@ def test_summary_counts_and_compares() -> None:
         and "0.5 times those of NUTS to 1000 on 3," in against_nuts
     )
     assert "0.1 times those of NUTS to 1000 on 1, of 3 posteriors." in against_nuts
-    assert against_numpyro.endswith("smaller mean err on 1, smaller |log sd| on 0, of 1 posteriors.")
+    assert against_numpyro.endswith(
+        "smaller mean err on 1, smaller |log sd| on 0, of 1 posteriors."
+    )
 
 
 def test_table_aligns_and_says_why_a_row_is_empty() -> None:
@@ -357,7 +388,9 @@ def test_json_is_strict_and_says_the_machine(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     document = json.loads(file.read_text(), parse_constant=refuse)
-    assert {"date", "python", "torch", "pyro-ppl", "threads", "processor"} <= set(document["machine"])
+    assert {"date", "python", "torch", "pyro-ppl", "threads", "processor"} <= set(
+        document["machine"]
+    )
     assert document["noise_floor"]["p"] == {"mean_error": 0.02, "log_sd_error": 0.03}
     assert document["rows"][0]["khat"] == "nan" and document["rows"][0]["log_sd_error"] == "inf"
     assert document["medians"][0]["seeds"] == 1
@@ -472,7 +505,9 @@ def test_a_chain_of_matrices_is_their_product_in_order(count: int) -> None:
 def test_hidden_states_are_summed_out() -> None:
     """Against the sum over all paths of five observations."""
     torch.set_default_dtype(torch.float64)
-    y = torch.tensor([2.5, 9.0, 11.0, 3.0, -500.0])  # the last one's density underflows in both states
+    y = torch.tensor(
+        [2.5, 9.0, 11.0, 3.0, -500.0]
+    )  # the last one's density underflows in both states
     values = {
         "theta1": torch.tensor([0.9, 0.1]),
         "theta2": torch.tensor([0.3, 0.7]),
@@ -481,7 +516,8 @@ def test_hidden_states_are_summed_out() -> None:
     transition = torch.stack([values["theta1"], values["theta2"]]).log()
     emission = torch.distributions.Normal(values["mu"], 1.0).log_prob(y[:, None])
     paths = [
-        sum(emission[t, s] for t, s in enumerate(path)) + sum(transition[a, b] for a, b in pairwise(path))
+        sum(emission[t, s] for t, s in enumerate(path))
+        + sum(transition[a, b] for a, b in pairwise(path))
         for path in product(range(2), repeat=len(y))
     ]
     trace = poutine.trace(poutine.condition(models.hmm_example, data=values)).get_trace(y)
@@ -506,7 +542,9 @@ def test_lotka_volterra_is_solved_to_its_claimed_accuracy() -> None:
         k3 = slope(z + step / 2 * k2)
         fine.append(z + step / 6 * (k1 + 2 * (k2 + k3) + slope(z + step * k3)))
     # The log populations vary over 3 units; noise of sd 0.25 hides errors of 1e-3.
-    torch.testing.assert_close(path, torch.stack(fine)[16 * models.RK4_STEPS :: 16 * models.RK4_STEPS], atol=1e-3, rtol=0.0)
+    torch.testing.assert_close(
+        path, torch.stack(fine)[16 * models.RK4_STEPS :: 16 * models.RK4_STEPS], atol=1e-3, rtol=0.0
+    )
     fixed = torch.stack([-growth[1], growth[0]]).log()
     torch.testing.assert_close(models._predation(fixed, growth, 3), fixed.expand(3, 2))
 
@@ -545,17 +583,25 @@ def test_check_compares_the_two_eight_schools(folder: Path) -> None:
     assert outcome.ok and outcome.difference is not None and outcome.difference < 1e-10
 
 
-def test_check_rejects_draws_of_another_posterior(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_rejects_draws_of_another_posterior(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # The draws of sigma in the folder made here are not the posterior's.
     assert main(["--db", str(folder), "--models", REGRESSION, "--check"]) == 1
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "NO"
-    assert Check("p", 1.0, 2.0).ok and not Check("p", 1.0, 20.0).ok and not Check("p", difference=1.0).ok
+    assert (
+        Check("p", 1.0, 2.0).ok
+        and not Check("p", 1.0, 20.0).ok
+        and not Check("p", difference=1.0).ok
+    )
 
 
 # Pyro's methods, on a model in closed form
 
 
-@pytest.mark.parametrize("method", ["AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "AutoNormalizingFlow"])
+@pytest.mark.parametrize(
+    "method", ["AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal", "AutoNormalizingFlow"]
+)
 def test_guides_run_on_an_improper_prior(method: str) -> None:
     torch.set_default_dtype(torch.float64)
     x = torch.stack([torch.ones(20), torch.linspace(-1, 1, 20)], -1)
@@ -582,7 +628,9 @@ def test_nuts_says_when_no_draw_follows_the_warm_up() -> None:
 def test_nuts_draws_within_its_budget() -> None:
     torch.set_default_dtype(torch.float64)
     x = torch.ones(20, 1)
-    task = Task(MODELS["mesquite-logmesquite"], {"x": x, "y": torch.linspace(-1, 1, 20)}, seed=0, budget=4.0)
+    task = Task(
+        MODELS["mesquite-logmesquite"], {"x": x, "y": torch.linspace(-1, 1, 20)}, seed=0, budget=4.0
+    )
     result = METHODS["NUTS"](task)
     assert result.draws["beta"].shape[1:] == (1,) and (result.draws["sigma"] > 0).all()
     assert result.seconds < 6.0
@@ -616,9 +664,15 @@ def test_seconds_to_an_ess_of_1000_are_extrapolated_and_said_to_be(
     ess = bulk_ess(task.entry, draws)
     assert ess == pytest.approx(400, rel=0.35)  # independent draws, the smallest of three
     assert result.seconds == pytest.approx(2.0 + 1000 * 4.0 / ess) and result.bound == "~"
-    assert seen["seconds"] == pytest.approx(70.0, abs=1.0) and seen["warmup"] == 500 and seen["target"] == 1000
+    assert (
+        seen["seconds"] == pytest.approx(70.0, abs=1.0)
+        and seen["warmup"] == 500
+        and seen["target"] == 1000
+    )
     many = {name: values.repeat(4, *[1] * (values.dim() - 1)) for name, values in draws.items()}
-    fake_chain(monkeypatch, Chain({k: v[torch.randperm(1600)] for k, v in many.items()}, 2100, 2.0, 4.0))
+    fake_chain(
+        monkeypatch, Chain({k: v[torch.randperm(1600)] for k, v in many.items()}, 2100, 2.0, 4.0)
+    )
     reached = METHODS[NUTS_TO_TARGET](task)
     assert reached.bound == "" and 2.0 < reached.seconds < 6.0
 
@@ -664,13 +718,17 @@ def test_absent_numpyro_is_told_in_a_sentence(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"NumPyro is not installed: pip install 'pyroflows\[benchmarks\]'"):
+    with pytest.raises(
+        ImportError, match=r"NumPyro is not installed: pip install 'pyroflows\[benchmarks\]'"
+    ):
         METHODS[NUMPYRO](Task(MODELS[REGRESSION], {}, seed=0))
     monkeypatch.setitem(METHODS, "NUTS", copies_of_the_reference)
     arguments = ["--db", str(folder), "--models", REGRESSION, "--seeds", "0"]
     assert main([*arguments, "--methods", f"NUTS,{NUMPYRO}"]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0].startswith("NumPyro NUTS is left out. NumPyro is not installed: pip install")
+    assert out.splitlines()[0].startswith(
+        "NumPyro NUTS is left out. NumPyro is not installed: pip install"
+    )
     assert out.count(NUMPYRO) == 1
     assert main([*arguments, "--methods", NUMPYRO]) == 2
 
@@ -702,7 +760,9 @@ def small_data(name: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_numpyro_model_is_the_same_up_to_a_constant(name: str) -> None:
     jax = pytest.importorskip("jax", reason="NumPyro, an extra of the benchmarks, is not installed")
-    infer = pytest.importorskip("numpyro.infer.util", reason="NumPyro, an extra of the benchmarks, is not installed")
+    infer = pytest.importorskip(
+        "numpyro.infer.util", reason="NumPyro, an extra of the benchmarks, is not installed"
+    )
     from benchmarks.numpyro_models import MODELS as NUMPYRO_MODELS
 
     torch.set_default_dtype(torch.float64)
@@ -717,9 +777,15 @@ def test_the_numpyro_model_is_the_same_up_to_a_constant(name: str) -> None:
             values = {}
             for site, node in sites:
                 transform = biject_to(node["fn"].support)
-                values[site] = transform(0.5 * torch.randn(transform.inverse_shape(node["value"].shape)))
+                values[site] = transform(
+                    0.5 * torch.randn(transform.inverse_shape(node["value"].shape))
+                )
             with pyro.validation_enabled(False):
-                ours = float(poutine.trace(poutine.condition(model, data=values)).get_trace(**kwargs).log_prob_sum())
+                ours = float(
+                    poutine.trace(poutine.condition(model, data=values))
+                    .get_trace(**kwargs)
+                    .log_prob_sum()
+                )
             points = {site: jax.numpy.asarray(value.numpy()) for site, value in values.items()}
             theirs, _ = infer.log_density(NUMPYRO_MODELS[name], (), arrays, points)
             differences.append(ours - float(theirs))
@@ -738,4 +804,8 @@ def test_numpyro_nuts_gives_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.draws["beta"].shape == (800, 1) and result.draws["sigma"].dtype == torch.float64
     assert jax.config.jax_enable_x64 is before
     # The mean of beta is that of y, zero, with sd 0.14; 800 draws of an ESS above 200 err by 0.01.
-    assert abs(float(result.draws["beta"].mean())) < 0.04 and result.ess is not None and result.ess > 0.25
+    assert (
+        abs(float(result.draws["beta"].mean())) < 0.04
+        and result.ess is not None
+        and result.ess > 0.25
+    )

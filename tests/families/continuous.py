@@ -16,7 +16,9 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "continuous-context": lambda: ContinuousFlow(D, C, solver="gbs", steps=3, **NET),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
-    "flow-continuous-context": lambda: pf.Flow([ContinuousFlow(D, C, solver="gbs", steps=3, **NET)]),
+    "flow-continuous-context": lambda: pf.Flow(
+        [ContinuousFlow(D, C, solver="gbs", steps=3, **NET)]
+    ),
 }
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()

@@ -32,11 +32,15 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "glow-step-context": lambda: GlowStep(D, C, **NET).eval(),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
-    "glow-steps": lambda: pf.Flow([GlowStep(D, **NET), GlowStep(D, mask="checkerboard", **NET)]).eval(),
+    "glow-steps": lambda: pf.Flow(
+        [GlowStep(D, **NET), GlowStep(D, mask="checkerboard", **NET)]
+    ).eval(),
 }
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = {name for name in TRANSFORMS if not name.startswith("glow")}
 EXEMPT: dict[str, dict[str, str]] = {
-    "test_starts_at_the_identity": {"lu-linear-rotated": "starts at a random rotation, as its option asks"},
+    "test_starts_at_the_identity": {
+        "lu-linear-rotated": "starts at a random rotation, as its option asks"
+    },
 }

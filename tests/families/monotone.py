@@ -16,12 +16,19 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "coupling-monotone-network-context": lambda: Coupling(MonotoneNetwork(4, 1), D, C, **NET),
     "coupling-monotone-integral-context": lambda: Coupling(MonotoneIntegral(), D, C, **NET),
     "block-autoregressive": lambda: BlockAutoregressive(D),
-    "block-autoregressive-context": lambda: BlockAutoregressive(D, C, hidden_features=(4, 3), order="random"),
-    "block-autoregressive-forward": lambda: BlockAutoregressive(D, C, hidden_features=(4,), fast="forward"),
+    "block-autoregressive-context": lambda: BlockAutoregressive(
+        D, C, hidden_features=(4, 3), order="random"
+    ),
+    "block-autoregressive-forward": lambda: BlockAutoregressive(
+        D, C, hidden_features=(4,), fast="forward"
+    ),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "block-autoregressive-stack": lambda: pf.Flow(
-        [BlockAutoregressive(D, C, hidden_features=(4,)), BlockAutoregressive(D, hidden_features=(4,), order="reversed")]
+        [
+            BlockAutoregressive(D, C, hidden_features=(4,)),
+            BlockAutoregressive(D, hidden_features=(4,), order="reversed"),
+        ]
     ),
 }
 UNIVARIATES: dict[str, Univariate] = {

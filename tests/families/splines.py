@@ -10,17 +10,27 @@ import torch
 import pyroflows as pf
 from pyroflows.transforms import Coupling, Elementwise, Transform
 from pyroflows.univariate import Univariate
-from pyroflows.univariate.splines import CircularSpline, LinearRationalSpline, RationalQuadraticSpline
+from pyroflows.univariate.splines import (
+    CircularSpline,
+    LinearRationalSpline,
+    RationalQuadraticSpline,
+)
 
 from .sizes import NET, C, D
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
-    "coupling-rational-quadratic": lambda: Coupling(RationalQuadraticSpline(5, bound=2.0), D, **NET),
+    "coupling-rational-quadratic": lambda: Coupling(
+        RationalQuadraticSpline(5, bound=2.0), D, **NET
+    ),
     "coupling-rational-quadratic-context": lambda: Coupling(RationalQuadraticSpline(), D, C, **NET),
-    "elementwise-rational-quadratic-context": lambda: Elementwise(RationalQuadraticSpline(4), D, C, **NET),
+    "elementwise-rational-quadratic-context": lambda: Elementwise(
+        RationalQuadraticSpline(4), D, C, **NET
+    ),
     "coupling-linear-rational-context": lambda: Coupling(LinearRationalSpline(4), D, C, **NET),
     "coupling-circular": lambda: Coupling(CircularSpline(4), D, **NET),
-    "coupling-circular-context": lambda: Coupling(CircularSpline(4), D, C, mask=[True, False, True], **NET),
+    "coupling-circular-context": lambda: Coupling(
+        CircularSpline(4), D, C, mask=[True, False, True], **NET
+    ),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "splines": lambda: pf.Flow(
@@ -44,5 +54,7 @@ MOVED: set[str] = set()
 AFFINE: set[str] = set()
 _TURNED = "angles end at pi: what lies beyond is turned back into the circle"
 EXEMPT: dict[str, dict[str, str]] = {
-    "test_holds_in_the_tails": {name: _TURNED for name in (*TRANSFORMS, "elementwise-circular") if "circular" in name},
+    "test_holds_in_the_tails": {
+        name: _TURNED for name in (*TRANSFORMS, "elementwise-circular") if "circular" in name
+    },
 }

@@ -22,7 +22,8 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "flow-gpd-tail": lambda: pf.Flow([AffineCoupling(D, **NET), Elementwise(GPDTail(), D)]),
     "flow-loft": lambda: pf.Flow([AffineCoupling(D, **NET), LOFT(D, bound=5.0)]),
     "flow-base-mixture": lambda: pf.Flow(
-        [AffineCoupling(D, **NET)], base=mixture_base(torch.tensor([[-1.0], [1.0]]).expand(2, D).contiguous(), 0.5)
+        [AffineCoupling(D, **NET)],
+        base=mixture_base(torch.tensor([[-1.0], [1.0]]).expand(2, D).contiguous(), 0.5),
     ),
 }
 UNIVARIATES: dict[str, Univariate] = {"gpd-tail": GPDTail()}

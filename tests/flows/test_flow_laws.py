@@ -15,13 +15,33 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from registry import BASES, FLOWS, NET, SMALL, SUPPORTS, C, D, context_for, normal_log_prob, perturbed, points, tolerance
+from registry import (
+    BASES,
+    FLOWS,
+    NET,
+    SMALL,
+    SUPPORTS,
+    C,
+    D,
+    context_for,
+    normal_log_prob,
+    perturbed,
+    points,
+    tolerance,
+)
 from torch import Tensor, nn
 from torch.distributions import biject_to
 from torch.func import functional_call, jacrev, vmap
 
 import pyroflows as pf
-from pyroflows.transforms import AffineCoupling, Compose, Elementwise, LowerTriangularAffine, LULinear, Reverse
+from pyroflows.transforms import (
+    AffineCoupling,
+    Compose,
+    Elementwise,
+    LowerTriangularAffine,
+    LULinear,
+    Reverse,
+)
 from pyroflows.univariate import Affine
 
 DTYPES = [torch.float32, torch.float64]
@@ -29,7 +49,10 @@ WITH_CONTEXT = [name for name, make in FLOWS.items() if make().context_features 
 #: The base or the support of these needs kernels that the meta device lacks.
 NEEDS_KERNELS = {"realnvp-base-student", "realnvp-corr-cholesky", "realnvp-tails-student"}
 #: Parts of torch that cannot take an empty batch: their own sums and solves fail.
-NOT_EMPTY = {"realnvp-real-vector", *(f"realnvp-base-{n}" for n in ("multivariate", "low-rank", "transformed"))}
+NOT_EMPTY = {
+    "realnvp-real-vector",
+    *(f"realnvp-base-{n}" for n in ("multivariate", "low-rank", "transformed")),
+}
 
 
 @pytest.fixture(params=list(FLOWS))
@@ -60,13 +83,17 @@ def density_by_hand(flow: pf.Flow, value: Tensor, c: Tensor | None) -> Tensor:
         z = g.inv(y)
         given = None if c is None else c[i]
         x, _ = transform.inverse_and_log_det(z, given)
-        _, log_det = torch.linalg.slogdet(jacrev(lambda x, given=given: transform.forward_and_log_det(x, given)[0])(x))
+        _, log_det = torch.linalg.slogdet(
+            jacrev(lambda x, given=given: transform.forward_and_log_det(x, given)[0])(x)
+        )
         log_det_onto = g.log_abs_det_jacobian(z, y).sum()
         results.append(base.log_prob(x) - log_det - log_det_onto)
     return torch.stack(results)
 
 
-def given(flow: pf.Flow, *batch: int, dtype: torch.dtype = torch.float64) -> pf.distributions.FlowDistribution:
+def given(
+    flow: pf.Flow, *batch: int, dtype: torch.dtype = torch.float64
+) -> pf.distributions.FlowDistribution:
     return flow(context_for(flow, *batch, dtype=dtype))
 
 
@@ -94,7 +121,9 @@ def test_a_fresh_flow_is_its_base(name, make, dtype):
     expected = base.log_prob(x) - (log_det.sum(-1) if g.codomain.event_dim == 0 else log_det)
     # Rotations that undo one another keep the rounding of their making, which was in single precision.
     rotated = any(isinstance(module, LULinear) for module in flow.modules())
-    torch.testing.assert_close(d.log_prob(y), expected, **tolerance(torch.float32 if rotated else dtype, 1000))
+    torch.testing.assert_close(
+        d.log_prob(y), expected, **tolerance(torch.float32 if rotated else dtype, 1000)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +148,9 @@ def test_shapes_and_broadcasting(name, moved):
     for batch in [(), *([] if moved.context_features is None else [(5,), (2, 1, 3), (0,)])]:
         c = context_for(moved, *batch)
         d = moved(c)
-        assert isinstance(d, pf.distributions.FlowDistribution) and isinstance(d, dist.TransformedDistribution)
+        assert isinstance(d, pf.distributions.FlowDistribution) and isinstance(
+            d, dist.TransformedDistribution
+        )
         assert d.has_rsample
         assert d.batch_shape == (() if c is None else batch)
         assert d.event_shape == onto(moved).forward_shape(moved.event_shape)
@@ -127,7 +158,11 @@ def test_shapes_and_broadcasting(name, moved):
         assert len(d.event_shape) >= 1
         for sample_shape in [(), (4,), *([] if name in NOT_EMPTY else [(2, 0)])]:
             shape = (*sample_shape, *d.batch_shape, *d.event_shape)
-            for y in (d.sample(sample_shape), d.rsample(sample_shape), d.rsample_and_log_prob(sample_shape)[0]):
+            for y in (
+                d.sample(sample_shape),
+                d.rsample(sample_shape),
+                d.rsample_and_log_prob(sample_shape)[0],
+            ):
                 assert y.shape == shape
             assert d.log_prob(y).shape == (*sample_shape, *d.batch_shape)
 
@@ -168,7 +203,9 @@ def test_gradients_reach_every_parameter(moved):
         for parameter_name, parameter in moved.named_parameters():
             (grad,) = torch.autograd.grad(total, parameter, retain_graph=True, allow_unused=True)
             assert grad is not None, parameter_name
-            assert bool(grad.isfinite().all()) and bool((grad.tril(-1) if parameter_name.endswith("lower") else grad).any())
+            assert bool(grad.isfinite().all()) and bool(
+                (grad.tril(-1) if parameter_name.endswith("lower") else grad).any()
+            )
 
 
 @pytest.mark.parametrize("name", WITH_CONTEXT)
@@ -187,12 +224,18 @@ def test_score_has_the_same_gradient_by_sampling_and_by_inverting(moved):
     d = given(moved, 7)
     torch.manual_seed(3)
     y = d.rsample(shape)
-    remembered = torch.autograd.grad(d.log_prob(y).sum(), list(moved.parameters()), allow_unused=True)
+    remembered = torch.autograd.grad(
+        d.log_prob(y).sum(), list(moved.parameters()), allow_unused=True
+    )
     torch.manual_seed(3)
-    inverted = torch.autograd.grad(d.log_prob(d.rsample(shape).clone()).sum(), list(moved.parameters()), allow_unused=True)
+    inverted = torch.autograd.grad(
+        d.log_prob(d.rsample(shape).clone()).sum(), list(moved.parameters()), allow_unused=True
+    )
     for left, right in zip(remembered, inverted, strict=True):
         left, right = (torch.zeros(()) if grad is None else grad for grad in (left, right))
-        torch.testing.assert_close(*torch.broadcast_tensors(left.double(), right.double()), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(left.double(), right.double()), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_path_gradient_is_that_of_sticking_the_landing(moved):
@@ -205,11 +248,17 @@ def test_path_gradient_is_that_of_sticking_the_landing(moved):
     y = d.rsample(() if moved.context_features else (7,))
     parts = d.score_parts(y)
     torch.testing.assert_close(parts.entropy_term, d.log_prob(y))
-    grads = torch.autograd.grad(parts.entropy_term.sum(), list(moved.parameters()), retain_graph=True, allow_unused=True)
-    expected = torch.autograd.grad(fixed.log_prob(y).sum(), list(moved.parameters()), allow_unused=True)
+    grads = torch.autograd.grad(
+        parts.entropy_term.sum(), list(moved.parameters()), retain_graph=True, allow_unused=True
+    )
+    expected = torch.autograd.grad(
+        fixed.log_prob(y).sum(), list(moved.parameters()), allow_unused=True
+    )
     for left, right in zip(grads, expected, strict=True):
         left, right = (torch.zeros(()) if grad is None else grad for grad in (left, right))
-        torch.testing.assert_close(*torch.broadcast_tensors(left.double(), right.double()), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(left.double(), right.double()), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_gradient_with_respect_to_the_value(moved):
@@ -234,7 +283,10 @@ Onto = tuple[constraints.Constraint | None, Callable[[Tensor], tuple[Tensor, Ten
 ONTO: dict[str, Onto] = {
     "none": (None, lambda z: (z, z.new_zeros(len(z)))),
     "positive": (constraints.positive, lambda z: (z.exp(), z.sum(-1))),
-    "unit-interval": (constraints.unit_interval, lambda z: (z.sigmoid(), log_slope_of_sigmoid(z).sum(-1))),
+    "unit-interval": (
+        constraints.unit_interval,
+        lambda z: (z.sigmoid(), log_slope_of_sigmoid(z).sum(-1)),
+    ),
     "interval": (
         constraints.interval(-2.0, 1.0),
         lambda z: (3 * z.sigmoid() - 2, (math.log(3.0) + log_slope_of_sigmoid(z)).sum(-1)),
@@ -267,7 +319,12 @@ BASES_1D: dict[str, Callable[[], dist.TorchDistribution | None]] = {
 @pytest.mark.parametrize("context_features", [None, C])
 @pytest.mark.parametrize(
     ("base", "support"),
-    [(base, support) for base in BASES_1D for support in ONTO if base != "student" or support in ("none", "positive")],
+    [
+        (base, support)
+        for base in BASES_1D
+        for support in ONTO
+        if base != "student" or support in ("none", "positive")
+    ],
 )
 @torch.no_grad()
 def test_integrates_to_one_in_one_dimension(base, support, context_features):
@@ -290,7 +347,9 @@ FLOWS_2D: dict[str, Callable[..., pf.Flow]] = {
     "realnvp": lambda **kw: pf.RealNVP(2, transforms=3, **NET, **kw),
     "realnvp-context": lambda **kw: pf.RealNVP(2, C, transforms=3, **NET, **kw),
     # Far out its scales overflow, of which a matrix would make the difference of two infinities.
-    "realnvp-softplus": lambda **kw: pf.RealNVP(2, transforms=3, scale="softplus", mixing=None, **NET, **kw),
+    "realnvp-softplus": lambda **kw: pf.RealNVP(
+        2, transforms=3, scale="softplus", mixing=None, **NET, **kw
+    ),
     "stack": lambda **kw: pf.Flow(
         [
             AffineCoupling(2, **NET),
@@ -327,8 +386,12 @@ def grid_2d() -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_integrates_to_one_in_two_dimensions(flow, base, support):
     constraint, g = {**ONTO, "ordered": ORDERED}[support]
-    made = FLOWS_2D[flow](base=None if base is None else BASES_2D[base](), support=constraint).double()
-    d = perturbed(made, 0.4)(None if made.context_features is None else torch.tensor([0.5, -1.0], dtype=torch.float64))
+    made = FLOWS_2D[flow](
+        base=None if base is None else BASES_2D[base](), support=constraint
+    ).double()
+    d = perturbed(made, 0.4)(
+        None if made.context_features is None else torch.tensor([0.5, -1.0], dtype=torch.float64)
+    )
     z, cell = grid_2d()
     if support in ("unit-interval", "simplex", "ordered"):
         inside = z.abs().amax(-1) < 33  # beyond, float64 cannot tell the value from the border
@@ -362,7 +425,9 @@ def test_takes_any_base(base):
     flow = pf.RealNVP(D, base=BASES[base](), **SMALL)
     x = points(flow, 6, dtype=torch.float32)
     torch.testing.assert_close(flow().log_prob(x), expected.log_prob(x))
-    torch.testing.assert_close(flow.double()().log_prob(x.double()), expected.log_prob(x).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        flow.double()().log_prob(x.double()), expected.log_prob(x).double(), rtol=1e-5, atol=1e-5
+    )
     assert flow().sample((3,)).dtype == torch.float64
 
 
@@ -414,7 +479,12 @@ def test_all_of_a_stack_shows_in_the_repr(make):
     flow = make()
     assert type(flow).__name__ in repr(flow)
     assert all(type(layer).__name__ in repr(flow) for layer in flow.transform.layers)
-    words = {"both": "both directions", "forward": "sampling", "inverse": "scoring", "neither": "neither direction"}
+    words = {
+        "both": "both directions",
+        "forward": "sampling",
+        "inverse": "scoring",
+        "neither": "neither direction",
+    }
     assert f"fast: {words[flow.transform.fast]}" in repr(flow)
 
 
@@ -449,7 +519,11 @@ def test_copies_before_and_after_use(moved):
         buffer = io.BytesIO()
         torch.save(moved, buffer)
         buffer.seek(0)
-        return [copy.deepcopy(moved), pickle.loads(pickle.dumps(moved)), torch.load(buffer, weights_only=False)]
+        return [
+            copy.deepcopy(moved),
+            pickle.loads(pickle.dumps(moved)),
+            torch.load(buffer, weights_only=False),
+        ]
 
     size = len(pickle.dumps(moved))
     before = duplicates()
@@ -493,7 +567,9 @@ def test_is_made_in_place(name, make, placement):
     with placement:
         flow = make()
         c = None if flow.context_features is None else torch.zeros(4, flow.context_features)
-    assert {tensor.device.type for tensor in (*flow.parameters(), *flow.buffers())} <= {placement.type}
+    assert {tensor.device.type for tensor in (*flow.parameters(), *flow.buffers())} <= {
+        placement.type
+    }
     check_placement(flow, c, placement)
 
 
@@ -506,7 +582,9 @@ def check_placement(flow: pf.Flow, c: Tensor | None, placement: torch.device) ->
         assert log_prob.shape == (2, *d.batch_shape)
 
 
-@pytest.mark.parametrize("name", ["realnvp-positive-context", "realnvp-base-transformed", "maf-context", "nsf", "glow"])
+@pytest.mark.parametrize(
+    "name", ["realnvp-positive-context", "realnvp-base-transformed", "maf-context", "nsf", "glow"]
+)
 def test_every_way_of_drawing_keeps_the_device(make, placement):
     flow = make().to(placement)
     c = context_for(flow, 4, dtype=torch.float32)
@@ -540,7 +618,9 @@ def test_vmap_over_contexts(moved):
     c = context_for(moved, 5)
     y = moved(c).sample()
     with pyro.validation_enabled(False):
-        torch.testing.assert_close(vmap(lambda c, y: moved(c).log_prob(y))(c, y), moved(c).log_prob(y))
+        torch.testing.assert_close(
+            vmap(lambda c, y: moved(c).log_prob(y))(c, y), moved(c).log_prob(y)
+        )
 
 
 def test_functional_call(make, moved):
@@ -571,7 +651,9 @@ def test_compiles_as_one_graph(moved):
         y, log_det = transform.forward_and_log_det(x, c)
         return y, log_det, *transform.inverse_and_log_det(y, c)
 
-    for left, right in zip(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x), strict=True):
+    for left, right in zip(
+        torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x), strict=True
+    ):
         torch.testing.assert_close(left, right)
 
 
@@ -613,7 +695,9 @@ def test_standard_normal_flow_by_hand():
     with torch.no_grad():
         flow.transform.layers[0].raw.copy_(torch.tensor([[math.log(2.0), 0.0], [1.0, -1.0]]))
     y = torch.tensor([[1.0, 2.0]])
-    expected = dist.LogNormal(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 1.0])).log_prob(y).sum(-1)
+    expected = (
+        dist.LogNormal(torch.tensor([1.0, -1.0]), torch.tensor([2.0, 1.0])).log_prob(y).sum(-1)
+    )
     torch.testing.assert_close(flow().log_prob(y), expected)
     x = torch.randn(4, 2)
     torch.testing.assert_close(pf.Flow([Reverse(2)])().log_prob(x), normal_log_prob(x))
@@ -621,7 +705,12 @@ def test_standard_normal_flow_by_hand():
 
 @pytest.mark.parametrize(
     "support",
-    [constraints.positive, constraints.greater_than(2.0), constraints.interval(-1.0, 3.0), constraints.simplex],
+    [
+        constraints.positive,
+        constraints.greater_than(2.0),
+        constraints.interval(-1.0, 3.0),
+        constraints.simplex,
+    ],
     ids=str,
 )
 def test_the_support_of_a_flow_is_the_one_asked_for(support):

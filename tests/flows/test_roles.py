@@ -29,7 +29,12 @@ from pyro.infer import (
     TraceGraph_ELBO,
     config_enumerate,
 )
-from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
 from pyro.infer.inspect import get_dependencies
 from pyro.infer.reparam import TransformReparam
 from pyro.nn import PyroModule, PyroParam
@@ -46,7 +51,14 @@ def no_latents(*args: Any, **kwargs: Any) -> None:
     """The guide of a model without latent sites."""
 
 
-def fit(model: Callback, guide: Callback, *args: Any, steps: int = 300, lr: float = 0.05, elbo: Any = None) -> list[float]:
+def fit(
+    model: Callback,
+    guide: Callback,
+    *args: Any,
+    steps: int = 300,
+    lr: float = 0.05,
+    elbo: Any = None,
+) -> list[float]:
     optim = pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.02 ** (1 / steps)})
     svi = SVI(model, guide, optim, elbo or Trace_ELBO())
     return [svi.step(*args) for _ in range(steps)]
@@ -54,7 +66,10 @@ def fit(model: Callback, guide: Callback, *args: Any, steps: int = 300, lr: floa
 
 def gaussian_flow(features: int = 2, context_features: int | None = None, **kwargs: Any) -> pf.Flow:
     """A flow that is a normal, whose answers are known; with a context, its parameters are linear in it."""
-    return pf.Flow([pf.transforms.LowerTriangularAffine(features, context_features, hidden_features=())], **kwargs)
+    return pf.Flow(
+        [pf.transforms.LowerTriangularAffine(features, context_features, hidden_features=())],
+        **kwargs,
+    )
 
 
 def moved(module: pf.Flow, scale: float = 0.4) -> pf.Flow:
@@ -138,7 +153,9 @@ def test_a_realnvp_learns_a_banana() -> None:
     train, test = banana(500), banana(2000)
     flow = pf.RealNVP(2, transforms=4, hidden_features=(16,), scale="softclip")
     fit(PlainLikelihood(flow), no_latents, train, steps=300, lr=0.02)
-    truth = dist.Normal(0.0, 1.0).log_prob(test[:, 0]) + dist.Normal(test[:, 0] ** 2, 0.5).log_prob(test[:, 1])
+    truth = dist.Normal(0.0, 1.0).log_prob(test[:, 0]) + dist.Normal(test[:, 0] ** 2, 0.5).log_prob(
+        test[:, 1]
+    )
     gap = (truth - flow().log_prob(test)).detach()
     # The gap estimates a Kullback-Leibler divergence: not negative, and small; a Gaussian fit is at 0.9.
     assert gap.mean() > -4 * gap.std() / math.sqrt(len(gap))
@@ -207,21 +224,32 @@ def exact_posterior(flow: pf.Flow, x: Tensor) -> dist.MultivariateNormal:
 
 def log_evidence(flow: pf.Flow, x: Tensor) -> float:
     mean, covariance = moments(flow)
-    return float(dist.MultivariateNormal(mean, covariance + NOISE**2 * torch.eye(2)).log_prob(x).sum())
+    return float(
+        dist.MultivariateNormal(mean, covariance + NOISE**2 * torch.eye(2)).log_prob(x).sum()
+    )
 
 
 X = torch.tensor([0.3, 0.9])
 
 
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO], ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    "elbo", [Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO], ids=lambda e: e.__name__
+)
 def test_latent_under_auto_normal(elbo: Any) -> None:
     flow = gaussian_prior()
     model, exact = latent_model(flow), exact_posterior(flow, X)
     guide = AutoNormal(model)
-    fit(model, guide, X, elbo=elbo(num_particles=32, vectorize_particles=True, strict_enumeration_warning=False))
+    fit(
+        model,
+        guide,
+        X,
+        elbo=elbo(num_particles=32, vectorize_particles=True, strict_enumeration_warning=False),
+    )
     # The best mean-field normal has the exact mean and the inverse root of the precision's diagonal.
     scale = exact.precision_matrix.diagonal().rsqrt()
-    torch.testing.assert_close(guide.median()["z"], exact.mean, atol=0.15 * float(scale.min()), rtol=0)
+    torch.testing.assert_close(
+        guide.median()["z"], exact.mean, atol=0.15 * float(scale.min()), rtol=0
+    )
     low, high = guide.quantiles([0.15865525, 0.84134475])["z"]
     torch.testing.assert_close((high - low) / 2, scale, rtol=0.1, atol=0)
 
@@ -236,11 +264,15 @@ def test_latent_under_other_guides_of_pyro() -> None:
     laplace = AutoLaplaceApproximation(model)
     fit(model, laplace, X)
     posterior = laplace.laplace_approximation(X).get_posterior()
-    torch.testing.assert_close(posterior.covariance_matrix, exact.covariance_matrix, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        posterior.covariance_matrix, exact.covariance_matrix, atol=1e-3, rtol=1e-3
+    )
     pyro.clear_param_store()
     full = AutoMultivariateNormal(model)
     fit(model, full, X, elbo=Trace_ELBO(num_particles=32, vectorize_particles=True))
-    torch.testing.assert_close(full.get_posterior().covariance_matrix, exact.covariance_matrix, atol=0.03, rtol=0.1)
+    torch.testing.assert_close(
+        full.get_posterior().covariance_matrix, exact.covariance_matrix, atol=0.03, rtol=0.1
+    )
 
 
 def test_latent_on_a_support_under_auto_normal_stays_on_it() -> None:
@@ -261,7 +293,11 @@ def quadrature_moments(flow: pf.Flow, x: Tensor) -> tuple[Tensor, Tensor]:
     line = torch.linspace(-6, 6, 401)
     grid = torch.cartesian_prod(line, line)
     with torch.no_grad():
-        log_weight = flow().log_prob(grid.exp()) + grid.sum(-1) + dist.Normal(grid, NOISE).log_prob(x).sum(-1)
+        log_weight = (
+            flow().log_prob(grid.exp())
+            + grid.sum(-1)
+            + dist.Normal(grid, NOISE).log_prob(x).sum(-1)
+        )
     weight = torch.softmax(log_weight, 0).unsqueeze(-1)
     mean = (weight * grid).sum(0)
     return mean, (weight * (grid - mean) ** 2).sum(0).sqrt()
@@ -282,7 +318,9 @@ def test_latent_under_nuts(jit: bool) -> None:
 
 def test_latent_under_hmc_does_not_keep_gradients_of_the_flow() -> None:
     flow = moved(pf.RealNVP(2, **SMALL))
-    mcmc = MCMC(HMC(latent_model(flow), num_steps=2), num_samples=5, warmup_steps=5, disable_progbar=True)
+    mcmc = MCMC(
+        HMC(latent_model(flow), num_steps=2), num_samples=5, warmup_steps=5, disable_progbar=True
+    )
     mcmc.run(X)
     assert mcmc.get_samples()["z"].shape == (5, 2)
     assert all(parameter.grad is None for parameter in flow.parameters())
@@ -290,14 +328,20 @@ def test_latent_under_hmc_does_not_keep_gradients_of_the_flow() -> None:
 
 def test_a_model_and_a_guide_with_the_same_flow_class_need_names() -> None:
     prior, posterior = pf.RealNVP(2, **SMALL), pf.RealNVP(2, **SMALL)
-    with pytest.raises(ValueError, match="Expected flows with different names in one model; got two named 'RealNVP'"):
+    with pytest.raises(
+        ValueError,
+        match="Expected flows with different names in one model; got two named 'RealNVP'",
+    ):
         fit(latent_model(prior), lambda x: pyro.sample("z", posterior()), X, steps=1)
 
 
 def test_prior_and_guide_train_together() -> None:
     """Empirical Bayes: the prior is a Gaussian flow in the model, the posterior an amortised one in the guide."""
     x = blob(200)
-    prior, posterior = gaussian_flow(name="prior"), gaussian_flow(context_features=2, name="posterior")
+    prior, posterior = (
+        gaussian_flow(name="prior"),
+        gaussian_flow(context_features=2, name="posterior"),
+    )
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -313,7 +357,9 @@ def test_prior_and_guide_train_together() -> None:
     # The marginal likelihood is that of N(mean, covariance + noise), so its maximum is known; the error left is that of
     # stochastic gradients.
     torch.testing.assert_close(mean, x.mean(0), atol=0.06, rtol=0)
-    torch.testing.assert_close(covariance, x.T.cov(correction=0) - NOISE**2 * torch.eye(2), atol=0.12, rtol=0)
+    torch.testing.assert_close(
+        covariance, x.T.cov(correction=0) - NOISE**2 * torch.eye(2), atol=0.12, rtol=0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ guide
@@ -358,7 +404,9 @@ def test_guide_reaches_the_exact_posterior(kind: Any, elbo: str) -> None:
 
 def test_guide_on_a_support() -> None:
     """A gamma posterior, for which a positive flow of one feature is close."""
-    flow = pf.Flow([pf.transforms.Elementwise(pf.univariate.Affine("exp"), 1)], support=constraints.positive)
+    flow = pf.Flow(
+        [pf.transforms.Elementwise(pf.univariate.Affine("exp"), 1)], support=constraints.positive
+    )
 
     def model() -> None:
         rate = pyro.sample("rate", dist.Gamma(3.0, 2.0).expand([1]).to_event(1))
@@ -400,9 +448,14 @@ def test_amortised_guide_in_a_plate(batch: int | None) -> None:
         assert sum(losses[-20:]) / 20 == pytest.approx(truth, abs=0.02 * len(x))
     point = x[:1]
     torch.testing.assert_close(
-        flow(encoder(point)).sample((8000,)).mean(0), exact_posterior(prior, point).mean, atol=0.1, rtol=0
+        flow(encoder(point)).sample((8000,)).mean(0),
+        exact_posterior(prior, point).mean,
+        atol=0.1,
+        rtol=0,
     )
-    assert len(pyro.get_param_store()) == len(list(encoder.parameters())) + len(list(flow.parameters()))
+    assert len(pyro.get_param_store()) == len(list(encoder.parameters())) + len(
+        list(flow.parameters())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- mixture
@@ -429,7 +482,9 @@ def test_mixture_component() -> None:
 
 def test_mixture_of_flows_learns_clusters() -> None:
     centers = torch.tensor([[3.0, 0.0], [-3.0, 1.0]])
-    truth = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), dist.Normal(centers, 0.5).to_event(1))
+    truth = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.3, 0.7])), dist.Normal(centers, 0.5).to_event(1)
+    )
     x = truth.sample((400,))
     flow = gaussian_flow(context_features=2)
     with torch.no_grad():
@@ -438,7 +493,9 @@ def test_mixture_of_flows_learns_clusters() -> None:
     def model(x: Tensor) -> None:
         weights = pyro.param("weights", torch.full((2,), 0.5), constraint=constraints.simplex)
         with pyro.plate("data", len(x)):
-            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(weights), flow(torch.eye(2))), obs=x)
+            pyro.sample(
+                "x", dist.MixtureSameFamily(dist.Categorical(weights), flow(torch.eye(2))), obs=x
+            )
 
     losses = fit(model, no_latents, x, steps=400)
     gain = 2 * (-truth.log_prob(x).sum().item() - losses[-1])
@@ -457,13 +514,21 @@ def test_enumeration_beside_a_flow(how: str) -> None:
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Categorical(weights), infer={} if how == "config_enumerate" else {"enumerate": how})
+            k = pyro.sample(
+                "k",
+                dist.Categorical(weights),
+                infer={} if how == "config_enumerate" else {"enumerate": how},
+            )
             pyro.sample("x", flow(table[k]), obs=x)
 
-    exact = (torch.stack([flow(c).log_prob(x) for c in table], -1) + weights.log()).logsumexp(-1).sum()
+    exact = (
+        (torch.stack([flow(c).log_prob(x) for c in table], -1) + weights.log()).logsumexp(-1).sum()
+    )
     chosen = config_enumerate(model) if how == "config_enumerate" else model
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    if how == "sequential":  # Pyro enumerates a site by itself only in the guide; there the sum is over its values.
+    if (
+        how == "sequential"
+    ):  # Pyro enumerates a site by itself only in the guide; there the sum is over its values.
         guide = poutine.block(config_enumerate(model, default="sequential"), expose=["k"])
         log_ratio = torch.stack([flow(c).log_prob(x) for c in table], -1)
         exact = (log_ratio * weights).sum()
@@ -512,17 +577,25 @@ def test_plates_on_both_sides_of_the_batch_of_the_context() -> None:
     context = torch.randn(3, 1, 3)
 
     def model() -> None:
-        particles, rows, columns = (pyro.plate(n, s, dim=d) for n, s, d in [("p", 5, -3), ("r", 3, -2), ("c", 4, -1)])
+        particles, rows, columns = (
+            pyro.plate(n, s, dim=d) for n, s, d in [("p", 5, -3), ("r", 3, -2), ("c", 4, -1)]
+        )
         with particles, rows, columns:
             pyro.sample("x", flow(context))
 
     trace = poutine.trace(model).get_trace()
     trace.compute_log_prob()
     site = trace.nodes["x"]
-    assert (site["fn"].batch_shape, site["value"].shape, site["log_prob"].shape) == ((5, 3, 4), (5, 3, 4, 2), (5, 3, 4))
+    assert (site["fn"].batch_shape, site["value"].shape, site["log_prob"].shape) == (
+        (5, 3, 4),
+        (5, 3, 4, 2),
+        (5, 3, 4),
+    )
     value = site["value"].clone()
     for row in range(3):
-        torch.testing.assert_close(site["log_prob"][:, row], flow(context[row, 0]).log_prob(value[:, row]))
+        torch.testing.assert_close(
+            site["log_prob"][:, row], flow(context[row, 0]).log_prob(value[:, row])
+        )
 
 
 def test_a_subsampled_plate_scales_the_flow() -> None:
@@ -553,7 +626,9 @@ def test_a_plate_of_the_wrong_size_is_refused() -> None:
 
 @pytest.mark.parametrize("context", [None, (3,), (4, 1, 3)], ids=str)
 def test_expand(context: tuple[int, ...] | None) -> None:
-    flow = moved(pf.RealNVP(2, context_features=context and 3, support=constraints.positive, **SMALL))
+    flow = moved(
+        pf.RealNVP(2, context_features=context and 3, support=constraints.positive, **SMALL)
+    )
     d = flow(None if context is None else torch.randn(context))
     wide = d.expand([6, 4, 5])
     assert isinstance(wide, pf.distributions.FlowDistribution)
@@ -581,7 +656,9 @@ def test_mask() -> None:
         with pyro.plate("data", 4), poutine.mask(mask=mask), poutine.scale(scale=2.0):
             pyro.sample("x", flow(), obs=x)
 
-    torch.testing.assert_close(poutine.trace(model).get_trace().log_prob_sum(), 2 * plain[mask].sum())
+    torch.testing.assert_close(
+        poutine.trace(model).get_trace().log_prob_sum(), 2 * plain[mask].sum()
+    )
 
 
 def test_to_event() -> None:
@@ -614,7 +691,10 @@ def test_validation_names_a_value_outside_of_the_support() -> None:
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["one by one", "parallel"])
 def test_predictive(parallel: bool) -> None:
-    prior, likelihood = pf.RealNVP(2, name="prior", **SMALL), pf.RealNVP(2, context_features=2, name="likelihood", **SMALL)
+    prior, likelihood = (
+        pf.RealNVP(2, name="prior", **SMALL),
+        pf.RealNVP(2, context_features=2, name="likelihood", **SMALL),
+    )
 
     def model(x: Tensor | None = None) -> None:
         z = pyro.sample("z", prior())
@@ -645,7 +725,9 @@ def test_infer_options() -> None:
         u = pyro.sample("u", auxiliary(), infer={"is_auxiliary": True})
         pyro.sample("z", dist.Delta(u, event_dim=1), infer={})
 
-    losses = fit(latent_model(prior), guide, X, elbo=Trace_ELBO(num_particles=32, vectorize_particles=True))
+    losses = fit(
+        latent_model(prior), guide, X, elbo=Trace_ELBO(num_particles=32, vectorize_particles=True)
+    )
     assert losses[-1] == pytest.approx(-log_evidence(prior, X), abs=0.1)
 
 
@@ -766,7 +848,9 @@ def test_a_flow_inside_a_plain_module(jit: bool) -> None:
     elbo = JitTrace_ELBO(ignore_jit_warnings=True) if jit else Trace_ELBO()
     losses = fit(model, no_latents, x, steps=30, elbo=elbo)
     assert losses[-1] < losses[0]
-    assert set(pyro.get_param_store()) == {f"encoder$$${name}" for name, _ in encoder.named_parameters()}
+    assert set(pyro.get_param_store()) == {
+        f"encoder$$${name}" for name, _ in encoder.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("kind", LIKELIHOODS)
@@ -850,7 +934,9 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def saved_and_restored(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def saved_and_restored(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What each role answers in this process, and in a fresh one that loaded the param store."""
     folder = tmp_path_factory.mktemp("stores")
     expected, paths = {}, {}
@@ -882,8 +968,16 @@ def test_a_store_of_another_shape_is_refused(tmp_path: Path) -> None:
     pyro.get_param_store().save(tmp_path / "store")
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store")
-    with pytest.raises(ValueError, match=r"Expected the param store to hold RealNVP.* of shape \(16, 1\); got \(8, 1\)"):
-        fit(PlainLikelihood(pf.RealNVP(2, transforms=2, hidden_features=(16,))), no_latents, blob(5), steps=1)
+    with pytest.raises(
+        ValueError,
+        match=r"Expected the param store to hold RealNVP.* of shape \(16, 1\); got \(8, 1\)",
+    ):
+        fit(
+            PlainLikelihood(pf.RealNVP(2, transforms=2, hidden_features=(16,))),
+            no_latents,
+            blob(5),
+            steps=1,
+        )
 
 
 def test_a_checkpoint_of_the_store_rewinds_a_flow() -> None:

@@ -19,7 +19,14 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
-from pyro.infer import SVI, JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    Trace_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.autoguide import AutoContinuous, AutoMessenger, AutoNormal, init_to_value
 from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor, nn
@@ -35,14 +42,20 @@ TRANSFORMS: dict[str, Callable[..., pf.transforms.Transform]] = {
     "Rescale": lambda c=None: pf.transforms.Rescale(3, c, **NET),
     "LowerTriangularAffine": lambda c=None: pf.transforms.LowerTriangularAffine(3, c, **NET),
     "Compose": lambda c=None: pf.transforms.Compose(
-        [pf.transforms.AffineCoupling(3, c, **NET), pf.transforms.Permute(3), pf.transforms.AffineCoupling(3, c, **NET)]
+        [
+            pf.transforms.AffineCoupling(3, c, **NET),
+            pf.transforms.Permute(3),
+            pf.transforms.AffineCoupling(3, c, **NET),
+        ]
     ),
     "Inverse": lambda c=None: pf.transforms.AffineCoupling(3, c, **NET).inv,
 }
 FLOWS: dict[str, Callable[..., pf.Flow]] = {
     "NICE": functools.partial(pf.NICE, 3, transforms=3, **NET),
     "RealNVP": functools.partial(pf.RealNVP, 3, transforms=3, **NET),
-    "RealNVP on a support": functools.partial(pf.RealNVP, 3, transforms=3, support=constraints.positive, **NET),
+    "RealNVP on a support": functools.partial(
+        pf.RealNVP, 3, transforms=3, support=constraints.positive, **NET
+    ),
 }
 
 SMALL = functools.partial(pf.RealNVP, transforms=2, **NET)
@@ -64,8 +77,15 @@ def target() -> None:
     pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
 
 
-def fit(model: Any, guide: Any, *args: Any, steps: int = 50, lr: float = 0.02, elbo: Any = None) -> list[float]:
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": lr}), elbo or Trace_ELBO(num_particles=16, vectorize_particles=True))
+def fit(
+    model: Any, guide: Any, *args: Any, steps: int = 50, lr: float = 0.02, elbo: Any = None
+) -> list[float]:
+    svi = SVI(
+        model,
+        guide,
+        pyro.optim.Adam({"lr": lr}),
+        elbo or Trace_ELBO(num_particles=16, vectorize_particles=True),
+    )
     return [svi.step(*args) for _ in range(steps)]
 
 
@@ -153,7 +173,9 @@ def test_trap_2_cache_reaches_neither_inverses_nor_composed_transforms(name: str
 def test_trap_3_second_guide_is_never_trained() -> None:
     for _ in range(2):
         guide = pf.AutoFlow(
-            target, flow=lambda n: FLOWS["RealNVP"](), init_loc_fn=init_to_value(values={"x": torch.ones(3)})
+            target,
+            flow=lambda n: FLOWS["RealNVP"](),
+            init_loc_fn=init_to_value(values={"x": torch.ones(3)}),
         )
         losses = fit(target, guide)
         assert losses[-1] < losses[0] - 1
@@ -202,12 +224,22 @@ def test_trap_5_transform_is_built_lazily(name: str) -> None:
     assert {p.device.type for p in FLOWS[name]().to("meta").parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("elbo", [JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO], ids=lambda e: e.__name__)
+@pytest.mark.parametrize(
+    "elbo", [JitTrace_ELBO, JitTraceGraph_ELBO, JitTraceEnum_ELBO], ids=lambda e: e.__name__
+)
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace.:DeprecationWarning")
 def test_trap_6_jit_elbo_dies(elbo: Any) -> None:
     options = {"strict_enumeration_warning": False} if elbo is JitTraceEnum_ELBO else {}
-    guide = pf.AutoFlow(target, flow=lambda n: FLOWS["RealNVP"](), init_loc_fn=init_to_value(values={"x": torch.ones(3)}))
-    losses = fit(target, guide, elbo=elbo(ignore_jit_warnings=True, num_particles=8, vectorize_particles=True, **options))
+    guide = pf.AutoFlow(
+        target,
+        flow=lambda n: FLOWS["RealNVP"](),
+        init_loc_fn=init_to_value(values={"x": torch.ones(3)}),
+    )
+    losses = fit(
+        target,
+        guide,
+        elbo=elbo(ignore_jit_warnings=True, num_particles=8, vectorize_particles=True, **options),
+    )
     assert losses[-1] < losses[0] - 1
 
 
@@ -227,7 +259,9 @@ def test_trap_7_clamped_scales(sd: float) -> None:
     def model() -> None:
         pyro.sample("x", dist.Normal(0.0, sd).expand([2]).to_event(1))
 
-    guide = pf.AutoFlow(model, flow=SMALL, init_loc_fn=init_to_value(values={"x": torch.zeros(2)}), init_scale=1.0)
+    guide = pf.AutoFlow(
+        model, flow=SMALL, init_loc_fn=init_to_value(values={"x": torch.zeros(2)}), init_scale=1.0
+    )
     guide()
     # Scales alone are trained, for a step of Adam on a location would be as long as it is for a standard deviation of one.
     guide.requires_grad_(False)
@@ -237,13 +271,17 @@ def test_trap_7_clamped_scales(sd: float) -> None:
     svi = SVI(model, guide, optim, Trace_ELBO(num_particles=16, vectorize_particles=True))
     for _ in range(400):
         svi.step()
-    torch.testing.assert_close(guide.get_posterior().sample((4000,)).std(0), torch.full((2,), sd), rtol=0.1, atol=0)
+    torch.testing.assert_close(
+        guide.get_posterior().sample((4000,)).std(0), torch.full((2,), sd), rtol=0.1, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", ["softclip", "exp", "softplus", "sigmoid"])
 def test_trap_7_straight_through_gradients(scale: str) -> None:
     """However far out a raw parameter is, its gradient is that of the function."""
-    raw = torch.tensor([[-9.0, -3.0, 0.1, 4.0, 9.0], [0.3] * 5], dtype=torch.double, requires_grad=True)
+    raw = torch.tensor(
+        [[-9.0, -3.0, 0.1, 4.0, 9.0], [0.3] * 5], dtype=torch.double, requires_grad=True
+    )
     x = torch.randn(5, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(pf.univariate.Affine(scale).forward_and_log_det, (x, raw))
 
@@ -280,7 +318,9 @@ def test_trap_10_mean_field_elbo_drops_the_log_density_of_deltas() -> None:
     def model() -> None:
         pyro.sample("x", dist.LogNormal(0.0, 1.0))
 
-    guide = pf.AutoFlow(model, init_loc_fn=init_to_value(values={"x": torch.tensor(1.0)}), init_scale=1.0)
+    guide = pf.AutoFlow(
+        model, init_loc_fn=init_to_value(values={"x": torch.tensor(1.0)}), init_scale=1.0
+    )
     for _ in range(3):
         assert TraceMeanField_ELBO().loss(model, guide) == pytest.approx(0.0, abs=1e-5)
 
@@ -296,7 +336,9 @@ def test_trap_11_batch_shape_ignores_the_context(batch: tuple[int, ...]) -> None
     x = d.rsample((7,))
     assert d.log_prob(x.detach()).shape == (7, *batch)
     index = (0,) * len(batch)
-    torch.testing.assert_close(d.log_prob(x.detach())[(0, *index)], flow(context[index]).log_prob(x[(0, *index)].detach()))
+    torch.testing.assert_close(
+        d.log_prob(x.detach())[(0, *index)], flow(context[index]).log_prob(x[(0, *index)].detach())
+    )
 
 
 def test_trap_12_permute_is_no_module() -> None:
@@ -318,7 +360,9 @@ def test_trap_12_float32_round_trips_and_gradients(name: str) -> None:
     torch.testing.assert_close(back, x, atol=1e-2, rtol=1e-3)
     torch.testing.assert_close(inverse_log_det, -log_det, atol=1e-2, rtol=1e-3)
     double = copy.deepcopy(t).double()
-    torch.testing.assert_close(y.double(), double.forward_and_log_det(x.double())[0], atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(
+        y.double(), double.forward_and_log_det(x.double())[0], atol=1e-2, rtol=1e-3
+    )
 
 
 # -------------------------------------------------------------------------------------- The protocol of a transform
@@ -438,7 +482,9 @@ def test_transform_trap_memory_travels_with_copies(name: str) -> None:
         x = d.rsample((20000,)) if use else None
         buffer = io.BytesIO()
         torch.save(flow, buffer)
-        sizes.append((buffer.tell(), len(pickle.dumps(flow)), len(pickle.dumps(copy.deepcopy(flow)))))
+        sizes.append(
+            (buffer.tell(), len(pickle.dumps(flow)), len(pickle.dumps(copy.deepcopy(flow))))
+        )
         del x
     for fresh, used in zip(*sizes, strict=True):
         assert used < fresh + 2000
@@ -476,7 +522,9 @@ def test_transform_trap_sample_then_score_has_its_gradient(name: str) -> None:
     d = flow()
     x = d.sample((6,))
     got = torch.autograd.grad(d.log_prob(x).sum(), list(flow.parameters()), allow_unused=True)
-    want = torch.autograd.grad(flow().log_prob(x.clone()).sum(), list(flow.parameters()), allow_unused=True)
+    want = torch.autograd.grad(
+        flow().log_prob(x.clone()).sum(), list(flow.parameters()), allow_unused=True
+    )
     for g, w in zip(got, want, strict=True):
         assert (g is None) == (w is None)
         if g is not None:
@@ -518,7 +566,9 @@ def test_guide_trap_no_autocontinuous() -> None:
 
 def test_guide_trap_default_dtype() -> None:
     """A float64 model under a float32 default."""
-    guide = pf.AutoFlow(lambda: pyro.sample("x", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)))
+    guide = pf.AutoFlow(
+        lambda: pyro.sample("x", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+    )
     assert guide()["x"].dtype == torch.float64
     assert guide.median()["x"].dtype == torch.float64
 
@@ -551,14 +601,18 @@ def test_guide_trap_median_and_quantiles_are_those_of_a_normal() -> None:
 
 def test_guide_trap_total_gradient() -> None:
     """``Trace_ELBO`` takes the slot of ``score_parts``; at the exact posterior the path gradient there is zero."""
-    guide = pf.AutoFlow(target, init_loc_fn=init_to_value(values={"x": torch.zeros(3)}), init_scale=1.0)
+    guide = pf.AutoFlow(
+        target, init_loc_fn=init_to_value(values={"x": torch.zeros(3)}), init_scale=1.0
+    )
     Trace_ELBO().loss_and_grads(target, guide)
     assert max(float(p.grad.abs().max()) for p in guide.parameters() if p.grad is not None) < 1e-5
 
 
 def test_guide_trap_transforms_that_are_no_modules() -> None:
     guide = pf.AutoFlow(target, flow=lambda n: dist.transforms.TanhTransform())
-    with pytest.raises(TypeError, match=r"Expected flow\(features\) to return a Flow or a Transform"):
+    with pytest.raises(
+        TypeError, match=r"Expected flow\(features\) to return a Flow or a Transform"
+    ):
         guide()
 
 

@@ -61,7 +61,14 @@ Callback = Callable[..., Any]
 SMALL = functools.partial(pf.RealNVP, transforms=2, hidden_features=(8,))
 
 
-def fit(model: Callback, guide: Callback, *args: Any, steps: int = 200, lr: float = 0.03, elbo: Any = None) -> list[float]:
+def fit(
+    model: Callback,
+    guide: Callback,
+    *args: Any,
+    steps: int = 200,
+    lr: float = 0.03,
+    elbo: Any = None,
+) -> list[float]:
     optim = pyro.optim.ClippedAdam({"lr": lr, "lrd": 0.02 ** (1 / steps)})
     svi = SVI(model, guide, optim, elbo or Trace_ELBO(num_particles=64, vectorize_particles=True))
     return [svi.step(*args) for _ in range(steps)]
@@ -93,7 +100,9 @@ def line_model(x: Tensor = OBSERVED) -> None:
 def line_posterior() -> dist.MultivariateNormal:
     precision = torch.eye(2) + torch.ones(2, 2) / NOISE**2
     information = torch.full((2,), float(OBSERVED) / NOISE**2)
-    return dist.MultivariateNormal(torch.linalg.solve(precision, information), precision_matrix=precision)
+    return dist.MultivariateNormal(
+        torch.linalg.solve(precision, information), precision_matrix=precision
+    )
 
 
 LINE_EVIDENCE = float(dist.Normal(0.0, math.sqrt(2 + NOISE**2)).log_prob(OBSERVED))
@@ -119,12 +128,21 @@ def test_is_an_autoguide_of_pyro() -> None:
 ELBOS: dict[str, Callable[[], Any]] = {
     "Trace": lambda: Trace_ELBO(num_particles=64, vectorize_particles=True),
     "TraceGraph": lambda: TraceGraph_ELBO(num_particles=64, vectorize_particles=True),
-    "TraceEnum": lambda: TraceEnum_ELBO(num_particles=64, vectorize_particles=True, strict_enumeration_warning=False),
+    "TraceEnum": lambda: TraceEnum_ELBO(
+        num_particles=64, vectorize_particles=True, strict_enumeration_warning=False
+    ),
     "TraceMeanField": lambda: TraceMeanField_ELBO(num_particles=64, vectorize_particles=True),
-    "JitTrace": lambda: JitTrace_ELBO(num_particles=64, vectorize_particles=True, ignore_jit_warnings=True),
-    "JitTraceGraph": lambda: JitTraceGraph_ELBO(num_particles=64, vectorize_particles=True, ignore_jit_warnings=True),
+    "JitTrace": lambda: JitTrace_ELBO(
+        num_particles=64, vectorize_particles=True, ignore_jit_warnings=True
+    ),
+    "JitTraceGraph": lambda: JitTraceGraph_ELBO(
+        num_particles=64, vectorize_particles=True, ignore_jit_warnings=True
+    ),
     "JitTraceEnum": lambda: JitTraceEnum_ELBO(
-        num_particles=64, vectorize_particles=True, ignore_jit_warnings=True, strict_enumeration_warning=False
+        num_particles=64,
+        vectorize_particles=True,
+        ignore_jit_warnings=True,
+        strict_enumeration_warning=False,
     ),
     "Renyi": lambda: RenyiELBO(num_particles=64, vectorize_particles=True, alpha=0.5),
 }
@@ -134,14 +152,23 @@ ELBOS: dict[str, Callable[[], Any]] = {
 def test_reaches_the_exact_posterior_with_every_elbo(name: str) -> None:
     guide, exact = pf.AutoFlow(line_model, flow=SMALL), line_posterior()
     # Renyi's bound leaves larger gradients at its end.
-    fit(line_model, guide, OBSERVED, elbo=ELBOS[name](), steps=300 if name == "Renyi" else 150, lr=0.05)
+    fit(
+        line_model,
+        guide,
+        OBSERVED,
+        elbo=ELBOS[name](),
+        steps=300 if name == "Renyi" else 150,
+        lr=0.05,
+    )
     with torch.no_grad():
         draws = guide.get_posterior().sample((20000,))
     whitened = (draws - exact.mean) @ torch.linalg.inv(exact.scale_tril).T
     assert whitened.mean(0).abs().max() < 0.1
     assert (whitened.T.cov() - torch.eye(2)).abs().max() < 0.15
     # The loss of the exact posterior is minus the log evidence, whatever is drawn.
-    loss = Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(line_model, guide, OBSERVED)
+    loss = Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(
+        line_model, guide, OBSERVED
+    )
     assert loss == pytest.approx(-LINE_EVIDENCE, abs=0.03)
 
 
@@ -161,11 +188,15 @@ def test_jit_gives_the_loss_of_the_plain_elbo(name: str) -> None:
 
 def test_jit_mean_field_elbo_runs() -> None:
     # Pyro 1.9 compiles this one anew at each step.
-    elbo = JitTraceMeanField_ELBO(num_particles=64, vectorize_particles=True, ignore_jit_warnings=True)
+    elbo = JitTraceMeanField_ELBO(
+        num_particles=64, vectorize_particles=True, ignore_jit_warnings=True
+    )
     guide = pf.AutoFlow(line_model, flow=SMALL)
     guide(OBSERVED)
     guide.whiten(line_posterior().mean, line_posterior().scale_tril)
-    assert fit(line_model, guide, OBSERVED, steps=3, lr=1e-3, elbo=elbo) == pytest.approx([-LINE_EVIDENCE] * 3, abs=1e-2)
+    assert fit(line_model, guide, OBSERVED, steps=3, lr=1e-3, elbo=elbo) == pytest.approx(
+        [-LINE_EVIDENCE] * 3, abs=1e-2
+    )
 
 
 def test_jit_trains_a_second_instance() -> None:
@@ -194,8 +225,15 @@ def test_particles(vectorized: bool) -> None:
     # Both ways estimate one number, which 20000 draws give.
     with torch.no_grad():
         trace = poutine.trace(pyro.plate("particles", 20000, dim=-3)(guide)).get_trace()
-        replayed = poutine.trace(poutine.replay(pyro.plate("particles", 20000, dim=-3)(model), trace)).get_trace()
-    single = torch.stack([-float(s) * torch.ones(()) for s in [replayed.log_prob_sum() - trace.log_prob_sum()]]) / 20000
+        replayed = poutine.trace(
+            poutine.replay(pyro.plate("particles", 20000, dim=-3)(model), trace)
+        ).get_trace()
+    single = (
+        torch.stack(
+            [-float(s) * torch.ones(()) for s in [replayed.log_prob_sum() - trace.log_prob_sum()]]
+        )
+        / 20000
+    )
     spread = torch.tensor(losses).std() / math.sqrt(len(losses))
     assert abs(float(torch.tensor(losses).mean() - single)) < 5 * float(spread)
 
@@ -236,7 +274,9 @@ def corr_cholesky() -> None:
 
 
 def correlated() -> None:
-    pyro.sample("vector", dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]])))
+    pyro.sample(
+        "vector", dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
+    )
     pyro.sample("matrix", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
 
 
@@ -257,7 +297,17 @@ def masked() -> None:
 PRIOR = pf.RealNVP(2, transforms=2, hidden_features=(8,), support=constraints.interval(0.0, 2.0))
 PRIOR.requires_grad_(False).double()
 
-PROPER = [plates, simplexes, intervals, positives, ordered, corr_cholesky, correlated, single, flow_prior]
+PROPER = [
+    plates,
+    simplexes,
+    intervals,
+    positives,
+    ordered,
+    corr_cholesky,
+    correlated,
+    single,
+    flow_prior,
+]
 
 
 def heavy(features: int) -> pf.Flow:
@@ -273,7 +323,9 @@ def heavy(features: int) -> pf.Flow:
 @pytest.mark.parametrize("model", PROPER, ids=lambda model: model.__name__)
 def test_a_prior_has_evidence_one(model: Callback) -> None:
     """Importance weights of the guide have mean one under a normalised target, if its density is right."""
-    torch.set_default_dtype(torch.float64)  # far out in the tails, float32 takes neighbours for equals
+    torch.set_default_dtype(
+        torch.float64
+    )  # far out in the tails, float32 takes neighbours for equals
     guide = pf.AutoFlow(model, flow=heavy, init_scale=1.0)
     fit(model, guide, steps=100)
     n = 4000
@@ -284,10 +336,12 @@ def test_a_prior_has_evidence_one(model: Callback) -> None:
         log_weight = torch.zeros(n)
         for trace, sign in ((model_trace, 1.0), (guide_trace, -1.0)):
             trace.compute_log_prob()
-            for site in (site for _, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)):
-                log_weight += sign * torch.as_tensor(site["log_prob"]).expand(n, *site["fn"].batch_shape[1:]).reshape(
-                    n, -1
-                ).sum(-1)
+            for site in (
+                site for _, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)
+            ):
+                log_weight += sign * torch.as_tensor(site["log_prob"]).expand(
+                    n, *site["fn"].batch_shape[1:]
+                ).reshape(n, -1).sum(-1)
     for name, site in model_trace.iter_stochastic_nodes():
         if not site_is_subsample(site):
             assert bool(site["fn"].support.check(site["value"]).all()), name
@@ -328,10 +382,14 @@ def test_improper_priors_on_every_support(name: str) -> None:
 
 def test_an_improper_prior_gives_the_normalised_likelihood() -> None:
     def model() -> None:
-        x = pyro.sample("x", dist.ImproperUniform(constraints.independent(constraints.real, 1), (), (2,)))
+        x = pyro.sample(
+            "x", dist.ImproperUniform(constraints.independent(constraints.real, 1), (), (2,))
+        )
         pyro.sample("y", dist.Normal(x, 2.0).to_event(1), obs=torch.tensor([30.0, -5.0]))
 
-    guide = pf.AutoFlow(model, flow=SMALL, init_loc_fn=init_to_value(values={"x": torch.tensor([28.0, -3.0])}))
+    guide = pf.AutoFlow(
+        model, flow=SMALL, init_loc_fn=init_to_value(values={"x": torch.tensor([28.0, -3.0])})
+    )
     fit(model, guide, lr=0.1)
     loss = Trace_ELBO(num_particles=1000, vectorize_particles=True).loss(model, guide)
     assert loss == pytest.approx(0.0, abs=0.03)  # the integral of the likelihood over x is one
@@ -363,25 +421,39 @@ def marginal(x: Tensor) -> None:
     loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
     weights = dist.Categorical(torch.tensor([0.6, 0.4]))
     with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.MixtureSameFamily(weights, dist.Normal(torch.stack([loc, loc + 3], -1), 0.5)), obs=x)
+        pyro.sample(
+            "x",
+            dist.MixtureSameFamily(weights, dist.Normal(torch.stack([loc, loc + 3], -1), 0.5)),
+            obs=x,
+        )
 
 
 def test_discrete_sites_are_summed_out() -> None:
     guide = pf.AutoFlow(poutine.block(enumerated, hide=["k"]))
     guide(DATA)
     losses = []
-    for elbo, model in ((TraceEnum_ELBO(max_plate_nesting=1), enumerated), (Trace_ELBO(), marginal)):
+    for elbo, model in (
+        (TraceEnum_ELBO(max_plate_nesting=1), enumerated),
+        (Trace_ELBO(), marginal),
+    ):
         pyro.set_rng_seed(5)
         losses.append(elbo.loss(model, guide, DATA))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     steps = fit(
-        enumerated, guide, DATA, steps=100, lr=0.1, elbo=TraceEnum_ELBO(8, max_plate_nesting=1, vectorize_particles=True)
+        enumerated,
+        guide,
+        DATA,
+        steps=100,
+        lr=0.1,
+        elbo=TraceEnum_ELBO(8, max_plate_nesting=1, vectorize_particles=True),
     )
     assert steps[-1] < steps[0]
     line = torch.linspace(-6, 6, 4001)
     density = torch.stack([dist.Normal(line, 0.5).log_prob(v) for v in DATA.unsqueeze(-1)])
     shifted = torch.stack([dist.Normal(line + 3, 0.5).log_prob(v) for v in DATA.unsqueeze(-1)])
-    joint = torch.logaddexp(math.log(0.6) + density, math.log(0.4) + shifted).sum(0) + dist.Normal(0.0, 2.0).log_prob(line)
+    joint = torch.logaddexp(math.log(0.6) + density, math.log(0.4) + shifted).sum(0) + dist.Normal(
+        0.0, 2.0
+    ).log_prob(line)
     weight = torch.softmax(joint, 0)
     mean = (weight * line).sum()
     sd = (weight * (line - mean) ** 2).sum().sqrt()
@@ -413,7 +485,9 @@ def test_median_and_quantiles() -> None:
     quantiles, median = guide.quantiles(levels), guide.median()
     exact = {"x": dist.Normal(0.0, 1.0).icdf, "y": dist.LogNormal(0.0, 1.0).icdf}
     for name, icdf in exact.items():
-        torch.testing.assert_close(quantiles[name], icdf(torch.tensor(levels)), atol=0.12, rtol=0.12)
+        torch.testing.assert_close(
+            quantiles[name], icdf(torch.tensor(levels)), atol=0.12, rtol=0.12
+        )
     torch.testing.assert_close(quantiles["z"][1], torch.full((2,), 0.5), atol=0.05, rtol=0)
     torch.testing.assert_close(quantiles["z"][0], 1 - quantiles["z"][2], atol=0.05, rtol=0)
     for name, value in quantiles.items():
@@ -444,7 +518,9 @@ def test_levels_outside_of_the_unit_interval(levels: list[float]) -> None:
     assert guide.quantiles(torch.tensor([0.0, 1.0]))["a"].shape == (2,)
 
 
-@pytest.mark.parametrize("call", ["median", "quantiles", "get_posterior", "get_transform", "get_base_dist", "whiten"])
+@pytest.mark.parametrize(
+    "call", ["median", "quantiles", "get_posterior", "get_transform", "get_base_dist", "whiten"]
+)
 def test_a_guide_that_has_not_met_its_model_says_so(call: str) -> None:
     arguments = {"quantiles": ([0.5],), "whiten": (torch.zeros(2), torch.eye(2))}.get(call, ())
     with pytest.raises(RuntimeError, match="Expected a guide that has met its model; call guide"):
@@ -470,7 +546,9 @@ def test_predictive(parallel: bool) -> None:
     # loc | x is nearly N(2.5, 1/4), so a new x has variance 5/4.
     error = math.sqrt(1.25 / n)
     assert float(draws["x"][:, 0].mean()) == pytest.approx(2.5, abs=5 * error + 0.05)
-    assert float(draws["x"][:, 0].std()) == pytest.approx(math.sqrt(1.25), rel=5 / math.sqrt(2 * n) + 0.05)
+    assert float(draws["x"][:, 0].std()) == pytest.approx(
+        math.sqrt(1.25), rel=5 / math.sqrt(2 * n) + 0.05
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ NeuTra
@@ -487,7 +565,9 @@ def test_neutra_with_nuts(jit: bool) -> None:
     guide = pf.AutoFlow(funnel, flow=functools.partial(SMALL, hidden_features=(16,), transforms=4))
     fit(funnel, guide, steps=100)
     neutra = NeuTraReparam(guide.requires_grad_(False))
-    kernel = NUTS(neutra.reparam(funnel), jit_compile=jit, ignore_jit_warnings=True, max_tree_depth=5)
+    kernel = NUTS(
+        neutra.reparam(funnel), jit_compile=jit, ignore_jit_warnings=True, max_tree_depth=5
+    )
     mcmc = MCMC(kernel, num_samples=100, warmup_steps=40, disable_progbar=True)
     mcmc.run()
     latent = mcmc.get_samples()["y_shared_latent"]
@@ -509,7 +589,10 @@ def test_neutra_keeps_the_log_joint() -> None:
     x = trace.nodes["y_shared_latent"]["value"].detach().reshape(-1)
     z = guide.get_transform()(x)
     log_det = guide.get_transform().log_abs_det_jacobian(x, z)
-    values = {name: value.reshape(()) if name == "y" else value for name, value in neutra.transform_sample(x).items()}
+    values = {
+        name: value.reshape(()) if name == "y" else value
+        for name, value in neutra.transform_sample(x).items()
+    }
     plain = poutine.trace(poutine.condition(funnel, values)).get_trace().log_prob_sum()
     torch.testing.assert_close(trace.log_prob_sum(), plain + log_det)
 
@@ -599,7 +682,10 @@ def test_nested_in_other_guides(make: Callback) -> None:
 def test_names_in_a_list_are_those_of_its_places() -> None:
     guide = two_in_a_list(two_sites)
     trace = poutine.trace(guide).get_trace()
-    assert {name.split(".flow.")[0] for name in trace.param_nodes} == {"AutoGuideList.0", "AutoGuideList.1"}
+    assert {name.split(".flow.")[0] for name in trace.param_nodes} == {
+        "AutoGuideList.0",
+        "AutoGuideList.1",
+    }
     assert {"_AutoGuideList.0_latent", "_AutoGuideList.1_latent"} < set(trace.stochastic_nodes)
     assert all(part.master() is guide for part in guide)
 
@@ -618,7 +704,9 @@ def test_init_loc_fn_is_used(flow: Any) -> None:
     values = {"x": torch.tensor(-2.0), "y": torch.randn(5), "s": torch.tensor(0.3)}
     guide = pf.AutoFlow(start_model, flow=flow, init_loc_fn=init_to_value(values=values))
     guide()
-    torch.testing.assert_close({name: guide.median()[name] for name in values}, values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        {name: guide.median()[name] for name in values}, values, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_init_loc_fns_of_pyro() -> None:
@@ -634,7 +722,9 @@ def test_init_loc_fns_of_pyro() -> None:
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1, 5.0])
 def test_init_scale_is_used(scale: float) -> None:
-    guide = pf.AutoFlow(start_model, init_scale=scale, init_loc_fn=init_to_value(values={"x": torch.tensor(0.0)}))
+    guide = pf.AutoFlow(
+        start_model, init_scale=scale, init_loc_fn=init_to_value(values={"x": torch.tensor(0.0)})
+    )
     guide()
     draws = guide.get_posterior().sample((4000,))
     torch.testing.assert_close(draws.std(0) / scale, torch.ones(7), atol=0.1, rtol=0)
@@ -644,7 +734,8 @@ def test_init_scale_is_used(scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "error"), [(0.0, ValueError), (-1.0, ValueError), ("0.1", TypeError), (math.nan, ValueError)]
+    ("scale", "error"),
+    [(0.0, ValueError), (-1.0, ValueError), ("0.1", TypeError), (math.nan, ValueError)],
 )
 def test_init_scale_that_is_no_scale(scale: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="Expected init_scale to be"):
@@ -668,7 +759,10 @@ def test_a_fresh_guide_is_a_normal() -> None:
     guide(OBSERVED)
     z = torch.randn(6, 2)
     torch.testing.assert_close(
-        guide.get_posterior().log_prob(z), dist.Normal(0.0, 0.3).log_prob(z).sum(-1), atol=1e-4, rtol=1e-4
+        guide.get_posterior().log_prob(z),
+        dist.Normal(0.0, 0.3).log_prob(z).sum(-1),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -694,7 +788,9 @@ def built(**options: Any) -> pf.AutoFlow:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
-    "make", [lambda: pf.AutoFlow(two_sites, flow=SMALL), lambda: two_in_a_list(two_sites)], ids=["alone", "list"]
+    "make",
+    [lambda: pf.AutoFlow(two_sites, flow=SMALL), lambda: two_in_a_list(two_sites)],
+    ids=["alone", "list"],
 )
 def test_state_dict(make: Callable[[], Any], when: str) -> None:
     guide = make()
@@ -768,7 +864,9 @@ def as_list(median: dict[str, Tensor]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def saved_and_restored(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+def saved_and_restored(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Medians of trained guides in this process, and in a fresh one that loaded the store or the state."""
     folder = tmp_path_factory.mktemp("guides")
     expected, paths = {}, {}
@@ -835,7 +933,10 @@ def test_copies_before_the_first_call() -> None:
     fit(line_model, other, OBSERVED, steps=2)
     fit(line_model, guide, OBSERVED, steps=2)
     unpickled = pickle.loads(pickle.dumps(pf.AutoFlow(line_model, flow=SMALL)))
-    with pytest.raises(RuntimeError, match="Expected a guide with a model; got one that was pickled before its first call"):
+    with pytest.raises(
+        RuntimeError,
+        match="Expected a guide with a model; got one that was pickled before its first call",
+    ):
         unpickled(OBSERVED)
 
 
@@ -853,7 +954,9 @@ def test_a_model_with_a_flow_in_it_does_not_hinder_pickling() -> None:
 # ------------------------------------------------------------------------------------------------------- dtype
 
 
-@pytest.mark.parametrize(("default", "dtype"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("default", "dtype"), [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str
+)
 def test_follows_the_dtype_of_the_model(default: torch.dtype, dtype: torch.dtype) -> None:
     torch.set_default_dtype(default)
     one = torch.ones((), dtype=dtype)
@@ -868,7 +971,12 @@ def test_follows_the_dtype_of_the_model(default: torch.dtype, dtype: torch.dtype
     losses = fit(model, guide, steps=5)
     assert all(map(math.isfinite, losses))
     assert {parameter.dtype for parameter in guide.parameters()} == {dtype}
-    assert guide()["s"].dtype == guide.median()["s"].dtype == guide.quantiles([0.2])["s"].dtype == dtype
+    assert (
+        guide()["s"].dtype
+        == guide.median()["s"].dtype
+        == guide.quantiles([0.2])["s"].dtype
+        == dtype
+    )
     assert guide.get_posterior().log_prob(torch.zeros(2, dtype=dtype)).dtype == dtype
     state, restored = guide.state_dict(), pf.AutoFlow(model, flow=SMALL)
     restored.load_state_dict(state)
@@ -890,8 +998,12 @@ def test_follows_the_device_of_the_model(device: torch.device) -> None:
     guide = pf.AutoFlow(model, flow=SMALL)
     losses = fit(model, guide, x, steps=5)
     assert all(map(math.isfinite, losses))
-    assert {tensor.device.type for tensor in (*guide.parameters(), *guide.buffers())} == {device.type}
-    assert {value.device.type for value in (*guide(x).values(), *guide.median().values())} == {device.type}
+    assert {tensor.device.type for tensor in (*guide.parameters(), *guide.buffers())} == {
+        device.type
+    }
+    assert {value.device.type for value in (*guide(x).values(), *guide.median().values())} == {
+        device.type
+    }
     assert Predictive(model, guide=guide, num_samples=3)(x)["scale"].device.type == device.type
 
 
@@ -911,10 +1023,20 @@ def test_float64_models_get_float64_numbers() -> None:
 
 def scaled(n: int | None = None) -> None:
     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-    with poutine.scale(scale=0.5), poutine.mask(mask=torch.tensor([True, False, True])), pyro.plate("latent", 3):
+    with (
+        poutine.scale(scale=0.5),
+        poutine.mask(mask=torch.tensor([True, False, True])),
+        pyro.plate("latent", 3),
+    ):
         y = pyro.sample("y", dist.Gamma(2.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=n, subsample=torch.arange(10) if n is None else torch.arange(n)):
-        pyro.sample("obs", dist.Normal(x.sum() + y.sum(), 1.0).expand([n or 10]), obs=torch.linspace(0, 1, n or 10))
+    with pyro.plate(
+        "data", 10, subsample_size=n, subsample=torch.arange(10) if n is None else torch.arange(n)
+    ):
+        pyro.sample(
+            "obs",
+            dist.Normal(x.sum() + y.sum(), 1.0).expand([n or 10]),
+            obs=torch.linspace(0, 1, n or 10),
+        )
     pyro.sample("z", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)).mask(torch.tensor(True)))
 
 
@@ -935,7 +1057,9 @@ def test_mean_field_elbo_of_the_exact_posterior_is_zero() -> None:
     def model() -> None:
         pyro.sample("x", dist.LogNormal(0.3, 0.5))
 
-    guide = pf.AutoFlow(model, init_loc_fn=init_to_value(values={"x": torch.tensor(0.3).exp()}), init_scale=0.5)
+    guide = pf.AutoFlow(
+        model, init_loc_fn=init_to_value(values={"x": torch.tensor(0.3).exp()}), init_scale=0.5
+    )
     for elbo in (Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO()):
         assert elbo.loss(model, guide) == pytest.approx(0.0, abs=1e-5)
 
@@ -974,13 +1098,18 @@ WITH_PATH = {
     "Trace, one after the other": lambda: Trace_ELBO(num_particles=2),
     "TraceGraph": lambda: TraceGraph_ELBO(num_particles=32, vectorize_particles=True),
     "TraceMeanField": lambda: TraceMeanField_ELBO(num_particles=32, vectorize_particles=True),
-    "JitTrace": lambda: JitTrace_ELBO(num_particles=32, vectorize_particles=True, ignore_jit_warnings=True),
+    "JitTrace": lambda: JitTrace_ELBO(
+        num_particles=32, vectorize_particles=True, ignore_jit_warnings=True
+    ),
 }
 
 
 def pair_of_guides(model: Callback) -> tuple[pf.AutoFlow, pf.AutoFlow]:
     flow = functools.partial(pf.RealNVP, transforms=2, hidden_features=(4,))
-    path, total = pf.AutoFlow(model, flow=flow, init_scale=0.5), TotalGradient(model, flow=flow, init_scale=0.5)
+    path, total = (
+        pf.AutoFlow(model, flow=flow, init_scale=0.5),
+        TotalGradient(model, flow=flow, init_scale=0.5),
+    )
     path()
     total()
     total.load_state_dict(moved(path, 0.15).state_dict())
@@ -1046,10 +1175,17 @@ FLOWS: dict[str, Callable[[int], Any]] = {
     "function of a Transform": lambda n: pf.transforms.Elementwise(pf.univariate.Affine(), n),
     "an inverse": lambda n: pf.transforms.AffineCoupling(n).inv,
     "nested composes": lambda n: pf.transforms.Compose(
-        [pf.transforms.Compose([pf.transforms.AffineCoupling(n), pf.transforms.Permute(n)]), pf.transforms.Rescale(n)]
+        [
+            pf.transforms.Compose([pf.transforms.AffineCoupling(n), pf.transforms.Permute(n)]),
+            pf.transforms.Rescale(n),
+        ]
     ),
-    "a base with heavy tails": lambda n: pf.RealNVP(n, transforms=2, base=dist.StudentT(5.0).expand([n]).to_event(1)),
-    "a correlated base": lambda n: pf.RealNVP(n, transforms=2, base=dist.MultivariateNormal(torch.zeros(n), torch.eye(n))),
+    "a base with heavy tails": lambda n: pf.RealNVP(
+        n, transforms=2, base=dist.StudentT(5.0).expand([n]).to_event(1)
+    ),
+    "a correlated base": lambda n: pf.RealNVP(
+        n, transforms=2, base=dist.MultivariateNormal(torch.zeros(n), torch.eye(n))
+    ),
 }
 
 
@@ -1096,7 +1232,12 @@ REFUSED: dict[str, tuple[Callback, Any, type[Exception], str]] = {
         r"Expected latent sites outside of subsampled plates; got 'effect' in plate 'patients', of which each run sees 10 "
         r"of 100\. .* use an amortised guide",
     ),
-    "discrete latents": (discrete, None, ValueError, "discrete sample site 'k'. Consider enumerating"),
+    "discrete latents": (
+        discrete,
+        None,
+        ValueError,
+        "discrete sample site 'k'. Consider enumerating",
+    ),
     "no latents": (nothing, None, RuntimeError, "AutoFlow found no latent variables"),
     "a sequential plate": (sequential, None, NotImplementedError, "sequential pyro.plate"),
     "a support without a bijection": (
@@ -1136,7 +1277,12 @@ REFUSED: dict[str, tuple[Callback, Any, type[Exception], str]] = {
         TypeError,
         r"Expected flow\(features\) to return a Flow or a Transform; got",
     ),
-    "nothing in return": (line_model, lambda n: None, TypeError, r"Expected flow\(features\) to return .*; got None"),
+    "nothing in return": (
+        line_model,
+        lambda n: None,
+        TypeError,
+        r"Expected flow\(features\) to return .*; got None",
+    ),
 }
 
 
@@ -1149,7 +1295,9 @@ def test_refusals(name: str) -> None:
             guide()
 
 
-@pytest.mark.parametrize("flow", [pf.RealNVP(2), "realnvp", 3], ids=lambda flow: type(flow).__name__)
+@pytest.mark.parametrize(
+    "flow", [pf.RealNVP(2), "realnvp", 3], ids=lambda flow: type(flow).__name__
+)
 def test_a_flow_that_cannot_be_made(flow: Any) -> None:
     with pytest.raises(TypeError, match="Expected flow to be a"):
         pf.AutoFlow(line_model, flow=flow)

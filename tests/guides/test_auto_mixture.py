@@ -51,11 +51,17 @@ def test_the_density_is_that_of_a_mixture() -> None:
     ("components", "logits", "said"),
     [
         ([], torch.zeros(0), "at least one component"),
-        ([dist.Normal(0.0, 1.0), dist.Normal(torch.zeros(2), 1.0)], torch.zeros(2), "components of one shape"),
+        (
+            [dist.Normal(0.0, 1.0), dist.Normal(torch.zeros(2), 1.0)],
+            torch.zeros(2),
+            "components of one shape",
+        ),
         ([dist.Normal(0.0, 1.0)], torch.zeros(2), r"logits of shape \(1,\); got \(2,\)"),
     ],
 )
-def test_a_bad_mixture_is_one_clear_sentence(components: Any, logits: torch.Tensor, said: str) -> None:
+def test_a_bad_mixture_is_one_clear_sentence(
+    components: Any, logits: torch.Tensor, said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         FlowMixture(components, logits)
 
@@ -80,7 +86,9 @@ def test_it_trains_by_svi_and_its_parameters_are_in_the_store() -> None:
     for _ in range(300):
         svi.step()
     assert any("logits" in name for name in pyro.get_param_store())
-    assert sum("flow_1" in name for name in pyro.get_param_store()) == len(list(guide.flow_1.parameters()))
+    assert sum("flow_1" in name for name in pyro.get_param_store()) == len(
+        list(guide.flow_1.parameters())
+    )
     # It starts at 0.88, and the true shares are equal.
     assert float(guide.logits.softmax(0)[0].detach()) < 0.75
 

@@ -40,9 +40,16 @@ def by_trace_enum(model: Model, density: LogDensity, z: Tensor) -> Tensor:
     conditioned = config_enumerate(poutine.condition(model, data=values), default="parallel")
     elbo = TraceEnum_ELBO(max_plate_nesting=2)
     log_det = z.new_zeros(())
-    for site, part in zip(density.sites, z.split([site.features for site in density.sites]), strict=True):
+    for site, part in zip(
+        density.sites, z.split([site.features for site in density.sites]), strict=True
+    ):
         unconstrained = part.reshape(site.unconstrained_shape)
-        log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, site.transform(unconstrained)).sum()
+        log_det = (
+            log_det
+            + site.transform.log_abs_det_jacobian(
+                unconstrained, site.transform(unconstrained)
+            ).sum()
+        )
     return -elbo.differentiable_loss(conditioned, lambda: None) + log_det
 
 
@@ -103,7 +110,9 @@ def masked_and_scaled() -> None:
 def hmm() -> None:
     stay = pyro.sample("stay", dist.Beta(torch.tensor([5.0, 3.0]), 2.0).to_event(1))
     locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
-    transition = torch.stack([torch.stack([stay[0], 1 - stay[0]]), torch.stack([1 - stay[1], stay[1]])])
+    transition = torch.stack(
+        [torch.stack([stay[0], 1 - stay[0]]), torch.stack([1 - stay[1], stay[1]])]
+    )
     state = torch.tensor(0)
     for t in pyro.markov(range(6)):
         state = pyro.sample(f"state_{t}", dist.Categorical(transition[state]))
@@ -174,7 +183,9 @@ def test_a_hidden_markov_model_by_the_forward_algorithm() -> None:
     z = density.initial + torch.linspace(-0.5, 0.5, density.features)
     values = density.constrain(z)
     stay, locs = values["stay"], values["locs"]
-    transition = torch.stack([torch.stack([stay[0], 1 - stay[0]]), torch.stack([1 - stay[1], stay[1]])])
+    transition = torch.stack(
+        [torch.stack([stay[0], 1 - stay[0]]), torch.stack([1 - stay[1], stay[1]])]
+    )
     forward = torch.tensor([1.0, 0.0])
     for y in Y:
         forward = (forward @ transition) * dist.Normal(locs, 0.5).log_prob(y).exp()
@@ -191,7 +202,9 @@ def test_by_brute_force_over_all_assignments() -> None:
     for outer in (0.0, 1.0):
         for inner in product((0.0, 1.0), repeat=6):
             values = {"x": x, "outer": torch.tensor(outer), "inner": torch.tensor(inner)}
-            trace = poutine.trace(poutine.condition(coin_outside_and_inside, data=values)).get_trace()
+            trace = poutine.trace(
+                poutine.condition(coin_outside_and_inside, data=values)
+            ).get_trace()
             terms.append(trace.log_prob_sum())
     torch.testing.assert_close(density.log_prob(x.reshape(1)), torch.stack(terms).logsumexp(0))
 
@@ -285,7 +298,9 @@ def test_a_discrete_site_without_finite_support_is_refused_by_name() -> None:
         x = pyro.sample("x", dist.Gamma(1.0, 1.0))
         pyro.sample("events", dist.Poisson(x))
 
-    with pytest.raises(ValueError, match="'events' with Poisson, which is discrete without a finite support"):
+    with pytest.raises(
+        ValueError, match="'events' with Poisson, which is discrete without a finite support"
+    ):
         LogDensity(model)
 
 
@@ -293,7 +308,9 @@ def test_impossible_states_have_a_finite_gradient():
     def model():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         k = pyro.sample("k", dist.Categorical(logits=torch.tensor([0.0, -torch.inf, -torch.inf])))
-        j = pyro.sample("j", dist.Categorical(torch.tensor([[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]])[k]))
+        j = pyro.sample(
+            "j", dist.Categorical(torch.tensor([[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]])[k])
+        )
         pyro.sample("y", dist.Normal(x * (1.0 + j), 1.0), obs=torch.tensor(0.3))
 
     density = LogDensity(model)
@@ -315,6 +332,8 @@ def test_a_star_of_discrete_sites_needs_no_table_of_all_of_them():
     z = torch.tensor([0.4])
     y = 0.1 * torch.arange(leaves)
     low, high = (dist.Normal(0.4 + leaf, 1.0).log_prob(y).exp() for leaf in (0.0, 1.0))
-    given_centre = [((1 - p) * low + p * high).log().sum() + math.log(c) for p, c in ((0.2, 0.7), (0.7, 0.3))]
+    given_centre = [
+        ((1 - p) * low + p * high).log().sum() + math.log(c) for p, c in ((0.2, 0.7), (0.7, 0.3))
+    ]
     expected = torch.stack(given_centre).logsumexp(0) + dist.Normal(0.0, 1.0).log_prob(z[0])
     torch.testing.assert_close(LogDensity(model).log_prob(z)[()], expected, rtol=1e-5, atol=1e-4)

@@ -106,7 +106,9 @@ def ordered() -> Model:
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
         with pyro.plate("n", 4):
             below = torch.sigmoid(cuts - (slope * data(4)).unsqueeze(-1))
-            edges = torch.nn.functional.pad(torch.nn.functional.pad(below, (1, 0)), (0, 1), value=1.0)
+            edges = torch.nn.functional.pad(
+                torch.nn.functional.pad(below, (1, 0)), (0, 1), value=1.0
+            )
             pyro.sample("y", dist.Categorical(edges.diff(dim=-1)), obs=torch.tensor([0, 1, 3, 2]))
 
     return model
@@ -194,7 +196,9 @@ def partly_observed() -> Model:
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         with pyro.plate("n", 3):
-            pyro.sample("y", dist.Normal(mu, 1.0), obs=data(3), obs_mask=torch.tensor([True, False, True]))
+            pyro.sample(
+                "y", dist.Normal(mu, 1.0), obs=data(3), obs_mask=torch.tensor([True, False, True])
+            )
 
     return model
 
@@ -317,7 +321,8 @@ def pyros_log_density(model: Model, density: LogDensity, z: Tensor) -> tuple[Ten
         row = row.clone().requires_grad_()
         parts = row.split([site.features for site in density.sites])
         unpacked = {
-            site.name: part.reshape(site.unconstrained_shape) for site, part in zip(density.sites, parts, strict=True)
+            site.name: part.reshape(site.unconstrained_shape)
+            for site, part in zip(density.sites, parts, strict=True)
         }
         value = -potential(unpacked)
         grads.append(torch.autograd.grad(value, row)[0])
@@ -345,7 +350,9 @@ def test_agrees_with_the_potential_energy_of_pyro(name: str) -> None:
 
 @every_case
 @pytest.mark.usefixtures("float64")
-def test_captured_vmap_and_loop_are_the_same_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_vmap_and_loop_are_the_same_function(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     density = double(name)
     z = points(density)
     value, grad = density.value_and_grad(z)
@@ -366,7 +373,9 @@ def test_single_precision_agrees_with_double(name: str) -> None:
     torch.set_default_dtype(torch.float64)
     expected_value, expected_grad = double(name).value_and_grad(z.double())
     torch.testing.assert_close(value.double(), expected_value, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3, atol=1e-3 * float(1 + expected_grad.abs().max()))
+    torch.testing.assert_close(
+        grad.double(), expected_grad, rtol=1e-3, atol=1e-3 * float(1 + expected_grad.abs().max())
+    )
 
 
 def test_double_data_under_a_single_default_keeps_the_precision_of_the_data() -> None:
@@ -380,7 +389,10 @@ def test_double_data_under_a_single_default_keeps_the_precision_of_the_data() ->
     density = LogDensity(model)
     assert density.initial.dtype == torch.float64
     z = y.mean().reshape(1)
-    expected = dist.Normal(z, 1e-2).log_prob(y).sum() + dist.Normal(torch.zeros_like(z), 1e3).log_prob(z).sum()
+    expected = (
+        dist.Normal(z, 1e-2).log_prob(y).sum()
+        + dist.Normal(torch.zeros_like(z), 1e3).log_prob(z).sum()
+    )
     torch.testing.assert_close(density.log_prob(z), expected)
 
 
@@ -406,19 +418,37 @@ def test_double_data_with_single_priors_is_captured_too() -> None:
 @pytest.mark.parametrize(
     ("law", "by_hand"),
     [
-        (lambda: dist.Normal(1.0, 2.0), lambda z: -0.5 * ((z - 1) / 2) ** 2 - math.log(2 * math.sqrt(2 * math.pi))),
-        (lambda: dist.LogNormal(0.5, 2.0), lambda z: -0.5 * ((z - 0.5) / 2) ** 2 - math.log(2 * math.sqrt(2 * math.pi))),
-        (lambda: dist.HalfCauchy(5.0), lambda z: math.log(2 / (5 * math.pi)) - (1 + (z.exp() / 5) ** 2).log() + z),
+        (
+            lambda: dist.Normal(1.0, 2.0),
+            lambda z: -0.5 * ((z - 1) / 2) ** 2 - math.log(2 * math.sqrt(2 * math.pi)),
+        ),
+        (
+            lambda: dist.LogNormal(0.5, 2.0),
+            lambda z: -0.5 * ((z - 0.5) / 2) ** 2 - math.log(2 * math.sqrt(2 * math.pi)),
+        ),
+        (
+            lambda: dist.HalfCauchy(5.0),
+            lambda z: math.log(2 / (5 * math.pi)) - (1 + (z.exp() / 5) ** 2).log() + z,
+        ),
         (lambda: dist.Exponential(3.0), lambda z: math.log(3.0) - 3 * z.exp() + z),
-        (lambda: dist.Uniform(-1.0, 3.0), lambda z: -torch.nn.functional.softplus(z) - torch.nn.functional.softplus(-z)),
+        (
+            lambda: dist.Uniform(-1.0, 3.0),
+            lambda z: -torch.nn.functional.softplus(z) - torch.nn.functional.softplus(-z),
+        ),
         (
             lambda: dist.Beta(2.0, 3.0),
-            lambda z: math.log(12.0) - 2 * torch.nn.functional.softplus(-z) - 3 * torch.nn.functional.softplus(z),
+            lambda z: (
+                math.log(12.0)
+                - 2 * torch.nn.functional.softplus(-z)
+                - 3 * torch.nn.functional.softplus(z)
+            ),
         ),
     ],
     ids=["normal", "lognormal", "halfcauchy", "exponential", "uniform", "beta"],
 )
-def test_the_density_of_one_site_by_hand(law: Callable[[], Any], by_hand: Callable[[Tensor], Tensor]) -> None:
+def test_the_density_of_one_site_by_hand(
+    law: Callable[[], Any], by_hand: Callable[[Tensor], Tensor]
+) -> None:
     density = LogDensity(lambda: pyro.sample("x", law()))
     z = torch.linspace(-6, 6, 41)
     torch.testing.assert_close(density.log_prob(z.unsqueeze(-1)), by_hand(z))
@@ -449,14 +479,20 @@ def test_plates_mask_and_scale_by_hand() -> None:
         lambda: dist.Gumbel(0.0, 1.0),
         lambda: dist.Laplace(0.0, 1.0),
         lambda: dist.Kumaraswamy(2.0, 2.0),
-        lambda: dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.transforms.SigmoidTransform()]),
+        lambda: dist.TransformedDistribution(
+            dist.Normal(0.0, 1.0), [dist.transforms.SigmoidTransform()]
+        ),
         lambda: dist.VonMises(0.0, 0.5),
     ],
     ids=lambda make: type(make()).__name__,
 )
-def test_a_proper_density_integrates_to_one_on_the_unconstrained_line(law: Callable[[], Any]) -> None:
+def test_a_proper_density_integrates_to_one_on_the_unconstrained_line(
+    law: Callable[[], Any],
+) -> None:
     density = LogDensity(lambda: pyro.sample("x", law()))
-    real = density.sites[0].transform.codomain == constraints.real and isinstance(law(), dist.VonMises)
+    real = density.sites[0].transform.codomain == constraints.real and isinstance(
+        law(), dist.VonMises
+    )
     edge = math.pi if real else 60.0
     z = torch.linspace(-edge, edge, 200_001)
     total = torch.trapezoid(density.log_prob(z.unsqueeze(-1)).exp(), z)
@@ -486,7 +522,9 @@ def test_the_gradient_by_finite_differences() -> None:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (255,), (256,), (257,), (3, 100), (2, 0), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (255,), (256,), (257,), (3, 100), (2, 0), (2, 1, 3)], ids=str
+)
 def test_any_batch_shape(shape: tuple[int, ...]) -> None:
     density = double("nested_plates")
     z = density.initial + 0.3 * torch.randn(*shape, density.features)
@@ -496,7 +534,9 @@ def test_any_batch_shape(shape: tuple[int, ...]) -> None:
     rows = z.reshape(-1, density.features)
     one_by_one = [density.log_prob(row) for row in rows[:: max(1, len(rows) // 5)]]
     if one_by_one:
-        torch.testing.assert_close(value.reshape(-1)[:: max(1, len(rows) // 5)], torch.stack(one_by_one))
+        torch.testing.assert_close(
+            value.reshape(-1)[:: max(1, len(rows) // 5)], torch.stack(one_by_one)
+        )
 
 
 @pytest.mark.usefixtures("float64")
@@ -552,7 +592,9 @@ def test_constrain_satisfies_the_supports_and_unconstrain_is_its_inverse(name: s
     density = double(name)
     z = points(density, 6).reshape(2, 3, density.features)
     values = density.constrain(z)
-    trace = poutine.trace(poutine.condition(density.model, data=density.constrain(z[0, 0]))).get_trace()
+    trace = poutine.trace(
+        poutine.condition(density.model, data=density.constrain(z[0, 0]))
+    ).get_trace()
     assert list(values) == [site.name for site in density.sites]
     for site in density.sites:
         assert values[site.name].shape == (2, 3, *site.shape)
@@ -572,7 +614,9 @@ def test_sites_know_their_plates() -> None:
 
 
 def test_it_starts_where_it_is_told() -> None:
-    density = LogDensity(lambda: pyro.sample("x", dist.LogNormal(0.0, 1.0)), init_loc_fn=init_to_value(values={}))
+    density = LogDensity(
+        lambda: pyro.sample("x", dist.LogNormal(0.0, 1.0)), init_loc_fn=init_to_value(values={})
+    )
     assert density.initial.shape == (1,)
     start = init_to_value(values={"x": torch.tensor(3.0)})
     density = LogDensity(lambda: pyro.sample("x", dist.LogNormal(0.0, 1.0)), init_loc_fn=start)
@@ -593,7 +637,9 @@ def test_arguments_reach_the_model() -> None:
         pyro.sample("y", dist.Normal(x**power, 1.0), obs=y)
 
     density = LogDensity(model, (torch.tensor(2.0), 3.0), {"power": 2})
-    expected = dist.Normal(0.0, 3.0).log_prob(torch.tensor(1.5)) + dist.Normal(1.5**2, 1.0).log_prob(torch.tensor(2.0))
+    expected = dist.Normal(0.0, 3.0).log_prob(torch.tensor(1.5)) + dist.Normal(
+        1.5**2, 1.0
+    ).log_prob(torch.tensor(2.0))
     torch.testing.assert_close(density.log_prob(torch.tensor([1.5])), expected)
 
 
@@ -716,7 +762,9 @@ def test_a_support_of_the_data_that_depends_on_a_latent_is_fine() -> None:
     ],
     ids=["bernoulli", "exponential", "poisson", "normal"],
 )
-def test_data_outside_of_their_support_are_refused(law: Callable[[Tensor], Any], value: Any) -> None:
+def test_data_outside_of_their_support_are_refused(
+    law: Callable[[Tensor], Any], value: Any
+) -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("y", law(x), obs=torch.tensor(value))
@@ -736,7 +784,9 @@ def test_nan_in_the_parameters_of_a_distribution_names_its_site() -> None:
         with pyro.plate("n", 2):
             pyro.sample("y", dist.Normal(slope * x, 1.0), obs=torch.zeros(2))
 
-    with pytest.raises(ValueError, match=r"^Expected a model with a finite log density .*'y' gives nan") as caught:
+    with pytest.raises(
+        ValueError, match=r"^Expected a model with a finite log density .*'y' gives nan"
+    ) as caught:
         LogDensity(model, (torch.tensor([1.0, math.nan]),))
     assert "\n" not in str(caught.value)
 
@@ -771,5 +821,7 @@ def test_data_that_broadcast_against_their_site_are_refused():
         with pyro.plate("d", 20):
             pyro.sample("y", dist.Normal(b * x, 1.0), obs=y)
 
-    with pytest.raises(ValueError, match=r"site 'y' observes shape \(20,\) under a distribution of batch shape"):
+    with pytest.raises(
+        ValueError, match=r"site 'y' observes shape \(20,\) under a distribution of batch shape"
+    ):
         pf.model.LogDensity(model)

@@ -69,7 +69,9 @@ def scaled(x: Tensor, y: Tensor) -> None:
 
 
 def loader(rows: int = ROWS, **options: Any) -> DataLoader:
-    return DataLoader(TensorDataset(*regression_data(rows)), **{"batch_size": 10, "shuffle": True, **options})
+    return DataLoader(
+        TensorDataset(*regression_data(rows)), **{"batch_size": 10, "shuffle": True, **options}
+    )
 
 
 def points(features: int = 3, n: int = 5) -> Tensor:
@@ -109,9 +111,12 @@ LOADERS: dict[str, Callable[[], tuple[Callable[..., None], DataLoader]]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "streamed"), [*((name, False) for name in LOADERS), ("shuffled", True), ("a stream", True)]
+    ("name", "streamed"),
+    [*((name, False) for name in LOADERS), ("shuffled", True), ("a stream", True)],
 )
-def test_all_batches_of_a_loader_are_all_data(name: str, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_batches_of_a_loader_are_all_data(
+    name: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if streamed:
         monkeypatch.setattr(minibatch, "KEPT_BYTES", 500)  # two batches
     model, data = LOADERS[name]()
@@ -127,7 +132,9 @@ def test_a_subsampled_plate_over_all_rows_is_an_ordinary_one() -> None:
     density = log_density_of(subsampling, regression_data())
     assert isinstance(density, SubsampledDensity)
     assert density.mode == density.full.mode == "captured"
-    torch.testing.assert_close(density.full.value_and_grad(points()), whole().value_and_grad(points()))
+    torch.testing.assert_close(
+        density.full.value_and_grad(points()), whole().value_and_grad(points())
+    )
     assert density.full.subsampled == {"data": (ROWS, 7)}
 
 
@@ -167,7 +174,9 @@ def five_rows(x: Tensor, y: Tensor) -> None:
 
 
 @pytest.mark.parametrize("anchored", [False, True])
-def test_the_mean_over_all_mini_batches_is_the_full_density(anchored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_over_all_mini_batches_is_the_full_density(
+    anchored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     density = log_density_of(five_rows, regression_data())
     if anchored:
         density.anchor(torch.full((3,), 0.2))  # type: ignore[union-attr]
@@ -182,7 +191,11 @@ def test_the_mean_over_all_mini_batches_is_the_full_density(anchored: bool, monk
 
 @pytest.mark.parametrize("kind", ["plate", "loader"])
 def test_an_anchor_takes_most_of_the_variance_away(kind: str) -> None:
-    density: Any = log_density_of(subsampling, regression_data()) if kind == "plate" else log_density_of(loaded(), loader())
+    density: Any = (
+        log_density_of(subsampling, regression_data())
+        if kind == "plate"
+        else log_density_of(loaded(), loader())
+    )
     gaussian = fit_gaussian(density.full, density.initial)
     z = gaussian.loc + torch.randn(50, 3) @ gaussian.scale_tril.mT
 
@@ -193,9 +206,13 @@ def test_an_anchor_takes_most_of_the_variance_away(kind: str) -> None:
     density.anchor(gaussian.loc)
     # In units of the posterior's width: N / n against 1 / n.
     assert variance() < before / 10
-    torch.testing.assert_close(density.value_and_grad(gaussian.loc), density.full.value_and_grad(gaussian.loc))
+    torch.testing.assert_close(
+        density.value_and_grad(gaussian.loc), density.full.value_and_grad(gaussian.loc)
+    )
     density.anchor(torch.full((3,), torch.nan))
-    torch.testing.assert_close(density.value_and_grad(gaussian.loc), density.full.value_and_grad(gaussian.loc))
+    torch.testing.assert_close(
+        density.value_and_grad(gaussian.loc), density.full.value_and_grad(gaussian.loc)
+    )
 
 
 def test_every_evaluation_draws_one_mini_batch_for_all_points() -> None:
@@ -238,7 +255,9 @@ def test_two_plates_and_a_discrete_site() -> None:
     torch.testing.assert_close(density.full.value_and_grad(z), expected)
     drawn = [density.log_prob(z) for _ in range(400)]
     error = torch.stack(drawn).mean(0) - expected[0]
-    assert bool((error.abs() < 4.5 * torch.stack(drawn).std(0) / 20).all())  # a standard error of a mean of 400
+    assert bool(
+        (error.abs() < 4.5 * torch.stack(drawn).std(0) / 20).all()
+    )  # a standard error of a mean of 400
 
 
 def test_a_sequential_plate_and_pyro_subsample() -> None:
@@ -247,7 +266,9 @@ def test_a_sequential_plate_and_pyro_subsample() -> None:
     def model(part: int | None = 2) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         for row in pyro.plate("sequential", 6, subsample_size=part):
-            pyro.sample(f"x{int(row) if part is None else row}", dist.Normal(loc, 1.0), obs=x[row, 0])
+            pyro.sample(
+                f"x{int(row) if part is None else row}", dist.Normal(loc, 1.0), obs=x[row, 0]
+            )
         with pyro.plate("batch", 6, subsample_size=part):
             pyro.sample("y", dist.Normal(loc, 1.0), obs=pyro.subsample(y, event_dim=0))
 
@@ -256,7 +277,9 @@ def test_a_sequential_plate_and_pyro_subsample() -> None:
 
     density = log_density_of(model)
     z = points(1, 2)
-    torch.testing.assert_close(density.full.log_prob(z), pf.model.LogDensity(model, (None,)).log_prob(z))
+    torch.testing.assert_close(
+        density.full.log_prob(z), pf.model.LogDensity(model, (None,)).log_prob(z)
+    )
     drawn = mean_of(lambda: density.log_prob(z))
     error = drawn.mean(0) - density.full.log_prob(z)
     assert bool((error.abs() < 4.5 * drawn.std(0) / 300**0.5).all())
@@ -291,14 +314,23 @@ def test_the_posterior_of_a_regression_by_mini_batches(kind: str) -> None:
     loc, scale_tril = flow.transform.layers[-1].loc_and_scale_tril()  # type: ignore[operator]
     # The guide's moments are known exactly, so that nothing here is an error of sampling.
     assert float(((loc - mean) / covariance.diagonal().sqrt()).abs().max()) < 0.05
-    assert float(((scale_tril @ scale_tril.mT).diagonal() / covariance.diagonal()).log().abs().max()) < 0.1
+    assert (
+        float(((scale_tril @ scale_tril.mT).diagonal() / covariance.diagonal()).log().abs().max())
+        < 0.1
+    )
 
 
 @pytest.mark.parametrize("kind", ["plate", "loader", "loader with a generator"])
-def test_a_killed_training_on_mini_batches_goes_on_to_the_same_result(kind: str, tmp_path: Any) -> None:
+def test_a_killed_training_on_mini_batches_goes_on_to_the_same_result(
+    kind: str, tmp_path: Any
+) -> None:
     generator = torch.Generator() if "generator" in kind else None
     full: Any = log_density_of(
-        *((subsampling, regression_data()) if kind == "plate" else (loaded(), loader(generator=generator)))
+        *(
+            (subsampling, regression_data())
+            if kind == "plate"
+            else (loaded(), loader(generator=generator))
+        )
     )
 
     def fit(steps: int = 10**6, checkpoint: Checkpoint | None = None) -> Tensor:
@@ -370,17 +402,42 @@ class Once(IterableDataset):
 
 
 MISUSE: dict[str, tuple[Callable[..., None], Callable[[], Any], type[Exception], str]] = {
-    "latents": (latents_in_the_plate, regression_data, ValueError, "got 'effect' in plate 'data', of which each"),
-    "given rows": (given_rows, regression_data, ValueError, "got plate 'data' with 5 of 53 given by subsample="),
+    "latents": (
+        latents_in_the_plate,
+        regression_data,
+        ValueError,
+        "got 'effect' in plate 'data', of which each",
+    ),
+    "given rows": (
+        given_rows,
+        regression_data,
+        ValueError,
+        "got plate 'data' with 5 of 53 given by subsample=",
+    ),
     "fixed part": (
         fixed_part,
         regression_data,
         ValueError,
         "runs on all rows of its subsampled plates ('data') too; got one",
     ),
-    "unscaled": (unscaled, loader, ValueError, "likelihood of a batch of 10 up to all 53 rows; got 'y' with scale 1"),
-    "indices and a loader": (both, loader, ValueError, "depends on the indices that a subsampled plate draws"),
-    "strings": (loaded(), lambda: DataLoader(["a", "b"]), TypeError, "a batch that is a list of str"),  # type: ignore[arg-type]
+    "unscaled": (
+        unscaled,
+        loader,
+        ValueError,
+        "likelihood of a batch of 10 up to all 53 rows; got 'y' with scale 1",
+    ),
+    "indices and a loader": (
+        both,
+        loader,
+        ValueError,
+        "depends on the indices that a subsampled plate draws",
+    ),
+    "strings": (
+        loaded(),
+        lambda: DataLoader(["a", "b"]),
+        TypeError,
+        "a batch that is a list of str",
+    ),  # type: ignore[arg-type]
     "numbers": (
         loaded(),
         lambda: DataLoader(torch.ones(3), batch_size=None),  # type: ignore[arg-type]
@@ -411,7 +468,12 @@ MISUSE: dict[str, tuple[Callable[..., None], Callable[[], Any], type[Exception],
         TypeError,
         "a batch that is a list of tensors without dimensions",
     ),
-    "nothing": (loaded(), lambda: DataLoader([]), ValueError, "at least one batch; got an empty one"),  # type: ignore[arg-type]
+    "nothing": (
+        loaded(),
+        lambda: DataLoader([]),
+        ValueError,
+        "at least one batch; got an empty one",
+    ),  # type: ignore[arg-type]
 }
 
 
@@ -434,6 +496,10 @@ def test_a_stream_that_runs_dry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_argument_comes_from_one_place() -> None:
-    rows = DataLoader([{"x": x, "y": y} for x, y in zip(*regression_data(), strict=True)], batch_size=10)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="each argument from the loader or from kwargs; got 'y' from both"):
+    rows = DataLoader(
+        [{"x": x, "y": y} for x, y in zip(*regression_data(), strict=True)], batch_size=10
+    )  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="each argument from the loader or from kwargs; got 'y' from both"
+    ):
         log_density_of(loaded(), rows, {"y": regression_data()[1]})

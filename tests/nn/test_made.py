@@ -43,7 +43,9 @@ def sensitivities(net: MADE, x: Tensor, context: Tensor | None = None) -> Tensor
 @pytest.mark.parametrize("context_features", [None, 2])
 @pytest.mark.parametrize("name", list(NETS))
 def test_entries_see_exactly_what_they_may(name, context_features, device):
-    net = perturbed(NETS[name](context_features=context_features, activation=nn.Tanh).to(device, F64))
+    net = perturbed(
+        NETS[name](context_features=context_features, activation=nn.Tanh).to(device, F64)
+    )
     x = torch.randn(20, net.features, dtype=F64, device=device)
     context = None if context_features is None else torch.randn(2, dtype=F64, device=device)
     seen = sensitivities(net, x, context)
@@ -56,7 +58,12 @@ def test_entries_see_exactly_what_they_may(name, context_features, device):
 
 def test_the_graph_of_an_order(device):
     net = MADE(4, 1, (8,), order=torch.tensor([2, 0, 3, 1])).to(device)
-    expected = [[False, False, True, False], [True, False, True, True], [False] * 4, [True, False, True, False]]
+    expected = [
+        [False, False, True, False],
+        [True, False, True, True],
+        [False] * 4,
+        [True, False, True, False],
+    ]
     assert net.adjacency.tolist() == expected
     assert net.stages == 4 and net.entries.tolist() == [2, 0, 3, 1]
     assert MADE(6, 1, (8,), adjacency=DIAMOND).stages == 4
@@ -74,7 +81,9 @@ def test_few_units_hide_something_but_show_nothing_forbidden(device):
 def test_sets_share_the_units_evenly(width, device):
     net = MADE(6, 1, (width, width)).to(device)
     for layer in (0, 1):
-        shares = torch.tensor((0, *net.unit_ends[layer])).diff()[1:]  # without a context stage 0 needs no unit
+        shares = torch.tensor((0, *net.unit_ends[layer])).diff()[
+            1:
+        ]  # without a context stage 0 needs no unit
         assert int(shares.max() - shares.min()) <= 1 and int(shares.sum()) == width
     with_context = MADE(6, 1, (12,), context_features=1).to(device)
     assert with_context.unit_ends[0] == (2, 4, 6, 8, 10, 12)
@@ -101,7 +110,9 @@ def test_a_residual_layer_adds(device):
 
 
 def test_several_inputs_stand_for_one_entry(device):
-    net = perturbed(MADE(4, 2, (8,), order=[1, 0, 3, 2], codes=3, activation=nn.Tanh).to(device, F64))
+    net = perturbed(
+        MADE(4, 2, (8,), order=[1, 0, 3, 2], codes=3, activation=nn.Tanh).to(device, F64)
+    )
     seen = sensitivities(net, torch.randn(9, 12, dtype=F64, device=device))
     assert torch.equal(seen, net.adjacency.repeat(1, 3))
 
@@ -165,7 +176,10 @@ def test_unfolds_to_the_same_output(name, context_features, in_place, device):
 
 def test_broadcasts_context(device):
     net = perturbed(MADE(3, 2, (8,), context_features=2).to(device, F64))
-    x, c = torch.randn(4, 1, 3, dtype=F64, device=device), torch.randn(5, 2, dtype=F64, device=device)
+    x, c = (
+        torch.randn(4, 1, 3, dtype=F64, device=device),
+        torch.randn(5, 2, dtype=F64, device=device),
+    )
     torch.testing.assert_close(net(x, c), net(x.expand(4, 5, 3), c.expand(4, 5, 2)))
 
 
@@ -176,7 +190,9 @@ def test_loads_another_order_with_its_masks(device):
     x = torch.randn(9, 5, dtype=F64, device=device)
     assert torch.equal(other(x), kept(x)) and other.slices == kept.slices
     assert torch.equal(stage_by_stage(other, x, None, True), stage_by_stage(kept, x, None, True))
-    assert "entries" not in kept.state_dict() and not any("mask" in key for key in kept.state_dict())
+    assert "entries" not in kept.state_dict() and not any(
+        "mask" in key for key in kept.state_dict()
+    )
 
 
 def test_is_made_without_memory_and_filled_later(device):
@@ -220,19 +236,67 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "context": (lambda: MADE(3, 2, context_features=0), ValueError, "context_features >= 1; got 0"),
     "activation": (lambda: MADE(3, 2, activation="relu"), TypeError, "activation to make a module"),
     "codes": (lambda: MADE(3, 2, codes=0), ValueError, "codes >= 1; got 0"),
-    "order-short": (lambda: MADE(3, 2, order=[0, 1]), ValueError, "order to hold each of 0 .. 2 once; got [0, 1]"),
-    "order-twice": (lambda: MADE(3, 2, order=[0, 1, 1]), ValueError, "order to hold each of 0 .. 2 once; got [0, 1, 1]"),
+    "order-short": (
+        lambda: MADE(3, 2, order=[0, 1]),
+        ValueError,
+        "order to hold each of 0 .. 2 once; got [0, 1]",
+    ),
+    "order-twice": (
+        lambda: MADE(3, 2, order=[0, 1, 1]),
+        ValueError,
+        "order to hold each of 0 .. 2 once; got [0, 1, 1]",
+    ),
     "order-negative": (lambda: MADE(2, 2, order=[0, -1]), ValueError, "order >= 0; got -1"),
-    "order-float": (lambda: MADE(2, 2, order=torch.tensor([0.0, 1.0])), TypeError, "order to be an integer; got 0.0"),
-    "order-number": (lambda: MADE(2, 2, order=2), TypeError, "order to be a sequence of integers; got 2"),
-    "order-word": (lambda: MADE(2, 2, order="01"), TypeError, "order to be a sequence of integers; got '01'"),
-    "order-and-graph": (lambda: MADE(6, 2, order=range(6), adjacency=DIAMOND), ValueError, "order or adjacency, for"),
-    "residual": (lambda: MADE(3, 2, (8, 9), residual=True), ValueError, "one width for a residual network; got (8, 9)"),
-    "graph-shape": (lambda: MADE(3, 2, adjacency=DIAMOND), ValueError, "adjacency of shape (3, 3); got (6, 6)"),
-    "graph-numbers": (lambda: MADE(2, 2, adjacency=torch.eye(2)), TypeError, "adjacency to be boolean; got torch.float32"),
-    "graph-words": (lambda: MADE(2, 2, adjacency="ab"), TypeError, "adjacency to be a boolean matrix; got 'ab'"),
-    "graph-self": (lambda: MADE(2, 2, adjacency=torch.eye(2).bool()), ValueError, "got one where 0 depends on 0."),
-    "graph-cycle": (lambda: MADE(4, 2, adjacency=CYCLE), ValueError, "one where 3 depends on 1, 1 depends on 3."),
+    "order-float": (
+        lambda: MADE(2, 2, order=torch.tensor([0.0, 1.0])),
+        TypeError,
+        "order to be an integer; got 0.0",
+    ),
+    "order-number": (
+        lambda: MADE(2, 2, order=2),
+        TypeError,
+        "order to be a sequence of integers; got 2",
+    ),
+    "order-word": (
+        lambda: MADE(2, 2, order="01"),
+        TypeError,
+        "order to be a sequence of integers; got '01'",
+    ),
+    "order-and-graph": (
+        lambda: MADE(6, 2, order=range(6), adjacency=DIAMOND),
+        ValueError,
+        "order or adjacency, for",
+    ),
+    "residual": (
+        lambda: MADE(3, 2, (8, 9), residual=True),
+        ValueError,
+        "one width for a residual network; got (8, 9)",
+    ),
+    "graph-shape": (
+        lambda: MADE(3, 2, adjacency=DIAMOND),
+        ValueError,
+        "adjacency of shape (3, 3); got (6, 6)",
+    ),
+    "graph-numbers": (
+        lambda: MADE(2, 2, adjacency=torch.eye(2)),
+        TypeError,
+        "adjacency to be boolean; got torch.float32",
+    ),
+    "graph-words": (
+        lambda: MADE(2, 2, adjacency="ab"),
+        TypeError,
+        "adjacency to be a boolean matrix; got 'ab'",
+    ),
+    "graph-self": (
+        lambda: MADE(2, 2, adjacency=torch.eye(2).bool()),
+        ValueError,
+        "got one where 0 depends on 0.",
+    ),
+    "graph-cycle": (
+        lambda: MADE(4, 2, adjacency=CYCLE),
+        ValueError,
+        "one where 3 depends on 1, 1 depends on 3.",
+    ),
     "graph-narrow": (
         lambda: MADE(6, 2, (8, 2), adjacency=DIAMOND),
         ValueError,

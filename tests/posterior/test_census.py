@@ -45,7 +45,9 @@ def test_two_normals_are_found_with_their_masses() -> None:
     torch.testing.assert_close(census.weights, weights, rtol=0, atol=1e-3)
     torch.testing.assert_close(census.modes.loc, locs, rtol=0, atol=1e-3)
     for k in range(2):
-        torch.testing.assert_close(census.modes.one(k).scale_tril, scales[k] * torch.eye(2), rtol=0, atol=1e-2)
+        torch.testing.assert_close(
+            census.modes.one(k).scale_tril, scales[k] * torch.eye(2), rtol=0, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("weight", [0.005, 0.05])
@@ -56,7 +58,9 @@ def test_a_mode_counts_from_one_percent_on(weight: float) -> None:
 
 
 def test_overlapping_normals_with_one_maximum_are_one_mode() -> None:
-    density = mixture_density(torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 0.0], [1.5, 0.0]]), torch.ones(2))
+    density = mixture_density(
+        torch.tensor([0.5, 0.5]), torch.tensor([[0.0, 0.0], [1.5, 0.0]]), torch.ones(2)
+    )
     assert len(take_census(density, torch.zeros(2)).weights) == 1
 
 
@@ -75,7 +79,10 @@ def test_the_same_seed_gives_the_same_census_and_the_state_outside_is_left() -> 
     density = mixture_density(*TWO)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    first, second = take_census(density, torch.zeros(2), seed=4), take_census(density, torch.zeros(2), seed=4)
+    first, second = (
+        take_census(density, torch.zeros(2), seed=4),
+        take_census(density, torch.zeros(2), seed=4),
+    )
     assert torch.equal(first.fits.loc, second.fits.loc)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -99,7 +106,9 @@ def test_a_guide_that_is_no_number_far_out_misses_what_lies_there() -> None:
         inside = z.abs().amax(-1) < 4
         return torch.where(inside, -0.5 * z.square().sum(-1) - math.log(2 * math.pi), torch.nan)
 
-    assert float(missed_mass(density, log_q, math.log(0.7), census.fits).max()) == pytest.approx(0.3 / 0.7, rel=1e-2)
+    assert float(missed_mass(density, log_q, math.log(0.7), census.fits).max()) == pytest.approx(
+        0.3 / 0.7, rel=1e-2
+    )
 
 
 def test_a_narrow_mode_is_found_from_a_point_within_it() -> None:
@@ -127,7 +136,9 @@ def test_an_improper_density_has_none() -> None:
     density = LogDensity(model)
     direction = without_end(density, take_census(density, density.initial).best)
     assert direction is not None
-    assert float((direction[0] + direction[1]) / direction.abs().amax()) == pytest.approx(0.0, abs=1e-6)
+    assert float((direction[0] + direction[1]) / direction.abs().amax()) == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 def test_correlated_latents_are_fitted_exactly() -> None:

@@ -52,13 +52,19 @@ def funnel() -> None:
 class Funnel(pf.transforms.Transform):
     """The map from a standard normal to the funnel."""
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         v = 3 * x[..., :1]
         return torch.cat([v, x[..., 1:] * (v / 2).exp()], -1), math.log(3.0) + 2 * v.squeeze(-1)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         v = y[..., :1]
-        return torch.cat([v / 3, y[..., 1:] * (-v / 2).exp()], -1), -math.log(3.0) - 2 * v.squeeze(-1)
+        return torch.cat([v / 3, y[..., 1:] * (-v / 2).exp()], -1), -math.log(3.0) - 2 * v.squeeze(
+            -1
+        )
 
 
 def nothing(features: int) -> pf.transforms.Transform:
@@ -66,7 +72,11 @@ def nothing(features: int) -> pf.transforms.Transform:
 
 
 def posterior_of(
-    model: Model, flow: Callable[[int], Any] = nothing, args: tuple[Any, ...] = (), loc: float = 0.0, scale: float = 1.0
+    model: Model,
+    flow: Callable[[int], Any] = nothing,
+    args: tuple[Any, ...] = (),
+    loc: float = 0.0,
+    scale: float = 1.0,
 ) -> Posterior:
     """A posterior whose guide has not been trained."""
     density = LogDensity(model, args)
@@ -120,7 +130,9 @@ def assert_moments(chains: Chains, site: str, mean: float, variance: float) -> N
     x = chains.draws[site].double().numpy()
     for values, expected in ((x, mean), (np.square(x - mean), variance)):
         error = float(arviz.diagnostics({"f": values})["mcse_mean"]["f"])
-        assert error < 0.2 * math.sqrt(variance) * max(1, math.sqrt(variance)), "the chains say nothing"
+        assert error < 0.2 * math.sqrt(variance) * max(1, math.sqrt(variance)), (
+            "the chains say nothing"
+        )
         assert abs(values.mean() - expected) < 4.5 * error
 
 
@@ -167,7 +179,9 @@ def test_jumps_between_modes() -> None:
     for sign, loc in ((-1, (-8.0, 0.0)), (1, (8.0, 1.0))):
         of_mode = x[x[..., 0] * sign > 0]
         # Draws of one mode are as good as independent, each fifth at the least.
-        assert float((of_mode.mean(0) - torch.tensor(loc)).abs().max()) < 4.5 * math.sqrt(5 / len(of_mode))
+        assert float((of_mode.mean(0) - torch.tensor(loc)).abs().max()) < 4.5 * math.sqrt(
+            5 / len(of_mode)
+        )
     still = flow_mc(posterior, jumps=0, draws=50, progress=False)
     assert still.jump_acceptance is None
     assert bool((still.draws["x"][..., 0].sign().diff(dim=1) == 0).all())
@@ -177,7 +191,10 @@ def test_jump_leaves_the_posterior_as_it_is() -> None:
     """From 40000 exact draws, by proposals from a guide that is shifted, with both spaces."""
     posterior = rough()
     z = posterior.density.unconstrain(
-        {"rate": dist.Gamma(SHAPE, 1.0).sample((40_000,)), "size": dist.LogNormal(0.0, SCALE).sample((40_000,))}
+        {
+            "rate": dist.Gamma(SHAPE, 1.0).sample((40_000,)),
+            "size": dist.LogNormal(0.0, SCALE).sample((40_000,)),
+        }
     )
     guide: Any = posterior.guide
     spaces: list[Any] = [mcmc._BaseSpace(guide), mcmc._WhitenedSpace(guide.get_posterior())]
@@ -265,7 +282,9 @@ def test_diagnostics_are_those_of_arviz() -> None:
     chains = schools_chains()
     data = chains.to_arviz()
     for kind, found, method in ((az.rhat, chains.rhat, "rank"), (az.ess, chains.ess, "bulk")):
-        expected = kind(data["posterior"].to_dataset() if hasattr(data, "to_dataset") else data, method=method)
+        expected = kind(
+            data["posterior"].to_dataset() if hasattr(data, "to_dataset") else data, method=method
+        )
         for site in ("mu", "theta", "double"):
             np.testing.assert_allclose(found[site], np.asarray(expected[site]), rtol=1e-12)
 
@@ -295,8 +314,19 @@ def test_summary() -> None:
     chains = schools_chains()
     table = chains.summary()
     assert list(table.index) == ["mu", "theta[0]", "theta[1]", "theta[2]", "double"]
-    assert list(table.columns) == ["mean", "sd", "hdi_3%", "hdi_97%", "mcse_mean", "ess_bulk", "ess_tail", "rhat"]
-    assert table.loc["theta[1]", "mean"] == pytest.approx(float(chains.draws["theta"][..., 1].mean()), abs=1e-6)
+    assert list(table.columns) == [
+        "mean",
+        "sd",
+        "hdi_3%",
+        "hdi_97%",
+        "mcse_mean",
+        "ess_bulk",
+        "ess_tail",
+        "rhat",
+    ]
+    assert table.loc["theta[1]", "mean"] == pytest.approx(
+        float(chains.draws["theta"][..., 1].mean()), abs=1e-6
+    )
     assert table.loc["theta[1]", "rhat"] == chains.rhat["theta"][1]
     assert table.loc["theta[1]", "ess_bulk"] == chains.ess["theta"][1]
 
@@ -319,7 +349,9 @@ def test_seed(method: str) -> None:
     samplers: dict[str, Callable[..., Chains]] = {**METHODS, "nuts": partial(neutra, kernel="nuts")}
 
     def run(seed: int | None) -> Tensor:
-        return samplers[method](rough(), draws=3, chains=2, warmup=3, seed=seed, progress=False).unconstrained
+        return samplers[method](
+            rough(), draws=3, chains=2, warmup=3, seed=seed, progress=False
+        ).unconstrained
 
     before = torch.random.get_rng_state()
     first = run(1)
@@ -344,7 +376,11 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"posterior": "guide"}, TypeError, "Expected posterior to be a Posterior, as fit_posterior returns it; got str"),
+    (
+        {"posterior": "guide"},
+        TypeError,
+        "Expected posterior to be a Posterior, as fit_posterior returns it; got str",
+    ),
     ({"draws": 0}, ValueError, "Expected draws >= 1; got 0"),
     ({"chains": 0}, ValueError, "Expected chains >= 1; got 0"),
     ({"warmup": -1}, ValueError, "Expected warmup >= 0; got -1"),
@@ -354,7 +390,9 @@ MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("change", "error", "message"), MISUSE, ids=[message for *_, message in MISUSE])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), MISUSE, ids=[message for *_, message in MISUSE]
+)
 def test_misuse(method: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         METHODS[method](**{"posterior": rough(), "progress": False, **change})
@@ -366,5 +404,8 @@ def test_misuse_of_one() -> None:
     with pytest.raises(ValueError, match="Expected jumps >= 0; got -1"):
         flow_mc(rough(), jumps=-1)
     mixture = Posterior(MixtureGuide(two_modes, distance=7.5), LogDensity(two_modes))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="Expected a posterior whose guide is an AutoFlow; got one with MixtureGuide"):
+    with pytest.raises(
+        TypeError,
+        match="Expected a posterior whose guide is an AutoFlow; got one with MixtureGuide",
+    ):
         neutra(mixture)

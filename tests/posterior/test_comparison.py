@@ -37,7 +37,10 @@ def number(value: float) -> Tensor:
 
 
 def posterior_of(
-    model: Model, loc: Any, scale: Any, flow: Callable[[int], Any] = pf.transforms.LowerTriangularAffine
+    model: Model,
+    loc: Any,
+    scale: Any,
+    flow: Callable[[int], Any] = pf.transforms.LowerTriangularAffine,
 ) -> Posterior:
     """A posterior whose guide is N(loc, scale^2), or what a flow makes of a standard normal, scaled and shifted so."""
     density = LogDensity(model)
@@ -66,7 +69,9 @@ def normal_normal() -> tuple[Model, float]:
         with pyro.plate("data", 12):
             pyro.sample("y", dist.Normal(mu, 1.3), obs=y)
 
-    law = dist.MultivariateNormal(torch.full_like(y, 0.5), 1.3**2 * torch.eye(12, dtype=DOUBLE) + 4.0)
+    law = dist.MultivariateNormal(
+        torch.full_like(y, 0.5), 1.3**2 * torch.eye(12, dtype=DOUBLE) + 4.0
+    )
     return model, float(law.log_prob(y))
 
 
@@ -77,7 +82,9 @@ def regression() -> tuple[Model, float]:
 
     def model() -> None:
         variance = pyro.sample("variance", dist.InverseGamma(number(shape), number(rate)))
-        beta = pyro.sample("beta", dist.Normal(y.new_zeros(features), (width * variance).sqrt()).to_event(1))
+        beta = pyro.sample(
+            "beta", dist.Normal(y.new_zeros(features), (width * variance).sqrt()).to_event(1)
+        )
         with pyro.plate("data", n):
             pyro.sample("y", dist.Normal(x @ beta, variance.sqrt()), obs=y)
 
@@ -130,11 +137,19 @@ class Bend(Transform):
     def __init__(self, features: int) -> None:
         super().__init__(features)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.stack([x[..., 0], x[..., 1] + 2 * x[..., 0] ** 2], -1), torch.zeros_like(x[..., 0])
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.stack([x[..., 0], x[..., 1] + 2 * x[..., 0] ** 2], -1), torch.zeros_like(
+            x[..., 0]
+        )
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return torch.stack([y[..., 0], y[..., 1] - 2 * y[..., 0] ** 2], -1), torch.zeros_like(y[..., 0])
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.stack([y[..., 0], y[..., 1] - 2 * y[..., 0] ** 2], -1), torch.zeros_like(
+            y[..., 0]
+        )
 
 
 CLOSED = [normal_normal, regression, beta_binomial, gamma_poisson, ten_dimensions, banana]
@@ -142,7 +157,9 @@ CLOSED = [normal_normal, regression, beta_binomial, gamma_poisson, ten_dimension
 
 def fitted(case: Callable[[], tuple[Model, float]]) -> tuple[Posterior, float]:
     model, exact = case()
-    return (posterior_of(model, 0.0, [1.1, 0.605], flow=Bend) if case is banana else gaussian_fit(model)), exact
+    return (
+        posterior_of(model, 0.0, [1.1, 0.605], flow=Bend) if case is banana else gaussian_fit(model)
+    ), exact
 
 
 @pytest.mark.parametrize("case", CLOSED, ids=lambda case: case.__name__)
@@ -159,8 +176,12 @@ def test_the_evidence_where_it_is_known(case: Callable[[], tuple[Model, float]])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["importance", "bridge"])
-@pytest.mark.parametrize("case", [beta_binomial, gamma_poisson, banana], ids=lambda case: case.__name__)
-def test_standard_errors_are_those_of_many_seeds(case: Callable[[], tuple[Model, float]], method: str) -> None:
+@pytest.mark.parametrize(
+    "case", [beta_binomial, gamma_poisson, banana], ids=lambda case: case.__name__
+)
+def test_standard_errors_are_those_of_many_seeds(
+    case: Callable[[], tuple[Model, float]], method: str
+) -> None:
     """The variance of n z-scores scatters by sqrt(2 / n) around one; four of these are allowed, and four of the mean."""
     posterior, exact = fitted(case)
     n = 24
@@ -180,7 +201,9 @@ def log_weights(z: Tensor, loc: float = 0.4, scale: float = 1.2, constant: float
     return constant + Normal(0.0, 1.0).log_prob(z) - Normal(loc, scale).log_prob(z)
 
 
-def autoregressive(chains: int, draws: int, correlation: float, generator: torch.Generator) -> Tensor:
+def autoregressive(
+    chains: int, draws: int, correlation: float, generator: torch.Generator
+) -> Tensor:
     z = torch.randn(chains, draws, generator=generator, dtype=DOUBLE)
     for t in range(1, draws):
         z[:, t] = correlation * z[:, t - 1] + math.sqrt(1 - correlation**2) * z[:, t]
@@ -188,7 +211,10 @@ def autoregressive(chains: int, draws: int, correlation: float, generator: torch
 
 
 def test_the_bridge_is_the_fixed_point_of_meng_and_wong() -> None:
-    of_guide, of_posterior = log_weights(0.4 + 1.2 * numbers(500)), log_weights(numbers(4, 250, seed=1))
+    of_guide, of_posterior = (
+        log_weights(0.4 + 1.2 * numbers(500)),
+        log_weights(numbers(4, 250, seed=1)),
+    )
     # Their iteration, with all draws independent; so nearly are those above.
     effective = 1000.0
     share = effective / (effective + 500)
@@ -212,17 +238,24 @@ def test_the_error_is_that_of_fruehwirth_schnatter() -> None:
 
     f1, f2 = parts(z_guide)[0], parts(z_posterior)[1]
     expected = math.sqrt(float(f1.var() / f1.mean() ** 2 + f2.var() / f2.mean() ** 2) / 4000)
-    assert error == pytest.approx(expected, rel=0.1)  # ArviZ counts 4000 independent draws to within a tenth
+    assert error == pytest.approx(
+        expected, rel=0.1
+    )  # ArviZ counts 4000 independent draws to within a tenth
 
 
 def test_the_bridge_of_equal_weights_is_their_value() -> None:
-    found, error = bridge(torch.full((100,), -7.25, dtype=DOUBLE), torch.full((2, 50), -7.25, dtype=DOUBLE))
+    found, error = bridge(
+        torch.full((100,), -7.25, dtype=DOUBLE), torch.full((2, 50), -7.25, dtype=DOUBLE)
+    )
     assert found == pytest.approx(-7.25, abs=1e-12)
     assert error == pytest.approx(0, abs=1e-12)
 
 
 def test_huge_log_weights_do_not_overflow() -> None:
-    of_guide, of_posterior = log_weights(0.4 + 1.2 * numbers(500)), log_weights(numbers(4, 250, seed=1))
+    of_guide, of_posterior = (
+        log_weights(0.4 + 1.2 * numbers(500)),
+        log_weights(numbers(4, 250, seed=1)),
+    )
     expected, error = bridge(of_guide, of_posterior)
     for constant in (-1e6, 1e6):
         found, same_error = bridge(of_guide + constant, of_posterior + constant)
@@ -242,7 +275,9 @@ def test_the_error_of_the_bridge_counts_dependent_draws(correlation: float) -> N
         value, error = bridge(of_guide, of_posterior)
         found.append((value + 5) / error)
         if correlation:
-            shuffled = of_posterior.flatten()[torch.randperm(1000, generator=generator)].reshape(4, 250)
+            shuffled = of_posterior.flatten()[torch.randperm(1000, generator=generator)].reshape(
+                4, 250
+            )
             naive.append((value + 5) / bridge(of_guide, shuffled)[1])
     square = float(np.mean(np.square(found)))
     assert 1 - 3 * 0.22 < square < 1 + 3 * 0.22
@@ -274,9 +309,14 @@ def test_the_bridge_bears_a_guide_with_light_tails() -> None:
 
 def test_the_bridge_bears_a_guide_that_ends() -> None:
     """A uniform on (-1, 1) sees 0.683 of a standard normal, all that importance sampling can know."""
-    base = dist.Uniform(-torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE), validate_args=False).to_event(1)
+    base = dist.Uniform(
+        -torch.ones(1, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE), validate_args=False
+    ).to_event(1)
     posterior = posterior_of(
-        standard_normal, 0.0, 1.0, lambda n: pf.Flow([pf.transforms.LowerTriangularAffine(n)], base=base)
+        standard_normal,
+        0.0,
+        1.0,
+        lambda n: pf.Flow([pf.transforms.LowerTriangularAffine(n)], base=base),
     )
     by_importance = evidence(posterior, "importance", draws=10_000)
     assert by_importance.log_evidence == pytest.approx(-5 + math.log(0.6827), abs=0.01)
@@ -292,7 +332,9 @@ def test_guides_far_off_come_with_a_caution() -> None:
 
 
 def test_chains_that_do_not_mix_come_with_a_caution() -> None:
-    stuck = numbers(4, 500, 1) * 0.1 + torch.tensor([0.0, 0.6, 1.2, 1.8], dtype=DOUBLE).view(4, 1, 1)
+    stuck = numbers(4, 500, 1) * 0.1 + torch.tensor([0.0, 0.6, 1.2, 1.8], dtype=DOUBLE).view(
+        4, 1, 1
+    )
     found = evidence(posterior_of(standard_normal, 0.3, 1.1), samples=stuck)
     assert "R-hat" in found.caution
 
@@ -313,14 +355,18 @@ def test_a_guide_outside_of_the_support_finds_no_evidence() -> None:
 def test_two_modes_that_the_guide_knows() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(number(0.0), 100.0))
-        halves = torch.stack([Normal(-6.0, 1.0).log_prob(x), Normal(6.0, 1.0).log_prob(x)]).logsumexp(0)
+        halves = torch.stack(
+            [Normal(-6.0, 1.0).log_prob(x), Normal(6.0, 1.0).log_prob(x)]
+        ).logsumexp(0)
         pyro.factor("halves", halves - Normal(0.0, 100.0).log_prob(x))
 
     density = LogDensity(model)
     guide = AutoMixture(model, components=2, flow=pf.transforms.LowerTriangularAffine)
     density.introduce(guide)
     for component, loc in enumerate((-6.2, 6.1)):
-        guide.whiten(component, torch.tensor([loc], dtype=DOUBLE), torch.tensor([[1.1]], dtype=DOUBLE))
+        guide.whiten(
+            component, torch.tensor([loc], dtype=DOUBLE), torch.tensor([[1.1]], dtype=DOUBLE)
+        )
     posterior = Posterior(guide, density)
     for method in ("importance", "bridge"):
         found = evidence(posterior, method)
@@ -388,7 +434,9 @@ def test_single_precision() -> None:
 
     exact = float(Normal(0.0, math.sqrt(2)).log_prob(torch.tensor(2.0)))
     for method in ("importance", "bridge"):
-        assert evidence(gaussian_fit(model), method, draws=1000).log_evidence == pytest.approx(exact, abs=1e-3)
+        assert evidence(gaussian_fit(model), method, draws=1000).log_evidence == pytest.approx(
+            exact, abs=1e-3
+        )
 
 
 # The comparison
@@ -427,7 +475,11 @@ def exact_elpd(prior_scale: float, scale: float = 1.0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def three() -> dict[str, Posterior]:
-    return {"vague": exact_posterior(50.0), "right": exact_posterior(1.0), "wide": exact_posterior(1.0, scale=1.6)}
+    return {
+        "vague": exact_posterior(50.0),
+        "right": exact_posterior(1.0),
+        "wide": exact_posterior(1.0, scale=1.6),
+    }
 
 
 def test_the_comparison_against_closed_forms(three: dict[str, Posterior]) -> None:
@@ -443,12 +495,18 @@ def test_the_comparison_against_closed_forms(three: dict[str, Posterior]) -> Non
     for name, row in table.iterrows():
         assert row["log_evidence"] == pytest.approx(logs[name], abs=1e-6)
         assert row["log_bayes_factor"] == pytest.approx(logs[name] - logs["right"], abs=1e-6)
-        assert row["probability"] == pytest.approx(math.exp(logs[name] - logs["right"]) / total, abs=1e-6)
+        assert row["probability"] == pytest.approx(
+            math.exp(logs[name] - logs["right"]) / total, abs=1e-6
+        )
         assert row["elpd_loo"] == pytest.approx(float(elpds[name].sum()), abs=0.05)
-        assert row["elpd_loo_error"] == pytest.approx(float(elpds[name].std(correction=0)) * math.sqrt(20), abs=0.05)
+        assert row["elpd_loo_error"] == pytest.approx(
+            float(elpds[name].std(correction=0)) * math.sqrt(20), abs=0.05
+        )
         difference = elpds[name] - elpds[best]
         assert row["elpd_difference"] == pytest.approx(float(difference.sum()), abs=0.05)
-        assert row["elpd_difference_error"] == pytest.approx(float(difference.std(correction=0)) * math.sqrt(20), abs=0.03)
+        assert row["elpd_difference_error"] == pytest.approx(
+            float(difference.std(correction=0)) * math.sqrt(20), abs=0.03
+        )
         assert 0.3 < row["p_loo"] < 1.5  # one parameter
         assert row["bad_khat"] == 0
         assert row["ok"]
@@ -462,9 +520,13 @@ def test_cross_validation_is_arvizs(three: dict[str, Posterior]) -> None:
         import arviz
     theirs = arviz.loo(three["wide"].to_arviz(draws=2000, seed=5))
     ours = compare({"wide": three["wide"]}, by="loo", draws=2000, seed=5).loc["wide"]
-    assert ours["elpd_loo"] == pytest.approx(float(getattr(theirs, "elpd_loo", getattr(theirs, "elpd", None))), abs=1e-6)
+    assert ours["elpd_loo"] == pytest.approx(
+        float(getattr(theirs, "elpd_loo", getattr(theirs, "elpd", None))), abs=1e-6
+    )
     assert ours["elpd_loo_error"] == pytest.approx(float(theirs.se), abs=1e-6)
-    assert ours["p_loo"] == pytest.approx(float(getattr(theirs, "p_loo", getattr(theirs, "p", None))), abs=1e-6)
+    assert ours["p_loo"] == pytest.approx(
+        float(getattr(theirs, "p_loo", getattr(theirs, "p", None))), abs=1e-6
+    )
 
 
 def test_one_criterion_at_a_time(three: dict[str, Posterior]) -> None:
@@ -516,7 +578,9 @@ def test_a_model_without_observed_sites_has_an_evidence_only(three: dict[str, Po
     posterior = posterior_of(model, float(Y.sum()) / precision, precision**-0.5)
     with pytest.warns(UserWarning, match="'factor' has no observed site"):
         table = compare({"factor": posterior, "right": three["right"]})
-    assert table.loc["factor", "log_evidence"] == pytest.approx(table.loc["right", "log_evidence"], abs=1e-6)
+    assert table.loc["factor", "log_evidence"] == pytest.approx(
+        table.loc["right", "log_evidence"], abs=1e-6
+    )
     assert table.loc["factor", ["elpd_loo", "p_loo", "bad_khat", "elpd_difference"]].isna().all()
     assert table.loc["right", "elpd_difference"] == 0
     with pytest.warns(UserWarning, match="no observed site"):
@@ -535,11 +599,16 @@ def test_a_model_with_discrete_latents_has_an_evidence_only() -> None:
 
     p = (torch.arange(10_000, dtype=DOUBLE) + 0.5) / 10_000
     likelihood = torch.stack(
-        [(1 - p) * Normal(-1.0, 1.0).log_prob(y).exp() + p * Normal(1.0, 1.0).log_prob(y).exp() for y in data]
+        [
+            (1 - p) * Normal(-1.0, 1.0).log_prob(y).exp() + p * Normal(1.0, 1.0).log_prob(y).exp()
+            for y in data
+        ]
     )
     with pytest.warns(UserWarning, match="discrete latent"):
         row = compare({"mixture": gaussian_fit(model)}).loc["mixture"]
-    assert row["log_evidence"] == pytest.approx(float(likelihood.prod(0).mean().log()), abs=4 * row["log_evidence_error"])
+    assert row["log_evidence"] == pytest.approx(
+        float(likelihood.prod(0).mean().log()), abs=4 * row["log_evidence_error"]
+    )
     assert row["log_evidence_error"] < 0.01
     assert math.isnan(row["elpd_loo"])
 
@@ -580,15 +649,25 @@ def two_sites(first: Tensor, second: Tensor) -> Model:
 
 @pytest.mark.parametrize(
     "model",
-    [location(1.0, data=Y + 1e-3), location(1.0, data=Y[:10]), location(1.0, data=Y.flip(0)), two_sites(Y[:10], Y[10:])],
+    [
+        location(1.0, data=Y + 1e-3),
+        location(1.0, data=Y[:10]),
+        location(1.0, data=Y.flip(0)),
+        two_sites(Y[:10], Y[10:]),
+    ],
     ids=["values", "fewer", "order", "sites"],
 )
 def test_different_data_are_refused(three: dict[str, Posterior], model: Model) -> None:
-    with pytest.raises(ValueError, match="models of the same data; got other observed values for 'other' than for 'vague'"):
+    with pytest.raises(
+        ValueError,
+        match="models of the same data; got other observed values for 'other' than for 'vague'",
+    ):
         compare({**three, "other": posterior_of(model, 0.4, 0.2)})
 
 
-def test_data_split_into_other_observations_are_refused_for_cross_validation(three: dict[str, Posterior]) -> None:
+def test_data_split_into_other_observations_are_refused_for_cross_validation(
+    three: dict[str, Posterior],
+) -> None:
     def model() -> None:
         mu = pyro.sample("mu", dist.Normal(number(0.0), 1.0))
         pyro.sample("y", dist.Normal(mu, 1.0).expand([20]).to_event(1), obs=Y)
@@ -606,25 +685,55 @@ def test_data_split_into_other_observations_are_refused_for_cross_validation(thr
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "laplace"}, ValueError, "Expected method to be one of 'bridge', 'importance'; got 'laplace'"),
+        (
+            {"method": "laplace"},
+            ValueError,
+            "Expected method to be one of 'bridge', 'importance'; got 'laplace'",
+        ),
         ({"method": None}, ValueError, "Expected method"),
         ({"draws": 10}, ValueError, "Expected draws >= 100; got 10"),
         ({"draws": 1e4}, TypeError, "Expected draws to be an integer"),
         ({"seed": -1}, ValueError, "Expected seed >= 0"),
-        ({"method": "importance", "samples": torch.zeros(1, 9, 1)}, ValueError, "samples with method='bridge' only"),
+        (
+            {"method": "importance", "samples": torch.zeros(1, 9, 1)},
+            ValueError,
+            "samples with method='bridge' only",
+        ),
         ({"samples": [[1.0]]}, TypeError, "Expected samples to be a tensor"),
-        ({"samples": torch.zeros(1, 9, 1, dtype=torch.long)}, TypeError, "Expected samples of a floating-point dtype"),
+        (
+            {"samples": torch.zeros(1, 9, 1, dtype=torch.long)},
+            TypeError,
+            "Expected samples of a floating-point dtype",
+        ),
         ({"samples": torch.zeros(1, 9, 2)}, ValueError, "Expected samples of shape"),
-        ({"samples": torch.zeros(9, 1)}, ValueError, r"Expected samples of shape \(chains, draws, 1\); got \(9, 1\)"),
+        (
+            {"samples": torch.zeros(9, 1)},
+            ValueError,
+            r"Expected samples of shape \(chains, draws, 1\); got \(9, 1\)",
+        ),
         ({"samples": torch.zeros(2, 3, 1)}, ValueError, "at least 4 draws a chain"),
-        ({"samples": torch.full((1, 9, 1), math.nan)}, ValueError, "9 of 9 where it has no density"),
+        (
+            {"samples": torch.full((1, 9, 1), math.nan)},
+            ValueError,
+            "9 of 9 where it has no density",
+        ),
         ({"samples": torch.zeros(2, 9, 1)}, ValueError, "got the same vector in every draw"),
-        ({"samples": {"y": torch.zeros(1, 9)}}, ValueError, "samples of every latent site; got none of 'x'"),
-        ({"samples": {"x": torch.zeros(9)}}, ValueError, r"samples\['x'\] of shape \(chains, draws\); got \(9,\)"),
+        (
+            {"samples": {"y": torch.zeros(1, 9)}},
+            ValueError,
+            "samples of every latent site; got none of 'x'",
+        ),
+        (
+            {"samples": {"x": torch.zeros(9)}},
+            ValueError,
+            r"samples\['x'\] of shape \(chains, draws\); got \(9,\)",
+        ),
         ({"samples": {"x": 3.0}}, TypeError, r"Expected samples\['x'\] to be a tensor"),
     ],
 )
-def test_misuse_of_evidence(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_misuse_of_evidence(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         evidence(posterior_of(standard_normal, 0.0, 1.0), **arguments)
 
@@ -634,17 +743,32 @@ def test_misuse_of_evidence(arguments: dict[str, Any], error: type[Exception], m
     [
         ([], {}, TypeError, "Expected posteriors to be a mapping of names to posteriors; got list"),
         ({}, {}, ValueError, "at least one posterior"),
-        ({"a": 3}, {}, TypeError, r"Expected posteriors\['a'\] to be a Posterior, as fit_posterior returns it; got int"),
-        ({}, {"by": "waic"}, ValueError, "Expected by to be one of 'evidence', 'loo', 'both'; got 'waic'"),
+        (
+            {"a": 3},
+            {},
+            TypeError,
+            r"Expected posteriors\['a'\] to be a Posterior, as fit_posterior returns it; got int",
+        ),
+        (
+            {},
+            {"by": "waic"},
+            ValueError,
+            "Expected by to be one of 'evidence', 'loo', 'both'; got 'waic'",
+        ),
         ({}, {"method": "laplace"}, ValueError, "Expected method to be one of"),
         ({}, {"draws": 0}, ValueError, "Expected draws >= 100"),
     ],
 )
-def test_misuse_of_compare(posteriors: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_misuse_of_compare(
+    posteriors: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         compare(posteriors, **arguments)
 
 
 def test_a_posterior_is_asked_for() -> None:
-    with pytest.raises(TypeError, match="Expected posterior to be a Posterior, as fit_posterior returns it; got function"):
+    with pytest.raises(
+        TypeError,
+        match="Expected posterior to be a Posterior, as fit_posterior returns it; got function",
+    ):
         evidence(standard_normal)  # type: ignore[arg-type]

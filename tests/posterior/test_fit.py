@@ -59,7 +59,9 @@ def normal_normal(dtype: torch.dtype) -> Conjugate:
     covariance = noise**2 * torch.eye(4, dtype=y.dtype) + prior**2
     evidence = dist.MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y)
     mean = y.sum() / noise**2 / precision
-    return Conjugate(model, (y.to(dtype),), {"mu": mean}, {"mu": torch.tensor(precision**-0.5)}, float(evidence))
+    return Conjugate(
+        model, (y.to(dtype),), {"mu": mean}, {"mu": torch.tensor(precision**-0.5)}, float(evidence)
+    )
 
 
 def beta_binomial(dtype: torch.dtype) -> Conjugate:
@@ -75,13 +77,20 @@ def beta_binomial(dtype: torch.dtype) -> Conjugate:
         return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
     evidence = math.log(math.comb(n, int(k))) + log_beta(a + k, b + n - k) - log_beta(a, b)
-    return Conjugate(model, (torch.tensor(k, dtype=dtype),), {"p": after.mean}, {"p": after.stddev}, evidence)
+    return Conjugate(
+        model, (torch.tensor(k, dtype=dtype),), {"p": after.mean}, {"p": after.stddev}, evidence
+    )
 
 
 def linear_regression(dtype: torch.dtype) -> Conjugate:
-    x = torch.stack([torch.ones(12), torch.linspace(-1, 3, 12), torch.linspace(0, 2, 12) ** 2], -1).double()
+    x = torch.stack(
+        [torch.ones(12), torch.linspace(-1, 3, 12), torch.linspace(0, 2, 12) ** 2], -1
+    ).double()
     noise, prior = 0.7, 2.0
-    y = x @ torch.tensor([0.5, -1.0, 0.8]).double() + noise * torch.sin(9 * torch.arange(12.0)).double()
+    y = (
+        x @ torch.tensor([0.5, -1.0, 0.8]).double()
+        + noise * torch.sin(9 * torch.arange(12.0)).double()
+    )
 
     def model(x: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(x.new_zeros(3), prior).to_event(1))
@@ -92,7 +101,13 @@ def linear_regression(dtype: torch.dtype) -> Conjugate:
     marginal = noise**2 * torch.eye(12).double() + prior**2 * x @ x.mT
     evidence = dist.MultivariateNormal(torch.zeros_like(y), marginal).log_prob(y)
     mean = covariance @ (x.mT @ y) / noise**2
-    return Conjugate(model, (x.to(dtype), y.to(dtype)), {"w": mean}, {"w": covariance.diagonal().sqrt()}, float(evidence))
+    return Conjugate(
+        model,
+        (x.to(dtype), y.to(dtype)),
+        {"w": mean},
+        {"w": covariance.diagonal().sqrt()},
+        float(evidence),
+    )
 
 
 def gamma_poisson(dtype: torch.dtype) -> Conjugate:
@@ -112,25 +127,37 @@ def gamma_poisson(dtype: torch.dtype) -> Conjugate:
         - (a + float(counts.sum())) * math.log(b + 3)
         - float((counts + 1).lgamma().sum())
     )
-    return Conjugate(model, (counts.to(dtype),), {"rate": after.mean}, {"rate": after.stddev}, evidence)
+    return Conjugate(
+        model, (counts.to(dtype),), {"rate": after.mean}, {"rate": after.stddev}, evidence
+    )
 
 
-def assert_moments(posterior: pf.Posterior, mean: dict[str, Tensor], sd: dict[str, Tensor], n: int = 4000) -> None:
+def assert_moments(
+    posterior: pf.Posterior, mean: dict[str, Tensor], sd: dict[str, Tensor], n: int = 4000
+) -> None:
     """Means and standard deviations within five standard errors of n draws."""
     for name, draws in posterior.sample(n, seed=1).items():
         if name in mean:
             draws = draws.double()
-            assert float(((draws.mean(0) - mean[name]) / sd[name]).abs().max()) < 5 / math.sqrt(n), name
+            assert float(((draws.mean(0) - mean[name]) / sd[name]).abs().max()) < 5 / math.sqrt(
+                n
+            ), name
             assert float((draws.std(0) / sd[name]).log().abs().max()) < 6 / math.sqrt(2 * n), name
 
 
 @pytest.mark.parametrize("make", [normal_normal, beta_binomial, linear_regression, gamma_poisson])
 @pytest.mark.parametrize(
     ("default", "dtype"),
-    [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.float32, torch.float64)],
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float64),
+    ],
     ids=["single", "double", "double in single"],
 )
-def test_a_conjugate_model(make: Callable[[torch.dtype], Conjugate], default: torch.dtype, dtype: torch.dtype) -> None:
+def test_a_conjugate_model(
+    make: Callable[[torch.dtype], Conjugate], default: torch.dtype, dtype: torch.dtype
+) -> None:
     truth = make(dtype)
     torch.set_default_dtype(default)
     posterior = quickly(truth.model, truth.args)
@@ -138,7 +165,10 @@ def test_a_conjugate_model(make: Callable[[torch.dtype], Conjugate], default: to
     assert draws.dtype == dtype
     assert posterior.verdict.ok, posterior
     rounding = 1e-4 if dtype == torch.float64 else 2e-3
-    assert abs(posterior.log_evidence - truth.log_evidence) < 4 * posterior.verdict.log_evidence_error + rounding
+    assert (
+        abs(posterior.log_evidence - truth.log_evidence)
+        < 4 * posterior.verdict.log_evidence_error + rounding
+    )
     assert posterior.verdict.elbo < truth.log_evidence + rounding
     assert_moments(posterior, truth.mean, truth.sd)
 
@@ -167,7 +197,11 @@ def schools_by_quadrature() -> tuple[dict[str, Tensor], dict[str, Tensor], float
     mu = torch.linspace(-35, 45, 801).double()
     log_tau = torch.linspace(-14, 7, 1401).double()
     m, t = torch.meshgrid(mu, log_tau.exp(), indexing="ij")
-    log_p = dist.Normal(0.0, 5.0).log_prob(m) + dist.HalfCauchy(torch.tensor(5.0).double()).log_prob(t) + t.log()
+    log_p = (
+        dist.Normal(0.0, 5.0).log_prob(m)
+        + dist.HalfCauchy(torch.tensor(5.0).double()).log_prob(t)
+        + t.log()
+    )
     for y_j, sigma_j in zip(y, sigma, strict=True):
         log_p = log_p + dist.Normal(m, (sigma_j**2 + t**2).sqrt()).log_prob(y_j)
     cell = float((mu[1] - mu[0]) * (log_tau[1] - log_tau[0]))
@@ -182,7 +216,9 @@ def schools_by_quadrature() -> tuple[dict[str, Tensor], dict[str, Tensor], float
     shrunk = [(y_j / s**2 * t**2 + m) / (1 + t**2 / s**2) for y_j, s in zip(y, sigma, strict=True)]
     spread = [t**2 / (1 + t**2 / s**2) for s in sigma]
     mean["theta"] = torch.stack([expect(value) for value in shrunk])
-    second["theta"] = torch.stack([expect(value**2 + v) for value, v in zip(shrunk, spread, strict=True)])
+    second["theta"] = torch.stack(
+        [expect(value**2 + v) for value, v in zip(shrunk, spread, strict=True)]
+    )
     sd = {name: (second[name] - mean[name] ** 2).sqrt() for name in mean}
     return mean, sd, evidence
 
@@ -203,12 +239,17 @@ def test_eight_schools_centred() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["eight_schools", "eight_schools_noncentered"])
-@pytest.mark.parametrize(("seed", "dtype"), [(0, torch.float32), (1, torch.float32), (2, torch.float32), (0, torch.float64)])
+@pytest.mark.parametrize(
+    ("seed", "dtype"),
+    [(0, torch.float32), (1, torch.float32), (2, torch.float32), (0, torch.float64)],
+)
 def test_eight_schools_for_every_seed(name: str, seed: int, dtype: torch.dtype) -> None:
     mean, sd, evidence = schools_by_quadrature()
     torch.set_default_dtype(dtype)
     example = load_example(name)
-    posterior = fit_posterior(example.model, example.args, example.kwargs, seed=seed, progress=False)
+    posterior = fit_posterior(
+        example.model, example.args, example.kwargs, seed=seed, progress=False
+    )
     assert posterior.verdict.ok, posterior
     assert posterior.verdict.ess > 0.85
     assert abs(posterior.log_evidence - evidence) < 0.02
@@ -254,7 +295,8 @@ def test_discrete_sites_are_summed_out() -> None:
 
     grid = torch.linspace(-6, 8, 4001).double().unsqueeze(-1)
     of_data = torch.logaddexp(
-        dist.Normal(grid, 0.5).log_prob(y) + math.log(0.6), dist.Normal(-grid, 0.5).log_prob(y) + math.log(0.4)
+        dist.Normal(grid, 0.5).log_prob(y) + math.log(0.6),
+        dist.Normal(-grid, 0.5).log_prob(y) + math.log(0.4),
     ).sum(-1)
     log_p = of_data + dist.Normal(2.0, 0.5).log_prob(grid[:, 0])
     width = float(grid[1] - grid[0])
@@ -289,7 +331,11 @@ def test_a_model_that_is_a_module() -> None:
     mean = covariance @ (x.mT @ y) / 0.25
     posterior = quickly(Linear(), (x, y))
     assert posterior.verdict.ok
-    assert_moments(posterior, {"layer.weight": mean.reshape(1, 2)}, {"layer.weight": covariance.diagonal().sqrt()})
+    assert_moments(
+        posterior,
+        {"layer.weight": mean.reshape(1, 2)},
+        {"layer.weight": covariance.diagonal().sqrt()},
+    )
 
 
 def test_a_start_of_zero_density_is_left() -> None:
@@ -423,7 +469,12 @@ def test_an_own_guide_is_trained_in_place_and_on() -> None:
 
 def test_a_guide_from_svi_is_trained_on() -> None:
     guide = AutoFlow(correlated, init_scale=0.5)
-    svi = SVI(correlated, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=16, vectorize_particles=False))
+    svi = SVI(
+        correlated,
+        guide,
+        pyro.optim.Adam({"lr": 1e-2}),
+        Trace_ELBO(num_particles=16, vectorize_particles=False),
+    )
     for _ in range(20):
         svi.step()
     before = quickly(correlated, guide=guide, steps=0).verdict.elbo
@@ -448,7 +499,9 @@ def test_without_progress_nothing_is_printed(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "")
 
 
-def test_with_progress_a_bar_with_the_elbo_is_shown_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+def test_with_progress_a_bar_with_the_elbo_is_shown_on_stderr(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     fit_posterior(correlated, steps=60)
     out, err = capfd.readouterr()
     assert out == ""
@@ -496,7 +549,9 @@ class Bar:
 
 
 @pytest.mark.parametrize("at", [1, 60])
-def test_an_interruption_returns_the_posterior_so_far(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_returns_the_posterior_so_far(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": at}))
     posterior = quickly(correlated, steps=1000)
     assert posterior.interrupted
@@ -521,13 +576,17 @@ def test_an_interruption_brings_the_best_parameters_back(monkeypatch: pytest.Mon
                 for p in networks():
                     p += 1.0
 
-    monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": 75, "act": staticmethod(spoil)}))
+    monkeypatch.setattr(
+        training_module, "tqdm", type("Pressed", (Bar,), {"at": 75, "act": staticmethod(spoil)})
+    )
     posterior = quickly(correlated, guide=guide, steps=1000)
     assert posterior.interrupted
     assert all(torch.equal(a, b) for a, b in zip(networks(), seen[0], strict=True))
 
 
-def test_an_interruption_before_the_training_returns_a_posterior(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_before_the_training_returns_a_posterior(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def pressed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
@@ -573,7 +632,10 @@ def test_it_runs_where_it_is_told(device: torch.device) -> None:
     posterior = quickly(truth.model, truth.args, steps=20, device=str(device))
     assert posterior.sample(10)["w"].device.type == device.type
     assert posterior.verdict.ok
-    assert abs(posterior.log_evidence - truth.log_evidence) < 4 * posterior.verdict.log_evidence_error + 2e-3
+    assert (
+        abs(posterior.log_evidence - truth.log_evidence)
+        < 4 * posterior.verdict.log_evidence_error + 2e-3
+    )
     summary = posterior.summary(100)
     assert len(summary) == 3
     assert posterior.to_arviz(20)["posterior"]["w"].shape == (1, 20, 3)
@@ -714,49 +776,179 @@ FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("only discrete", only_discrete, {}, ValueError, r"got only discrete ones \('coin'\)"),
     ("infinite discrete", counts, {}, ValueError, "got 'events' with Poisson"),
     ("random", random_log_density, {}, ValueError, "random numbers outside of pyro.sample"),
-    ("NaN in the data", nan_in_the_data, {}, ValueError, r"site 'bad' gives nan\. Look for NaN in the data"),
-    ("NaN in a predictor", nan_in_a_predictor, {}, ValueError, r"site 'bad' gives nan\. Look for NaN in the data"),
+    (
+        "NaN in the data",
+        nan_in_the_data,
+        {},
+        ValueError,
+        r"site 'bad' gives nan\. Look for NaN in the data",
+    ),
+    (
+        "NaN in a predictor",
+        nan_in_a_predictor,
+        {},
+        ValueError,
+        r"site 'bad' gives nan\. Look for NaN in the data",
+    ),
     ("impossible data", impossible_data, {}, ValueError, "site 'bad' gives -inf"),
     ("impossible factor", impossible_factor, {}, ValueError, "site 'bad' gives -inf"),
     ("infinite factor", infinite_factor, {}, ValueError, "site 'bad' gives inf"),
     ("NaN factor", nan_factor, {}, ValueError, "site 'bad' gives nan"),
-    ("bounded by a latent", bounded_by_a_latent, {}, ValueError, "got 'u', whose support depends on other latent sites"),
+    (
+        "bounded by a latent",
+        bounded_by_a_latent,
+        {},
+        ValueError,
+        "got 'u', whose support depends on other latent sites",
+    ),
     ("unknown support", of_unknown_support, {}, ValueError, "'direction'"),
     ("model is a number", 3, {}, TypeError, "Expected model to be a callable"),
     ("model is None", None, {}, TypeError, "Expected model to be a callable"),
-    ("args is a tensor", fine, {"args": torch.zeros(2)}, TypeError, "Expected args to be a sequence"),
+    (
+        "args is a tensor",
+        fine,
+        {"args": torch.zeros(2)},
+        TypeError,
+        "Expected args to be a sequence",
+    ),
     ("args is a number", fine, {"args": 3}, TypeError, "Expected args to be a sequence"),
     ("args is a string", fine, {"args": "ab"}, TypeError, "Expected args to be a sequence"),
     ("kwargs is a list", fine, {"kwargs": [1]}, TypeError, "Expected kwargs to be a mapping"),
     ("steps below zero", fine, {"steps": -1}, ValueError, "Expected steps >= 0; got -1"),
-    ("steps is a fraction", fine, {"steps": 1.5}, TypeError, "Expected steps to be an integer; got 1.5"),
-    ("steps is a word", fine, {"steps": "many"}, TypeError, "Expected steps to be an integer; got 'many'"),
-    ("time is zero", fine, {"time_limit": 0}, ValueError, "Expected time_limit to be positive and finite; got 0"),
-    ("time is negative", fine, {"time_limit": -3.0}, ValueError, "Expected time_limit to be positive"),
-    ("time is NaN", fine, {"time_limit": math.nan}, ValueError, "Expected time_limit to be positive"),
-    ("time is a word", fine, {"time_limit": "1 min"}, TypeError, "Expected time_limit to be a number"),
+    (
+        "steps is a fraction",
+        fine,
+        {"steps": 1.5},
+        TypeError,
+        "Expected steps to be an integer; got 1.5",
+    ),
+    (
+        "steps is a word",
+        fine,
+        {"steps": "many"},
+        TypeError,
+        "Expected steps to be an integer; got 'many'",
+    ),
+    (
+        "time is zero",
+        fine,
+        {"time_limit": 0},
+        ValueError,
+        "Expected time_limit to be positive and finite; got 0",
+    ),
+    (
+        "time is negative",
+        fine,
+        {"time_limit": -3.0},
+        ValueError,
+        "Expected time_limit to be positive",
+    ),
+    (
+        "time is NaN",
+        fine,
+        {"time_limit": math.nan},
+        ValueError,
+        "Expected time_limit to be positive",
+    ),
+    (
+        "time is a word",
+        fine,
+        {"time_limit": "1 min"},
+        TypeError,
+        "Expected time_limit to be a number",
+    ),
     ("seed below zero", fine, {"seed": -1}, ValueError, "Expected seed >= 0; got -1"),
-    ("seed is a fraction", fine, {"seed": 0.5}, TypeError, "Expected seed to be an integer; got 0.5"),
+    (
+        "seed is a fraction",
+        fine,
+        {"seed": 0.5},
+        TypeError,
+        "Expected seed to be an integer; got 0.5",
+    ),
     ("seed is a word", fine, {"seed": "x"}, TypeError, "Expected seed to be an integer; got 'x'"),
     ("seed is too large", fine, {"seed": 2**32}, ValueError, r"Expected seed < 2\*\*32; got"),
-    ("device is a word", fine, {"device": "gpu"}, ValueError, "Expected device to be one of this machine; got 'gpu'"),
-    ("device is not there", fine, {"device": "cuda:97"}, ValueError, "Expected device to be one of this machine"),
+    (
+        "device is a word",
+        fine,
+        {"device": "gpu"},
+        ValueError,
+        "Expected device to be one of this machine; got 'gpu'",
+    ),
+    (
+        "device is not there",
+        fine,
+        {"device": "cuda:97"},
+        ValueError,
+        "Expected device to be one of this machine",
+    ),
     ("device is a number", fine, {"device": 3.5}, (TypeError, ValueError), "Expected device"),
-    ("guide is a word", fine, {"guide": "realnvp"}, (TypeError, ValueError), "Expected guide to be 'auto'"),
+    (
+        "guide is a word",
+        fine,
+        {"guide": "realnvp"},
+        (TypeError, ValueError),
+        "Expected guide to be 'auto'",
+    ),
     ("guide is a number", fine, {"guide": 3}, TypeError, "Expected guide to be 'auto'"),
     ("guide is None", fine, {"guide": None}, TypeError, "Expected guide to be 'auto'"),
-    ("guide is a made flow", fine, {"guide": pf.RealNVP(2)}, TypeError, "Expected guide to be 'auto'"),
-    ("guide gives a number", fine, {"guide": lambda n: 3}, TypeError, "to return a Flow or a Transform; got 3"),
-    ("guide of a wrong width", fine, {"guide": lambda n: pf.RealNVP(n + 1)}, ValueError, "2 features"),
-    ("guide of other names", fine, {"guide": lambda: guide_of(other_names)}, ValueError, "guide of this model"),
-    ("guide of another shape", fine, {"guide": lambda: guide_of(other_shape)}, ValueError, "guide of this model"),
-    ("guide on the simplex", fine, {"guide": lambda: guide_of(on_the_simplex)}, ValueError, "guide of this model"),
-    ("guide on half a line", fine, {"guide": lambda: guide_of(on_the_positive_half)}, ValueError, "guide of this model"),
+    (
+        "guide is a made flow",
+        fine,
+        {"guide": pf.RealNVP(2)},
+        TypeError,
+        "Expected guide to be 'auto'",
+    ),
+    (
+        "guide gives a number",
+        fine,
+        {"guide": lambda n: 3},
+        TypeError,
+        "to return a Flow or a Transform; got 3",
+    ),
+    (
+        "guide of a wrong width",
+        fine,
+        {"guide": lambda n: pf.RealNVP(n + 1)},
+        ValueError,
+        "2 features",
+    ),
+    (
+        "guide of other names",
+        fine,
+        {"guide": lambda: guide_of(other_names)},
+        ValueError,
+        "guide of this model",
+    ),
+    (
+        "guide of another shape",
+        fine,
+        {"guide": lambda: guide_of(other_shape)},
+        ValueError,
+        "guide of this model",
+    ),
+    (
+        "guide on the simplex",
+        fine,
+        {"guide": lambda: guide_of(on_the_simplex)},
+        ValueError,
+        "guide of this model",
+    ),
+    (
+        "guide on half a line",
+        fine,
+        {"guide": lambda: guide_of(on_the_positive_half)},
+        ValueError,
+        "guide of this model",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("model", "options", "kind", "said"), [f[1:] for f in FAILURES], ids=[f[0] for f in FAILURES])
-def test_a_failure_is_one_clear_sentence(model: Any, options: dict[str, Any], kind: Any, said: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "options", "kind", "said"), [f[1:] for f in FAILURES], ids=[f[0] for f in FAILURES]
+)
+def test_a_failure_is_one_clear_sentence(
+    model: Any, options: dict[str, Any], kind: Any, said: str
+) -> None:
     options = {"progress": False, "steps": 2, **options}
     made = options.get("guide")
     if getattr(made, "__name__", "") == "<lambda>" and not made.__code__.co_argcount:
@@ -773,7 +965,9 @@ def test_a_failure_is_one_clear_sentence(model: Any, options: dict[str, Any], ki
 
 @pytest.mark.parametrize("make", [changing_shape, changing_sites])
 def test_a_latent_that_changes_is_refused_by_name(make: Callable[[], Model]) -> None:
-    with pytest.raises(ValueError, match=r"one shape in every run of the model; 'x\w*' was") as caught:
+    with pytest.raises(
+        ValueError, match=r"one shape in every run of the model; 'x\w*' was"
+    ) as caught:
         fit_posterior(make(), progress=False)
     assert "\n" not in str(caught.value)
 
@@ -792,7 +986,9 @@ def test_sites_in_another_order_are_another_model() -> None:
 
 
 def test_an_improper_posterior_is_not_trusted() -> None:
-    posterior = quickly(lambda: pyro.sample("x", dist.ImproperUniform(constraints.real, (), (2,))), steps=5)
+    posterior = quickly(
+        lambda: pyro.sample("x", dist.ImproperUniform(constraints.real, (), (2,))), steps=5
+    )
     assert not posterior.verdict.ok
 
 
@@ -811,7 +1007,9 @@ def two_modes() -> None:
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
     near = dist.Normal(torch.tensor([-5.0, 0.0]), 1.0).log_prob(x).sum() + math.log(0.8)
     far = dist.Normal(torch.tensor([5.0, 3.0]), 0.5).log_prob(x).sum() + math.log(0.2)
-    pyro.factor("modes", torch.logaddexp(near, far) - dist.Normal(torch.zeros(2), 10.0).log_prob(x).sum())
+    pyro.factor(
+        "modes", torch.logaddexp(near, far) - dist.Normal(torch.zeros(2), 10.0).log_prob(x).sum()
+    )
 
 
 def test_a_normal_posterior_needs_no_flow() -> None:
@@ -893,7 +1091,9 @@ def test_a_fit_goes_on_from_its_checkpoint(tmp_path: Any, monkeypatch: pytest.Mo
     resumed = quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path)
     assert resumed.history == whole.history
     assert resumed.verdict == whole.verdict
-    with pytest.raises(ValueError, match=r"checkpoint of this fit; .* seed 0, and this fit has seed 1"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint of this fit; .* seed 0, and this fit has seed 1"
+    ):
         quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path, seed=1)
 
 

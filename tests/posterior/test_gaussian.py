@@ -23,7 +23,9 @@ def float64() -> None:
 
 def gaussian_density(loc: Tensor, covariance: Tensor) -> LogDensity:
     # Not validated: torch's check of a covariance compares its entries on one scale.
-    law = dist.MultivariateNormal(loc, scale_tril=torch.linalg.cholesky(covariance), validate_args=False)
+    law = dist.MultivariateNormal(
+        loc, scale_tril=torch.linalg.cholesky(covariance), validate_args=False
+    )
     return LogDensity(lambda: pyro.sample("x", law), init_loc_fn=lambda site: loc)
 
 
@@ -41,7 +43,9 @@ def monte_carlo_error(features: int, draws: int = 256) -> float:
 def assert_exact(fit: Gaussian, loc: Tensor, covariance: Tensor, tolerance: float) -> None:
     """Means to a fraction of their standard deviation; covariance in the units of the true one."""
     true_root = torch.linalg.cholesky(covariance)
-    off_centre = torch.linalg.solve_triangular(true_root, (fit.loc - loc).unsqueeze(-1), upper=False)
+    off_centre = torch.linalg.solve_triangular(
+        true_root, (fit.loc - loc).unsqueeze(-1), upper=False
+    )
     assert float(off_centre.abs().max()) < tolerance
     relative = torch.linalg.solve_triangular(true_root, fit.scale_tril, upper=False)
     torch.testing.assert_close(relative @ relative.mT, torch.eye(len(loc)), rtol=0, atol=tolerance)
@@ -54,7 +58,9 @@ def assert_exact(fit: Gaussian, loc: Tensor, covariance: Tensor, tolerance: floa
 @pytest.mark.parametrize("features", [1, 2, 6])
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("correlation", [0.0, 0.999])
-def test_a_gaussian_of_any_scale_is_found_exactly(features: int, scale: float, correlation: float) -> None:
+def test_a_gaussian_of_any_scale_is_found_exactly(
+    features: int, scale: float, correlation: float
+) -> None:
     covariance = equicorrelated(torch.full((features,), scale), correlation)
     loc = scale * torch.linspace(-3, 5, features)
     density = gaussian_density(loc, covariance)
@@ -108,7 +114,10 @@ def test_collinear_predictors_in_their_raw_units() -> None:
     fit = fit_gaussian(LogDensity(model), torch.zeros(3))
     sd = covariance.diagonal().sqrt()
     assert float(((fit.loc - loc) / sd).abs().max()) < 0.01
-    assert float(((fit.scale_tril @ fit.scale_tril.mT).diagonal().sqrt() / sd).log().abs().max()) < 0.01
+    assert (
+        float(((fit.scale_tril @ fit.scale_tril.mT).diagonal().sqrt() / sd).log().abs().max())
+        < 0.01
+    )
 
 
 @pytest.mark.usefixtures("float64")
@@ -118,7 +127,9 @@ def test_the_bound_is_the_log_evidence_of_a_conjugate_model() -> None:
         pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(3.0))
 
     fit = fit_gaussian(LogDensity(model), torch.zeros(1))
-    assert abs(fit.elbo - float(dist.Normal(0.0, math.sqrt(5.0)).log_prob(torch.tensor(3.0)))) < monte_carlo_error(1)
+    assert abs(
+        fit.elbo - float(dist.Normal(0.0, math.sqrt(5.0)).log_prob(torch.tensor(3.0)))
+    ) < monte_carlo_error(1)
 
 
 # Densities that are not Gaussian
@@ -159,13 +170,22 @@ def half_of_the_line_is_impossible() -> None:
     pyro.sample("y", dist.Uniform(x - 1, x + 1), obs=torch.tensor(0.5))
 
 
-OTHERS = [logistic, two_modes, heavy_tails, ridge_without_a_mode, half_of_the_line_is_nan, half_of_the_line_is_impossible]
+OTHERS = [
+    logistic,
+    two_modes,
+    heavy_tails,
+    ridge_without_a_mode,
+    half_of_the_line_is_nan,
+    half_of_the_line_is_impossible,
+]
 
 
 def bound_and_error(density: LogDensity, fit: Gaussian, draws: int = 4000) -> tuple[float, float]:
     noise = torch.randn(draws, density.features, generator=torch.Generator().manual_seed(5))
     values = density.log_prob(fit.loc + noise @ fit.scale_tril.mT)
-    entropy = fit.scale_tril.diagonal().log().sum() + 0.5 * density.features * math.log(2 * math.pi * math.e)
+    entropy = fit.scale_tril.diagonal().log().sum() + 0.5 * density.features * math.log(
+        2 * math.pi * math.e
+    )
     return float(values.mean() + entropy), float(values.std()) / math.sqrt(draws)
 
 

@@ -56,7 +56,9 @@ def mixed() -> None:
             pyro.sample("w", dist.Normal(0.0, 1.0))
             pyro.sample("count", dist.Poisson(b), obs=torch.ones(3, 2))
     pyro.sample("k", dist.Categorical(p), obs=torch.tensor(1))
-    pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), scale_tril=root), obs=torch.tensor([0.3, -0.5]))
+    pyro.sample(
+        "x", dist.MultivariateNormal(torch.zeros(2), scale_tril=root), obs=torch.tensor([0.3, -0.5])
+    )
 
 
 @cache
@@ -98,9 +100,12 @@ def test_four_thousand_draws_by_default(posterior: pf.Posterior) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "kind"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("all", TypeError), (True, TypeError)]
+    ("n", "kind"),
+    [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("all", TypeError), (True, TypeError)],
 )
-def test_a_bad_number_of_draws_is_refused(n: Any, kind: type[Exception], posterior: pf.Posterior) -> None:
+def test_a_bad_number_of_draws_is_refused(
+    n: Any, kind: type[Exception], posterior: pf.Posterior
+) -> None:
     with pytest.raises(kind, match="Expected n "):
         posterior.sample(n)
 
@@ -111,7 +116,9 @@ def test_a_bad_seed_is_refused(seed: Any, kind: type[Exception], posterior: pf.P
         posterior.sample(5, seed=seed)
 
 
-def test_a_seed_gives_the_same_draws_and_leaves_the_random_state_alone(posterior: pf.Posterior) -> None:
+def test_a_seed_gives_the_same_draws_and_leaves_the_random_state_alone(
+    posterior: pf.Posterior,
+) -> None:
     state = torch.get_rng_state()
     first, second, other = (posterior.sample(50, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -224,13 +231,21 @@ def test_site_dims_name_the_plates() -> None:
 
 def test_the_summary_has_a_row_for_every_scalar(posterior: pf.Posterior) -> None:
     table = posterior.summary(2000)
-    labels = ["mu", "tau", *(f"eta[{i}]" for i in range(3)), *(f"theta[{i}]" for i in range(3)), "total"]
+    labels = [
+        "mu",
+        "tau",
+        *(f"eta[{i}]" for i in range(3)),
+        *(f"theta[{i}]" for i in range(3)),
+        "total",
+    ]
     assert list(table.index) == labels
     assert list(table.columns) == ["mean", "sd", "hdi_3%", "hdi_97%"]
     draws = posterior.sample(2000, seed=0)
     assert table.loc["mu", "mean"] == pytest.approx(float(draws["mu"].mean()), abs=1e-5)
     assert table.loc["theta[1]", "sd"] == pytest.approx(float(draws["theta"][:, 1].std()), rel=1e-4)
-    inside = (draws["mu"] >= table.loc["mu", "hdi_3%"]) & (draws["mu"] <= table.loc["mu", "hdi_97%"])
+    inside = (draws["mu"] >= table.loc["mu", "hdi_3%"]) & (
+        draws["mu"] <= table.loc["mu", "hdi_97%"]
+    )
     assert float(inside.float().mean()) == pytest.approx(0.94, abs=0.005)
     assert posterior.summary(2000).equals(table)
 
@@ -239,7 +254,11 @@ def test_the_summary_has_a_row_for_every_scalar(posterior: pf.Posterior) -> None
 
 
 def groups(data: Any) -> set[str]:
-    return set(data.groups()) if callable(data.groups) else {name.strip("/") for name in data.groups} - {""}
+    return (
+        set(data.groups())
+        if callable(data.groups)
+        else {name.strip("/") for name in data.groups} - {""}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -289,12 +308,17 @@ def test_draws_are_those_of_sample(exported: Any, posterior: pf.Posterior) -> No
 def test_the_log_likelihood_is_that_of_each_datum(exported: Any) -> None:
     theta = torch.as_tensor(exported["posterior"]["theta"].values[0])
     expected = dist.Normal(theta, SIGMA).log_prob(Y)
-    np.testing.assert_allclose(exported["log_likelihood"]["y"].values[0], expected.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        exported["log_likelihood"]["y"].values[0], expected.numpy(), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_array_equal(exported["observed_data"]["y"].values, Y.numpy())
 
 
 def test_the_log_weight_is_log_joint_less_log_guide(exported: Any, posterior: pf.Posterior) -> None:
-    values = {name: torch.as_tensor(exported["posterior"][name].values[0]) for name in ("mu", "tau", "eta")}
+    values = {
+        name: torch.as_tensor(exported["posterior"][name].values[0])
+        for name in ("mu", "tau", "eta")
+    }
     z = posterior.density.unconstrain(values)
     log_joint = (
         dist.Normal(0.0, 2.0).log_prob(values["mu"])
@@ -307,7 +331,9 @@ def test_the_log_weight_is_log_joint_less_log_guide(exported: Any, posterior: pf
     np.testing.assert_allclose(stats["lp"].values[0], log_joint.numpy(), rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         log_guide = posterior.guide.get_posterior().log_prob(z)
-    np.testing.assert_allclose(stats["log_weight"].values[0], (log_joint - log_guide).numpy(), atol=5e-3)
+    np.testing.assert_allclose(
+        stats["log_weight"].values[0], (log_joint - log_guide).numpy(), atol=5e-3
+    )
     weights = torch.as_tensor(stats["log_weight"].values[0])
     # Draws are resampled by their weights, so that the reciprocal weights average to one over the evidence.
     if posterior.corrects:
@@ -390,7 +416,11 @@ def with_a_number_for_data() -> None:
 def with_data_of_counts() -> None:
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     with pyro.plate("n", 3):
-        pyro.sample("y", dist.Binomial(torch.tensor([3.0, 5.0, 2.0]), logits=x), obs=torch.tensor([1.0, 2.0, 2.0]))
+        pyro.sample(
+            "y",
+            dist.Binomial(torch.tensor([3.0, 5.0, 2.0]), logits=x),
+            obs=torch.tensor([1.0, 2.0, 2.0]),
+        )
 
 
 def with_missing_data() -> None:
@@ -407,7 +437,10 @@ def with_missing_data() -> None:
         (without_a_prior, {"log_likelihood", "posterior_predictive", "observed_data"}),
         (with_a_coin, {"prior", "observed_data"}),
         (with_data_that_cannot_be_drawn, {"log_likelihood", "observed_data"}),
-        (with_a_number_for_data, {"prior", "log_likelihood", "posterior_predictive", "observed_data"}),
+        (
+            with_a_number_for_data,
+            {"prior", "log_likelihood", "posterior_predictive", "observed_data"},
+        ),
         (with_data_of_counts, {"prior", "log_likelihood", "posterior_predictive", "observed_data"}),
         (with_missing_data, set()),
     ],
@@ -439,7 +472,9 @@ def test_log_likelihood_sums_to_the_likelihood_part_of_the_joint() -> None:
     assert data["log_likelihood"]["y"].shape == (1, 10, 3)
     x = torch.as_tensor(data["posterior"]["x"].values[0])
     expected = dist.Normal(x, 1.0).log_prob(torch.tensor(0.5))
-    np.testing.assert_allclose(data["log_likelihood"]["y"].values[0, :, 2], expected.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(
+        data["log_likelihood"]["y"].values[0, :, 2], expected.numpy(), rtol=1e-5
+    )
 
 
 def test_a_model_with_a_name_twice_for_plate_and_dimension() -> None:
@@ -485,7 +520,9 @@ def test_saved_and_loaded(posterior: pf.Posterior, tmp_path: Path) -> None:
     assert path.stat().st_size < 1_000_000
 
 
-def test_a_loaded_posterior_can_do_what_a_fitted_one_can(posterior: pf.Posterior, tmp_path: Path) -> None:
+def test_a_loaded_posterior_can_do_what_a_fitted_one_can(
+    posterior: pf.Posterior, tmp_path: Path
+) -> None:
     path = tmp_path / "posterior.pt"
     posterior.save(path)
     loaded = load_posterior(path, hierarchy)
@@ -554,7 +591,9 @@ def test_loaded_in_a_fresh_process(posterior: pf.Posterior, tmp_path: Path) -> N
     ok, evidence, total = run.stdout.split()
     assert ok == str(posterior.verdict.ok)
     assert float(evidence) == pytest.approx(posterior.log_evidence, abs=1e-4)
-    assert float(total) == pytest.approx(float(posterior.sample(20, seed=3)["theta"].sum()), rel=1e-4)
+    assert float(total) == pytest.approx(
+        float(posterior.sample(20, seed=3)["theta"].sum()), rel=1e-4
+    )
 
 
 def test_a_flow_of_ones_own_needs_a_guide_to_load_into(tmp_path: Path) -> None:
@@ -597,15 +636,21 @@ def other_shape(sigma: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("model", [other_name, other_shape])
 def test_the_wrong_model_is_refused(model: Model, posterior: pf.Posterior, tmp_path: Path) -> None:
     posterior.save(tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"Expected the model of the saved posterior, with latent sites .*'mu'"):
+    with pytest.raises(
+        ValueError, match=r"Expected the model of the saved posterior, with latent sites .*'mu'"
+    ):
         load_posterior(tmp_path / "p.pt", model)
 
 
 @pytest.mark.parametrize("preset", [pf.RealNVP, pf.MAF])
-def test_a_file_of_before_linear_maps_is_read(preset: Callable[..., pf.Flow], tmp_path: Path) -> None:
+def test_a_file_of_before_linear_maps_is_read(
+    preset: Callable[..., pf.Flow], tmp_path: Path
+) -> None:
     """Up to format 2 these presets had nothing between their layers, and were saved by their names."""
     path = tmp_path / "p.pt"
-    made = fit_posterior(hierarchy, (SIGMA, Y), guide=lambda n: preset(n, mixing=None), steps=3, progress=False)
+    made = fit_posterior(
+        hierarchy, (SIGMA, Y), guide=lambda n: preset(n, mixing=None), steps=3, progress=False
+    )
     made.save(path)
     torch.save({**torch.load(path), "format": 2, "flow": preset.__name__}, path)
     loaded = load_posterior(path, hierarchy)
@@ -634,10 +679,14 @@ GARBAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-def test_what_is_no_saved_posterior_is_refused(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_saved_posterior_is_refused(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "p.pt"
     GARBAGE[kind](path)
-    with pytest.raises(ValueError, match=r"Expected the file of a saved posterior; .*p\.pt") as caught:
+    with pytest.raises(
+        ValueError, match=r"Expected the file of a saved posterior; .*p\.pt"
+    ) as caught:
         load_posterior(path, hierarchy)
     assert "\n" not in str(caught.value)
     assert "run" not in capfd.readouterr().out
@@ -657,7 +706,9 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 
-def test_a_file_of_which_a_part_is_missing_is_refused(posterior: pf.Posterior, tmp_path: Path) -> None:
+def test_a_file_of_which_a_part_is_missing_is_refused(
+    posterior: pf.Posterior, tmp_path: Path
+) -> None:
     path = tmp_path / "p.pt"
     posterior.save(path)
     state = torch.load(path, weights_only=True)
@@ -669,12 +720,16 @@ def test_a_file_of_which_a_part_is_missing_is_refused(posterior: pf.Posterior, t
 
 @pytest.mark.parametrize("where", ["missing.pt", "folder/missing.pt", "."])
 def test_a_missing_file_is_refused(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Expected the file of a saved posterior; .* cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"Expected the file of a saved posterior; .* cannot be read"
+    ):
         load_posterior(tmp_path / where, hierarchy)
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/p.pt", "."])
-def test_a_path_that_cannot_be_written_is_refused(where: str, posterior: pf.Posterior, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused(
+    where: str, posterior: pf.Posterior, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="Expected a path that can be written; got") as caught:
         posterior.save(tmp_path / where)
     assert "\n" not in str(caught.value)
@@ -688,10 +743,14 @@ def test_the_guide_works_with_predictive(posterior: pf.Posterior) -> None:
     draws = predictive(SIGMA)
     assert draws["y"].shape[0] == 50
     assert draws["y"].shape[-1] == 3
-    mu = Predictive(hierarchy, guide=posterior.guide, num_samples=300, return_sites=["mu"])(SIGMA)["mu"]
+    mu = Predictive(hierarchy, guide=posterior.guide, num_samples=300, return_sites=["mu"])(SIGMA)[
+        "mu"
+    ]
     reference = posterior.sample(4000, seed=0)["mu"]
     # Uncorrected draws of the guide: as near as the guide is.
-    assert abs(float(mu.mean() - reference.mean()) / float(reference.std())) < 0.1 + 5 / math.sqrt(300)
+    assert abs(float(mu.mean() - reference.mean()) / float(reference.std())) < 0.1 + 5 / math.sqrt(
+        300
+    )
 
 
 def test_the_guide_works_with_neutra_and_nuts(posterior: pf.Posterior) -> None:
@@ -699,7 +758,9 @@ def test_the_guide_works_with_neutra_and_nuts(posterior: pf.Posterior) -> None:
     model = neutra.reparam(hierarchy)
     mcmc = MCMC(NUTS(model), num_samples=40, warmup_steps=50, disable_progbar=True)
     mcmc.run(SIGMA, Y)
-    (latent,) = [value for name, value in mcmc.get_samples().items() if name.endswith("_shared_latent")]
+    (latent,) = [
+        value for name, value in mcmc.get_samples().items() if name.endswith("_shared_latent")
+    ]
     # A dimension for the plate, as Pyro asks for.
     draws = neutra.transform_sample(latent.unsqueeze(-2))
     assert draws["eta"].shape == (40, 3)
@@ -749,7 +810,9 @@ def test_a_class_of_guides_is_made_for_the_model():
     def model():
         pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    assert isinstance(pf.fit_posterior(model, guide=pf.AutoFlow, steps=0, progress=False).guide, pf.AutoFlow)
+    assert isinstance(
+        pf.fit_posterior(model, guide=pf.AutoFlow, steps=0, progress=False).guide, pf.AutoFlow
+    )
 
 
 def test_saving_to_no_path_is_refused():

@@ -46,7 +46,9 @@ def test_an_exact_guide_is_trusted(features: int) -> None:
     assert verdict.log_evidence_error == pytest.approx(0.0, abs=1e-6)
     assert verdict.shift < 0.01
     assert verdict.draws == DRAWS
-    torch.testing.assert_close(smoothed, torch.full((DRAWS,), -math.log(DRAWS), dtype=torch.float64))
+    torch.testing.assert_close(
+        smoothed, torch.full((DRAWS,), -math.log(DRAWS), dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize(("loc", "scale"), [(0.02, 1.0), (0.0, 1.03), (0.0, 0.97), (-0.02, 1.02)])
@@ -113,7 +115,9 @@ def test_the_entry_at_fault_is_named() -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.tensor([1.0, 1.0, 1.4, 1.0], dtype=torch.float64)
     z = scales * torch.randn(DRAWS, 4, generator=generator, dtype=torch.float64)
-    log_weights = (Normal(0.0, 1.0).log_prob(z) - Normal(torch.zeros(4), scales).log_prob(z)).sum(-1)
+    log_weights = (Normal(0.0, 1.0).log_prob(z) - Normal(torch.zeros(4), scales).log_prob(z)).sum(
+        -1
+    )
     verdict = judge(log_weights, z, ["a", "b", "theta[2]", "c"])[0]
     assert not verdict.ok
     assert "theta[2]" in verdict.reason
@@ -167,7 +171,9 @@ def test_a_model_that_forbids_every_draw(bad: float) -> None:
 def test_draws_that_are_no_number_are_left_out(share: float) -> None:
     log_weights, z, names = normal_on_normal(scale=2.0)
     bad = torch.arange(DRAWS) < share * DRAWS
-    verdict = judge(torch.where(bad, math.nan, log_weights), torch.where(bad.unsqueeze(-1), math.nan, z), names)[0]
+    verdict = judge(
+        torch.where(bad, math.nan, log_weights), torch.where(bad.unsqueeze(-1), math.nan, z), names
+    )[0]
     assert not verdict.ok
     assert verdict.shift == pytest.approx(math.log(2.0), abs=0.05)
 
@@ -188,7 +194,9 @@ def test_the_elbo_is_below_the_evidence_by_the_divergence() -> None:
     scale = 1.5
     verdict = verdict_of(scale=scale)
     divergence = 0.5 * (scale**2 - 1) - math.log(scale)
-    assert verdict.elbo == pytest.approx(CONSTANT - divergence, abs=4 * 0.5 * (scale**2 - 1) * math.sqrt(2 / DRAWS))
+    assert verdict.elbo == pytest.approx(
+        CONSTANT - divergence, abs=4 * 0.5 * (scale**2 - 1) * math.sqrt(2 / DRAWS)
+    )
     assert verdict.elbo < verdict.log_evidence
 
 
@@ -207,7 +215,10 @@ def test_evidence_of_any_size(constant: float) -> None:
 
 def test_single_precision_and_double_agree() -> None:
     log_weights, z, names = normal_on_normal(scale=1.2)
-    single, double = judge(log_weights.float(), z.float(), names)[0], judge(log_weights, z, names)[0]
+    single, double = (
+        judge(log_weights.float(), z.float(), names)[0],
+        judge(log_weights, z, names)[0],
+    )
     assert single.log_evidence == pytest.approx(double.log_evidence, abs=1e-4)
     assert single.ess == pytest.approx(double.ess, abs=1e-4)
     assert single.ok == double.ok
@@ -229,11 +240,16 @@ def test_few_draws_are_judged_without_an_error(draws: int) -> None:
     assert math.isfinite(verdict.log_evidence)
 
 
-@pytest.mark.parametrize("case", [normal_on_normal(), normal_on_normal(scale=0.4), normal_on_normal(0.3), truncated(-1.5)])
+@pytest.mark.parametrize(
+    "case",
+    [normal_on_normal(), normal_on_normal(scale=0.4), normal_on_normal(0.3), truncated(-1.5)],
+)
 def test_the_verdict_reads_as_one_paragraph(case: tuple[Tensor, Tensor, list[str]]) -> None:
     verdict = judge(*case)[0]
     text = str(verdict)
-    assert text.startswith("Trust this posterior: " if verdict.ok else "Do not trust this posterior: ")
+    assert text.startswith(
+        "Trust this posterior: " if verdict.ok else "Do not trust this posterior: "
+    )
     assert text.endswith(".")
     assert "\n" not in text
     assert "nan" not in text
@@ -242,6 +258,15 @@ def test_the_verdict_reads_as_one_paragraph(case: tuple[Tensor, Tensor, list[str
 
 def test_its_fields_are_those_of_the_documentation_and_cannot_be_set() -> None:
     names = [field.name for field in fields(Verdict)]
-    assert set(names) >= {"ok", "reason", "khat", "ess", "elbo", "log_evidence", "log_evidence_error", "draws"}
+    assert set(names) >= {
+        "ok",
+        "reason",
+        "khat",
+        "ess",
+        "elbo",
+        "log_evidence",
+        "log_evidence_error",
+        "draws",
+    }
     with pytest.raises(FrozenInstanceError):
         verdict_of().ok = False  # type: ignore[misc]

@@ -138,7 +138,9 @@ def test_coordinates() -> None:
         ((0,), None, ("x_dim_0",)),
     ],
 )
-def test_partly_named_dimensions(shape: tuple[int, ...], dims: Any, expected: tuple[str, ...]) -> None:
+def test_partly_named_dimensions(
+    shape: tuple[int, ...], dims: Any, expected: tuple[str, ...]
+) -> None:
     given = None if dims is None else {"x": dims}
     data = bridge.to_inference_data({"posterior": {"x": np.zeros((1, 10, *shape))}}, given)
     assert data["posterior"]["x"].dims == ("chain", "draw", *expected)
@@ -156,7 +158,9 @@ def test_empty_groups_are_left_out() -> None:
 
 def test_slashes_become_dots() -> None:
     groups = {"posterior": {"block/x": np.zeros((1, 10, 2, 3))}}
-    data = bridge.to_inference_data(groups, {"block/x": ["block/plate"]}, {"block/plate": ["a", "b"]})
+    data = bridge.to_inference_data(
+        groups, {"block/x": ["block/plate"]}, {"block/plate": ["a", "b"]}
+    )
     x = data["posterior"]["block.x"]
     assert x.dims == ("chain", "draw", "block.plate", "block.x_dim_1")
     assert list(x["block.plate"].values) == ["a", "b"]
@@ -248,7 +252,9 @@ def test_netcdf_round_trip(tmp_path: Path) -> None:
 )
 def test_any_attribute_can_be_saved(tmp_path: Path, value: Any, expected: Any) -> None:
     attrs = {"note": value, "nothing": None}
-    bridge.save(bridge.to_inference_data({"posterior": GROUPS["posterior"]}, attrs=attrs), tmp_path / "x.nc")
+    bridge.save(
+        bridge.to_inference_data({"posterior": GROUPS["posterior"]}, attrs=attrs), tmp_path / "x.nc"
+    )
     loaded = bridge.load(tmp_path / "x.nc").attrs
     assert set(loaded) == {"note"}
     assert np.array_equal(np.asarray(loaded["note"]), np.asarray(expected))
@@ -572,7 +578,9 @@ def test_loo_takes_all_entries_of_all_variables() -> None:
     a, b = normal(1, 200, 2, 3), normal(1, 200, seed=1)
     together = bridge.loo({"a": a, "b": b})
     assert together.elpd.shape == together.khat.shape == (7,)
-    np.testing.assert_array_equal(together.elpd, [*bridge.loo({"a": a}).elpd, *bridge.loo({"b": b}).elpd])
+    np.testing.assert_array_equal(
+        together.elpd, [*bridge.loo({"a": a}).elpd, *bridge.loo({"b": b}).elpd]
+    )
 
 
 def test_loo_of_a_likelihood_that_no_parameter_moves() -> None:

@@ -34,7 +34,9 @@ def titles(figure: Figure) -> list[str]:
 
 
 def words(figure: Figure) -> str:
-    return " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+    return " ".join(
+        text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    )
 
 
 def test_eight_schools_shows_all_marginals_and_the_funnel(tmp_path):
@@ -65,7 +67,10 @@ def test_matrices_are_named_by_row_and_column():
     ids=["constant", "nan", "inf"],
 )
 def test_what_cannot_be_drawn_is_left_out(other):
-    assert titles(plot_posterior(Draws(a=torch.randn(200), b=other, c=torch.randn(200)))) == ["a", "c"]
+    assert titles(plot_posterior(Draws(a=torch.randn(200), b=other, c=torch.randn(200)))) == [
+        "a",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,9 @@ def _ring(rng: np.random.Generator, n: int) -> np.ndarray:
 @pytest.mark.parametrize("rho", [0.0, 0.95])
 def test_hardest_pair_prefers_what_a_gaussian_cannot_explain(shape, rho):
     rng = np.random.default_rng(0)
-    values = np.concatenate([_gaussian(rng, 4000, rho), shape(rng, 4000), rng.normal(size=(4000, 5))], axis=1)
+    values = np.concatenate(
+        [_gaussian(rng, 4000, rho), shape(rng, 4000), rng.normal(size=(4000, 5))], axis=1
+    )
     assert set(hardest_pair(values)) == {2, 3}
 
 

@@ -28,7 +28,9 @@ def gumbel(x: Tensor) -> tuple[Tensor, Tensor]:
 def half_normal(x: Tensor) -> tuple[Tensor, Tensor]:
     """A normal whose first entry is positive; elsewhere NaN."""
     outside = x[:, 0] < 0
-    return (-0.5 * x.square().sum(-1)).masked_fill(outside, math.nan), (-x).masked_fill(outside.unsqueeze(-1), math.nan)
+    return (-0.5 * x.square().sum(-1)).masked_fill(outside, math.nan), (-x).masked_fill(
+        outside.unsqueeze(-1), math.nan
+    )
 
 
 def gumbel_draws(*shape: int) -> Tensor:
@@ -38,7 +40,11 @@ def gumbel_draws(*shape: int) -> Tensor:
 def phase_point(seed: int = 0, chains: int = 6, features: int = 3) -> tuple[Any, Tensor, Tensor]:
     torch.manual_seed(seed)
     start = evaluate(gumbel, torch.randn(chains, features, dtype=torch.float64))
-    return start, torch.randn(chains, features, dtype=torch.float64), 0.1 + 0.2 * torch.rand(chains, 1, dtype=torch.float64)
+    return (
+        start,
+        torch.randn(chains, features, dtype=torch.float64),
+        0.1 + 0.2 * torch.rand(chains, 1, dtype=torch.float64),
+    )
 
 
 def energy(point: Any, momentum: Tensor) -> Tensor:
@@ -70,8 +76,12 @@ def test_integrator_is_of_second_order() -> None:
     errors = []
     for steps in (16, 32):
         size = torch.full((6, 1), 1.6 / steps, dtype=torch.float64)
-        errors.append(energy(*integrate(gumbel, start, momentum, size, steps)) - energy(start, momentum))
-    torch.testing.assert_close(errors[0] / errors[1], torch.full((6,), 4.0, dtype=torch.float64), rtol=0.1, atol=0)
+        errors.append(
+            energy(*integrate(gumbel, start, momentum, size, steps)) - energy(start, momentum)
+        )
+    torch.testing.assert_close(
+        errors[0] / errors[1], torch.full((6,), 4.0, dtype=torch.float64), rtol=0.1, atol=0
+    )
 
 
 def test_detailed_balance() -> None:
@@ -81,7 +91,12 @@ def test_detailed_balance() -> None:
     result = hmc(gumbel, start, 1, step_size=1.6, adapt=False)
     assert 0.4 < result.acceptance < 0.9
     x, y = start[:, 0], result.position[:, 0]
-    for f in (x.square() * y - x * y.square(), x.exp() * y - x * y.exp(), x - y, x.square() - y.square()):
+    for f in (
+        x.square() * y - x * y.square(),
+        x.exp() * y - x * y.exp(),
+        x - y,
+        x.square() - y.square(),
+    ):
         assert abs(float(f.mean())) < 4 * float(f.std()) / math.sqrt(len(f))
 
 
@@ -102,7 +117,9 @@ def test_no_orbit_of_a_normal_closes() -> None:
     torch.manual_seed(0)
     start = torch.full((2000, 1), 3.0, dtype=torch.float64)
     for length in (math.pi, 2 * math.pi):
-        end = hmc(normal, start, 8, path_length=length, step_size=0.2, adapt=False, leapfrog=100).position
+        end = hmc(
+            normal, start, 8, path_length=length, step_size=0.2, adapt=False, leapfrog=100
+        ).position
         assert abs(float(end.mean())) < 4 / math.sqrt(2000)
 
 
@@ -112,7 +129,9 @@ def test_step_size_is_found(size: float, chains: int) -> None:
     torch.manual_seed(0)
     start = torch.randn(chains, 10, dtype=torch.float64)
     found = hmc(normal, start, 60, step_size=size).step_size
-    again = hmc(normal, torch.randn(1000, 10, dtype=torch.float64), 20, step_size=found, adapt=False)
+    again = hmc(
+        normal, torch.randn(1000, 10, dtype=torch.float64), 20, step_size=found, adapt=False
+    )
     assert again.acceptance == pytest.approx(0.8, abs=0.08)
     assert again.step_size == found
 
@@ -125,7 +144,9 @@ def test_never_enters_nan() -> None:
     assert bool((result.history[..., 0] > 0).all())
     assert bool(result.log_density.isfinite().all())
     positive, free = result.position.T
-    assert float(positive.mean()) == pytest.approx(math.sqrt(2 / math.pi), abs=4 * 0.603 / math.sqrt(4000))
+    assert float(positive.mean()) == pytest.approx(
+        math.sqrt(2 / math.pi), abs=4 * 0.603 / math.sqrt(4000)
+    )
     assert abs(float(free.mean())) < 4 / math.sqrt(4000)
 
 
@@ -196,7 +217,9 @@ def log_joint(z: Tensor) -> Tensor:
 
 def affine(seed: int) -> pf.transforms.LowerTriangularAffine:
     generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(3, 3, generator=generator, dtype=torch.float64).tril(-1) + torch.eye(3) * (1 + seed)
+    matrix = torch.randn(3, 3, generator=generator, dtype=torch.float64).tril(-1) + torch.eye(3) * (
+        1 + seed
+    )
     layer = pf.transforms.LowerTriangularAffine(3).double()
     layer.set(torch.randn(3, generator=generator, dtype=torch.float64), matrix)
     return layer
@@ -204,7 +227,11 @@ def affine(seed: int) -> pf.transforms.LowerTriangularAffine:
 
 def coupled() -> pf.transforms.Transform:
     torch.manual_seed(3)
-    layers = [pf.transforms.AffineCoupling(3), pf.transforms.Reverse(3), pf.transforms.AffineCoupling(3)]
+    layers = [
+        pf.transforms.AffineCoupling(3),
+        pf.transforms.Reverse(3),
+        pf.transforms.AffineCoupling(3),
+    ]
     for parameter in [p for layer in layers for p in layer.parameters()]:
         torch.nn.init.normal_(parameter, std=0.3)
     return pf.transforms.Compose([*[layer.double() for layer in layers], affine(0)])
@@ -248,21 +275,44 @@ def test_polish_brings_a_guide_to_the_posterior() -> None:
 
 MISUSE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"start": [[0.0]]}, TypeError, "Expected start to be a tensor"),
-    ({"start": torch.zeros(2, 2, dtype=torch.int64)}, TypeError, "Expected start of a floating-point dtype"),
-    ({"start": torch.zeros(3)}, ValueError, r"Expected start of shape \(chains, features\); got \(3,\)"),
-    ({"start": torch.zeros(0, 3)}, ValueError, r"Expected start of shape \(chains, features\); got \(0, 3\)"),
+    (
+        {"start": torch.zeros(2, 2, dtype=torch.int64)},
+        TypeError,
+        "Expected start of a floating-point dtype",
+    ),
+    (
+        {"start": torch.zeros(3)},
+        ValueError,
+        r"Expected start of shape \(chains, features\); got \(3,\)",
+    ),
+    (
+        {"start": torch.zeros(0, 3)},
+        ValueError,
+        r"Expected start of shape \(chains, features\); got \(0, 3\)",
+    ),
     ({"start": torch.tensor([[math.nan]])}, ValueError, "Expected start to be finite"),
     ({"trajectories": -1}, ValueError, "Expected trajectories >= 0"),
     ({"trajectories": 1.5}, TypeError, "Expected trajectories to be an integer"),
     ({"path_length": 0.0}, ValueError, "Expected path_length to be positive"),
     ({"leapfrog": 0}, ValueError, "Expected leapfrog >= 1"),
     ({"step_size": -1.0}, ValueError, "Expected step_size to be positive"),
-    ({"target": lambda x: (x, x)}, ValueError, r"Expected target to return tensors of shapes \(2,\) and \(2, 1\)"),
+    (
+        {"target": lambda x: (x, x)},
+        ValueError,
+        r"Expected target to return tensors of shapes \(2,\) and \(2, 1\)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), MISUSE, ids=[message for *_, message in MISUSE])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), MISUSE, ids=[message for *_, message in MISUSE]
+)
 def test_misuse(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"target": normal, "start": torch.zeros(2, 1), "trajectories": 1, **change}
+    arguments: dict[str, Any] = {
+        "target": normal,
+        "start": torch.zeros(2, 1),
+        "trajectories": 1,
+        **change,
+    }
     with pytest.raises(error, match=message):
         hmc(**arguments)

@@ -44,7 +44,9 @@ def test_draws_of_the_posterior_stay_so() -> None:
 
 
 @pytest.mark.parametrize(("shift", "stretch"), [(0.8, 1.0), (0.0, 0.6), (-0.5, 1.5)])
-def test_draws_that_are_off_are_mended_and_the_drift_tells_how_far(shift: float, stretch: float) -> None:
+def test_draws_that_are_off_are_mended_and_the_drift_tells_how_far(
+    shift: float, stretch: float
+) -> None:
     torch.manual_seed(0)
     loc, scale = LOC + shift * SCALE, stretch * SCALE
     density, guide = guide_at(loc, scale)
@@ -60,7 +62,9 @@ def test_draws_that_are_off_are_mended_and_the_drift_tells_how_far(shift: float,
 def test_draws_of_a_mixture_move_within_their_components() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 10.0))
-        pyro.factor("two", torch.logaddexp(-0.5 * ((x - 6) / 0.5) ** 2, -0.5 * ((x + 6) / 0.5) ** 2))
+        pyro.factor(
+            "two", torch.logaddexp(-0.5 * ((x - 6) / 0.5) ** 2, -0.5 * ((x + 6) / 0.5) ** 2)
+        )
 
     torch.manual_seed(0)
     density = LogDensity(model)

@@ -34,7 +34,9 @@ def copy_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[name]) for name, value in first.items()
+    )
 
 
 class Normal(nn.Module):
@@ -63,7 +65,10 @@ def test_a_correlated_normal_is_learnt_to_its_entropy(device: torch.device) -> N
     with torch.no_grad():
         gap = target.log_prob(test) - flow().log_prob(test.to(device)).cpu()
     # The maximum-likelihood estimate of k numbers is off by k / 2n on average; k = 5 here, with room for those of the nets.
-    assert float(gap.mean()) + 3 * float(gap.std()) / math.sqrt(len(test)) >= 0 and float(gap.mean()) < 0.05
+    assert (
+        float(gap.mean()) + 3 * float(gap.std()) / math.sqrt(len(test)) >= 0
+        and float(gap.mean()) < 0.05
+    )
     assert report.log_likelihood > report.validation[0] + 0.3
     assert not flow.training
 
@@ -74,7 +79,9 @@ def test_a_conditional_density_is_learnt() -> None:
     flow = pf.Flow([*pf.RealNVP(2, 1, **NET).transform.layers, Standardize(2)])
     fit_density(flow, x, context, max_epochs=60, learning_rate=1e-2, progress=False)
     draws = flow(torch.tensor([[1.0], [-1.0]])).sample((2000,))
-    torch.testing.assert_close(draws.mean(0), torch.tensor([[2.0, -1.0], [-2.0, 1.0]]), atol=0.1, rtol=0.0)
+    torch.testing.assert_close(
+        draws.mean(0), torch.tensor([[2.0, -1.0], [-2.0, 1.0]]), atol=0.1, rtol=0.0
+    )
     assert float(draws.std(0).max()) < 0.2
 
 
@@ -82,7 +89,9 @@ def test_any_module_that_returns_a_distribution_is_fitted() -> None:
     module, x = Normal(), 1.0 + noise(N, 2)
     report = quickly(module, x, validation=x, max_epochs=200, learning_rate=3e-2)
     torch.testing.assert_close(module.mean.detach(), x.mean(0), atol=2e-2, rtol=0.0)
-    assert report.log_likelihood == pytest.approx(float(dist.Normal(x.mean(0), 1.0).log_prob(x).sum(-1).mean()), abs=1e-3)
+    assert report.log_likelihood == pytest.approx(
+        float(dist.Normal(x.mean(0), 1.0).log_prob(x).sum(-1).mean()), abs=1e-3
+    )
 
 
 def test_a_distribution_over_numbers_is_fitted() -> None:
@@ -101,7 +110,9 @@ def test_a_distribution_over_numbers_is_fitted() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("given", [torch.float32, torch.float64])
-def test_points_follow_the_flow(dtype: torch.dtype, given: torch.dtype, device: torch.device) -> None:
+def test_points_follow_the_flow(
+    dtype: torch.dtype, given: torch.dtype, device: torch.device
+) -> None:
     flow = pf.RealNVP(2, 1, **NET).to(device, dtype)
     x, context = noise(N, 2).to(given), noise(N, 1).to(given)
     quickly(flow, x, context, validation=(x[:50], context[:50]))
@@ -116,7 +127,9 @@ def test_the_flow_keeps_its_best_parameters() -> None:
     x, held_out = noise(40, 2), noise(200, 2, seed=1)
     flow = pf.RealNVP(2, transforms=4, hidden_features=(32,))
     report = quickly(flow, x, validation=held_out, max_epochs=60, patience=60, learning_rate=3e-2)
-    assert report.best_epoch < report.epochs and report.validation[-1] < report.log_likelihood  # it did overfit
+    assert (
+        report.best_epoch < report.epochs and report.validation[-1] < report.log_likelihood
+    )  # it did overfit
     assert report.log_likelihood == max(report.validation)
     with torch.no_grad():
         now = float(flow().log_prob(held_out).double().mean())
@@ -127,10 +140,17 @@ def test_a_flow_that_training_only_worsens_stays_as_it_was() -> None:
     flow, held_out = Normal(), noise(200, 2, seed=1)
     before = copy_of(flow)
     report = quickly(
-        flow, noise(20, 2) + 3.0, validation=held_out - held_out.mean(0), patience=4, max_epochs=50, learning_rate=3e-2
+        flow,
+        noise(20, 2) + 3.0,
+        validation=held_out - held_out.mean(0),
+        patience=4,
+        max_epochs=50,
+        learning_rate=3e-2,
     )
     assert report.best_epoch == 0 and report.epochs == 4 and same(before, copy_of(flow))
-    assert "training did not improve on it" in str(report) and "had not improved for 4 epochs" in str(report)
+    assert "training did not improve on it" in str(
+        report
+    ) and "had not improved for 4 epochs" in str(report)
 
 
 def test_the_same_seed_gives_the_same_flow_and_leaves_the_random_state() -> None:
@@ -163,7 +183,9 @@ def test_every_point_is_seen_once_an_epoch_in_batches_of_equal_size() -> None:
             return super().forward(0 * context)
 
     x = noise(109, 2)
-    quickly(Spy(), x, torch.arange(109.0).unsqueeze(-1), validation=9 / 109, batch_size=32, max_epochs=2)
+    quickly(
+        Spy(), x, torch.arange(109.0).unsqueeze(-1), validation=9 / 109, batch_size=32, max_epochs=2
+    )
     assert [len(batch) for batch in seen] == [25] * 8
     first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
     assert len(set(first.tolist())) == 100 and set(first.tolist()) == set(second.tolist())
@@ -171,7 +193,12 @@ def test_every_point_is_seen_once_an_epoch_in_batches_of_equal_size() -> None:
 
 
 def test_frozen_parameters_and_buffers_stay() -> None:
-    flow = pf.Flow([pf.transforms.AffineCoupling(2, hidden_features=(8,)), pf.transforms.LowerTriangularAffine(2)])
+    flow = pf.Flow(
+        [
+            pf.transforms.AffineCoupling(2, hidden_features=(8,)),
+            pf.transforms.LowerTriangularAffine(2),
+        ]
+    )
     last = flow.transform.layers[-1].requires_grad_(False)
     before = copy_of(last)
     quickly(flow, noise(N, 2) + 1.0)
@@ -244,7 +271,9 @@ def test_the_time_limit_ends_the_training_within_an_epoch(monkeypatch: pytest.Mo
         return 0.0
 
     module = Normal(tick)
-    report = quickly(module, 1.0 + noise(N, 2), batch_size=90, max_epochs=100, time_limit=5.0, learning_rate=1e-1)
+    report = quickly(
+        module, 1.0 + noise(N, 2), batch_size=90, max_epochs=100, time_limit=5.0, learning_rate=1e-1
+    )
     assert report.steps == 5 and report.epochs == 2 and report.seconds == 5.0
     assert report.reason == "the time limit of 5 s was reached"
     assert report.best_epoch == 2
@@ -254,15 +283,23 @@ def test_steps_that_are_not_finite_are_skipped_and_counted() -> None:
     module = Normal(lambda call: math.nan if call % 2 else 0.0)
     report = quickly(module, 1.0 + noise(N, 2), batch_size=90, max_epochs=50, learning_rate=3e-2)
     assert (report.steps, report.skipped) == (200, 100)
-    assert bool(module.mean.isfinite().all()) and float(module.mean[0].detach()) == pytest.approx(1.0, abs=0.3)
+    assert bool(module.mean.isfinite().all()) and float(module.mean[0].detach()) == pytest.approx(
+        1.0, abs=0.3
+    )
     assert all(math.isfinite(value) for value in report.train)
     assert "100 of 200 steps were skipped as not finite" in str(report)
     hopeless = quickly(Normal(lambda call: math.nan), 1.0 + noise(N, 2), patience=2, max_epochs=50)
-    assert hopeless.best_epoch == 0 and hopeless.steps == hopeless.skipped and math.isnan(hopeless.train[-1])
+    assert (
+        hopeless.best_epoch == 0
+        and hopeless.steps == hopeless.skipped
+        and math.isnan(hopeless.train[-1])
+    )
 
 
 def test_the_report_is_a_sentence() -> None:
-    report = DensityReport((-3.0, -2.0, -1.5), (-3.1, -2.1, -2.2), 1, 8, 0, 2.4, "all 2 epochs were done", 90, 10)
+    report = DensityReport(
+        (-3.0, -2.0, -1.5), (-3.1, -2.1, -2.2), 1, 8, 0, 2.4, "all 2 epochs were done", 90, 10
+    )
     assert str(report) == (
         "The validation log-likelihood is -2.100 nats per point (10 points), reached in epoch 1; training ended after 2 "
         "epochs and 2 s because all 2 epochs were done."
@@ -304,33 +341,117 @@ def with_nan(rows: int) -> Tensor:
 
 BAD: dict[str, tuple[Callable[[], DensityReport], type[Exception], str]] = {
     "flow": (lambda: quickly("flow", noise(N, 2)), TypeError, "Expected flow to be a module"),
-    "no-parameters": (lambda: quickly(nn.Identity(), noise(N, 2)), ValueError, "parameters to train; got Identity"),
-    "no-distribution": (lambda: quickly(NoDistribution(), noise(N, 2)), TypeError, "return a distribution.*got Parameter"),
-    "batched": (lambda: quickly(Batched(), noise(N, 2)), ValueError, r"single points; got one of batch shape \(2,\)"),
-    "x-array": (lambda: quickly(small(), noise(N, 2).numpy()), TypeError, "Expected x to be a tensor"),
-    "x-integers": (lambda: quickly(small(), torch.ones(N, 2).long()), TypeError, "floating-point dtype"),
-    "x-width": (lambda: quickly(small(), noise(N, 3)), ValueError, r"x of shape \(N, 2\); got \(400, 3\)"),
+    "no-parameters": (
+        lambda: quickly(nn.Identity(), noise(N, 2)),
+        ValueError,
+        "parameters to train; got Identity",
+    ),
+    "no-distribution": (
+        lambda: quickly(NoDistribution(), noise(N, 2)),
+        TypeError,
+        "return a distribution.*got Parameter",
+    ),
+    "batched": (
+        lambda: quickly(Batched(), noise(N, 2)),
+        ValueError,
+        r"single points; got one of batch shape \(2,\)",
+    ),
+    "x-array": (
+        lambda: quickly(small(), noise(N, 2).numpy()),
+        TypeError,
+        "Expected x to be a tensor",
+    ),
+    "x-integers": (
+        lambda: quickly(small(), torch.ones(N, 2).long()),
+        TypeError,
+        "floating-point dtype",
+    ),
+    "x-width": (
+        lambda: quickly(small(), noise(N, 3)),
+        ValueError,
+        r"x of shape \(N, 2\); got \(400, 3\)",
+    ),
     "x-rank": (lambda: quickly(small(), noise(2)), ValueError, r"x of shape \(N, 2\); got \(2,\)"),
-    "x-empty": (lambda: quickly(small(), noise(0, 2)), ValueError, r"points along its first dimension; got shape \(0, 2\)"),
-    "x-nan": (lambda: quickly(small(), with_nan(3)), ValueError, "finite numbers in x; 3 of 400 rows .* first is row 5"),
-    "few": (lambda: quickly(small(), noise(2, 2)), ValueError, "at least 2 points to train on.*got 2 points in all"),
-    "few-given": (lambda: quickly(small(), noise(1, 2), validation=noise(9, 2)), ValueError, "to train on; got 1"),
-    "context-unwanted": (lambda: quickly(small(), noise(N, 2), noise(N, 1)), ValueError, "Expected no context"),
-    "context-missing": (lambda: quickly(small(1), noise(N, 2)), ValueError, "Expected context of shape"),
-    "context-width": (lambda: quickly(small(1), noise(N, 2), noise(N, 2)), ValueError, "Expected context of shape"),
-    "context-rows": (lambda: quickly(small(1), noise(N, 2), noise(9, 1)), ValueError, "each of the 400 points; got"),
-    "context-nan": (lambda: quickly(small(2), noise(N, 2), with_nan(1)), ValueError, "in context; 1 of 400 rows"),
+    "x-empty": (
+        lambda: quickly(small(), noise(0, 2)),
+        ValueError,
+        r"points along its first dimension; got shape \(0, 2\)",
+    ),
+    "x-nan": (
+        lambda: quickly(small(), with_nan(3)),
+        ValueError,
+        "finite numbers in x; 3 of 400 rows .* first is row 5",
+    ),
+    "few": (
+        lambda: quickly(small(), noise(2, 2)),
+        ValueError,
+        "at least 2 points to train on.*got 2 points in all",
+    ),
+    "few-given": (
+        lambda: quickly(small(), noise(1, 2), validation=noise(9, 2)),
+        ValueError,
+        "to train on; got 1",
+    ),
+    "context-unwanted": (
+        lambda: quickly(small(), noise(N, 2), noise(N, 1)),
+        ValueError,
+        "Expected no context",
+    ),
+    "context-missing": (
+        lambda: quickly(small(1), noise(N, 2)),
+        ValueError,
+        "Expected context of shape",
+    ),
+    "context-width": (
+        lambda: quickly(small(1), noise(N, 2), noise(N, 2)),
+        ValueError,
+        "Expected context of shape",
+    ),
+    "context-rows": (
+        lambda: quickly(small(1), noise(N, 2), noise(9, 1)),
+        ValueError,
+        "each of the 400 points; got",
+    ),
+    "context-nan": (
+        lambda: quickly(small(2), noise(N, 2), with_nan(1)),
+        ValueError,
+        "in context; 1 of 400 rows",
+    ),
     "support": (
         lambda: quickly(small(support=constraints.positive), noise(N, 2).abs() - 0.01),
         ValueError,
         r"x within the support .* rows are not so",
     ),
-    "density": (lambda: quickly(small(), 1e30 * noise(N, 2)), ValueError, "finite density at every point of x before"),
-    "validation-0": (lambda: quickly(small(), noise(N, 2), validation=0.0), ValueError, "validation between 0 and 1"),
-    "validation-1": (lambda: quickly(small(), noise(N, 2), validation=1), ValueError, "validation between 0 and 1"),
-    "validation-nan": (lambda: quickly(small(), noise(N, 2), validation=math.nan), ValueError, "between 0 and 1.*got nan"),
-    "validation-text": (lambda: quickly(small(), noise(N, 2), validation="x"), TypeError, "validation to be a fraction"),
-    "validation-bool": (lambda: quickly(small(), noise(N, 2), validation=True), TypeError, "validation to be a fraction"),
+    "density": (
+        lambda: quickly(small(), 1e30 * noise(N, 2)),
+        ValueError,
+        "finite density at every point of x before",
+    ),
+    "validation-0": (
+        lambda: quickly(small(), noise(N, 2), validation=0.0),
+        ValueError,
+        "validation between 0 and 1",
+    ),
+    "validation-1": (
+        lambda: quickly(small(), noise(N, 2), validation=1),
+        ValueError,
+        "validation between 0 and 1",
+    ),
+    "validation-nan": (
+        lambda: quickly(small(), noise(N, 2), validation=math.nan),
+        ValueError,
+        "between 0 and 1.*got nan",
+    ),
+    "validation-text": (
+        lambda: quickly(small(), noise(N, 2), validation="x"),
+        TypeError,
+        "validation to be a fraction",
+    ),
+    "validation-bool": (
+        lambda: quickly(small(), noise(N, 2), validation=True),
+        TypeError,
+        "validation to be a fraction",
+    ),
     "validation-width": (
         lambda: quickly(small(), noise(N, 2), validation=noise(9, 3)),
         ValueError,
@@ -346,13 +467,37 @@ BAD: dict[str, tuple[Callable[[], DensityReport], type[Exception], str]] = {
         ValueError,
         "pair of points and contexts.*got no contexts",
     ),
-    "batch-size": (lambda: quickly(small(), noise(N, 2), batch_size=0), ValueError, "batch_size >= 1"),
-    "learning-rate": (lambda: quickly(small(), noise(N, 2), learning_rate=-1.0), ValueError, "learning_rate to be pos"),
-    "max-epochs": (lambda: quickly(small(), noise(N, 2), max_epochs=0), ValueError, "max_epochs >= 1"),
-    "patience": (lambda: quickly(small(), noise(N, 2), patience=1.5), TypeError, "patience to be an integer"),
-    "weight-decay": (lambda: quickly(small(), noise(N, 2), weight_decay=-1), ValueError, "weight_decay to be positive"),
+    "batch-size": (
+        lambda: quickly(small(), noise(N, 2), batch_size=0),
+        ValueError,
+        "batch_size >= 1",
+    ),
+    "learning-rate": (
+        lambda: quickly(small(), noise(N, 2), learning_rate=-1.0),
+        ValueError,
+        "learning_rate to be pos",
+    ),
+    "max-epochs": (
+        lambda: quickly(small(), noise(N, 2), max_epochs=0),
+        ValueError,
+        "max_epochs >= 1",
+    ),
+    "patience": (
+        lambda: quickly(small(), noise(N, 2), patience=1.5),
+        TypeError,
+        "patience to be an integer",
+    ),
+    "weight-decay": (
+        lambda: quickly(small(), noise(N, 2), weight_decay=-1),
+        ValueError,
+        "weight_decay to be positive",
+    ),
     "seed": (lambda: quickly(small(), noise(N, 2), seed=-1), ValueError, "seed >= 0"),
-    "time-limit": (lambda: quickly(small(), noise(N, 2), time_limit=0), ValueError, "time_limit to be positive"),
+    "time-limit": (
+        lambda: quickly(small(), noise(N, 2), time_limit=0),
+        ValueError,
+        "time_limit to be positive",
+    ),
     "constant": (
         lambda: quickly(pf.Flow([Standardize(2)]), torch.ones(N, 2)),
         ValueError,
@@ -406,7 +551,10 @@ def test_an_unfitted_last_layer_is_fitted_to_the_training_points() -> None:
 
 def test_with_a_support_it_is_fitted_to_unconstrained_points() -> None:
     x = (5.0 + 0.1 * noise(N, 2)).exp()
-    flow = pf.Flow([*pf.RealNVP(2, **NET).transform.layers, last := Standardize(2)], support=constraints.positive)
+    flow = pf.Flow(
+        [*pf.RealNVP(2, **NET).transform.layers, last := Standardize(2)],
+        support=constraints.positive,
+    )
     quickly(flow, x, validation=x)
     torch.testing.assert_close(last.loc, x.log().mean(0))
     assert bool((flow().sample((100,)) > 0).all())
@@ -445,7 +593,10 @@ def test_standardize_is_an_affine_map_of_buffers(placement: torch.device) -> Non
     y, log_det = t.forward_and_log_det(z)
     back, inverse_log_det = t.inverse_and_log_det(y)
     _, _, score = t.push_score(z, -z)
-    assert y.shape == back.shape == score.shape == (4, 3) and log_det.shape == inverse_log_det.shape == (4,)
+    assert y.shape == back.shape == score.shape == (
+        4,
+        3,
+    ) and log_det.shape == inverse_log_det.shape == (4,)
     if placement.type != "meta":
         torch.testing.assert_close(back, z)
         jacobian = torch.autograd.functional.jacobian(lambda v: t.forward_and_log_det(v)[0], z[0])
@@ -474,7 +625,11 @@ def test_a_saved_standardize_is_fitted() -> None:
         (noise(2), ValueError, "at least 2 points to standardise by; got 1"),
         (noise(0, 2), ValueError, "at least 2 points to standardise by; got 0"),
         (with_nan(2), ValueError, "finite numbers in x; got 2 rows with others"),
-        (torch.tensor([[1.0, 2.0], [3.0, 2.0]]), ValueError, r"entry of x to vary; got one value only in \[1\]"),
+        (
+            torch.tensor([[1.0, 2.0], [3.0, 2.0]]),
+            ValueError,
+            r"entry of x to vary; got one value only in \[1\]",
+        ),
         (noise(5, 3), ValueError, r"x of shape \(\*, 2\); got \(5, 3\)"),
         ([[1.0, 2.0]], TypeError, "x to be a tensor"),
         (torch.ones(3, 2).long(), TypeError, "floating-point"),
@@ -484,10 +639,16 @@ def test_what_standardize_refuses(x: Any, kind: type[Exception], sentence: str) 
     t = Standardize(2)
     with pytest.raises(kind, match=sentence):
         t.fit(x)
-    assert not bool(t.is_fitted) and torch.equal(t.loc, torch.zeros(2)) and torch.equal(t.scale, torch.ones(2))
+    assert (
+        not bool(t.is_fitted)
+        and torch.equal(t.loc, torch.zeros(2))
+        and torch.equal(t.scale, torch.ones(2))
+    )
 
 
-@pytest.mark.parametrize(("x", "kind"), [(torch.tensor(1.0), ValueError), ([1.0], TypeError), (noise(1, 2), ValueError)])
+@pytest.mark.parametrize(
+    ("x", "kind"), [(torch.tensor(1.0), ValueError), ([1.0], TypeError), (noise(1, 2), ValueError)]
+)
 def test_what_from_data_refuses(x: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="Expected"):
         Standardize.from_data(x)

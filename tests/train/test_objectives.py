@@ -78,7 +78,9 @@ def normal(parameters: tuple[Tensor, Tensor]) -> Any:
 def renyi_divergence(loc: Tensor, scale: Tensor, alpha: float) -> Tensor:
     """Of order alpha, from a diagonal normal to the posterior."""
     if alpha == 1:
-        return (math.log(SD) - scale.log() + (scale**2 + (loc - MEAN) ** 2) / (2 * SD**2) - 0.5).sum()
+        return (
+            math.log(SD) - scale.log() + (scale**2 + (loc - MEAN) ** 2) / (2 * SD**2) - 0.5
+        ).sum()
     variance = alpha * SD**2 + (1 - alpha) * scale**2
     spread = math.log(SD) - scale.log() + (2 * math.log(SD) - variance.log()) / (2 * (alpha - 1))
     return (spread + 0.5 * alpha * (loc - MEAN) ** 2 / variance).sum()
@@ -87,10 +89,16 @@ def renyi_divergence(loc: Tensor, scale: Tensor, alpha: float) -> Tensor:
 def assert_within_error(estimates: Tensor, exact: Tensor, errors: float = 5.0) -> None:
     """Each row is an estimate; five standard errors of their mean."""
     error = estimates.std(0) / math.sqrt(len(estimates))
-    assert ((estimates.mean(0) - exact).abs() <= errors * error + 1e-9).all(), (estimates.mean(0), exact, error)
+    assert ((estimates.mean(0) - exact).abs() <= errors * error + 1e-9).all(), (
+        estimates.mean(0),
+        exact,
+        error,
+    )
 
 
-def gradients_of(loss: Callable[[], Tensor], parameters: tuple[Tensor, ...], times: int) -> tuple[Tensor, Tensor]:
+def gradients_of(
+    loss: Callable[[], Tensor], parameters: tuple[Tensor, ...], times: int
+) -> tuple[Tensor, Tensor]:
     values, gradients = [], []
     for _ in range(times):
         value = loss()
@@ -104,7 +112,12 @@ def gradients_of(loss: Callable[[], Tensor], parameters: tuple[Tensor, ...], tim
 
 @pytest.mark.parametrize(
     ("make", "alpha"),
-    [(PathELBO, 1.0), (BOUNDS["renyi half"], 0.5), (BOUNDS["renyi two"], 2.0), (BOUNDS["chi-square"], -1.0)],
+    [
+        (PathELBO, 1.0),
+        (BOUNDS["renyi half"], 0.5),
+        (BOUNDS["renyi two"], 2.0),
+        (BOUNDS["chi-square"], -1.0),
+    ],
     ids=["elbo", "renyi half", "renyi two", "chi-square"],
 )
 def test_bounds_of_gaussians(
@@ -116,16 +129,26 @@ def test_bounds_of_gaussians(
     closed = LOG_EVIDENCE - renyi_divergence(loc, log_scale.exp(), alpha)
     loss = closed if alpha < 0 else -closed
     exact = torch.cat(torch.autograd.grad(loss, parameters))
-    values, gradients = gradients_of(lambda: objective.density_loss(normal(parameters), density), parameters, 20)
+    values, gradients = gradients_of(
+        lambda: objective.density_loss(normal(parameters), density), parameters, 20
+    )
     assert_within_error(values, loss.detach())
     assert_within_error(gradients, exact)
-    assert float((gradients.std(0) / exact.abs().max()).max()) < 0.25  # so that the agreement means something
+    assert (
+        float((gradients.std(0) / exact.abs().max()).max()) < 0.25
+    )  # so that the agreement means something
 
 
-def test_chi_square_bound_is_above_and_the_others_below(density: LogDensity, parameters: tuple[Tensor, Tensor]) -> None:
+def test_chi_square_bound_is_above_and_the_others_below(
+    density: LogDensity, parameters: tuple[Tensor, Tensor]
+) -> None:
     q = normal(parameters)
-    bounds = {name: float(make(4096).density_loss(q, density).detach()) for name, make in BOUNDS.items()}
-    values = [-bounds[name] for name in ("renyi two", "elbo", "renyi half", "importance")] + [bounds["chi-square"]]
+    bounds = {
+        name: float(make(4096).density_loss(q, density).detach()) for name, make in BOUNDS.items()
+    }
+    values = [-bounds[name] for name in ("renyi two", "elbo", "renyi half", "importance")] + [
+        bounds["chi-square"]
+    ]
     assert values == sorted(values)
     assert values[2] < LOG_EVIDENCE < values[4]
 
@@ -133,7 +156,9 @@ def test_chi_square_bound_is_above_and_the_others_below(density: LogDensity, par
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, 2.0])
 def test_gradients_of_two_particles_by_quadrature(alpha: float) -> None:
     """The expected estimator of a bound with K = 2 is the gradient of the bound, to the precision of quadrature."""
-    objective = {0.0: ImportanceWeightedBound(2), 1.0: PathELBO(2)}.get(alpha) or RenyiBound(alpha, 2)
+    objective = {0.0: ImportanceWeightedBound(2), 1.0: PathELBO(2)}.get(alpha) or RenyiBound(
+        alpha, 2
+    )
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(60))
     noise = torch.cartesian_prod(nodes, nodes)
     mass = torch.cartesian_prod(weights, weights).prod(-1) / weights.sum() ** 2
@@ -192,7 +217,9 @@ def set_exactly(guide: Any) -> None:
             guide.cov_factor.zero_()
 
 
-def gradients_in_svi(objective: Any, model: Any, guide: Any, *args: Any) -> tuple[float, dict[str, Tensor]]:
+def gradients_in_svi(
+    objective: Any, model: Any, guide: Any, *args: Any
+) -> tuple[float, dict[str, Tensor]]:
     with pyro.poutine.trace(param_only=True) as capture:
         loss = objective.loss_and_grads(model, guide, *args)
     parameters = {name: node["value"].unconstrained() for name, node in capture.trace.nodes.items()}
@@ -204,7 +231,14 @@ def gradients_in_svi(objective: Any, model: Any, guide: Any, *args: Any) -> tupl
 
 @pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.parametrize(
-    "kind", [pf.AutoFlow, AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+    "kind",
+    [
+        pf.AutoFlow,
+        AutoNormal,
+        AutoDiagonalNormal,
+        AutoMultivariateNormal,
+        AutoLowRankMultivariateNormal,
+    ],
 )
 def test_no_noise_at_the_exact_autoguide(name: str, kind: Any) -> None:
     objective, guide = BOUNDS[name](8), kind(model)
@@ -225,8 +259,14 @@ def chain() -> None:
 
 def chain_guide() -> None:
     """The posterior of the chain, drawn backwards; both sites depend on parameters, one on the other."""
-    loc, scale = pyro.param("loc", torch.tensor(1.0)), pyro.param("scale", torch.tensor(math.sqrt(2 / 3)))
-    slope, width = pyro.param("slope", torch.tensor(0.5)), pyro.param("width", torch.tensor(math.sqrt(0.5)))
+    loc, scale = (
+        pyro.param("loc", torch.tensor(1.0)),
+        pyro.param("scale", torch.tensor(math.sqrt(2 / 3))),
+    )
+    slope, width = (
+        pyro.param("slope", torch.tensor(0.5)),
+        pyro.param("width", torch.tensor(math.sqrt(0.5))),
+    )
     b = pyro.sample("b", dist.Normal(loc, scale))
     pyro.sample("a", dist.Normal(slope * b, width))
 
@@ -237,7 +277,9 @@ def test_no_noise_at_an_exact_guide_of_two_dependent_sites(name: str, vectorize:
     objective = BOUNDS[name](4)
     objective.vectorize_particles = vectorize
     loss, gradients = gradients_in_svi(objective, chain, chain_guide)
-    assert abs(loss) == pytest.approx(-float(dist.Normal(0.0, math.sqrt(3)).log_prob(torch.tensor(1.5))), abs=1e-5)
+    assert abs(loss) == pytest.approx(
+        -float(dist.Normal(0.0, math.sqrt(3)).log_prob(torch.tensor(1.5))), abs=1e-5
+    )
     assert set(gradients) == {"loc", "scale", "slope", "width"}
     assert max(float(g.abs()) for g in gradients.values()) < 1e-5
 
@@ -288,7 +330,16 @@ def make_list(model: Any) -> AutoGuideList:
 
 
 @pytest.mark.parametrize(
-    "make", [pf.AutoFlow, AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoIAFNormal, AutoDelta, make_list]
+    "make",
+    [
+        pf.AutoFlow,
+        AutoNormal,
+        AutoDiagonalNormal,
+        AutoMultivariateNormal,
+        AutoIAFNormal,
+        AutoDelta,
+        make_list,
+    ],
 )
 def test_values_are_those_of_pyros_elbo(make: Any) -> None:
     """With plates, subsampled data, scaled sites and bijections; the draws of a seed are the same."""
@@ -310,7 +361,9 @@ def test_mean_gradients_are_those_of_pyros_elbo(make: Any) -> None:
     means, variances = [], []
     for objective in (PathELBO(100), Trace_ELBO(100, vectorize_particles=True)):
         runs = [gradients_in_svi(objective, plated, guide, y)[1] for _ in range(12)]
-        flat = torch.stack([torch.cat([g.reshape(-1) for _, g in sorted(run.items())]) for run in runs])
+        flat = torch.stack(
+            [torch.cat([g.reshape(-1) for _, g in sorted(run.items())]) for run in runs]
+        )
         means.append(flat.mean(0))
         variances.append(flat.var(0) / len(runs))
     assert ((means[0] - means[1]).abs() <= 6 * (variances[0] + variances[1]).sqrt() + 1e-5).all()
@@ -331,7 +384,9 @@ def test_svi_and_density_agree(density: LogDensity) -> None:
             pyro.set_rng_seed(3)
             both = objective.differentiable_loss, objective.density_loss
             (both[0](model, guide) if handlers else both[1](guide.flow(), density)).backward()
-            gradients.append(torch.cat([p.grad.reshape(-1) for p in guide.parameters() if p.grad is not None]))
+            gradients.append(
+                torch.cat([p.grad.reshape(-1) for p in guide.parameters() if p.grad is not None])
+            )
         torch.testing.assert_close(*gradients, atol=1e-9, rtol=1e-7)
 
 
@@ -410,7 +465,9 @@ def forward_kl_gradient(parameters: tuple[Tensor, Tensor]) -> Tensor:
 
 def test_forward_kl(density: LogDensity, parameters: tuple[Tensor, Tensor]) -> None:
     objectives = iter([ForwardKL(draws_of_posterior(2000), 2000) for _ in range(20)])
-    values, gradients = gradients_of(lambda: next(objectives).density_loss(normal(parameters), density), parameters, 20)
+    values, gradients = gradients_of(
+        lambda: next(objectives).density_loss(normal(parameters), density), parameters, 20
+    )
     loc, log_scale = (p.detach() for p in parameters)
     squares = (SD**2 + (MEAN - loc) ** 2) / (2 * log_scale).exp()
     assert_within_error(values, (log_scale + 0.5 * math.log(2 * math.pi) + 0.5 * squares).sum())
@@ -437,7 +494,9 @@ def test_training_on_draws_learns_their_moments(objective: Any) -> None:
 
 
 @pytest.mark.parametrize("width", [0.7, 3.0])
-def test_mmd_of_gaussians(density: LogDensity, parameters: tuple[Tensor, Tensor], width: float) -> None:
+def test_mmd_of_gaussians(
+    density: LogDensity, parameters: tuple[Tensor, Tensor], width: float
+) -> None:
     """The mean kernel of a normal difference d ~ N(m, s^2): the product of h / sqrt(t) exp(-m^2 / 2t), t = h^2 + s^2."""
 
     def term(distance: Tensor, variance: Tensor) -> Tensor:
@@ -446,20 +505,34 @@ def test_mmd_of_gaussians(density: LogDensity, parameters: tuple[Tensor, Tensor]
 
     loc, scale = parameters[0], parameters[1].exp()
     same = torch.zeros_like(MEAN)
-    exact = term(same, 2 * scale**2) - 2 * term(loc - MEAN, scale**2 + SD**2) + term(same, same + 2 * SD**2)
+    exact = (
+        term(same, 2 * scale**2)
+        - 2 * term(loc - MEAN, scale**2 + SD**2)
+        + term(same, same + 2 * SD**2)
+    )
     objectives = iter([MMD(draws_of_posterior(500), width, num_particles=500) for _ in range(20)])
-    values, gradients = gradients_of(lambda: next(objectives).density_loss(normal(parameters), density), parameters, 20)
+    values, gradients = gradients_of(
+        lambda: next(objectives).density_loss(normal(parameters), density), parameters, 20
+    )
     assert_within_error(values, exact.detach())
     assert_within_error(gradients, torch.cat(torch.autograd.grad(exact, parameters)))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0])
-def test_annealed_weights_are_unbiased(density: LogDensity, parameters: tuple[Tensor, Tensor], alpha: float) -> None:
+def test_annealed_weights_are_unbiased(
+    density: LogDensity, parameters: tuple[Tensor, Tensor], alpha: float
+) -> None:
     """Their mean is the integral of p^alpha q^(1 - alpha), known for Gaussians; the draws have its mean."""
     loc, scale = parameters[0].detach(), parameters[1].detach().exp()
-    z, log_weight, log_guide = FAB(4000, alpha=alpha, temperatures=3)._anneal(normal((loc, scale.log())), density)
-    log_mean = alpha * LOG_EVIDENCE + (2 * renyi_divergence_from_posterior(loc, scale) if alpha == 2 else 0.0)
-    assert_within_error((log_weight - log_mean).exp().unsqueeze(-1), torch.ones(1, dtype=torch.float64))
+    z, log_weight, log_guide = FAB(4000, alpha=alpha, temperatures=3)._anneal(
+        normal((loc, scale.log())), density
+    )
+    log_mean = alpha * LOG_EVIDENCE + (
+        2 * renyi_divergence_from_posterior(loc, scale) if alpha == 2 else 0.0
+    )
+    assert_within_error(
+        (log_weight - log_mean).exp().unsqueeze(-1), torch.ones(1, dtype=torch.float64)
+    )
     torch.testing.assert_close(log_guide, normal((loc, scale.log())).log_prob(z))
     precision = alpha / SD**2 + (1 - alpha) / scale**2
     target = (alpha * MEAN / SD**2 + (1 - alpha) * loc / scale**2) / precision
@@ -472,7 +545,9 @@ def renyi_divergence_from_posterior(loc: Tensor, scale: Tensor) -> float:
     return -float(renyi_divergence(loc, scale, -1.0))
 
 
-def test_fab_has_the_gradient_of_the_forward_kl(density: LogDensity, parameters: tuple[Tensor, Tensor]) -> None:
+def test_fab_has_the_gradient_of_the_forward_kl(
+    density: LogDensity, parameters: tuple[Tensor, Tensor]
+) -> None:
     """A new buffer each time, of 4096 draws; the bias is of the order of their number's inverse."""
 
     def loss() -> Tensor:
@@ -481,7 +556,9 @@ def test_fab_has_the_gradient_of_the_forward_kl(density: LogDensity, parameters:
     assert_within_error(gradients_of(loss, parameters, 10)[1], forward_kl_gradient(parameters))
 
 
-def test_fab_corrects_the_buffer_for_a_changed_guide(density: LogDensity, parameters: tuple[Tensor, Tensor]) -> None:
+def test_fab_corrects_the_buffer_for_a_changed_guide(
+    density: LogDensity, parameters: tuple[Tensor, Tensor]
+) -> None:
     """With alpha = 2 the target is p^2 / q: after a change of q, the weights of old draws have the mean of the new one."""
     old = (parameters[0].detach(), parameters[1].detach())
     new = (old[0] + 0.1, old[1] + 0.1)
@@ -503,13 +580,19 @@ def test_fab_corrects_the_buffer_for_a_changed_guide(density: LogDensity, parame
 
 def two_modes() -> None:
     x = pyro.sample("x", dist.Normal(torch.zeros(2), 10.0).to_event(1))
-    modes = dist.Normal(torch.tensor([[-2.5, 0.0], [2.5, 0.0]]), 0.6).to_event(1).log_prob(x.unsqueeze(-2))
+    modes = (
+        dist.Normal(torch.tensor([[-2.5, 0.0], [2.5, 0.0]]), 0.6)
+        .to_event(1)
+        .log_prob(x.unsqueeze(-2))
+    )
     pyro.factor("modes", (modes + torch.tensor([0.3, 0.7]).log()).logsumexp(-1))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "low", "high"), [(FAB, 0.5, 0.8), (PathELBO, 0.0, 0.05)])
-def test_fab_finds_the_mode_that_a_reverse_divergence_loses(make: Any, low: float, high: float) -> None:
+def test_fab_finds_the_mode_that_a_reverse_divergence_loses(
+    make: Any, low: float, high: float
+) -> None:
     """From a start on the lesser mode, whose neighbour 8 sd away has 70 % of the mass."""
     start = init_to_value(values={"x": torch.tensor([-2.5, 0.0])})
 
@@ -531,7 +614,11 @@ def test_fab_finds_the_mode_that_a_reverse_divergence_loses(make: Any, low: floa
 def test_every_objective_trains_on_a_device(name: str, device: torch.device) -> None:
     y = Y.to(device)
     draws = {"z": torch.randn(20, 2, dtype=torch.float64, device=device)}
-    others: dict[str, Any] = {"forward": lambda: ForwardKL(draws), "mmd": lambda: MMD(draws), "fab": lambda: FAB(8)}
+    others: dict[str, Any] = {
+        "forward": lambda: ForwardKL(draws),
+        "mmd": lambda: MMD(draws),
+        "fab": lambda: FAB(8),
+    }
     objective = others[name]() if name in others else BOUNDS[name](8)
     guide = pf.AutoFlow(model)
     guide(y)
@@ -539,7 +626,9 @@ def test_every_objective_trains_on_a_device(name: str, device: torch.device) -> 
     before = {n: p.detach().clone() for n, p in guide.named_parameters()}
     assert math.isfinite(svi.step(y)) and math.isfinite(svi.evaluate_loss(y))
     assert any(not torch.equal(p, before[n]) for n, p in guide.named_parameters())
-    assert all(p.dtype == torch.float64 and p.device.type == device.type for p in guide.parameters())
+    assert all(
+        p.dtype == torch.float64 and p.device.type == device.type for p in guide.parameters()
+    )
 
 
 def test_same_seed_same_result(density: LogDensity) -> None:
@@ -587,10 +676,18 @@ DRAWS = {"z": torch.zeros(5, 2, dtype=torch.float64)}
         (lambda: ForwardKL(torch.zeros(3)), TypeError, "draws to be a mapping"),  # type: ignore[arg-type]
         (lambda: ForwardKL({"z": [1.0]}), TypeError, "draws of 'z' to be a tensor; got list"),  # type: ignore[dict-item]
         (lambda: ForwardKL({}), ValueError, "at least one site"),
-        (lambda: ForwardKL({"a": torch.zeros(3), "b": torch.zeros(4)}), ValueError, "all of one length"),
+        (
+            lambda: ForwardKL({"a": torch.zeros(3), "b": torch.zeros(4)}),
+            ValueError,
+            "all of one length",
+        ),
         (lambda: MMD({"a": torch.zeros(1)}), ValueError, "at least 2 draws"),
         (lambda: MMD(DRAWS, bandwidth=-1.0), ValueError, "bandwidth to be positive"),
-        (lambda: MMD(DRAWS, bandwidth=torch.tensor([1.0, 0.0])), ValueError, "bandwidth to be positive"),
+        (
+            lambda: MMD(DRAWS, bandwidth=torch.tensor([1.0, 0.0])),
+            ValueError,
+            "bandwidth to be positive",
+        ),
         (lambda: MMD(DRAWS, num_particles=1), ValueError, "num_particles >= 2"),
         (lambda: FAB(alpha=0.5), ValueError, "alpha >= 1; got 0.5"),
         (lambda: FAB(temperatures=0), ValueError, "temperatures >= 1"),
@@ -614,14 +711,44 @@ def test_misuse(make: Callable[[], Any], error: type[Exception], message: str) -
             "reparametrised distribution.*Unreparametrised at site 'z'",
         ),
         (PathELBO(2), discrete, lambda m: plain_guide, ValueError, "got one without 'k'"),
-        (ChiSquareBound(), own_parameter, lambda m: plain_guide, ValueError, "without parameters of its own"),
-        (FAB(), own_parameter, lambda m: plain_guide, TypeError, "pyroflows.AutoFlow, in FAB; got function"),
-        (PathELBO(2), model, AutoNormalMessenger, TypeError, "runs without its model; got AutoNormalMessenger"),
+        (
+            ChiSquareBound(),
+            own_parameter,
+            lambda m: plain_guide,
+            ValueError,
+            "without parameters of its own",
+        ),
+        (
+            FAB(),
+            own_parameter,
+            lambda m: plain_guide,
+            TypeError,
+            "pyroflows.AutoFlow, in FAB; got function",
+        ),
+        (
+            PathELBO(2),
+            model,
+            AutoNormalMessenger,
+            TypeError,
+            "runs without its model; got AutoNormalMessenger",
+        ),
         (MMD(DRAWS), model, AutoNormal, TypeError, "in MMD; got AutoNormal"),
         (ForwardKL(DRAWS), model, AutoDelta, TypeError, "in ForwardKL; got AutoDelta"),
         (MMD(DRAWS), model, pf.AutoFlow, ValueError, "draws that differ in every coordinate"),
-        (MMD(DRAWS, bandwidth=torch.ones(3)), model, pf.AutoFlow, ValueError, r"bandwidth of shape \(2,\); got \(3,\)"),
-        (MMD({"z": torch.full((5, 2), math.nan)}), model, pf.AutoFlow, ValueError, "inside of its support; got 5 of 5"),
+        (
+            MMD(DRAWS, bandwidth=torch.ones(3)),
+            model,
+            pf.AutoFlow,
+            ValueError,
+            r"bandwidth of shape \(2,\); got \(3,\)",
+        ),
+        (
+            MMD({"z": torch.full((5, 2), math.nan)}),
+            model,
+            pf.AutoFlow,
+            ValueError,
+            "inside of its support; got 5 of 5",
+        ),
         (
             ForwardKL({"z": torch.full((5, 2), math.nan)}),
             model,
@@ -637,10 +764,18 @@ def test_misuse(make: Callable[[], Any], error: type[Exception], message: str) -
             r"one vector of 2 features; got one of shape \(1,\)",
         ),
         (ForwardKL({"x": torch.zeros(3)}), model, pf.AutoFlow, ValueError, "got none of 'z'"),
-        (ForwardKL({"z": torch.zeros(3, 4)}), model, pf.AutoFlow, ValueError, r"each of shape \(2,\); got \(3, 4\)"),
+        (
+            ForwardKL({"z": torch.zeros(3, 4)}),
+            model,
+            pf.AutoFlow,
+            ValueError,
+            r"each of shape \(2,\); got \(3, 4\)",
+        ),
     ],
 )
-def test_misuse_in_svi(objective: Any, model: Any, make_guide: Any, error: type[Exception], message: str) -> None:
+def test_misuse_in_svi(
+    objective: Any, model: Any, make_guide: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         objective.loss_and_grads(model, make_guide(model))
 
@@ -650,11 +785,17 @@ def test_misuse_in_svi(objective: Any, model: Any, make_guide: Any, error: type[
     [
         (torch.zeros(2), TypeError, "a distribution, such as flow"),
         (dist.Normal(torch.zeros(2), 1.0), ValueError, "2 features; got one of shape"),
-        (dist.Normal(torch.zeros(3), 1.0).to_event(1), ValueError, r"2 features; got one of shape \(3,\)"),
+        (
+            dist.Normal(torch.zeros(3), 1.0).to_event(1),
+            ValueError,
+            r"2 features; got one of shape \(3,\)",
+        ),
         (Unreparametrised(torch.zeros(2), 1.0).to_event(1), ValueError, "with rsample; got"),
     ],
 )
-def test_misuse_of_a_distribution(density: LogDensity, distribution: Any, error: type[Exception], message: str) -> None:
+def test_misuse_of_a_distribution(
+    density: LogDensity, distribution: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         PathELBO(2).density_loss(distribution, density)
 
@@ -665,7 +806,9 @@ def test_fab_needs_one_finite_density() -> None:
         pyro.factor("far", torch.where(z > 50, 0.0, -math.inf).sum(-1))
 
     density = LogDensity(nowhere, init_loc_fn=init_to_value(values={"z": torch.full((1,), 60.0)}))
-    with pytest.raises(ValueError, match="finite log density at a draw of the guide; got none at 8"):
+    with pytest.raises(
+        ValueError, match="finite log density at a draw of the guide; got none at 8"
+    ):
         FAB(8).density_loss(dist.Normal(torch.zeros(1), 1.0).to_event(1), density)
 
 

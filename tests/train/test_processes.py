@@ -37,7 +37,15 @@ def trained(folder: Path) -> tuple[Tensor, Tensor]:
     flow = pf.Flow([*couplings, pf.transforms.LowerTriangularAffine(2)]).double()
     history: list[Tensor] = []
     # An odd number, of which one rank gets more.
-    train(flow, density, history, 25, particles=65, checkpoint=Checkpoint(folder / "fit.pt", every=0), progress=True)
+    train(
+        flow,
+        density,
+        history,
+        25,
+        particles=65,
+        checkpoint=Checkpoint(folder / "fit.pt", every=0),
+        progress=True,
+    )
     if distributed.world_size() > 1:
         seconds = distributed.agree(distributed.rank() + 7.0)
         assert seconds == 7.0
@@ -47,7 +55,9 @@ def trained(folder: Path) -> tuple[Tensor, Tensor]:
 def main(folder: Path) -> None:
     with distributed.initialize_from_environment() as device:
         assert device is None or device == f"cuda:{distributed.rank()}"
-        torch.save(trained(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt")
+        torch.save(
+            trained(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt"
+        )
     assert distributed.world_size() == 1
     # Threads of the group that outlive it can bring the interpreter down as it ends.
     assert not [name for name in thread_names() if "gloo" in name]
@@ -62,8 +72,22 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     alone = trained(tmp_path / "alone")
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)},
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            __file__,
+            str(tmp_path),
+        ],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,7 +98,12 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
         together = torch.load(tmp_path / f"rank{rank}of2.pt")
         for found, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["alone", "fit.pt", "rank0of2.pt", "rank1of2.pt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "alone",
+        "fit.pt",
+        "rank0of2.pt",
+        "rank1of2.pt",
+    ]
     # The file of two processes is one from which a single one goes on: here, from its end.
     resumed = trained(tmp_path)
     torch.testing.assert_close(resumed, alone, rtol=1e-5, atol=1e-9)

@@ -31,7 +31,9 @@ class Normal:
 
     features = 3
 
-    def __init__(self, spoil: Callable[[int, Tensor, Tensor], None] | None = None, mean: Tensor = MEAN) -> None:
+    def __init__(
+        self, spoil: Callable[[int, Tensor, Tensor], None] | None = None, mean: Tensor = MEAN
+    ) -> None:
         self.initial, self.mean = torch.zeros(3, dtype=torch.float64), mean
         self.precision = torch.linalg.inv(ROOT @ ROOT.mT)
         self.spoil = spoil
@@ -183,7 +185,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
     flow = gaussian()
     history: list[Tensor] = []
     with pytest.warns(
-        UserWarning, match="^3 of 10 training steps were skipped, for their ELBO or gradient was not finite\\.$"
+        UserWarning,
+        match="^3 of 10 training steps were skipped, for their ELBO or gradient was not finite\\.$",
     ):
         report = train(flow, Normal(spoil), history, 10)
     assert report == TrainingReport(steps=10, skipped=3, restored=0)
@@ -202,7 +205,9 @@ def test_particles_without_a_density_are_left_out() -> None:
         assert train(gaussian(), Normal(cliff), [], 10).skipped == 0
 
 
-def test_after_too_many_the_best_parameters_come_back_with_half_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_too_many_the_best_parameters_come_back_with_half_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[Tensor] = []
 
     def spoil(call: int, value: Tensor, grad: Tensor) -> None:
@@ -235,7 +240,10 @@ def test_a_training_that_does_not_recover_ends_with_the_best_parameters() -> Non
 
     flow, good = gaussian(), gaussian()
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"120 of 175 .* restored 5 times, and the training ended early, with them\."):
+    with pytest.warns(
+        UserWarning,
+        match=r"120 of 175 .* restored 5 times, and the training ended early, with them\.",
+    ):
         report = train(flow, Normal(spoil), [], 10_000)
     assert report == TrainingReport(steps=175, skipped=120, restored=5)
     torch.manual_seed(0)
@@ -282,7 +290,9 @@ def killed_at(step: int, skip: bool = True) -> Normal:
 @pytest.mark.filterwarnings("ignore:.*training steps were skipped")
 @pytest.mark.parametrize("make", [gaussian, realnvp])
 @pytest.mark.parametrize("kill", [1, 37, 63])
-def test_a_killed_training_goes_on_to_the_same_result(make: Callable[[], pf.Flow], kill: int, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_to_the_same_result(
+    make: Callable[[], pf.Flow], kill: int, tmp_path: Path
+) -> None:
     path = tmp_path / "fit.pt"
     whole, history = make(), []  # type: ignore[var-annotated]
     torch.manual_seed(5)
@@ -322,7 +332,9 @@ def test_a_finished_training_is_not_run_again_and_the_next_one_goes_on(tmp_path:
         assert density.calls == left
 
 
-def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_saving_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "fit.pt"
     checkpoint = Checkpoint(path)
     checkpoint.begin({})
@@ -358,7 +370,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has step_size 0.02, and this fit has step_size 0.1",
     ),
     "annealing": (
-        lambda p: train(realnvp(), Normal(), [], 3, anneal=lambda done: done, checkpoint=Checkpoint(p)),
+        lambda p: train(
+            realnvp(), Normal(), [], 3, anneal=lambda done: done, checkpoint=Checkpoint(p)
+        ),
         "has annealing [1.0, 1.0, 1.0, 1.0], and this fit has annealing [0.0,",
     ),
     "data": (
@@ -370,14 +384,23 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has the shape of layers.3",
     ),
     "settings": (lambda p: Checkpoint(p, {"seed": 1}), "has seed None, and this fit has seed 1"),
-    "no checkpoint": (lambda p: (p.write_bytes(b"other"), Checkpoint(p)), "to be a checkpoint of a fit; got another file"),
+    "no checkpoint": (
+        lambda p: (p.write_bytes(b"other"), Checkpoint(p)),
+        "to be a checkpoint of a fit; got another file",
+    ),
     "no stages": (
         lambda p: (torch.save({"format": 1, "settings": {}, "stages": [3]}, p), Checkpoint(p)),
         "to be a checkpoint of a fit; got another file",
     ),
-    "no folder": (lambda p: Checkpoint(p.parent / "none" / "fit.pt"), "Expected checkpoint in a folder that exists"),
+    "no folder": (
+        lambda p: Checkpoint(p.parent / "none" / "fit.pt"),
+        "Expected checkpoint in a folder that exists",
+    ),
     "no file": (lambda p: Checkpoint(""), "Expected a checkpoint that can be written; got ''"),
-    "long name": (lambda p: Checkpoint(p.parent / ("a" * 300)), "Expected a checkpoint that can be written"),
+    "long name": (
+        lambda p: Checkpoint(p.parent / ("a" * 300)),
+        "Expected a checkpoint that can be written",
+    ),
     "null character": (lambda p: Checkpoint("a\0b"), "Expected a checkpoint that can be written"),
 }
 
@@ -421,7 +444,9 @@ score = torch.compile(density.log_prob, fullgraph=True, backend="aot_eager")  # 
 assert score(torch.ones(3, 2)).shape == (3,)
 torch.distributions.Normal(0.0, -1.0)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert "Expected parameter scale" in run.stderr
 
 
@@ -447,14 +472,18 @@ def test_a_compiled_training_gives_the_same_flow() -> None:
 class Branching(pf.transforms.LowerTriangularAffine):
     """A layer that looks at values, which no graph can hold."""
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if bool((x > 1e9).any()):
             raise ValueError("too far out")
         return super().forward_and_log_det(x, context)
 
 
 def test_what_cannot_be_compiled_is_trained_as_it_is() -> None:
-    flows = [pf.Flow([Branching(3), pf.transforms.LowerTriangularAffine(3)]).double() for _ in range(2)]
+    flows = [
+        pf.Flow([Branching(3), pf.transforms.LowerTriangularAffine(3)]).double() for _ in range(2)
+    ]
     torch.manual_seed(0)
     train(flows[0], Normal(), [], 5)
     torch.manual_seed(0)
@@ -467,7 +496,13 @@ def test_without_a_compiler_a_sentence_says_so() -> None:
     from torch._inductor import config
 
     without = config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True})
-    with without, pytest.warns(UserWarning, match="goes on without compile=True: torch.compile found no C\\+\\+ compiler"):
+    with (
+        without,
+        pytest.warns(
+            UserWarning,
+            match="goes on without compile=True: torch.compile found no C\\+\\+ compiler",
+        ),
+    ):
         train(gaussian(), Normal(), [], 3, compile=True)
 
 

@@ -78,14 +78,18 @@ CASES: dict[str, Callable[[], Autoregressive]] = {
     "plain": lambda: AffineAutoregressive(4, **NET),
     "context": lambda: AffineAutoregressive(4, C, **NET),
     "random": lambda: AffineAutoregressive(4, order="random", seed=1, fast="forward", **NET),
-    "residual": lambda: AffineAutoregressive(4, C, hidden_features=(8, 8, 8), residual=True, fast="forward"),
+    "residual": lambda: AffineAutoregressive(
+        4, C, hidden_features=(8, 8, 8), residual=True, fast="forward"
+    ),
     "graph": lambda: AffineAutoregressive(4, C, adjacency=GRAPH, **NET),
     "linear": lambda: AffineAutoregressive(4, hidden_features=(), scale="exp"),
     "widths": lambda: AffineAutoregressive(4, C, hidden_features=(5, 9), activation=Swish),
     "shift": lambda: Autoregressive(Shift(), 4, **NET),
     "curved": lambda: Autoregressive(Sinh(), 4, C, activation=nn.Tanh, fast="forward", **NET),
     "circular": lambda: Autoregressive(CircularSpline(3), 4, C, fast="forward", **NET),
-    "spline-graph": lambda: Autoregressive(RationalQuadraticSpline(3), 4, C, adjacency=GRAPH, **NET),
+    "spline-graph": lambda: Autoregressive(
+        RationalQuadraticSpline(3), 4, C, adjacency=GRAPH, **NET
+    ),
     "learnt": lambda: Autoregressive(Learnt(), 4, C, **NET),
 }
 
@@ -165,7 +169,9 @@ def test_jacobian_has_the_shape_of_the_graph(moved):
     assert torch.equal((jacobian != 0).any(0), graph)
     # The other way an entry depends on those that its parents depend on, too.
     closure = torch.linalg.matrix_power(graph.double(), 4) > 0
-    assert not bool((vmap(jacrev(lambda x, c: slow(x, c)[0]), in_dims)(x, c) != 0).any(0)[~closure].any())
+    assert not bool(
+        (vmap(jacrev(lambda x, c: slow(x, c)[0]), in_dims)(x, c) != 0).any(0)[~closure].any()
+    )
 
 
 def test_the_fast_to_sample_layer_is_the_inverse_of_the_fast_to_score(device):
@@ -175,7 +181,9 @@ def test_the_fast_to_sample_layer_is_the_inverse_of_the_fast_to_score(device):
     assert (scores.fast, samples.fast) == ("inverse", "forward")
     assert "fast: scoring" in repr(scores) and "fast: sampling" in repr(samples)
     x, c = given(scores, 6)
-    for left, right in zip(scores.inverse_and_log_det(x, c), samples.forward_and_log_det(x, c), strict=True):
+    for left, right in zip(
+        scores.inverse_and_log_det(x, c), samples.forward_and_log_det(x, c), strict=True
+    ):
         assert torch.equal(left, right)
 
 
@@ -185,7 +193,11 @@ def test_orders(device):
 
     assert order() == order(order="natural") == [0, 1, 2, 3, 4]
     assert order(order="reversed") == [4, 3, 2, 1, 0]
-    assert order(order=[1, 0, 4, 2, 3]) == order(order=torch.tensor([1, 0, 4, 2, 3])) == [1, 0, 4, 2, 3]
+    assert (
+        order(order=[1, 0, 4, 2, 3])
+        == order(order=torch.tensor([1, 0, 4, 2, 3]))
+        == [1, 0, 4, 2, 3]
+    )
     assert order(order="random") == order(order="random", seed=0) != order(order="random", seed=1)
     assert sorted(order(order="random", seed=2)) == [0, 1, 2, 3, 4]
 
@@ -199,7 +211,9 @@ def test_a_graph_is_a_factorisation(device):
     a, b = torch.randn(2, 6, 4, dtype=F64, device=device)
     log_prob = pf.Flow([t])().log_prob
     swapped = torch.cat([a[:, :2], b[:, 2:]], -1), torch.cat([b[:, :2], a[:, 2:]], -1)
-    torch.testing.assert_close(log_prob(a) + log_prob(b), log_prob(swapped[0]) + log_prob(swapped[1]))
+    torch.testing.assert_close(
+        log_prob(a) + log_prob(b), log_prob(swapped[0]) + log_prob(swapped[1])
+    )
 
 
 @pytest.mark.parametrize("context_features", [None, C])
@@ -308,7 +322,9 @@ def test_gradients_of_borrowed_parameters(moved):
     with torch.no_grad():
         for name, p in moved.named_parameters():
             p.copy_(lent[name])
-    for left, right in zip(grads, torch.autograd.grad(direct(u, c)[0].sum(), list(moved.parameters())), strict=True):
+    for left, right in zip(
+        grads, torch.autograd.grad(direct(u, c)[0].sum(), list(moved.parameters())), strict=True
+    ):
         torch.testing.assert_close(left, right)
 
 
@@ -326,25 +342,34 @@ def test_second_derivatives_are_those_of_finite_differences(name, way, device, m
             weight.copy_(w)
         v, log_det = t._solve(u, c)
         (by_u,) = torch.autograd.grad(v.sin().sum() + log_det.square().sum(), u, create_graph=True)
-        (by_weight,) = torch.autograd.grad(v.sin().sum() + log_det.square().sum(), weight, create_graph=True)
+        (by_weight,) = torch.autograd.grad(
+            v.sin().sum() + log_det.square().sum(), weight, create_graph=True
+        )
         return by_u, by_weight
 
     analytic = torch.autograd.grad(
         sum(
-            (g * (k + 1)).sum() for k, g in enumerate(solve(u.requires_grad_(), c.requires_grad_(), weight.detach().clone()))
+            (g * (k + 1)).sum()
+            for k, g in enumerate(
+                solve(u.requires_grad_(), c.requires_grad_(), weight.detach().clone())
+            )
         ),
         [u, c, weight],
     )
     kept, step = weight.detach().clone(), 1e-5
     for at, (tensor, gradient) in enumerate(zip((u, c, kept), analytic, strict=True)):
-        direction = torch.randn(tensor.shape, dtype=F64, generator=torch.Generator().manual_seed(at)).to(tensor.device)
+        direction = torch.randn(
+            tensor.shape, dtype=F64, generator=torch.Generator().manual_seed(at)
+        ).to(tensor.device)
         ends = []
         for sign in (-step, step):
             now = [z.detach() for z in (u, c, kept)]
             now[at] = now[at] + sign * direction
             grads = solve(now[0].requires_grad_(), now[1], now[2])
             ends.append(float(sum((g * (k + 1)).sum() for k, g in enumerate(grads)).detach()))
-        assert (ends[1] - ends[0]) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-6, abs=1e-7)
+        assert (ends[1] - ends[0]) / (2 * step) == pytest.approx(
+            float((gradient * direction).sum()), rel=1e-6, abs=1e-7
+        )
 
 
 def test_hessians(device):
@@ -514,24 +539,68 @@ def test_what_is_fast_of_a_stack(device):
 MISTAKES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "features": (lambda m: m(0), ValueError, "features >= 1; got 0"),
     "features-float": (lambda m: m(3.0), TypeError, "features to be an integer; got 3.0"),
-    "features-reversed": (lambda m: m(None, order="reversed"), TypeError, "features to be an integer; got None"),
+    "features-reversed": (
+        lambda m: m(None, order="reversed"),
+        TypeError,
+        "features to be an integer; got None",
+    ),
     "context": (lambda m: m(3, 0), ValueError, "context_features >= 1; got 0"),
-    "hidden": (lambda m: m(3, hidden_features=8), TypeError, "hidden_features to be a sequence of integers"),
+    "hidden": (
+        lambda m: m(3, hidden_features=8),
+        TypeError,
+        "hidden_features to be a sequence of integers",
+    ),
     "activation": (lambda m: m(3, activation=nn.SiLU()), TypeError, "activation to make a module"),
-    "order-name": (lambda m: m(3, order="sorted"), ValueError, "natural, reversed, random or a permutation; got 'sorted'"),
-    "order-twice": (lambda m: m(3, order=[0, 0, 1]), ValueError, "each of 0 .. 2 once; got [0, 0, 1]"),
-    "order-kind": (lambda m: m(3, order=1.5), TypeError, "order to be a sequence of integers; got 1.5"),
-    "order-none": (lambda m: m(3, order={0, 1, 2}), TypeError, "order to be a sequence of integers"),
-    "order-and-graph": (lambda m: m(4, order="random", adjacency=GRAPH), ValueError, "order or adjacency, for an order"),
+    "order-name": (
+        lambda m: m(3, order="sorted"),
+        ValueError,
+        "natural, reversed, random or a permutation; got 'sorted'",
+    ),
+    "order-twice": (
+        lambda m: m(3, order=[0, 0, 1]),
+        ValueError,
+        "each of 0 .. 2 once; got [0, 0, 1]",
+    ),
+    "order-kind": (
+        lambda m: m(3, order=1.5),
+        TypeError,
+        "order to be a sequence of integers; got 1.5",
+    ),
+    "order-none": (
+        lambda m: m(3, order={0, 1, 2}),
+        TypeError,
+        "order to be a sequence of integers",
+    ),
+    "order-and-graph": (
+        lambda m: m(4, order="random", adjacency=GRAPH),
+        ValueError,
+        "order or adjacency, for an order",
+    ),
     "graph-cycle": (
         lambda m: m(2, adjacency=[[False, True], [True, False]]),
         ValueError,
         "without cycles; got one where 0 depends on 1, 1 depends on 0.",
     ),
-    "graph-shape": (lambda m: m(3, adjacency=GRAPH), ValueError, "adjacency of shape (3, 3); got (4, 4)"),
-    "graph-kind": (lambda m: m(2, adjacency=[[0, 0], [1, 0]]), TypeError, "adjacency to be boolean; got torch.int64"),
-    "residual": (lambda m: m(3, hidden_features=(8, 4), residual=True), ValueError, "one width for a residual network"),
-    "fast": (lambda m: m(3, fast="both"), ValueError, "fast to be inverse (fast to score) or forward (fast to sample)"),
+    "graph-shape": (
+        lambda m: m(3, adjacency=GRAPH),
+        ValueError,
+        "adjacency of shape (3, 3); got (4, 4)",
+    ),
+    "graph-kind": (
+        lambda m: m(2, adjacency=[[0, 0], [1, 0]]),
+        TypeError,
+        "adjacency to be boolean; got torch.int64",
+    ),
+    "residual": (
+        lambda m: m(3, hidden_features=(8, 4), residual=True),
+        ValueError,
+        "one width for a residual network",
+    ),
+    "fast": (
+        lambda m: m(3, fast="both"),
+        ValueError,
+        "fast to be inverse (fast to score) or forward (fast to sample)",
+    ),
     "seed": (lambda m: m(3, order="random", seed="a"), TypeError, "seed to be an integer; got 'a'"),
 }
 
@@ -542,7 +611,11 @@ def test_mistakes_are_named(name, owner):
     call, error, fragment = MISTAKES[name]
 
     def make(*args: Any, **options: Any) -> Any:
-        return AffineAutoregressive(*args, **options) if owner[1] == "f" else Autoregressive(Affine(), *args, **options)
+        return (
+            AffineAutoregressive(*args, **options)
+            if owner[1] == "f"
+            else Autoregressive(Affine(), *args, **options)
+        )
 
     with pytest.raises(error) as caught:
         call(make)
@@ -557,7 +630,10 @@ def test_asks_for_a_univariate_map(univariate):
 
 @pytest.mark.parametrize(
     ("options", "fragment"),
-    [({"scale": "tanh"}, "one of softclip, exp"), ({"bound": 0.0}, "bound to be positive and finite")],
+    [
+        ({"scale": "tanh"}, "one of softclip, exp"),
+        ({"bound": 0.0}, "bound to be positive and finite"),
+    ],
 )
 def test_options_of_the_affine_map(options, fragment):
     with pytest.raises(ValueError, match=fragment):

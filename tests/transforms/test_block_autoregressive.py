@@ -22,7 +22,9 @@ def layers(t: BlockAutoregressive) -> list[_Layer]:
     return list(t._layers())
 
 
-def made(device: torch.device, *args: Any, scale: float = 0.5, **options: Any) -> BlockAutoregressive:
+def made(
+    device: torch.device, *args: Any, scale: float = 0.5, **options: Any
+) -> BlockAutoregressive:
     torch.manual_seed(0)
     return perturbed(BlockAutoregressive(*args, **options).double(), scale).to(device)
 
@@ -60,18 +62,25 @@ def test_without_hidden_layers_it_is_an_affine_autoregression(device):
     free = layer.bias[1] + layer.lower[1, :, 0, 0] * x[:, :1]
     gain = 3 * torch.tanh(torch.stack([layer.bias[0, 1].expand(5), free[:, 1]], -1) / 3)
     y, log_det = t.forward_and_log_det(x)
-    torch.testing.assert_close(y, gain.exp() * x + torch.stack([layer.bias[0, 0].expand(5), free[:, 0]], -1))
+    torch.testing.assert_close(
+        y, gain.exp() * x + torch.stack([layer.bias[0, 0].expand(5), free[:, 0]], -1)
+    )
     torch.testing.assert_close(log_det, gain.sum(-1))
 
 
 @pytest.mark.parametrize(
-    ("order", "entries"), [("natural", [0, 1, 2, 3]), ("reversed", [3, 2, 1, 0]), ([2, 0, 3, 1], [2, 0, 3, 1])]
+    ("order", "entries"),
+    [("natural", [0, 1, 2, 3]), ("reversed", [3, 2, 1, 0]), ([2, 0, 3, 1], [2, 0, 3, 1])],
 )
 def test_the_jacobian_is_triangular_in_the_order(device, order, entries):
     t = made(device, 4, C, order=order)
     c = context_for(t, 1).to(device)[0]
-    jacobian = jacrev(lambda y: t.inverse_and_log_det(y, c)[0])(points(t, 1).to(device)[0])[entries][:, entries]
-    assert bool((jacobian.triu(1) == 0).all()) and bool((jacobian.tril() != 0)[torch.ones(4, 4).tril() > 0].all())
+    jacobian = jacrev(lambda y: t.inverse_and_log_det(y, c)[0])(points(t, 1).to(device)[0])[
+        entries
+    ][:, entries]
+    assert bool((jacobian.triu(1) == 0).all()) and bool(
+        (jacobian.tril() != 0)[torch.ones(4, 4).tril() > 0].all()
+    )
     assert bool((jacobian.diagonal() > 0).all())
     _, log_det = t.inverse_and_log_det(points(t, 1).to(device)[0], c)
     torch.testing.assert_close(log_det, jacobian.diagonal().log().sum())
@@ -99,8 +108,12 @@ def test_integrates_to_one_in_two_dimensions(device, context_features):
         grid = torch.cartesian_prod(far, far)
         back, log_det = t.inverse_and_log_det(grid, None if c is None else c.to(device))
     density = (normal_log_prob(back) + log_det).exp().reshape(501, 501)
-    assert float(torch.trapezoid(torch.trapezoid(density, far), far)) == pytest.approx(1.0, abs=1e-3)
-    assert bool((back.reshape(501, 501, 2)[0, 0] < -8).all()) and bool((back.reshape(501, 501, 2)[-1, -1] > 8).all())
+    assert float(torch.trapezoid(torch.trapezoid(density, far), far)) == pytest.approx(
+        1.0, abs=1e-3
+    )
+    assert bool((back.reshape(501, 501, 2)[0, 0] < -8).all()) and bool(
+        (back.reshape(501, 501, 2)[-1, -1] > 8).all()
+    )
 
 
 @pytest.mark.parametrize("scale", [0.5, 20.0])
@@ -135,8 +148,12 @@ def test_the_solved_direction_leaves_no_residual(device, dtype, scale, context_f
     allowed = 20 * torch.finfo(dtype).eps * math.exp(9.0) * (1 + y.abs() + math.exp(5.0) * shifts)
     assert bool(((again - x).abs() <= allowed).all())
     if scale < 1:
-        torch.testing.assert_close(again, x, rtol=2e3 * torch.finfo(dtype).eps, atol=2e3 * torch.finfo(dtype).eps)
-        torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-3 if dtype == torch.float32 else 1e-10, atol=1e-3)
+        torch.testing.assert_close(
+            again, x, rtol=2e3 * torch.finfo(dtype).eps, atol=2e3 * torch.finfo(dtype).eps
+        )
+        torch.testing.assert_close(
+            inverse_log_det, -log_det, rtol=1e-3 if dtype == torch.float32 else 1e-10, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("context_features", [None, C])
@@ -158,12 +175,19 @@ def test_its_gradients_are_those_of_the_implicit_function_theorem(device, contex
 
 
 def test_the_two_kinds_are_inverse_to_each_other(device):
-    scores, draws = made(device, D, C, order="random"), made(device, D, C, order="random", fast="forward", scale=0.1)
+    scores, draws = (
+        made(device, D, C, order="random"),
+        made(device, D, C, order="random", fast="forward", scale=0.1),
+    )
     draws.load_state_dict(scores.state_dict())
     x, c = points(scores, 20).to(device), context_for(scores, 20).to(device)
-    for left, right in zip(scores.forward_and_log_det(x, c), draws.inverse_and_log_det(x, c), strict=True):
+    for left, right in zip(
+        scores.forward_and_log_det(x, c), draws.inverse_and_log_det(x, c), strict=True
+    ):
         torch.testing.assert_close(left, right)
-    for left, right in zip(scores.inverse_and_log_det(x, c), draws.forward_and_log_det(x, c), strict=True):
+    for left, right in zip(
+        scores.inverse_and_log_det(x, c), draws.forward_and_log_det(x, c), strict=True
+    ):
         torch.testing.assert_close(left, right)
     assert "fast: scoring" in repr(scores) and "fast: sampling" in repr(draws)
     assert "fast: sampling" in repr(scores.inv)
@@ -192,14 +216,18 @@ def test_the_score_is_pushed_without_a_search(device, context_features, monkeypa
 @pytest.mark.parametrize("fast", ["inverse", "forward"])
 def test_values_and_gradients_are_finite_at_any_size(device, dtype, scale, fast):
     t = made(device, D, C, fast=fast, scale=scale).to(dtype)
-    sizes = torch.tensor([0.0, *(s * 10.0**e for e in (-30, -3, 0, 1, 3, 10, 30) for s in (-1, 1))], dtype=dtype)
+    sizes = torch.tensor(
+        [0.0, *(s * 10.0**e for e in (-30, -3, 0, 1, 3, 10, 30) for s in (-1, 1))], dtype=dtype
+    )
     x = sizes.to(device).unsqueeze(-1).repeat(1, D).requires_grad_()
     c = context_for(t, len(sizes), dtype=dtype).to(device)
     for f in (t.forward_and_log_det, t.inverse_and_log_det):
         y, log_det = f(x, c)
         assert bool(y.isfinite().all()) and bool(log_det.isfinite().all())
         for output in (y.sum(), log_det.sum()):
-            for grad in torch.autograd.grad(output, (x, *t.parameters()), retain_graph=True, allow_unused=True):
+            for grad in torch.autograd.grad(
+                output, (x, *t.parameters()), retain_graph=True, allow_unused=True
+            ):
                 assert grad is None or bool(grad.isfinite().all())
 
 
@@ -212,7 +240,9 @@ def test_starts_at_the_identity(device, dtype, hidden_features):
         c = context_for(t, 20, dtype=dtype).to(device)
         for y, log_det in (t.forward_and_log_det(x, c), t.inverse_and_log_det(x, c)):
             torch.testing.assert_close(y, x, rtol=8 * torch.finfo(dtype).eps, atol=0)
-            torch.testing.assert_close(log_det, torch.zeros_like(log_det), rtol=0, atol=8 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(
+                log_det, torch.zeros_like(log_det), rtol=0, atol=8 * torch.finfo(dtype).eps
+            )
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
@@ -227,7 +257,9 @@ def test_units_part_with_the_first_steps(device, optimizer):
         (0.5 * x.square().sum(-1) - log_det).mean().backward()
         step.step()
     for layer in layers(t)[:-1]:
-        units = torch.cat([layer.bias.detach()[:, :6, None], layer.lower.detach()[:, :6].flatten(2)], -1)  # type: ignore[union-attr]
+        units = torch.cat(
+            [layer.bias.detach()[:, :6, None], layer.lower.detach()[:, :6].flatten(2)], -1
+        )  # type: ignore[union-attr]
         gaps = (units[:, :, None] - units[:, None]).norm(dim=-1) + torch.eye(6, device=device)
         assert float(gaps.min()) > 1e-3
         assert bool((layer.steepness.detach() != 0).all())  # type: ignore[union-attr]
@@ -238,7 +270,9 @@ def test_fits_what_no_affine_autoregression_can(device):
     generator = torch.Generator().manual_seed(0)
     angle = math.pi * torch.rand(1024, generator=generator)
     arc = torch.stack([angle.cos(), angle.sin()], -1)
-    arc = torch.where(torch.rand(1024, 1, generator=generator) < 0.5, arc, torch.tensor([1.0, 0.5]) - arc)
+    arc = torch.where(
+        torch.rand(1024, 1, generator=generator) < 0.5, arc, torch.tensor([1.0, 0.5]) - arc
+    )
     y = ((arc + 0.1 * torch.randn(1024, 2, generator=generator)) * 1.5).to(device)
 
     def fitted(hidden_features: tuple[int, ...]) -> float:
@@ -272,27 +306,65 @@ def test_both_directions_compile_as_one_graph(device, direction):
     x = points(t, 5).to(device)
     f = getattr(t, f"{direction}_and_log_det")
     with torch.no_grad():
-        for left, right in zip(torch.compile(f, fullgraph=True, backend="eager")(x), f(x), strict=True):
+        for left, right in zip(
+            torch.compile(f, fullgraph=True, backend="eager")(x), f(x), strict=True
+        ):
             torch.testing.assert_close(left, right)
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "features-zero": (lambda: BlockAutoregressive(0), ValueError, "features >= 1; got 0"),
-    "features-float": (lambda: BlockAutoregressive(3.0), TypeError, "features to be an integer; got 3.0"),
+    "features-float": (
+        lambda: BlockAutoregressive(3.0),
+        TypeError,
+        "features to be an integer; got 3.0",
+    ),
     "context-zero": (lambda: BlockAutoregressive(3, 0), ValueError, "context_features >= 1; got 0"),
-    "hidden-zero": (lambda: BlockAutoregressive(3, hidden_features=(8, 0)), ValueError, "hidden_features >= 1; got 0"),
-    "hidden-number": (lambda: BlockAutoregressive(3, hidden_features=8), TypeError, "hidden_features to be a sequence"),
-    "order-name": (lambda: BlockAutoregressive(3, order="backwards"), ValueError, "order to be .*; got 'backwards'"),
-    "order-twice": (lambda: BlockAutoregressive(3, order=[0, 0, 1]), ValueError, "order to hold each of 0 .. 2 once"),
-    "order-short": (lambda: BlockAutoregressive(3, order=[0, 1]), ValueError, "order to hold each of 0 .. 2 once"),
-    "order-number": (lambda: BlockAutoregressive(3, order=1), TypeError, "order to be a sequence of integers; got 1"),
+    "hidden-zero": (
+        lambda: BlockAutoregressive(3, hidden_features=(8, 0)),
+        ValueError,
+        "hidden_features >= 1; got 0",
+    ),
+    "hidden-number": (
+        lambda: BlockAutoregressive(3, hidden_features=8),
+        TypeError,
+        "hidden_features to be a sequence",
+    ),
+    "order-name": (
+        lambda: BlockAutoregressive(3, order="backwards"),
+        ValueError,
+        "order to be .*; got 'backwards'",
+    ),
+    "order-twice": (
+        lambda: BlockAutoregressive(3, order=[0, 0, 1]),
+        ValueError,
+        "order to hold each of 0 .. 2 once",
+    ),
+    "order-short": (
+        lambda: BlockAutoregressive(3, order=[0, 1]),
+        ValueError,
+        "order to hold each of 0 .. 2 once",
+    ),
+    "order-number": (
+        lambda: BlockAutoregressive(3, order=1),
+        TypeError,
+        "order to be a sequence of integers; got 1",
+    ),
     "fast-both": (
         lambda: BlockAutoregressive(3, fast="both"),
         ValueError,
         "fast to be inverse .* or forward .*; got 'both'",
     ),
-    "seed-negative": (lambda: BlockAutoregressive(3, order="random", seed=-1), ValueError, "seed >= 0; got -1"),
-    "no-context": (lambda: BlockAutoregressive(3, C)(torch.zeros(3)), ValueError, r"context of shape \(\*, 2\) .* got None"),
+    "seed-negative": (
+        lambda: BlockAutoregressive(3, order="random", seed=-1),
+        ValueError,
+        "seed >= 0; got -1",
+    ),
+    "no-context": (
+        lambda: BlockAutoregressive(3, C)(torch.zeros(3)),
+        ValueError,
+        r"context of shape \(\*, 2\) .* got None",
+    ),
 }
 
 

@@ -49,7 +49,12 @@ CONDITIONAL: dict[str, Callable[..., Any]] = {
     "Rescale": Rescale,
     "LowerTriangularAffine": LowerTriangularAffine,
 }
-ALL: dict[str, Callable[..., Any]] = {**CONDITIONAL, "Reverse": Reverse, "Permute": Permute, "Transform": Transform}
+ALL: dict[str, Callable[..., Any]] = {
+    **CONDITIONAL,
+    "Reverse": Reverse,
+    "Permute": Permute,
+    "Transform": Transform,
+}
 SCALED: dict[str, Callable[..., Any]] = {
     "Affine": Affine,
     "Scale": Scale,
@@ -74,16 +79,46 @@ def mistake(name: str, make: Callable[[], Any], error: type[Exception], fragment
 for owner, make in ALL.items():
     mistake(f"{owner}-features-zero", lambda m=make: m(0), ValueError, "features >= 1; got 0")
     mistake(f"{owner}-features-negative", lambda m=make: m(-3), ValueError, "features >= 1; got -3")
-    mistake(f"{owner}-features-float", lambda m=make: m(3.0), TypeError, "features to be an integer; got 3.0")
-    mistake(f"{owner}-features-bool", lambda m=make: m(True), TypeError, "features to be an integer; got True")
-    mistake(f"{owner}-features-none", lambda m=make: m(None), TypeError, "features to be an integer; got None")
+    mistake(
+        f"{owner}-features-float",
+        lambda m=make: m(3.0),
+        TypeError,
+        "features to be an integer; got 3.0",
+    )
+    mistake(
+        f"{owner}-features-bool",
+        lambda m=make: m(True),
+        TypeError,
+        "features to be an integer; got True",
+    )
+    mistake(
+        f"{owner}-features-none",
+        lambda m=make: m(None),
+        TypeError,
+        "features to be an integer; got None",
+    )
 
 for owner, make in COUPLINGS.items():
-    mistake(f"{owner}-one-feature", lambda m=make: m(1), ValueError, "For one feature use Elementwise instead.")
+    mistake(
+        f"{owner}-one-feature",
+        lambda m=make: m(1),
+        ValueError,
+        "For one feature use Elementwise instead.",
+    )
     for label, mask, error, fragment in [
-        ("unknown", "quarter", ValueError, "half, checkerboard, alternating, random or a tensor; got 'quarter'"),
+        (
+            "unknown",
+            "quarter",
+            ValueError,
+            "half, checkerboard, alternating, random or a tensor; got 'quarter'",
+        ),
         ("all", [True] * D, ValueError, "an entry to transform; got one that is True everywhere"),
-        ("none", torch.zeros(D).bool(), ValueError, "an entry to condition on; got one that is False everywhere"),
+        (
+            "none",
+            torch.zeros(D).bool(),
+            ValueError,
+            "an entry to condition on; got one that is False everywhere",
+        ),
         ("width", [True, False], ValueError, f"mask of shape ({D},) or ("),
         ("rank", torch.ones(D, 1, 1).bool(), ValueError, f"mask of shape ({D},) or ("),
         ("integer", torch.tensor([0, 1, 1]), TypeError, "mask to be boolean; got torch.int64"),
@@ -101,15 +136,35 @@ for owner, make in CONDITIONAL.items():
         (2.5, TypeError, "context_features to be an integer; got 2.5"),
         ("2", TypeError, "context_features to be an integer; got '2'"),
     ]:
-        mistake(f"{owner}-context-{value}", lambda m=make, v=value: m(D, context_features=v), error, fragment)
+        mistake(
+            f"{owner}-context-{value}",
+            lambda m=make, v=value: m(D, context_features=v),
+            error,
+            fragment,
+        )
     for label, hidden, error, fragment in [
-        ("int", 64, TypeError, "hidden_features to be a sequence of integers such as (64, 64); got 64"),
-        ("word", "64", TypeError, "hidden_features to be a sequence of integers such as (64, 64); got '64'"),
+        (
+            "int",
+            64,
+            TypeError,
+            "hidden_features to be a sequence of integers such as (64, 64); got 64",
+        ),
+        (
+            "word",
+            "64",
+            TypeError,
+            "hidden_features to be a sequence of integers such as (64, 64); got '64'",
+        ),
         ("none", None, TypeError, "hidden_features to be a sequence"),
         ("zero", (8, 0), ValueError, "hidden_features >= 1; got 0"),
         ("float", (8.0,), TypeError, "hidden_features to be an integer; got 8.0"),
     ]:
-        mistake(f"{owner}-hidden-{label}", lambda m=make, v=hidden: m(D, C, hidden_features=v), error, fragment)
+        mistake(
+            f"{owner}-hidden-{label}",
+            lambda m=make, v=hidden: m(D, C, hidden_features=v),
+            error,
+            fragment,
+        )
     for label, activation in [
         ("word", "relu"),
         ("made", nn.SiLU()),
@@ -125,22 +180,58 @@ for owner, make in CONDITIONAL.items():
         )
 
 for owner, make in SCALED.items():
-    mistake(f"{owner}-scale-unknown", lambda m=make: m(scale="tanh"), ValueError, "one of softclip, exp, softplus, sigmoid")
-    mistake(f"{owner}-scale-none", lambda m=make: m(scale=None), ValueError, "scale to be one of softclip")
-    mistake(f"{owner}-scale-list", lambda m=make: m(scale=["exp"]), ValueError, "scale to be one of softclip")
+    mistake(
+        f"{owner}-scale-unknown",
+        lambda m=make: m(scale="tanh"),
+        ValueError,
+        "one of softclip, exp, softplus, sigmoid",
+    )
+    mistake(
+        f"{owner}-scale-none",
+        lambda m=make: m(scale=None),
+        ValueError,
+        "scale to be one of softclip",
+    )
+    mistake(
+        f"{owner}-scale-list",
+        lambda m=make: m(scale=["exp"]),
+        ValueError,
+        "scale to be one of softclip",
+    )
     for value in (0, -1.0, float("inf"), float("nan")):
-        mistake(f"{owner}-bound-{value}", lambda m=make, v=value: m(bound=v), ValueError, "bound to be positive and finite")
+        mistake(
+            f"{owner}-bound-{value}",
+            lambda m=make, v=value: m(bound=v),
+            ValueError,
+            "bound to be positive and finite",
+        )
     for value in ("2", None, True):
-        mistake(f"{owner}-bound-{value}", lambda m=make, v=value: m(bound=v), TypeError, "bound to be a number; got")
+        mistake(
+            f"{owner}-bound-{value}",
+            lambda m=make, v=value: m(bound=v),
+            TypeError,
+            "bound to be a number; got",
+        )
 
 for owner in ("NICE", "RealNVP"):
     make = COUPLINGS[owner]
-    mistake(f"{owner}-transforms-zero", lambda m=make: m(D, transforms=0), ValueError, "transforms >= 1; got 0")
     mistake(
-        f"{owner}-transforms-float", lambda m=make: m(D, transforms=2.0), TypeError, "transforms to be an integer; got 2.0"
+        f"{owner}-transforms-zero",
+        lambda m=make: m(D, transforms=0),
+        ValueError,
+        "transforms >= 1; got 0",
     )
     mistake(
-        f"{owner}-transforms-list", lambda m=make: m(D, transforms=[Reverse(D)]), TypeError, "transforms to be an integer"
+        f"{owner}-transforms-float",
+        lambda m=make: m(D, transforms=2.0),
+        TypeError,
+        "transforms to be an integer; got 2.0",
+    )
+    mistake(
+        f"{owner}-transforms-list",
+        lambda m=make: m(D, transforms=[Reverse(D)]),
+        TypeError,
+        "transforms to be an integer",
     )
     mistake(
         f"{owner}-masks-too-few",
@@ -150,7 +241,9 @@ for owner in ("NICE", "RealNVP"):
     )
     mistake(
         f"{owner}-masks-one-all",
-        lambda m=make: m(D, transforms=2, mask=torch.tensor([[True, False, True], [True, True, True]])),
+        lambda m=make: m(
+            D, transforms=2, mask=torch.tensor([[True, False, True], [True, True, True]])
+        ),
         ValueError,
         "an entry to transform",
     )
@@ -163,20 +256,42 @@ for owner, make in FLOWS.items():
             TypeError,
             "base to be a distribution, or a module that makes one without arguments; got 'normal'",
         ),
-        ("class", dist.Normal, TypeError, "base to be a distribution, or a module that makes one without arguments; got"),
+        (
+            "class",
+            dist.Normal,
+            TypeError,
+            "base to be a distribution, or a module that makes one without arguments; got",
+        ),
         (
             "module",
             nn.Linear(1, 1),
             TypeError,
             "base to be a distribution, or a module that makes one without arguments; got",
         ),
-        ("width", dist.Normal(torch.zeros(D + 1), 1.0).to_event(1), ValueError, "base of shape (*, 3); got (4,)"),
+        (
+            "width",
+            dist.Normal(torch.zeros(D + 1), 1.0).to_event(1),
+            ValueError,
+            "base of shape (*, 3); got (4,)",
+        ),
         ("scalar", dist.Normal(0.0, 1.0), ValueError, "base of shape (*, 3); got ()"),
-        ("matrix", dist.Normal(torch.zeros(2, D), 1.0).to_event(2), ValueError, "base of shape (*, 3); got (2, 3)"),
-        ("discrete", dist.Bernoulli(torch.full((D,), 0.5)).to_event(1), ValueError, "has_rsample); got Independent"),
+        (
+            "matrix",
+            dist.Normal(torch.zeros(2, D), 1.0).to_event(2),
+            ValueError,
+            "base of shape (*, 3); got (2, 3)",
+        ),
+        (
+            "discrete",
+            dist.Bernoulli(torch.full((D,), 0.5)).to_event(1),
+            ValueError,
+            "has_rsample); got Independent",
+        ),
         (
             "mixture",
-            dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2, D), 1.0).to_event(1)),
+            dist.MixtureSameFamily(
+                dist.Categorical(torch.ones(2)), dist.Normal(torch.zeros(2, D), 1.0).to_event(1)
+            ),
             ValueError,
             "has_rsample); got MixtureSameFamily",
         ),
@@ -202,11 +317,23 @@ for owner, make in FLOWS.items():
         ("boolean", constraints.boolean, ValueError, "biject_to knows none for"),
         ("dependent", constraints.dependent, ValueError, "biject_to knows none for"),
         ("matrix", constraints.lower_cholesky, ValueError, "bijection from real vectors"),
-        ("bounds", constraints.greater_than(torch.zeros(D + 1)), ValueError, "features that fit the support"),
+        (
+            "bounds",
+            constraints.greater_than(torch.zeros(D + 1)),
+            ValueError,
+            "features that fit the support",
+        ),
     ]:
         mistake(f"{owner}-support-{label}", lambda m=make, v=support: m(support=v), error, fragment)
-    mistake(f"{owner}-name-number", lambda m=make: m(name=3), TypeError, "name to be a string; got 3")
-    mistake(f"{owner}-name-empty", lambda m=make: m(name=""), ValueError, "name to have at least one character")
+    mistake(
+        f"{owner}-name-number", lambda m=make: m(name=3), TypeError, "name to be a string; got 3"
+    )
+    mistake(
+        f"{owner}-name-empty",
+        lambda m=make: m(name=""),
+        ValueError,
+        "name to have at least one character",
+    )
 
 mistake(
     "RealNVP-support-corr-cholesky",
@@ -215,7 +342,12 @@ mistake(
     "features that fit the support",
 )
 
-for label, univariate in [("word", "affine"), ("class", Affine), ("none", None), ("transform", Reverse(D))]:
+for label, univariate in [
+    ("word", "affine"),
+    ("class", Affine),
+    ("none", None),
+    ("transform", Reverse(D)),
+]:
     for owner, structure in [("Elementwise", Elementwise), ("Coupling", Coupling)]:
         mistake(
             f"{owner}-univariate-{label}",
@@ -237,20 +369,45 @@ for label, permutation, error, fragment in [
 ]:
     mistake(f"Permute-{label}", lambda v=permutation: Permute(v), error, fragment)
 mistake("Permute-seed", lambda: Permute(3, seed="a"), TypeError, "seed to be an integer; got 'a'")
-mistake("coupling_masks-seed", lambda: coupling_masks("random", 3, 2, seed=0.5), TypeError, "seed to be an integer; got 0.5")
-mistake("coupling_masks-transforms", lambda: coupling_masks("half", 3, 0), ValueError, "transforms >= 1; got 0")
-mistake("coupling_masks-features", lambda: coupling_masks("half", 1, 2), ValueError, "features >= 2 for a coupling")
+mistake(
+    "coupling_masks-seed",
+    lambda: coupling_masks("random", 3, 2, seed=0.5),
+    TypeError,
+    "seed to be an integer; got 0.5",
+)
+mistake(
+    "coupling_masks-transforms",
+    lambda: coupling_masks("half", 3, 0),
+    ValueError,
+    "transforms >= 1; got 0",
+)
+mistake(
+    "coupling_masks-features",
+    lambda: coupling_masks("half", 1, 2),
+    ValueError,
+    "features >= 2 for a coupling",
+)
 
 for owner, stack in {"Compose": Compose, "Flow": pf.Flow}.items():
     for label, layers, error, fragment in [
         ("none", [], ValueError, "at least one transform in transforms; got none"),
         ("number", 3, TypeError, "transforms to be a sequence of transforms; got int"),
         ("missing", None, TypeError, "transforms to be a sequence of transforms; got NoneType"),
-        ("module", [nn.Linear(3, 3)], TypeError, "transforms of type pyroflows.transforms.Transform; got Linear"),
+        (
+            "module",
+            [nn.Linear(3, 3)],
+            TypeError,
+            "transforms of type pyroflows.transforms.Transform; got Linear",
+        ),
         ("torch", [Reverse(D), dist.transforms.ExpTransform()], TypeError, "got ExpTransform"),
         ("class", [Reverse], TypeError, "got the class Reverse"),
         ("univariate", [Affine()], TypeError, "got Affine"),
-        ("shapes", [Reverse(D), Reverse(D + 1)], ValueError, "transform 1 of event shape (3,), as the one before it gives"),
+        (
+            "shapes",
+            [Reverse(D), Reverse(D + 1)],
+            ValueError,
+            "transform 1 of event shape (3,), as the one before it gives",
+        ),
         (
             "contexts",
             [Rescale(D, 2), Rescale(D, 3)],
@@ -261,11 +418,29 @@ for owner, stack in {"Compose": Compose, "Flow": pf.Flow}.items():
         mistake(f"{owner}-transforms-{label}", lambda s=stack, v=layers: s(v), error, fragment)
 
 mistake(
-    "Inverse-of-a-module", lambda: Inverse(nn.Linear(3, 3)), TypeError, "transform of type pyroflows.transforms.Transform"
+    "Inverse-of-a-module",
+    lambda: Inverse(nn.Linear(3, 3)),
+    TypeError,
+    "transform of type pyroflows.transforms.Transform",
 )
-mistake("Conditioned-of-a-module", lambda: Conditioned(nn.Linear(3, 3), torch.zeros(2)), TypeError, "transform of type")
-mistake("Conditioned-without-context", lambda: Conditioned(Rescale(D, C), None), ValueError, "context of shape (*, 2)")
-mistake("Conditioned-of-no-context", lambda: Conditioned(Rescale(D), torch.zeros(C)), ValueError, "Expected no context")
+mistake(
+    "Conditioned-of-a-module",
+    lambda: Conditioned(nn.Linear(3, 3), torch.zeros(2)),
+    TypeError,
+    "transform of type",
+)
+mistake(
+    "Conditioned-without-context",
+    lambda: Conditioned(Rescale(D, C), None),
+    ValueError,
+    "context of shape (*, 2)",
+)
+mistake(
+    "Conditioned-of-no-context",
+    lambda: Conditioned(Rescale(D), torch.zeros(C)),
+    ValueError,
+    "Expected no context",
+)
 mistake("Transform-word", lambda: Transform("33"), TypeError, "features to be an integer; got '3'")
 mistake("Transform-empty-side", lambda: Transform((3, 0)), ValueError, "features >= 1; got 0")
 
@@ -293,7 +468,9 @@ mistake("MLP-of-nothing", lambda: MLP(0, 2), ValueError, "an MLP with an input o
 mistake("MLP-out", lambda: MLP(2, 0), ValueError, "out_features >= 1; got 0")
 mistake("MLP-in", lambda: MLP(-1, 2), ValueError, "in_features >= 0; got -1")
 mistake("MLP-in-float", lambda: MLP(1.5, 2), TypeError, "in_features to be an integer; got 1.5")
-mistake("MLP-context", lambda: MLP(2, 2, context_features=0), ValueError, "context_features >= 1; got 0")
+mistake(
+    "MLP-context", lambda: MLP(2, 2, context_features=0), ValueError, "context_features >= 1; got 0"
+)
 
 
 def set_to(loc: Any, scale_tril: Any) -> Callable[[], None]:
@@ -305,12 +482,48 @@ for label, loc, tril, error, fragment in [
     ("loc-scalar", torch.tensor(0.0), torch.eye(2), ValueError, "loc of shape (*, 2); got ()"),
     ("loc-batch", torch.zeros(4, 2), torch.eye(2), ValueError, "loc of shape (2,); got (4, 2)"),
     ("loc-list", [0.0, 0.0], torch.eye(2), TypeError, "loc to be a tensor"),
-    ("tril-width", torch.zeros(2), torch.eye(3), ValueError, "scale_tril of shape (*, 2, 2); got (3, 3)"),
-    ("tril-batch", torch.zeros(2), torch.eye(2)[None], ValueError, "scale_tril of shape (2, 2); got (1, 2, 2)"),
-    ("tril-integer", torch.zeros(2), torch.eye(2).long(), TypeError, "scale_tril of a floating-point dtype"),
-    ("tril-negative", torch.zeros(2), -torch.eye(2), ValueError, "scale_tril with a positive diagonal; got [-1.0, -1.0]"),
-    ("tril-nan", torch.zeros(2), torch.full((2, 2), torch.nan), ValueError, "scale_tril with a positive diagonal"),
-    ("tril-upper", torch.zeros(2), torch.ones(2, 2), ValueError, "scale_tril to be lower-triangular"),
+    (
+        "tril-width",
+        torch.zeros(2),
+        torch.eye(3),
+        ValueError,
+        "scale_tril of shape (*, 2, 2); got (3, 3)",
+    ),
+    (
+        "tril-batch",
+        torch.zeros(2),
+        torch.eye(2)[None],
+        ValueError,
+        "scale_tril of shape (2, 2); got (1, 2, 2)",
+    ),
+    (
+        "tril-integer",
+        torch.zeros(2),
+        torch.eye(2).long(),
+        TypeError,
+        "scale_tril of a floating-point dtype",
+    ),
+    (
+        "tril-negative",
+        torch.zeros(2),
+        -torch.eye(2),
+        ValueError,
+        "scale_tril with a positive diagonal; got [-1.0, -1.0]",
+    ),
+    (
+        "tril-nan",
+        torch.zeros(2),
+        torch.full((2, 2), torch.nan),
+        ValueError,
+        "scale_tril with a positive diagonal",
+    ),
+    (
+        "tril-upper",
+        torch.zeros(2),
+        torch.ones(2, 2),
+        ValueError,
+        "scale_tril to be lower-triangular",
+    ),
 ]:
     mistake(f"set-{label}", set_to(loc, tril), error, fragment)
 mistake(
@@ -337,7 +550,11 @@ WRONG_POINTS: dict[str, tuple[Any, type[Exception], str]] = {
     "scalar": (torch.tensor(0.0), ValueError, "of shape (*, 3); got ()"),
     "integer": (torch.zeros(5, D).long(), TypeError, "of a floating-point dtype; got torch.int64"),
     "boolean": (torch.zeros(5, D).bool(), TypeError, "of a floating-point dtype; got torch.bool"),
-    "complex": (torch.zeros(5, D, dtype=torch.complex64), TypeError, "of a floating-point dtype; got torch.complex64"),
+    "complex": (
+        torch.zeros(5, D, dtype=torch.complex64),
+        TypeError,
+        "of a floating-point dtype; got torch.complex64",
+    ),
     "list": ([0.0] * D, TypeError, "to be a tensor of shape (*, 3); got list"),
     "none": (None, TypeError, "to be a tensor of shape (*, 3); got NoneType"),
 }
@@ -350,16 +567,28 @@ for label, (value, error, fragment) in WRONG_POINTS.items():
         "flow-positive": lambda: pf.RealNVP(D, support=constraints.positive)(),
         "flow-context": lambda: pf.RealNVP(D, C)(torch.zeros(C)),
         "flow-simplex": lambda: pf.RealNVP(D - 1, support=constraints.simplex)(),
-        "unvalidated": lambda: pf.distributions.FlowDistribution(standard, Reverse(D), validate_args=False),
+        "unvalidated": lambda: pf.distributions.FlowDistribution(
+            standard, Reverse(D), validate_args=False
+        ),
     }.items():
-        mistake(f"{owner}-log_prob-{label}", lambda m=made, v=value: m().log_prob(v), error, fragment)
+        mistake(
+            f"{owner}-log_prob-{label}", lambda m=made, v=value: m().log_prob(v), error, fragment
+        )
 
 WRONG_CONTEXTS: dict[str, tuple[Any, type[Exception], str]] = {
     "none": (None, ValueError, "context of shape (*, 2) for"),
     "wide": (torch.zeros(5, 3), ValueError, "context of shape (*, 2); got (5, 3)"),
     "scalar": (torch.tensor(0.0), ValueError, "context of shape (*, 2); got ()"),
-    "integer": (torch.zeros(2).long(), TypeError, "context of a floating-point dtype; got torch.int64"),
-    "complex": (torch.zeros(2, dtype=torch.complex64), TypeError, "context of a floating-point dtype; got torch.complex64"),
+    "integer": (
+        torch.zeros(2).long(),
+        TypeError,
+        "context of a floating-point dtype; got torch.int64",
+    ),
+    "complex": (
+        torch.zeros(2, dtype=torch.complex64),
+        TypeError,
+        "context of a floating-point dtype; got torch.complex64",
+    ),
     "list": ([0.0, 0.0], TypeError, "context to be a tensor of shape (*, 2); got list"),
 }
 for label, (value, error, fragment) in WRONG_CONTEXTS.items():
@@ -369,8 +598,15 @@ for label, (value, error, fragment) in WRONG_CONTEXTS.items():
         "Inverse": lambda: AffineCoupling(D, C).inv,
         "Compose": lambda: Compose([Reverse(D), Rescale(D, C)]),
     }.items():
-        mistake(f"{owner}-condition-{label}", lambda m=made, v=value: m().condition(v), error, fragment)
-mistake("flow-context-missing", lambda: pf.NICE(D, C)(), ValueError, "context of shape (*, 2) for NICE; got None")
+        mistake(
+            f"{owner}-condition-{label}", lambda m=made, v=value: m().condition(v), error, fragment
+        )
+mistake(
+    "flow-context-missing",
+    lambda: pf.NICE(D, C)(),
+    ValueError,
+    "context of shape (*, 2) for NICE; got None",
+)
 mistake(
     "flow-context-unwanted",
     lambda: pf.NICE(D)(torch.zeros(2)),
@@ -383,8 +619,15 @@ mistake(
     ValueError,
     "context of shape (*, 2) for AffineCoupling (give it by condition(context)); got None",
 )
-mistake("inverse-call-without-context", lambda: AffineCoupling(D, C).inv(torch.zeros(D)), ValueError, "condition(context)")
-mistake("with_cache", lambda: Reverse(D).with_cache(2), ValueError, "cache_size to be 0 or 1; got 2")
+mistake(
+    "inverse-call-without-context",
+    lambda: AffineCoupling(D, C).inv(torch.zeros(D)),
+    ValueError,
+    "condition(context)",
+)
+mistake(
+    "with_cache", lambda: Reverse(D).with_cache(2), ValueError, "cache_size to be 0 or 1; got 2"
+)
 
 
 # Options of every family: whoever takes one refuses the same values of it.
@@ -423,9 +666,18 @@ OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (Reverse(D), TypeError, "mixing to be a name or a callable"),
         (lambda features: None, TypeError, "the result of mixing"),
     ],
-    "tails": [("fat", ValueError, "tails to be gpd, loft, student or None; got 'fat'"), (3, ValueError, "tails to be")],
+    "tails": [
+        ("fat", ValueError, "tails to be gpd, loft, student or None; got 'fat'"),
+        (3, ValueError, "tails to be"),
+    ],
     "bins": [*NOT_SIZES, (1, ValueError, "bins >= 2; got 1")],
-    "spline": [("cubic", ValueError, "spline to be rational-quadratic, linear-rational or circular; got 'cubic'")],
+    "spline": [
+        (
+            "cubic",
+            ValueError,
+            "spline to be rational-quadratic, linear-rational or circular; got 'cubic'",
+        )
+    ],
     "degree": NOT_SIZES,
     "polynomials": NOT_SIZES,
     "components": NOT_SIZES,
@@ -451,13 +703,18 @@ OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
 UNIVARIATES = {
     getattr(pf.transforms, name)
     for name in pf.transforms.__all__
-    if inspect.isclass(getattr(pf.transforms, name)) and hasattr(getattr(pf.transforms, name), "linear")
+    if inspect.isclass(getattr(pf.transforms, name))
+    and hasattr(getattr(pf.transforms, name), "linear")
 } - {pf.univariate.Univariate}
 PUBLIC = sorted(
     {
         owner
-        for owner in (*(getattr(pf, n) for n in pf.__all__), *(getattr(pf.transforms, n) for n in pf.transforms.__all__))
-        if inspect.isclass(owner) and (owner in UNIVARIATES or issubclass(owner, (Transform, pf.Flow)))
+        for owner in (
+            *(getattr(pf, n) for n in pf.__all__),
+            *(getattr(pf.transforms, n) for n in pf.transforms.__all__),
+        )
+        if inspect.isclass(owner)
+        and (owner in UNIVARIATES or issubclass(owner, (Transform, pf.Flow)))
     },
     key=lambda owner: owner.__name__,
 )
@@ -466,7 +723,12 @@ PUBLIC = sorted(
 def made(owner: type, **options: Any) -> Any:
     """An instance of a class that takes so many features, if it takes them."""
     required = {"univariate": Affine(), "features": D}
-    return owner(**{name: required[name] for name in inspect.signature(owner).parameters if name in required}, **options)
+    return owner(
+        **{
+            name: required[name] for name in inspect.signature(owner).parameters if name in required
+        },
+        **options,
+    )
 
 
 for owner in PUBLIC:
@@ -477,7 +739,12 @@ for owner in PUBLIC:
             # A tolerance is asked of solvers that adapt, steps of those that do not.
             also = {"solver": "rk4"} if option == "steps" else {}
             key = f"{owner.__name__}-{option}-{number}"
-            mistake(key, lambda o=owner, k=option, v=value, a=also: made(o, **{k: v}, **a), error, fragment)
+            mistake(
+                key,
+                lambda o=owner, k=option, v=value, a=also: made(o, **{k: v}, **a),
+                error,
+                fragment,
+            )
 
 for name in pf.flows.__all__:
     preset = getattr(pf.flows, name)
@@ -486,9 +753,19 @@ for name in pf.flows.__all__:
     for label, options, error, fragment in [
         ("features-zero", {"features": 0}, ValueError, "features >= 1; got 0"),
         ("features-float", {"features": 3.0}, TypeError, "features to be an integer; got 3.0"),
-        ("context-zero", {"features": D, "context_features": 0}, ValueError, "context_features >= 1; got 0"),
+        (
+            "context-zero",
+            {"features": D, "context_features": 0},
+            ValueError,
+            "context_features >= 1; got 0",
+        ),
         ("transforms-zero", {"features": D, "transforms": 0}, ValueError, "transforms >= 1; got 0"),
-        ("transforms-float", {"features": D, "transforms": 2.0}, TypeError, "transforms to be an integer; got 2.0"),
+        (
+            "transforms-float",
+            {"features": D, "transforms": 2.0},
+            TypeError,
+            "transforms to be an integer; got 2.0",
+        ),
         (
             "hidden-int",
             {"features": D, "context_features": C, "hidden_features": 8},
@@ -496,11 +773,25 @@ for name in pf.flows.__all__:
             "hidden_features to be a sequence",
         ),
         ("base-word", {"features": D, "base": "normal"}, TypeError, "base to be a distribution"),
-        ("support-word", {"features": D, "support": "positive"}, TypeError, "support to be a constraint"),
-        ("name-empty", {"features": D, "name": ""}, ValueError, "name to have at least one character"),
+        (
+            "support-word",
+            {"features": D, "support": "positive"},
+            TypeError,
+            "support to be a constraint",
+        ),
+        (
+            "name-empty",
+            {"features": D, "name": ""},
+            ValueError,
+            "name to have at least one character",
+        ),
         (
             "student-and-base",
-            {"features": D, "tails": "student", "base": dist.Normal(torch.zeros(D), 1.0).to_event(1)},
+            {
+                "features": D,
+                "tails": "student",
+                "base": dist.Normal(torch.zeros(D), 1.0).to_event(1),
+            },
             ValueError,
             "got both",
         ),
@@ -508,7 +799,12 @@ for name in pf.flows.__all__:
         mistake(f"{name}-{label}", lambda p=preset, o=options: p(**o), error, fragment)
 
 for kwargs in ({"mixing": "lu"}, {"tails": "gpd"}):
-    mistake(f"NSF-circular-{kwargs}", lambda k=kwargs: pf.NSF(D, spline="circular", **k), ValueError, "for angles")
+    mistake(
+        f"NSF-circular-{kwargs}",
+        lambda k=kwargs: pf.NSF(D, spline="circular", **k),
+        ValueError,
+        "for angles",
+    )
 
 
 @pytest.mark.parametrize("name", list(MISTAKES))
@@ -526,8 +822,28 @@ def test_a_mistake_is_one_clear_sentence(name):
 def test_the_table_names_every_option():
     """An option that is added to a constructor needs its rows here."""
     known = {
-        *("self", "features", "context_features", "mask", "hidden_features", "activation", "scale", "bound", "transforms"),
-        *("base", "support", "name", "univariate", "permutation", "seed", "transform", "context", "event_shape"),
+        *(
+            "self",
+            "features",
+            "context_features",
+            "mask",
+            "hidden_features",
+            "activation",
+            "scale",
+            "bound",
+            "transforms",
+        ),
+        *(
+            "base",
+            "support",
+            "name",
+            "univariate",
+            "permutation",
+            "seed",
+            "transform",
+            "context",
+            "event_shape",
+        ),
         *("path_gradient", "validate_args", "args", "kwargs", *OPTIONS, *SWITCHES),
     }
     for owner in PUBLIC:
@@ -541,7 +857,9 @@ def test_the_table_names_every_option():
 def test_sizes_may_be_numpy_integers():
     numpy = pytest.importorskip("numpy")
     three = numpy.int64(3)
-    flow = pf.RealNVP(three, numpy.int32(2), transforms=numpy.int64(2), hidden_features=[numpy.int64(4)])
+    flow = pf.RealNVP(
+        three, numpy.int32(2), transforms=numpy.int64(2), hidden_features=[numpy.int64(4)]
+    )
     assert flow(torch.zeros(2)).sample().shape == (3,)
     assert Permute(numpy.array([1, 0]).tolist())(torch.tensor([1.0, 2.0])).tolist() == [2.0, 1.0]
 
@@ -555,7 +873,11 @@ def test_masks_may_be_lists_tensors_and_arrays():
 
 
 def test_an_activation_may_be_any_maker_of_modules():
-    for activation in (nn.Tanh, lambda: nn.LeakyReLU(0.2), lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU())):
+    for activation in (
+        nn.Tanh,
+        lambda: nn.LeakyReLU(0.2),
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()),
+    ):
         t = AffineCoupling(D, hidden_features=(8, 8), activation=activation)
         assert t(torch.zeros(2, D)).shape == (2, D)
 
@@ -569,7 +891,13 @@ def test_an_error_inside_an_activation_is_the_users_to_see():
 
 
 def test_one_transform_and_any_iterable_make_a_flow():
-    for transforms in (Reverse(D), [Reverse(D)], (Reverse(D),), iter([Reverse(D)]), nn.ModuleList([Reverse(D)])):
+    for transforms in (
+        Reverse(D),
+        [Reverse(D)],
+        (Reverse(D),),
+        iter([Reverse(D)]),
+        nn.ModuleList([Reverse(D)]),
+    ):
         assert pf.Flow(transforms)().sample().shape == (D,)
 
 
@@ -587,7 +915,13 @@ def test_named_masks():
 
     assert masks("half", 5, 3) == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert masks("checkerboard", 4, 2) == [[1, 0, 1, 0], [0, 1, 0, 1]]
-    assert masks("alternating", 4, 5) == [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 0, 0]]
+    assert masks("alternating", 4, 5) == [
+        [1, 1, 0, 0],
+        [1, 0, 1, 0],
+        [0, 0, 1, 1],
+        [0, 1, 0, 1],
+        [1, 1, 0, 0],
+    ]
     assert masks([True, False], 2, 3) == [[1, 0], [0, 1], [1, 0]]
     assert masks(torch.eye(3).bool(), 3, 3) == torch.eye(3).int().tolist()
 

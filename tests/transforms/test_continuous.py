@@ -91,16 +91,29 @@ def test_the_order_of_the_fixed_steps(solver, order, device):
 
 @pytest.mark.parametrize(
     ("hidden_features", "solver"),
-    [((), "dopri5"), ((5,), "dopri5"), ((5, 6), "dopri5"), ((5, 6, 7), "dopri5"), ((5,), "dopri8"), ((5, 6), "rk4")],
+    [
+        ((), "dopri5"),
+        ((5,), "dopri5"),
+        ((5, 6), "dopri5"),
+        ((5, 6, 7), "dopri5"),
+        ((5,), "dopri8"),
+        ((5, 6), "rk4"),
+    ],
 )
 def test_the_log_det_is_that_of_autograd(hidden_features, solver, device):
-    t = perturbed(ContinuousFlow(3, 2, hidden_features=hidden_features, **TIGHT[solver]).double(), 0.5).to(device)
+    t = perturbed(
+        ContinuousFlow(3, 2, hidden_features=hidden_features, **TIGHT[solver]).double(), 0.5
+    ).to(device)
     x, c = points(t, 3).to(device), context_for(t, 3).to(device)
     y, log_det = t.forward_and_log_det(x, c)
     for i in range(3):
         point = x[i].clone().requires_grad_()
-        jacobian = torch.autograd.functional.jacobian(lambda x, i=i: t.forward_and_log_det(x, c[i])[0], point)
-        torch.testing.assert_close(log_det[i], torch.linalg.slogdet(jacobian)[1], rtol=1e-6, atol=1e-6)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, i=i: t.forward_and_log_det(x, c[i])[0], point
+        )
+        torch.testing.assert_close(
+            log_det[i], torch.linalg.slogdet(jacobian)[1], rtol=1e-6, atol=1e-6
+        )
     back, inverse_log_det = t.inverse_and_log_det(y, c)
     torch.testing.assert_close(back, x, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-7, atol=1e-7)
@@ -117,16 +130,24 @@ def test_each_point_of_a_batch_is_held_to_the_tolerance(solver, device):
     with torch.no_grad():
         c[7] = torch.tensor([300.0, -500.0])
         t.network.layers[-1].bias.zero_(), fine.network.layers[-1].bias.zero_()
-        errors = [a - b for a, b in zip(t.forward_and_log_det(x, c), fine.forward_and_log_det(x, c), strict=True)]
+        errors = [
+            a - b
+            for a, b in zip(
+                t.forward_and_log_det(x, c), fine.forward_and_log_det(x, c), strict=True
+            )
+        ]
     assert max(float(error.abs().max()) for error in errors) < 20 * 1e-4
 
 
 @pytest.mark.parametrize("context_features", [None, 2])
 @torch.no_grad()
 def test_integrates_to_one(context_features, device):
-    t = perturbed(ContinuousFlow(2, context_features, hidden_features=(16, 16), solver="rk4", steps=20).double(), 0.5).to(
-        device
-    )
+    t = perturbed(
+        ContinuousFlow(
+            2, context_features, hidden_features=(16, 16), solver="rk4", steps=20
+        ).double(),
+        0.5,
+    ).to(device)
     side = torch.linspace(-12, 12, 161, dtype=torch.float64, device=device)
     y = torch.cartesian_prod(side, side)
     c = None if context_features is None else context_for(t).to(device)
@@ -167,7 +188,9 @@ def test_a_fresh_flow_learns_in_all_its_units(device):
 
 
 def test_the_estimate_is_unbiased_and_so_is_its_gradient(device):
-    t = perturbed(ContinuousFlow(4, trace="hutchinson", solver="rk4", steps=4, **SMALL).double(), 1.0).to(device)
+    t = perturbed(
+        ContinuousFlow(4, trace="hutchinson", solver="rk4", steps=4, **SMALL).double(), 1.0
+    ).to(device)
     y = points(t, 1).to(device)
 
     def with_gradient(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +211,9 @@ def test_the_estimate_is_unbiased_and_so_is_its_gradient(device):
 
 def test_the_noise_is_fixed_over_a_solve(device):
     """Otherwise no solver of high order would converge to anything."""
-    t = perturbed(ContinuousFlow(4, trace="hutchinson", solver="rk4", steps=8, **SMALL).double(), 0.5).to(device)
+    t = perturbed(
+        ContinuousFlow(4, trace="hutchinson", solver="rk4", steps=8, **SMALL).double(), 0.5
+    ).to(device)
     finer = copy.deepcopy(t)
     finer.steps = 16
     x = points(t, 5).to(device)
@@ -201,7 +226,9 @@ def test_the_noise_is_fixed_over_a_solve(device):
 
 
 def test_training_mode_follows_the_seed_and_evaluation_mode_is_exact(device):
-    t = perturbed(ContinuousFlow(4, trace="hutchinson", solver="rk4", **SMALL).double(), 0.5).to(device)
+    t = perturbed(ContinuousFlow(4, trace="hutchinson", solver="rk4", **SMALL).double(), 0.5).to(
+        device
+    )
     exact = ContinuousFlow(4, trace="exact", solver="rk4", **SMALL).double().to(device)
     exact.load_state_dict(t.state_dict())
     x = points(t, 5).to(device)
@@ -215,8 +242,14 @@ def test_training_mode_follows_the_seed_and_evaluation_mode_is_exact(device):
 
 
 def test_what_is_exact_by_itself(device):
-    for features, hidden_features, exact in [(60, (8, 8), True), (32, (8, 8, 8), True), (33, (8, 8, 8), False)]:
-        t = perturbed(ContinuousFlow(features, hidden_features=hidden_features, solver="rk4", steps=1)).to(device)
+    for features, hidden_features, exact in [
+        (60, (8, 8), True),
+        (32, (8, 8, 8), True),
+        (33, (8, 8, 8), False),
+    ]:
+        t = perturbed(
+            ContinuousFlow(features, hidden_features=hidden_features, solver="rk4", steps=1)
+        ).to(device)
         x = torch.ones(features, device=device)
         assert torch.equal(t.forward_and_log_det(x)[1], t.forward_and_log_det(x)[1]) == exact
 
@@ -229,7 +262,9 @@ def test_the_energy_of_a_straight_path(device):
     with torch.no_grad():
         t.network.input.bias.copy_(torch.tensor([3.0, -4.0]))
     kinetic, jacobian = t.to(device).path_energy(points(t, 3, 2).to(device))
-    torch.testing.assert_close(kinetic, torch.full((3, 2), 25.0, dtype=torch.float64, device=device))
+    torch.testing.assert_close(
+        kinetic, torch.full((3, 2), 25.0, dtype=torch.float64, device=device)
+    )
     assert jacobian.shape == (3, 2) and not bool(jacobian.any())
 
 
@@ -238,7 +273,9 @@ def test_the_energies_by_quadrature(device):
     y, c = points(t, 1).to(device), context_for(t).to(device)
     kinetic, jacobian = t.path_energy(y.expand(4000, 3), c)
     norm = matrix[:3, :3].square().sum()
-    torch.testing.assert_close(jacobian.mean(), norm, rtol=0, atol=4 * float(jacobian.detach().std()) / 4000**0.5)
+    torch.testing.assert_close(
+        jacobian.mean(), norm, rtol=0, atol=4 * float(jacobian.detach().std()) / 4000**0.5
+    )
     nodes = ((torch.arange(400) + 0.5) / 400).tolist()
     end = torch.cat([y[0], torch.ones_like(y[0, :2])])
     path = torch.stack([torch.linalg.matrix_exp((s - 1) * matrix) @ end for s in nodes])
@@ -261,27 +298,39 @@ def test_the_energies_can_be_trained(device):
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @pytest.mark.parametrize("solver", ["dopri5", "bosh3"])
 def test_the_adjoint_gives_the_gradients_of_plain_backpropagation(solver, trace, device):
-    plain = perturbed(ContinuousFlow(3, 2, solver=solver, rtol=1e-8, atol=1e-8, trace=trace, **SMALL).double(), 0.5).to(
-        device
-    )
+    plain = perturbed(
+        ContinuousFlow(3, 2, solver=solver, rtol=1e-8, atol=1e-8, trace=trace, **SMALL).double(),
+        0.5,
+    ).to(device)
     adjoint = (
-        ContinuousFlow(3, 2, solver=solver, rtol=1e-8, atol=1e-8, trace=trace, adjoint=True, **SMALL).double().to(device)
+        ContinuousFlow(
+            3, 2, solver=solver, rtol=1e-8, atol=1e-8, trace=trace, adjoint=True, **SMALL
+        )
+        .double()
+        .to(device)
     )
     adjoint.load_state_dict(plain.state_dict())
     weights = points(plain, 5, seed=9).to(device)
     results = []
     for t in (plain, adjoint):
         pyro.set_rng_seed(1)
-        x, c = points(t, 5).to(device).requires_grad_(), context_for(t, 5).to(device).requires_grad_()
+        x, c = (
+            points(t, 5).to(device).requires_grad_(),
+            context_for(t, 5).to(device).requires_grad_(),
+        )
         y, log_det = t.inverse_and_log_det(x, 2 * c)
         total = (y * weights).sum() + log_det.sum()
-        results.append((y.detach(), log_det.detach(), *torch.autograd.grad(total, [x, c, *t.parameters()])))
+        results.append(
+            (y.detach(), log_det.detach(), *torch.autograd.grad(total, [x, c, *t.parameters()]))
+        )
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right, rtol=2e-6, atol=2e-6)
 
 
 def test_the_adjoint_carries_scores(device):
-    t = perturbed(ContinuousFlow(3, adjoint=True, rtol=1e-8, atol=1e-8, **SMALL).double(), 0.5).to(device)
+    t = perturbed(ContinuousFlow(3, adjoint=True, rtol=1e-8, atol=1e-8, **SMALL).double(), 0.5).to(
+        device
+    )
     x = points(t, 5).to(device)
     by_steps = ContinuousFlow(3, solver="gbs", steps=8, **SMALL).double().to(device)
     by_steps.load_state_dict(t.state_dict())
@@ -309,20 +358,27 @@ def test_the_default_solver_in_both_dtypes(dtype, device):
 def test_tolerances_below_rounding_are_those_of_rounding(device):
     t = perturbed(ContinuousFlow(3, rtol=1e-12, atol=1e-12, **SMALL), 0.3).to(device)
     x = points(t, 5, dtype=torch.float32).to(device)
-    torch.testing.assert_close(t.inverse_and_log_det(t.forward_and_log_det(x)[0])[0], x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        t.inverse_and_log_det(t.forward_and_log_det(x)[0])[0], x, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("adjoint", [False, True])
 def test_a_solver_that_fails_says_so(adjoint, device):
     t = ContinuousFlow(3, adjoint=adjoint, **SMALL).to(device)
     nn.init.constant_(t.network.layers[-1].bias, math.nan)
-    with pytest.raises(RuntimeError, match=r"The solver dopri5 of ContinuousFlow fails: .*solver='rk4'"):
+    with pytest.raises(
+        RuntimeError, match=r"The solver dopri5 of ContinuousFlow fails: .*solver='rk4'"
+    ):
         t.forward_and_log_det(torch.zeros(2, 3, device=device))
 
 
 def test_an_absent_dependency_is_told_with_its_install_line(monkeypatch, device):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ImportError, match=r'needs torchdiffeq; install it with pip install "pyroflows\[continuous\]"'):
+    with pytest.raises(
+        ImportError,
+        match=r'needs torchdiffeq; install it with pip install "pyroflows\[continuous\]"',
+    ):
         ContinuousFlow(3)
     t = perturbed(ContinuousFlow(3, solver="rk4")).to(device)
     assert t(torch.zeros(3, device=device)).shape == (3,)
@@ -331,9 +387,13 @@ def test_an_absent_dependency_is_told_with_its_install_line(monkeypatch, device)
 @pytest.mark.parametrize("solver", ["rk4", "gbs"])
 def test_equal_steps_compile_as_one_graph(solver, device):
     torch.compiler.reset()
-    t = perturbed(ContinuousFlow(3, solver=solver, steps=1, hidden_features=(8,)).double()).to(device)
+    t = perturbed(ContinuousFlow(3, solver=solver, steps=1, hidden_features=(8,)).double()).to(
+        device
+    )
     x = points(t, 4).to(device).requires_grad_()
-    compiled = torch.compile(t.forward_and_log_det, fullgraph=True, backend="aot_eager" if solver == "rk4" else "eager")(x)
+    compiled = torch.compile(
+        t.forward_and_log_det, fullgraph=True, backend="aot_eager" if solver == "rk4" else "eager"
+    )(x)
     for left, right in zip(compiled, t.forward_and_log_det(x), strict=True):
         torch.testing.assert_close(left, right)
     (grad,) = torch.autograd.grad(compiled[1].sum(), x)
@@ -356,7 +416,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "hidden": ({"hidden_features": 8}, TypeError, "hidden_features to be a sequence of integers"),
     "activation": ({"activation": "tanh"}, TypeError, "activation to make a module"),
     "trace": ({"trace": "hutch"}, ValueError, "trace to be auto, exact or hutchinson; got 'hutch'"),
-    "solver": ({"solver": "euler"}, ValueError, "solver to be one of dopri5, .*, rk4, gbs; got 'euler'"),
+    "solver": (
+        {"solver": "euler"},
+        ValueError,
+        "solver to be one of dopri5, .*, rk4, gbs; got 'euler'",
+    ),
     "solver-none": ({"solver": None}, ValueError, "solver to be one of dopri5, .*; got None"),
     "rtol": ({"rtol": 0.0}, ValueError, "rtol to be positive and finite; got 0.0"),
     "rtol-word": ({"rtol": "1e-5"}, TypeError, "rtol to be a number; got '1e-5'"),
@@ -368,7 +432,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "steps-zero": ({"solver": "rk4", "steps": 0}, ValueError, "steps >= 1; got 0"),
     "steps-float": ({"solver": "rk4", "steps": 2.5}, TypeError, "steps to be an integer; got 2.5"),
-    "adjoint-fixed": ({"solver": "rk4", "adjoint": True}, ValueError, "adjoint=True with an adaptive solver .* got 'rk4'"),
+    "adjoint-fixed": (
+        {"solver": "rk4", "adjoint": True},
+        ValueError,
+        "adjoint=True with an adaptive solver .* got 'rk4'",
+    ),
     "adjoint-word": ({"adjoint": "yes"}, TypeError, "adjoint to be True or False; got 'yes'"),
 }
 
@@ -381,5 +449,7 @@ def test_mistakes(mistake):
 
 
 def test_says_what_it_is():
-    assert "fast: neither direction, trace='auto', solver='dopri5', rtol=1e-05" in repr(ContinuousFlow(3))
+    assert "fast: neither direction, trace='auto', solver='dopri5', rtol=1e-05" in repr(
+        ContinuousFlow(3)
+    )
     assert "solver='rk4', steps=16" in repr(ContinuousFlow(3, solver="rk4"))

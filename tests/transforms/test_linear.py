@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 from pyroflows.transforms import Permute, Transform
-from pyroflows.transforms.linear import Householder, LULinear, MatrixExponential, Orthogonal, accumulate, reflect
+from pyroflows.transforms.linear import (
+    Householder,
+    LULinear,
+    MatrixExponential,
+    Orthogonal,
+    accumulate,
+    reflect,
+)
 
 DTYPES = [torch.float32, torch.float64]
 CLASSES: dict[str, Callable[..., Transform]] = {
@@ -29,7 +36,9 @@ ROTATIONS = ("householder", "orthogonal")
 def matrix_of(t: Transform, *context: Tensor) -> Tensor:
     """The matrix of a linear map, by autograd."""
     n = t.event_shape[0]
-    return jacrev(lambda x: t.forward_and_log_det(x, *context)[0])(torch.zeros(n).to(next(t.parameters())))
+    return jacrev(lambda x: t.forward_and_log_det(x, *context)[0])(
+        torch.zeros(n).to(next(t.parameters()))
+    )
 
 
 def make(name: str, *args: Any, device: torch.device, **options: Any) -> Transform:
@@ -117,21 +126,29 @@ def test_lu_linear_starts_at_a_rotation_of_its_seed(features, placement):
     t = LULinear(features, rotate=True, seed=4).double()
     matrix = matrix_of(t)
     close = {"rtol": 1e-6, "atol": 1e-6}  # it was made in single precision
-    torch.testing.assert_close(matrix @ matrix.mT, torch.eye(features, dtype=torch.float64), **close)
-    torch.testing.assert_close(torch.linalg.det(matrix), torch.ones((), dtype=torch.float64), **close)
+    torch.testing.assert_close(
+        matrix @ matrix.mT, torch.eye(features, dtype=torch.float64), **close
+    )
+    torch.testing.assert_close(
+        torch.linalg.det(matrix), torch.ones((), dtype=torch.float64), **close
+    )
     torch.manual_seed(123)
     torch.testing.assert_close(matrix_of(LULinear(features, rotate=True, seed=4).double()), matrix)
     if features > 1:
         other = matrix_of(LULinear(features, rotate=True, seed=5).double())
         assert float((other - matrix).detach().abs().max()) > 0.1
     moved = t.to(placement)
-    assert moved(torch.zeros(features, dtype=torch.float64, device=placement)).device.type == placement.type
+    assert (
+        moved(torch.zeros(features, dtype=torch.float64, device=placement)).device.type
+        == placement.type
+    )
 
 
 @pytest.mark.parametrize("features", [2, 3, 8])
 def test_lu_linear_starts_at_a_slight_rotation_or_its_inverse(features, device):
     turned, back = (
-        matrix_of(LULinear(features, rotate=angle, seed=4).to(device)).detach().double() for angle in (0.1, -0.1)
+        matrix_of(LULinear(features, rotate=angle, seed=4).to(device)).detach().double()
+        for angle in (0.1, -0.1)
     )
     close = {"rtol": 1e-6, "atol": 1e-6}  # they were made in single precision
     torch.testing.assert_close(turned @ back, torch.eye(features).to(turned), **close)
@@ -139,7 +156,9 @@ def test_lu_linear_starts_at_a_slight_rotation_or_its_inverse(features, device):
     angles = torch.linalg.eigvals(turned).angle().abs()
     assert float(angles.square().sum()) == pytest.approx(2 * (features // 2) * 0.1**2, rel=1e-2)
     if features > 2:  # in a plane there are two of them
-        assert not torch.equal(turned, matrix_of(LULinear(features, rotate=0.1, seed=5).to(device)).double())
+        assert not torch.equal(
+            turned, matrix_of(LULinear(features, rotate=0.1, seed=5).to(device)).double()
+        )
 
 
 @pytest.mark.parametrize("angle", [4.0, -4, math.nan, math.inf])
@@ -162,7 +181,9 @@ def test_lu_linear_gives_one_point_what_it_gives_many(bias, device):
 
 def test_rotations_of_seeds_are_uniform(device):
     """The first entry of a uniform rotation in 3 dimensions is uniform between -1 and 1."""
-    draws = torch.stack([matrix_of(LULinear(3, rotate=True, seed=s).to(device))[0, 0].detach() for s in range(400)])
+    draws = torch.stack(
+        [matrix_of(LULinear(3, rotate=True, seed=s).to(device))[0, 0].detach() for s in range(400)]
+    )
     # Four standard errors of the mean of x and of x^2, of standard deviations 3^-1/2 and (4/45)^1/2.
     assert abs(float(draws.mean())) < 4 * (1 / 3 / 400) ** 0.5
     assert abs(float(draws.square().mean()) - 1 / 3) < 4 * (4 / 45 / 400) ** 0.5
@@ -181,11 +202,19 @@ def test_householder_starts_at_exactly_the_identity(dtype, reflections, device):
 def test_learns_a_rotation(name, context_features, device):
     """Away from the start, which no gradient of zero may hold them at, and all the way."""
     t = CLASSES[name](3, context_features, **(NET if context_features else {})).double().to(device)
-    target = torch.linalg.matrix_exp(torch.tensor([[0.0, -1.0, 0.5], [1.0, 0.0, -0.8], [-0.5, 0.8, 0.0]]).double())
+    target = torch.linalg.matrix_exp(
+        torch.tensor([[0.0, -1.0, 0.5], [1.0, 0.0, -0.8], [-0.5, 0.8, 0.0]]).double()
+    )
     x = points(t, 30).to(device)
     y = x @ target.to(device).mT
-    c = None if context_features is None else torch.ones(context_features, dtype=torch.float64, device=device)
-    optimizer = torch.optim.LBFGS(t.parameters(), max_iter=100, line_search_fn="strong_wolfe", tolerance_change=0.0)
+    c = (
+        None
+        if context_features is None
+        else torch.ones(context_features, dtype=torch.float64, device=device)
+    )
+    optimizer = torch.optim.LBFGS(
+        t.parameters(), max_iter=100, line_search_fn="strong_wolfe", tolerance_change=0.0
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -248,22 +277,64 @@ def test_pushing_a_score_solves_and_does_not_differentiate(device):
 # Mistakes
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "reflections-odd": (lambda: Householder(D, reflections=3), ValueError, "reflections to be even"),
-    "reflections-zero": (lambda: Householder(D, reflections=0), ValueError, "reflections >= 1; got 0"),
-    "reflections-float": (lambda: Householder(D, reflections=2.0), TypeError, "reflections to be an integer; got 2.0"),
+    "reflections-odd": (
+        lambda: Householder(D, reflections=3),
+        ValueError,
+        "reflections to be even",
+    ),
+    "reflections-zero": (
+        lambda: Householder(D, reflections=0),
+        ValueError,
+        "reflections >= 1; got 0",
+    ),
+    "reflections-float": (
+        lambda: Householder(D, reflections=2.0),
+        TypeError,
+        "reflections to be an integer; got 2.0",
+    ),
     "seed-negative": (lambda: LULinear(D, rotate=True, seed=-1), ValueError, "seed >= 0; got -1"),
     "seed-float": (lambda: LULinear(D, seed=1.5), TypeError, "seed to be an integer; got 1.5"),
 }
 for owner, construct in CLASSES.items():
     for label, call, error, fragment in [
         ("features-zero", partial(construct, 0), ValueError, "features >= 1; got 0"),
-        ("features-float", partial(construct, 3.0), TypeError, "features to be an integer; got 3.0"),
-        ("features-none", partial(construct, None), TypeError, "features to be an integer; got None"),
+        (
+            "features-float",
+            partial(construct, 3.0),
+            TypeError,
+            "features to be an integer; got 3.0",
+        ),
+        (
+            "features-none",
+            partial(construct, None),
+            TypeError,
+            "features to be an integer; got None",
+        ),
         ("context-zero", partial(construct, D, 0), ValueError, "context_features >= 1; got 0"),
-        ("context-float", partial(construct, D, 2.5), TypeError, "context_features to be an integer; got 2.5"),
-        ("hidden-int", partial(construct, D, C, hidden_features=64), TypeError, "hidden_features to be a sequence"),
-        ("hidden-zero", partial(construct, D, C, hidden_features=(8, 0)), ValueError, "hidden_features >= 1; got 0"),
-        ("activation", partial(construct, D, C, activation=nn.SiLU()), TypeError, "activation to make a module"),
+        (
+            "context-float",
+            partial(construct, D, 2.5),
+            TypeError,
+            "context_features to be an integer; got 2.5",
+        ),
+        (
+            "hidden-int",
+            partial(construct, D, C, hidden_features=64),
+            TypeError,
+            "hidden_features to be a sequence",
+        ),
+        (
+            "hidden-zero",
+            partial(construct, D, C, hidden_features=(8, 0)),
+            ValueError,
+            "hidden_features >= 1; got 0",
+        ),
+        (
+            "activation",
+            partial(construct, D, C, activation=nn.SiLU()),
+            TypeError,
+            "activation to make a module",
+        ),
     ]:
         MISTAKES[f"{owner}-{label}"] = (call, error, fragment)
 
@@ -274,7 +345,12 @@ def test_mistakes_are_told_in_one_sentence(name):
     with pytest.raises(error) as info:
         call()
     message = str(info.value)
-    assert fragment in message and message.startswith("Expected ") and message.endswith(".") and "\n" not in message
+    assert (
+        fragment in message
+        and message.startswith("Expected ")
+        and message.endswith(".")
+        and "\n" not in message
+    )
 
 
 def test_in_a_stack_with_a_permutation(device):

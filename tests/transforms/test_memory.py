@@ -21,7 +21,14 @@ from torch.func import functional_call, grad, vmap
 
 import pyroflows as pf
 from pyroflows._memory import Memory
-from pyroflows.transforms import AffineCoupling, Compose, Elementwise, LowerTriangularAffine, Permute, Transform
+from pyroflows.transforms import (
+    AffineCoupling,
+    Compose,
+    Elementwise,
+    LowerTriangularAffine,
+    Permute,
+    Transform,
+)
 from pyroflows.univariate import Affine
 
 NET = {"hidden_features": (8,)}
@@ -196,7 +203,9 @@ def test_a_sample_without_grad_is_scored_with_its_gradient_path(kind):
         grads = torch.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
         copied = fresh_copy(kind.module)
         expected = torch.autograd.grad(
-            kind.make(copied).log_prob(value.clone()).sum(), list(copied.parameters()), allow_unused=True
+            kind.make(copied).log_prob(value.clone()).sum(),
+            list(copied.parameters()),
+            allow_unused=True,
         )
         for left, right in zip(grads, expected, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
@@ -306,8 +315,12 @@ def test_functional_call_with_other_parameters(kind, no_grad):
     other = perturbed(copy.deepcopy(kind.module), seed=5)
     with torch.set_grad_enabled(not no_grad):
         y = d.rsample((5,))
-        elsewhere = functional_call(score, {f"inner.{n}": p for n, p in other.named_parameters()}, (y,))
-        torch.testing.assert_close(elsewhere, kind.make(other).log_prob(y.detach().clone()), rtol=1e-4, atol=1e-4)
+        elsewhere = functional_call(
+            score, {f"inner.{n}": p for n, p in other.named_parameters()}, (y,)
+        )
+        torch.testing.assert_close(
+            elsewhere, kind.make(other).log_prob(y.detach().clone()), rtol=1e-4, atol=1e-4
+        )
         torch.testing.assert_close(d.log_prob(y), kind.truth(y), rtol=1e-4, atol=1e-4)
 
 
@@ -328,7 +341,9 @@ def test_functional_calls_with_parameters_that_come_and_go(no_grad):
     with torch.set_grad_enabled(not no_grad):
         for trial in range(20):
             y = functional_call(t, {"raw": torch.full((2, D), 0.1 * trial)}, (x,))
-            back = functional_call(Score(), {"inner.raw": torch.full((2, D), -0.1 * trial - 0.1)}, (y,))
+            back = functional_call(
+                Score(), {"inner.raw": torch.full((2, D), -0.1 * trial - 0.1)}, (y,)
+            )
             s = -0.1 * trial - 0.1
             torch.testing.assert_close(back, (y - s) * torch.tensor(-s).exp())
 
@@ -340,7 +355,9 @@ def test_retained_gradients_of_a_sample(kind):
     (2 * y.sum() + d.log_prob(y).sum()).backward()
     other = fresh_copy(kind.module)
     value = y.detach().clone().requires_grad_()
-    (expected,) = torch.autograd.grad((2 * value.sum() + kind.make(other).log_prob(value).sum()), value)
+    (expected,) = torch.autograd.grad(
+        (2 * value.sum() + kind.make(other).log_prob(value).sum()), value
+    )
     torch.testing.assert_close(y.grad, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -401,7 +418,9 @@ def test_a_log_det_edited_in_place():
 
 
 def test_training_and_evaluation_are_two_functions():
-    t = perturbed(AffineCoupling(D, activation=lambda: nn.Sequential(nn.SiLU(), nn.Dropout(0.9)), **NET))
+    t = perturbed(
+        AffineCoupling(D, activation=lambda: nn.Sequential(nn.SiLU(), nn.Dropout(0.9)), **NET)
+    )
     with torch.no_grad():
         x = torch.randn(50, D)
         t.train()
@@ -437,7 +456,9 @@ def test_two_flows_that_share_a_transform():
     t = stack()
     one, other = pf.Flow([t]), pf.Flow([t, Permute([2, 1, 0])])
     y = one().rsample((4,))
-    torch.testing.assert_close(other().log_prob(y), pf.Flow([t, Permute([2, 1, 0])])().log_prob(y.detach()))
+    torch.testing.assert_close(
+        other().log_prob(y), pf.Flow([t, Permute([2, 1, 0])])().log_prob(y.detach())
+    )
 
 
 def test_the_inverse_shares_one_memory():
@@ -479,7 +500,9 @@ def test_nothing_is_kept_of_functorch(kind):
     with pyro.validation_enabled(False):
         d = kind.make()
         y = d.sample(() if kind.context is not None else (5,))
-        slopes = vmap(grad(lambda v: d.expand(()).log_prob(v) if kind.context is None else v.sum()))(y)
+        slopes = vmap(
+            grad(lambda v: d.expand(()).log_prob(v) if kind.context is None else v.sum())
+        )(y)
         assert slopes.shape == y.shape
         module = kind.module.transform if isinstance(kind.module, pf.Flow) else kind.module
         if module.context_features is None:
@@ -587,7 +610,9 @@ def test_two_distributions_of_one_flow_do_not_disturb_each_other(passes):
     flow = perturbed(pf.RealNVP(D, **NET))
     one, other = flow(), flow()
     x, y = one.rsample((5,)), other.rsample((5,))
-    torch.testing.assert_close(one.log_prob(x), flow().log_prob(x.detach().clone()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        one.log_prob(x), flow().log_prob(x.detach().clone()), rtol=1e-4, atol=1e-4
+    )
     other.log_prob(y)
     assert passes.inverse == 1  # the one that was asked for
 

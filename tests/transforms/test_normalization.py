@@ -25,7 +25,9 @@ def data(n: int, device: torch.device, dtype: torch.dtype = torch.float64, seed:
     """Points whose entries differ in mean and scale."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(n, D, generator=generator, dtype=torch.float64)
-    return (torch.tensor([-3.0, 0.0, 50.0]) + torch.tensor([0.01, 1.0, 20.0]) * normal).to(device, dtype)
+    return (torch.tensor([-3.0, 0.0, 50.0]) + torch.tensor([0.01, 1.0, 20.0]) * normal).to(
+        device, dtype
+    )
 
 
 def state(t: nn.Module) -> dict[str, Tensor]:
@@ -42,7 +44,9 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("context_features", [None, C])
 @pytest.mark.parametrize("shape", [(40, D), (5, 4, 2, D)])
-def test_actnorm_standardises_the_first_batch_that_is_scored(shape, context_features, dtype, device):
+def test_actnorm_standardises_the_first_batch_that_is_scored(
+    shape, context_features, dtype, device
+):
     t = ActNorm(D, context_features, **({} if context_features is None else NET)).to(device, dtype)
     y = data(40, device, dtype).reshape(shape)
     c = context_for(t, *shape[:-1], dtype=dtype)
@@ -50,9 +54,13 @@ def test_actnorm_standardises_the_first_batch_that_is_scored(shape, context_feat
     flat, eps = x.detach().reshape(-1, D), torch.finfo(dtype).eps
     # The mean of the first entry is 300 times its spread, so 300 roundings are lost.
     torch.testing.assert_close(flat.mean(0), torch.zeros(D).to(flat), rtol=0, atol=2000 * eps)
-    torch.testing.assert_close(flat.std(0, correction=0), torch.ones(D).to(flat), rtol=0, atol=2000 * eps)
+    torch.testing.assert_close(
+        flat.std(0, correction=0), torch.ones(D).to(flat), rtol=0, atol=2000 * eps
+    )
     expected = -y.reshape(-1, D).std(0, correction=0).log().sum()
-    torch.testing.assert_close(log_det.detach(), expected.expand(shape[:-1]), rtol=2000 * eps, atol=2000 * eps)
+    torch.testing.assert_close(
+        log_det.detach(), expected.expand(shape[:-1]), rtol=2000 * eps, atol=2000 * eps
+    )
 
 
 def test_actnorm_starts_once(device):
@@ -124,7 +132,16 @@ def test_actnorm_leaves_what_training_has_moved(device):
 def test_actnorm_of_awkward_data(dtype, device):
     """Constant entries, tiny and huge ones, and values that are no numbers leave no infinity."""
     y = data(40, device, dtype)
-    y = torch.cat([y, torch.full_like(y[:, :1], 0.1), torch.zeros_like(y[:, :1]), 1e30 * y[:, 1:2], 1e-30 * y[:, 1:2]], -1)
+    y = torch.cat(
+        [
+            y,
+            torch.full_like(y[:, :1], 0.1),
+            torch.zeros_like(y[:, :1]),
+            1e30 * y[:, 1:2],
+            1e-30 * y[:, 1:2],
+        ],
+        -1,
+    )
     t = ActNorm(7).to(device, dtype)
     x, log_det = t.inverse_and_log_det(y)
     assert bool(x.isfinite().all()) and bool(log_det.isfinite().all())
@@ -132,9 +149,13 @@ def test_actnorm_of_awkward_data(dtype, device):
     assert float(log_scale[3]) == float(log_scale[4]) == 0.0
     spread = x.detach()[:, [0, 1, 2, 5, 6]].std(0, correction=0)
     torch.testing.assert_close(spread, torch.ones_like(spread), rtol=1e-3, atol=0)
-    torch.testing.assert_close(x.detach()[:, 3:5].abs().amax(0), torch.zeros(2).to(x), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        x.detach()[:, 3:5].abs().amax(0), torch.zeros(2).to(x), rtol=0, atol=1e-7
+    )
     lost = ActNorm(2).to(device, dtype)
-    lost.inverse_and_log_det(torch.tensor([[0.0, float("nan")], [1.0, 2.0]], device=device, dtype=dtype))
+    lost.inverse_and_log_det(
+        torch.tensor([[0.0, float("nan")], [1.0, 2.0]], device=device, dtype=dtype)
+    )
     assert bool(lost.raw.isfinite().all()) and float(lost.raw.detach()[1, 0]) == 0.5
 
 
@@ -206,7 +227,9 @@ def test_batchnorm_in_evaluation_is_torchs(device):
 @pytest.mark.parametrize("context_features", [None, C])
 def test_batchnorm_is_exact_in_training_mode(context_features, device):
     """The statistics are updated first and then constants: the round trip and the log-determinant are those of one map."""
-    t = perturbed(BatchNorm(D, context_features, **({} if context_features is None else NET)).double()).to(device)
+    t = perturbed(
+        BatchNorm(D, context_features, **({} if context_features is None else NET)).double()
+    ).to(device)
     c = context_for(t, 40)
     c = None if c is None else c.to(device)
     for seed in range(3):
@@ -227,7 +250,9 @@ FROZEN: dict[str, Callable[[BatchNorm, Tensor], Any]] = {
     "score-through-its-inverse": lambda t, x: t.inv.push_score(x, x),
     "no-point": lambda t, x: t.forward_and_log_det(x[:0]),
     "one-point": lambda t, x: t.forward_and_log_det(x[0]),
-    "overflow": lambda t, x: t.forward_and_log_det(1e300 * torch.tensor([[1.0], [-1.0]]).to(x).expand(2, D)),
+    "overflow": lambda t, x: t.forward_and_log_det(
+        1e300 * torch.tensor([[1.0], [-1.0]]).to(x).expand(2, D)
+    ),
     "not-a-number": lambda t, x: t.forward_and_log_det(torch.full_like(x, float("nan"))),
     "vmap": lambda t, x: vmap(t.forward_and_log_det)(x),
     "vmap-of-batches": lambda t, x: vmap(t.forward_and_log_det)(x.unflatten(0, (2, -1))),
@@ -263,8 +288,12 @@ def test_statistics_move_in_a_compiled_graph(device):
 @pytest.mark.parametrize("inverted", [True, False])
 @pytest.mark.parametrize("context_features", [None, C])
 def test_batchnorm_pushes_scores_as_by_autograd(training, inverted, context_features, device):
-    norm = perturbed(BatchNorm(D, context_features, **({} if context_features is None else NET)).double()).to(device)
-    norm.forward_and_log_det(data(40, device), None if context_features is None else torch.zeros(C).double().to(device))
+    norm = perturbed(
+        BatchNorm(D, context_features, **({} if context_features is None else NET)).double()
+    ).to(device)
+    norm.forward_and_log_det(
+        data(40, device), None if context_features is None else torch.zeros(C).double().to(device)
+    )
     t = norm.inv if inverted else norm
     x, s = points(norm, 5).to(device), points(norm, 5, seed=4).to(device)
     c = context_for(norm, 5)
@@ -296,12 +325,18 @@ def test_batchnorm_normalises_data_of_a_density_flow(device):
     flow = pf.Flow([LULinear(D), BatchNorm(D).inv]).double().to(device)
     y = data(200, device)
     mean, spread = y.mean(0), (y.var(0) + 1e-5).sqrt()
-    torch.testing.assert_close(flow().log_prob(y), torch.distributions.Normal(mean, spread).log_prob(y).sum(-1))
+    torch.testing.assert_close(
+        flow().log_prob(y), torch.distributions.Normal(mean, spread).log_prob(y).sum(-1)
+    )
     flow.eval()
     drawn = flow().sample((4000,))
     # Four standard errors of a mean and of a standard deviation.
-    torch.testing.assert_close((drawn.mean(0) - mean) / spread, torch.zeros(D).to(y), rtol=0, atol=4 / 4000**0.5)
-    torch.testing.assert_close(drawn.std(0) / spread, torch.ones(D).to(y), rtol=0, atol=4 / 8000**0.5)
+    torch.testing.assert_close(
+        (drawn.mean(0) - mean) / spread, torch.zeros(D).to(y), rtol=0, atol=4 / 4000**0.5
+    )
+    torch.testing.assert_close(
+        drawn.std(0) / spread, torch.ones(D).to(y), rtol=0, atol=4 / 8000**0.5
+    )
 
 
 # GlowStep
@@ -331,7 +366,9 @@ def test_a_reversible_stack_of_steps(device):
     """It starts from data as any other, and not from what its backward pass inverts."""
     torch.manual_seed(0)
     plain = pf.Flow([GlowStep(D, **NET) for _ in range(2)]).double().to(device)
-    saving = pf.Flow([copy.deepcopy(step) for step in plain.transform.layers], reversible=True).double()
+    saving = pf.Flow(
+        [copy.deepcopy(step) for step in plain.transform.layers], reversible=True
+    ).double()
     y = data(50, device)
     x, _ = saving().rsample_and_log_prob((50,))
     x.sum().backward()
@@ -348,29 +385,90 @@ def test_a_reversible_stack_of_steps(device):
 
 # Mistakes
 
-CLASSES: dict[str, Callable[..., Any]] = {"ActNorm": ActNorm, "BatchNorm": BatchNorm, "GlowStep": GlowStep}
+CLASSES: dict[str, Callable[..., Any]] = {
+    "ActNorm": ActNorm,
+    "BatchNorm": BatchNorm,
+    "GlowStep": GlowStep,
+}
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "momentum-zero": (lambda: BatchNorm(D, momentum=0.0), ValueError, "momentum to be positive and finite; got 0.0"),
+    "momentum-zero": (
+        lambda: BatchNorm(D, momentum=0.0),
+        ValueError,
+        "momentum to be positive and finite; got 0.0",
+    ),
     "momentum-large": (lambda: BatchNorm(D, momentum=1.5), ValueError, "momentum <= 1; got 1.5"),
-    "momentum-word": (lambda: BatchNorm(D, momentum="0.1"), TypeError, "momentum to be a number; got '0.1'"),
-    "epsilon-zero": (lambda: BatchNorm(D, epsilon=0.0), ValueError, "epsilon to be positive and finite; got 0.0"),
-    "epsilon-nan": (lambda: BatchNorm(D, epsilon=float("nan")), ValueError, "epsilon to be positive and finite; got nan"),
-    "epsilon-none": (lambda: BatchNorm(D, epsilon=None), TypeError, "epsilon to be a number; got None"),
+    "momentum-word": (
+        lambda: BatchNorm(D, momentum="0.1"),
+        TypeError,
+        "momentum to be a number; got '0.1'",
+    ),
+    "epsilon-zero": (
+        lambda: BatchNorm(D, epsilon=0.0),
+        ValueError,
+        "epsilon to be positive and finite; got 0.0",
+    ),
+    "epsilon-nan": (
+        lambda: BatchNorm(D, epsilon=float("nan")),
+        ValueError,
+        "epsilon to be positive and finite; got nan",
+    ),
+    "epsilon-none": (
+        lambda: BatchNorm(D, epsilon=None),
+        TypeError,
+        "epsilon to be a number; got None",
+    ),
     "glow-one": (lambda: GlowStep(1), ValueError, "For one feature use Elementwise instead."),
-    "glow-mask": (lambda: GlowStep(D, mask="quarter"), ValueError, "half, checkerboard, alternating, random or a tensor"),
-    "glow-scale": (lambda: GlowStep(D, scale="tanh"), ValueError, "one of softclip, exp, softplus, sigmoid"),
-    "glow-bound": (lambda: GlowStep(D, bound=0), ValueError, "bound to be positive and finite; got 0"),
+    "glow-mask": (
+        lambda: GlowStep(D, mask="quarter"),
+        ValueError,
+        "half, checkerboard, alternating, random or a tensor",
+    ),
+    "glow-scale": (
+        lambda: GlowStep(D, scale="tanh"),
+        ValueError,
+        "one of softclip, exp, softplus, sigmoid",
+    ),
+    "glow-bound": (
+        lambda: GlowStep(D, bound=0),
+        ValueError,
+        "bound to be positive and finite; got 0",
+    ),
     "glow-seed": (lambda: GlowStep(D, seed=-1), ValueError, "seed >= 0; got -1"),
 }
 for owner, construct in CLASSES.items():
     for label, call, error, fragment in [
         ("features-zero", partial(construct, 0), ValueError, "features >= 1; got 0"),
-        ("features-float", partial(construct, 3.0), TypeError, "features to be an integer; got 3.0"),
+        (
+            "features-float",
+            partial(construct, 3.0),
+            TypeError,
+            "features to be an integer; got 3.0",
+        ),
         ("context-zero", partial(construct, D, 0), ValueError, "context_features >= 1; got 0"),
-        ("context-float", partial(construct, D, 2.5), TypeError, "context_features to be an integer; got 2.5"),
-        ("hidden-int", partial(construct, D, C, hidden_features=64), TypeError, "hidden_features to be a sequence"),
-        ("hidden-zero", partial(construct, D, C, hidden_features=(8, 0)), ValueError, "hidden_features >= 1; got 0"),
-        ("activation", partial(construct, D, C, activation=nn.SiLU()), TypeError, "activation to make a module"),
+        (
+            "context-float",
+            partial(construct, D, 2.5),
+            TypeError,
+            "context_features to be an integer; got 2.5",
+        ),
+        (
+            "hidden-int",
+            partial(construct, D, C, hidden_features=64),
+            TypeError,
+            "hidden_features to be a sequence",
+        ),
+        (
+            "hidden-zero",
+            partial(construct, D, C, hidden_features=(8, 0)),
+            ValueError,
+            "hidden_features >= 1; got 0",
+        ),
+        (
+            "activation",
+            partial(construct, D, C, activation=nn.SiLU()),
+            TypeError,
+            "activation to make a module",
+        ),
     ]:
         MISTAKES[f"{owner}-{label}"] = (call, error, fragment)
 
@@ -381,4 +479,9 @@ def test_mistakes_are_told_in_one_sentence(name):
     with pytest.raises(error) as info:
         call()
     message = str(info.value)
-    assert fragment in message and message.startswith("Expected ") and message.endswith(".") and "\n" not in message
+    assert (
+        fragment in message
+        and message.startswith("Expected ")
+        and message.endswith(".")
+        and "\n" not in message
+    )

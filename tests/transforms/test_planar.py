@@ -21,10 +21,16 @@ from pyroflows.transforms import Transform
 from pyroflows.transforms.planar import Planar, Radial, Sylvester, _above_minus_one, _radius
 
 DTYPES = [torch.float32, torch.float64]
-CLASSES: dict[str, Callable[..., Transform]] = {"planar": Planar, "radial": Radial, "sylvester": Sylvester}
+CLASSES: dict[str, Callable[..., Transform]] = {
+    "planar": Planar,
+    "radial": Radial,
+    "sylvester": Sylvester,
+}
 
 
-def make(name: str, *args: Any, device: torch.device, scale: float = 1.0, seed: int = 1, **options: Any) -> Transform:
+def make(
+    name: str, *args: Any, device: torch.device, scale: float = 1.0, seed: int = 1, **options: Any
+) -> Transform:
     torch.manual_seed(seed)
     return perturbed(CLASSES[name](*args, **options).double(), scale, seed).to(device)
 
@@ -41,7 +47,9 @@ def set_raw(t: Transform, *parts: Tensor) -> None:
 def test_planar_is_pyros(seed, device):
     """Where w'u has to be moved the two ways differ, so both are given the same direction."""
     torch.manual_seed(seed)
-    u, w, x = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((4,), (4,), (10, 4)))
+    u, w, x = (
+        torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((4,), (4,), (10, 4))
+    )
     b = torch.randn((), dtype=torch.float64, device=device)
     theirs = ConditionedPlanar(params=lambda: (b, u, w))
     expected = theirs(x)
@@ -60,12 +68,17 @@ def test_planar_is_pyros(seed, device):
 @pytest.mark.parametrize("seed", range(5))
 def test_radial_is_pyros(seed, device):
     torch.manual_seed(seed)
-    centre, x = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((4,), (10, 4)))
+    centre, x = (
+        torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((4,), (10, 4))
+    )
     alpha, beta = torch.randn(2, dtype=torch.float64, device=device).split(1)
     theirs = ConditionedRadial(params=lambda: (centre, alpha, beta))
     expected = theirs(x)
     expected_log_det = theirs.log_abs_det_jacobian(x, expected)
-    alpha, beta = nn.functional.softplus(alpha), nn.functional.softplus(beta) - nn.functional.softplus(alpha)
+    alpha, beta = (
+        nn.functional.softplus(alpha),
+        nn.functional.softplus(beta) - nn.functional.softplus(alpha),
+    )
     k = beta / alpha
     raw_k = torch.where(k < 0, 0.999 * torch.log1p((k / 0.999).clamp(max=0)), k)
     raw_alpha = torch.expm1(alpha - 1e-3).log() - math.log(math.expm1(0.999))
@@ -73,7 +86,9 @@ def test_radial_is_pyros(seed, device):
     set_raw(t, centre, raw_alpha, raw_k)
     y, log_det = t.forward_and_log_det(x)
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(log_det, expected_log_det.squeeze(-1) if expected_log_det.dim() > 1 else expected_log_det)
+    torch.testing.assert_close(
+        log_det, expected_log_det.squeeze(-1) if expected_log_det.dim() > 1 else expected_log_det
+    )
     torch.testing.assert_close(t.inverse_and_log_det(expected)[0], x)
 
 
@@ -110,10 +125,14 @@ def test_log_det_is_that_of_the_autograd_jacobian(name, features, device):
     for seed in range(4):
         t = make(name, features, device=device, scale=2.0, seed=seed)
         for x in points(t, 3).to(device):
-            sign, expected = torch.linalg.slogdet(jacrev(lambda x, t=t: t.forward_and_log_det(x)[0])(x))
+            sign, expected = torch.linalg.slogdet(
+                jacrev(lambda x, t=t: t.forward_and_log_det(x)[0])(x)
+            )
             assert bool(sign == 1)
             torch.testing.assert_close(t.forward_and_log_det(x)[1], expected)
-            _, expected = torch.linalg.slogdet(jacrev(lambda y, t=t: t.inverse_and_log_det(y)[0])(x))
+            _, expected = torch.linalg.slogdet(
+                jacrev(lambda y, t=t: t.inverse_and_log_det(y)[0])(x)
+            )
             torch.testing.assert_close(t.inverse_and_log_det(x)[1], expected)
 
 
@@ -126,7 +145,9 @@ def test_log_det_is_that_of_the_autograd_jacobian(name, features, device):
 def test_integrates_to_one_in_two_dimensions(name, context_features, device):
     t = make(name, 2, context_features, device=device, **({} if context_features is None else NET))
     c = None if context_features is None else context_for(t, 1).to(device)
-    w = ((torch.arange(400, dtype=torch.float64, device=device) + 0.5) / 200 - 1) * math.asinh(100.0)
+    w = ((torch.arange(400, dtype=torch.float64, device=device) + 0.5) / 200 - 1) * math.asinh(
+        100.0
+    )
     side, length = w.sinh(), w.cosh() * math.asinh(100.0) / 200
     y, cell = torch.cartesian_prod(side, side), torch.outer(length, length).flatten()
     x, log_det = t.inverse_and_log_det(y, c)
@@ -173,7 +194,9 @@ def test_extreme_parameters_and_points(name, dtype, device):
         for size in (1e-30, 1.0, 1e3, 1e30):
             x = (size * points(t, 20, dtype=dtype)).to(device).requires_grad_()
             outputs = (*t.forward_and_log_det(x), *t.inverse_and_log_det(x))
-            grads = torch.autograd.grad(sum(value.mean() / max(size, 1.0) for value in outputs), [x, *t.parameters()])
+            grads = torch.autograd.grad(
+                sum(value.mean() / max(size, 1.0) for value in outputs), [x, *t.parameters()]
+            )
             for tensor in (*outputs, *grads):
                 assert bool(tensor.isfinite().all())
 
@@ -194,7 +217,9 @@ def test_extreme_parameters_are_inverted(name, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_stay_above_minus_one(dtype, device):
-    raw = torch.cat([-torch.logspace(-30, 30, 200), torch.zeros(1), torch.logspace(-30, 30, 200)]).to(device, dtype)
+    raw = torch.cat(
+        [-torch.logspace(-30, 30, 200), torch.zeros(1), torch.logspace(-30, 30, 200)]
+    ).to(device, dtype)
     value = _above_minus_one(raw)
     assert bool((value >= -0.999).all()) and bool((value[raw >= 0] == raw[raw >= 0]).all())
     assert bool((value[raw.argsort()].diff() >= 0).all())
@@ -220,7 +245,9 @@ def test_the_steepest_squeeze_is_inverted(name, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_radius_is_the_root_of_its_quadratic(dtype, device):
-    target = torch.cat([torch.zeros(1), torch.logspace(-30, 30, 121)]).to(device, dtype).unsqueeze(-1)
+    target = (
+        torch.cat([torch.zeros(1), torch.logspace(-30, 30, 121)]).to(device, dtype).unsqueeze(-1)
+    )
     k = torch.tensor([-0.999, -0.5, 0.0, 1e-6, 1.0, 3.0, 1e4], dtype=dtype, device=device)
     s = _radius(target, k)
     assert bool((s >= 0).all()) and bool((s[0] == 0).all())
@@ -265,11 +292,15 @@ def test_leaves_its_start(name, device):
     used = grad
     if name == "sylvester":
         outer, inner = grad[16:48].unflatten(0, (2, 4, 4))
-        used = torch.cat([grad[:16], grad[48:], *(m[torch.triu_indices(4, 4).unbind()] for m in (outer, inner))])
+        used = torch.cat(
+            [grad[:16], grad[48:], *(m[torch.triu_indices(4, 4).unbind()] for m in (outer, inner))]
+        )
     assert bool(used.ne(0).all()) and len(used.unique()) == len(used)
 
 
-@pytest.mark.parametrize("name", ["planar", "radial", pytest.param("sylvester", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["planar", "radial", pytest.param("sylvester", marks=pytest.mark.slow)]
+)
 def test_compiles_as_one_graph(name, device):
     torch.compiler.reset()
     t = make(name, 2, C, **NET, device=device, scale=0.3)
@@ -285,7 +316,8 @@ def test_compiles_as_one_graph(name, device):
 
 
 @pytest.mark.parametrize(
-    ("name", "fast"), [("planar", "sampling"), ("radial", "both directions"), ("sylvester", "sampling")]
+    ("name", "fast"),
+    [("planar", "sampling"), ("radial", "both directions"), ("sylvester", "sampling")],
 )
 def test_says_what_is_fast(name, fast, placement):
     t = CLASSES[name](D).to(placement)
@@ -298,18 +330,52 @@ def test_says_what_is_fast(name, fast, placement):
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "units-zero": (lambda: Sylvester(D, units=0), ValueError, "units >= 1; got 0"),
     "units-float": (lambda: Sylvester(D, units=2.0), TypeError, "units to be an integer; got 2.0"),
-    "units-many": (lambda: Sylvester(D, units=D + 1), ValueError, "units <= features, which are 3; got 4"),
+    "units-many": (
+        lambda: Sylvester(D, units=D + 1),
+        ValueError,
+        "units <= features, which are 3; got 4",
+    ),
 }
 for owner, construct in CLASSES.items():
     for label, call, error, fragment in [
         ("features-zero", partial(construct, 0), ValueError, "features >= 1; got 0"),
-        ("features-float", partial(construct, 3.0), TypeError, "features to be an integer; got 3.0"),
-        ("features-none", partial(construct, None), TypeError, "features to be an integer; got None"),
+        (
+            "features-float",
+            partial(construct, 3.0),
+            TypeError,
+            "features to be an integer; got 3.0",
+        ),
+        (
+            "features-none",
+            partial(construct, None),
+            TypeError,
+            "features to be an integer; got None",
+        ),
         ("context-zero", partial(construct, D, 0), ValueError, "context_features >= 1; got 0"),
-        ("context-float", partial(construct, D, 2.5), TypeError, "context_features to be an integer; got 2.5"),
-        ("hidden-int", partial(construct, D, C, hidden_features=64), TypeError, "hidden_features to be a sequence"),
-        ("hidden-zero", partial(construct, D, C, hidden_features=(8, 0)), ValueError, "hidden_features >= 1; got 0"),
-        ("activation", partial(construct, D, C, activation=nn.SiLU()), TypeError, "activation to make a module"),
+        (
+            "context-float",
+            partial(construct, D, 2.5),
+            TypeError,
+            "context_features to be an integer; got 2.5",
+        ),
+        (
+            "hidden-int",
+            partial(construct, D, C, hidden_features=64),
+            TypeError,
+            "hidden_features to be a sequence",
+        ),
+        (
+            "hidden-zero",
+            partial(construct, D, C, hidden_features=(8, 0)),
+            ValueError,
+            "hidden_features >= 1; got 0",
+        ),
+        (
+            "activation",
+            partial(construct, D, C, activation=nn.SiLU()),
+            TypeError,
+            "activation to make a module",
+        ),
     ]:
         MISTAKES[f"{owner}-{label}"] = (call, error, fragment)
 
@@ -320,4 +386,9 @@ def test_mistakes_are_told_in_one_sentence(name):
     with pytest.raises(error) as info:
         call()
     message = str(info.value)
-    assert fragment in message and message.startswith("Expected ") and message.endswith(".") and "\n" not in message
+    assert (
+        fragment in message
+        and message.startswith("Expected ")
+        and message.endswith(".")
+        and "\n" not in message
+    )

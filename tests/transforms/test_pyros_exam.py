@@ -12,7 +12,11 @@ import pytest
 import torch
 from pyro.distributions import ConditionalTransformedDistribution, TransformedDistribution
 from pyro.distributions.conditional import ConditionalComposeTransformModule
-from pyro.distributions.transforms import AffineTransform, ComposeTransformModule, LeakyReLUTransform
+from pyro.distributions.transforms import (
+    AffineTransform,
+    ComposeTransformModule,
+    LeakyReLUTransform,
+)
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from registry import NET, C, context_for, perturbed, points
@@ -36,19 +40,28 @@ from pyroflows.transforms import (
     Sylvester,
     Transform,
 )
-from pyroflows.univariate import LinearRationalSpline, MonotoneNetwork, RationalQuadraticSpline, SumOfSquares
+from pyroflows.univariate import (
+    LinearRationalSpline,
+    MonotoneNetwork,
+    RationalQuadraticSpline,
+    SumOfSquares,
+)
 
 Make = Callable[[int, int | None], Transform]
 
 #: Pyro's name of a family, and the layer for so many features and entries of context.
 FAMILIES: dict[str, Make] = {
     "affine_autoregressive": lambda n, c: AffineAutoregressive(n, c, **NET),
-    "affine_autoregressive-forward": lambda n, c: AffineAutoregressive(n, c, order="reversed", fast="forward", **NET),
+    "affine_autoregressive-forward": lambda n, c: AffineAutoregressive(
+        n, c, order="reversed", fast="forward", **NET
+    ),
     "affine_coupling": lambda n, c: AffineCoupling(n, c, **NET),
     "batchnorm": lambda n, c: BatchNorm(n, c, **NET),
     "batchnorm-inverse": lambda n, c: BatchNorm(n, c, **NET).inv,
     "block_autoregressive": lambda n, c: BlockAutoregressive(n, c, hidden_features=(4,)),
-    "block_autoregressive-forward": lambda n, c: BlockAutoregressive(n, c, (4,), order="reversed", fast="forward"),
+    "block_autoregressive-forward": lambda n, c: BlockAutoregressive(
+        n, c, (4,), order="reversed", fast="forward"
+    ),
     "householder": lambda n, c: Householder(n, c, reflections=2, **NET),
     "lower_cholesky_affine": lambda n, c: LowerTriangularAffine(n, c, **NET),
     "matrix_exponential": lambda n, c: MatrixExponential(n, c, **NET),
@@ -63,7 +76,10 @@ FAMILIES: dict[str, Make] = {
     "sylvester": lambda n, c: Sylvester(n, c, **NET),
 }
 #: Maps with nothing to learn and no context to heed.
-FIXED: dict[str, Make] = {"permute": lambda n, c: Permute(n, seed=1), "reverse": lambda n, c: Reverse(n)}
+FIXED: dict[str, Make] = {
+    "permute": lambda n, c: Permute(n, seed=1),
+    "reverse": lambda n, c: Reverse(n),
+}
 #: Which entries may tell how an entry moves: those before it, in this order.
 TRIANGULAR = {
     "affine_autoregressive": 1,
@@ -75,7 +91,9 @@ TRIANGULAR = {
     "polynomial": 1,
     "spline_autoregressive": 1,
 }
-CASES = [(name, context) for name in FAMILIES for context in (None, C)] + [(name, None) for name in FIXED]
+CASES = [(name, context) for name in FAMILIES for context in (None, C)] + [
+    (name, None) for name in FIXED
+]
 every_case = pytest.mark.parametrize(("name", "context"), CASES)
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 
@@ -93,7 +111,9 @@ def moved(name: str, features: int, context: int | None, device: torch.device) -
     t = make(name, features, context, device)
     if name.startswith("batchnorm"):
         data = 2 + 3 * points(t, 50).to(device)
-        (t.inverse_and_log_det if name.endswith("inverse") else t.forward_and_log_det)(data, given(t, 50))
+        (t.inverse_and_log_det if name.endswith("inverse") else t.forward_and_log_det)(
+            data, given(t, 50)
+        )
     return perturbed(t).eval()
 
 
@@ -124,15 +144,21 @@ def differences(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 @every_case
-def test_jacobian_by_finite_differences(name: str, context: int | None, device: torch.device) -> None:
+def test_jacobian_by_finite_differences(
+    name: str, context: int | None, device: torch.device
+) -> None:
     """The log-determinant, the product with the Jacobian of the inverse, and the zeros of an autoregressive layer."""
     for features in (2, 5):
         t = conditioned(moved(name, features, context, device))
         x = points(t).to(device)
         y = t(x)
         there, back = differences(t, x), differences(t.inv, y.detach())
-        torch.testing.assert_close(t.log_abs_det_jacobian(x, y), torch.linalg.slogdet(there)[1], rtol=0, atol=1e-7)
-        torch.testing.assert_close(t.inv.log_abs_det_jacobian(y, x), torch.linalg.slogdet(back)[1], rtol=0, atol=1e-7)
+        torch.testing.assert_close(
+            t.log_abs_det_jacobian(x, y), torch.linalg.slogdet(there)[1], rtol=0, atol=1e-7
+        )
+        torch.testing.assert_close(
+            t.inv.log_abs_det_jacobian(y, x), torch.linalg.slogdet(back)[1], rtol=0, atol=1e-7
+        )
         torch.testing.assert_close(back @ there, torch.eye(features).to(x), rtol=0, atol=1e-6)
         for jacobian in (there, back) if name in TRIANGULAR else ():
             ordered = jacobian if TRIANGULAR[name] > 0 else jacobian.flip(0, 1)
@@ -153,7 +179,9 @@ def test_inverse_undoes_forward(name: str, context: int | None, device: torch.de
             torch.testing.assert_close(back, x, rtol=0, atol=1e-9)
             log_det = f.log_abs_det_jacobian(x, y)
             torch.testing.assert_close(f.log_abs_det_jacobian(back, y), log_det, rtol=0, atol=1e-9)
-            torch.testing.assert_close(f.inv.log_abs_det_jacobian(y.clone(), back), -log_det, rtol=0, atol=1e-9)
+            torch.testing.assert_close(
+                f.inv.log_abs_det_jacobian(y.clone(), back), -log_det, rtol=0, atol=1e-9
+            )
 
 
 # Shapes
@@ -161,13 +189,18 @@ def test_inverse_undoes_forward(name: str, context: int | None, device: torch.de
 
 @every_case
 @pytest.mark.parametrize("batch", [(), (2, 1, 3)])
-def test_shapes_in_a_distribution(name: str, context: int | None, batch: tuple[int, ...], device: torch.device) -> None:
+def test_shapes_in_a_distribution(
+    name: str, context: int | None, batch: tuple[int, ...], device: torch.device
+) -> None:
     """One log-determinant per vector, whether the base takes the last dimension for its event or not."""
     features = 2
     t = moved(name, features, context, device)
     for layer in (conditioned(t), conditioned(t, *batch), conditioned(t, *batch).inv):
         plain = base(*batch, features, device=device)
-        for d in (TransformedDistribution(plain, [layer]), TransformedDistribution(plain.to_event(1), layer)):
+        for d in (
+            TransformedDistribution(plain, [layer]),
+            TransformedDistribution(plain.to_event(1), layer),
+        ):
             assert d.batch_shape == batch and d.event_shape == (features,)
             y = d.sample((6,))
             assert y.shape == (6, *batch, features)
@@ -208,7 +241,9 @@ def test_conditional_distribution(name: str, device: torch.device) -> None:
     # The density heeds the context, and its gradients reach all that reads it.
     assert float((expected - expected.roll(1, -1)).detach().abs().mean()) > 1e-3
     gradients = torch.autograd.grad(d.log_prob(y.detach()).square().mean(), list(t.parameters()))
-    assert all(bool(g.isfinite().all()) for g in gradients) and any(bool(g.any()) for g in gradients)
+    assert all(bool(g.isfinite().all()) for g in gradients) and any(
+        bool(g.any()) for g in gradients
+    )
 
 
 @every_family
@@ -218,8 +253,12 @@ def test_inverse_of_a_conditional_transform(name: str, device: torch.device) -> 
         for batch in ((), (7,), (6, 5)):
             noise, context = points(t, *batch).to(device), given(t, *batch)
             assert context is not None and t.inv.inv is t
-            torch.testing.assert_close(t.inv.condition(context)(noise), t.condition(context).inv(noise))
-            torch.testing.assert_close(t.inv.condition(context).inv(noise), t.condition(context)(noise))
+            torch.testing.assert_close(
+                t.inv.condition(context)(noise), t.condition(context).inv(noise)
+            )
+            torch.testing.assert_close(
+                t.inv.condition(context).inv(noise), t.condition(context)(noise)
+            )
 
 
 STACKS: list[tuple[str, ...]] = [
@@ -232,12 +271,24 @@ STACKS: list[tuple[str, ...]] = [
 
 @pytest.mark.parametrize("names", STACKS, ids="/".join)
 @pytest.mark.parametrize("cache_size", [0, 1])
-def test_stack_of_conditional_transforms(names: tuple[str, ...], cache_size: int, device: torch.device) -> None:
+def test_stack_of_conditional_transforms(
+    names: tuple[str, ...], cache_size: int, device: torch.device
+) -> None:
     """In Pyro's own stack, beside its own transforms and some of ours without a context."""
     features = 3
-    ours = [perturbed(moved(name, features, C, device), seed=seed) for seed, name in enumerate(names)]
+    ours = [
+        perturbed(moved(name, features, C, device), seed=seed) for seed, name in enumerate(names)
+    ]
     free = moved("spline-linear", features, None, device)
-    parts = [AffineTransform(1.0, 2.0), ours[0], free, ours[1].inv, LeakyReLUTransform(), Permute(features, 1), ours[2]]
+    parts = [
+        AffineTransform(1.0, 2.0),
+        ours[0],
+        free,
+        ours[1].inv,
+        LeakyReLUTransform(),
+        Permute(features, 1),
+        ours[2],
+    ]
     stack = ConditionalComposeTransformModule(parts, cache_size=cache_size)
     assert set(stack.parameters()) == {p for t in (*ours, free) for p in t.parameters()}
     plain = base(features, device=device).to_event(1)
@@ -258,8 +309,12 @@ def test_stack_of_conditional_transforms(names: tuple[str, ...], cache_size: int
             log_det = log_det + (change.sum(-1) if t.domain.event_dim == 0 else change)
         image = stack.condition(context)(x)
         torch.testing.assert_close(image, expected)
-        torch.testing.assert_close(stack.condition(context).inv(expected.detach()), x, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(stack.inv.condition(context)(image.detach()), x, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            stack.condition(context).inv(expected.detach()), x, rtol=1e-6, atol=1e-6
+        )
+        torch.testing.assert_close(
+            stack.inv.condition(context)(image.detach()), x, rtol=1e-6, atol=1e-6
+        )
         density = plain.log_prob(x) - log_det
         torch.testing.assert_close(d.log_prob(expected.detach()), density, rtol=1e-6, atol=1e-6)
 
@@ -268,7 +323,9 @@ def test_stack_of_conditional_transforms(names: tuple[str, ...], cache_size: int
 
 
 @every_case
-def test_maximum_likelihood_in_both_directions(name: str, context: int | None, device: torch.device) -> None:
+def test_maximum_likelihood_in_both_directions(
+    name: str, context: int | None, device: torch.device
+) -> None:
     """A few steps of an optimiser raise the likelihood of points that no layer drew."""
     features = 3
     x = torch.rand(20, features, dtype=torch.float64, device=device)
@@ -321,7 +378,9 @@ def assert_below_zero(values: Tensor) -> None:
 
 
 @every_case
-def test_layer_learns_data_that_it_never_drew(name: str, context: int | None, device: torch.device) -> None:
+def test_layer_learns_data_that_it_never_drew(
+    name: str, context: int | None, device: torch.device
+) -> None:
     """As part of a model, the layer gets closer to the density of the data, by the store of Pyro, and never above it."""
     truth, features = target(device), 2
     t = make(name, features, context, device)
@@ -434,7 +493,12 @@ FORMULAS = [
     ("spline_coupling", "model"),
 ]
 #: Layers whose direction in use searches for a root.
-SEARCHES = [("block_autoregressive", "guide"), ("planar", "model"), ("polynomial", "guide"), ("sylvester", "model")]
+SEARCHES = [
+    ("block_autoregressive", "guide"),
+    ("planar", "model"),
+    ("polynomial", "guide"),
+    ("sylvester", "model"),
+]
 
 
 @pytest.mark.parametrize(("name", "role"), FORMULAS)
@@ -463,7 +527,9 @@ def test_param_store_restores_a_layer(name: str, context: int | None, device: to
     again, other = make(name, 2, context, device), make(name, 2, context, device)
     pyro.module("layer", again, update_module_params=True)
     pyro.module("other", other, update_module_params=True)
-    for (n, p), q, r in zip(t.named_parameters(), again.parameters(), other.parameters(), strict=True):
+    for (n, p), q, r in zip(
+        t.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
         assert torch.equal(p, q), n
         assert torch.equal(pyro.param(f"layer$$${n}"), p)
         assert pyro.param(f"other$$${n}") is r

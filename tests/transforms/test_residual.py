@@ -31,7 +31,12 @@ def jacobians(t: Residual, y: Tensor) -> Tensor:
 
 def saturated(context_features: int | None = None, **options: Any) -> Residual:
     """A block whose bound is active: at the origin it is nearly a large multiple of the identity."""
-    t = perturbed(Residual(3, context_features, hidden_features=(16,), activation=nn.Tanh, **options).double(), 0.5)
+    t = perturbed(
+        Residual(
+            3, context_features, hidden_features=(16,), activation=nn.Tanh, **options
+        ).double(),
+        0.5,
+    )
     with torch.no_grad():
         q, _ = torch.linalg.qr(t.network.input.weight)
         t.network.input.weight.copy_(q)
@@ -83,9 +88,12 @@ def test_the_bound_of_a_matrix_is_differentiable(device):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_contraction_keeps_its_bound_whatever_the_weights(activation, scale, device):
     for lipschitz in (0.5, 0.97):
-        t = perturbed(Residual(3, hidden_features=(8, 8), activation=activation, lipschitz=lipschitz).double(), scale).to(
-            device
-        )
+        t = perturbed(
+            Residual(
+                3, hidden_features=(8, 8), activation=activation, lipschitz=lipschitz
+            ).double(),
+            scale,
+        ).to(device)
         wide = 10.0 ** torch.arange(-3.0, 4.0, dtype=torch.float64)[:, None, None]
         y = (wide * points(t, 7, 200)).reshape(-1, 3).to(device)
         assert float(torch.linalg.matrix_norm(jacobians(t, y), 2).max()) <= lipschitz
@@ -93,7 +101,11 @@ def test_the_contraction_keeps_its_bound_whatever_the_weights(activation, scale,
         i, j = torch.randperm(len(y), device=device), torch.arange(len(y), device=device)
         distance = (y[i] - y[j]).norm(dim=-1)
         # Beside the bound, only the rounding of the values themselves.
-        assert bool(((g[i] - g[j]).norm(dim=-1) <= lipschitz * distance + 1e-14 * (1 + y[i].norm(dim=-1))).all())
+        assert bool(
+            (
+                (g[i] - g[j]).norm(dim=-1) <= lipschitz * distance + 1e-14 * (1 + y[i].norm(dim=-1))
+            ).all()
+        )
 
 
 def test_the_bound_is_reached_and_not_exceeded(device):
@@ -101,7 +113,11 @@ def test_the_bound_is_reached_and_not_exceeded(device):
     t = saturated(lipschitz=0.9).to(device)
     with torch.no_grad():
         t.network.input.bias.zero_()
-    norm = float(torch.linalg.matrix_norm(jacobians(t, torch.zeros(1, 3, dtype=torch.float64, device=device)), 2))
+    norm = float(
+        torch.linalg.matrix_norm(
+            jacobians(t, torch.zeros(1, 3, dtype=torch.float64, device=device)), 2
+        )
+    )
     assert 0.88 < norm <= 0.9
 
 
@@ -124,7 +140,10 @@ def test_a_linear_block_by_hand(device):
     x, log_det = t.inverse_and_log_det(y)
     scale = torch.tensor([0.9, 0.45, -0.45], dtype=torch.float64, device=device)
     torch.testing.assert_close(
-        x, y + scale * y + 0.45 * torch.tensor([1.0, 0.0, 2.0], device=device).double(), rtol=1e-6, atol=1e-6
+        x,
+        y + scale * y + 0.45 * torch.tensor([1.0, 0.0, 2.0], device=device).double(),
+        rtol=1e-6,
+        atol=1e-6,
     )
     torch.testing.assert_close(log_det, (1 + scale).log().sum().expand(5), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(t.forward_and_log_det(x)[0], y)
@@ -133,7 +152,9 @@ def test_a_linear_block_by_hand(device):
 @pytest.mark.parametrize("hidden_features", [(), (5,), (5, 6), (5, 6, 7), (4, 5, 6, 7)])
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Tanh, nn.ELU, nn.Softplus, nn.GELU])
 def test_jacobians_are_those_of_autograd(hidden_features, activation, device):
-    t = perturbed(Residual(3, 2, hidden_features=hidden_features, activation=activation).double(), 0.7).to(device)
+    t = perturbed(
+        Residual(3, 2, hidden_features=hidden_features, activation=activation).double(), 0.7
+    ).to(device)
     x, c = points(t, 4).to(device), context_for(t).to(device)
     network = Feedforward.of(t.network, c)
     torch.testing.assert_close(network(x), t.network(x, c))
@@ -152,11 +173,13 @@ def test_slopes_hold_far_out(device):
     for activation in (nn.SiLU, nn.Tanh, nn.ELU, nn.Softplus):
         t = Residual(1, activation=activation)
         h = torch.tensor([-1e30, -40.0, 40.0, 1e30], device=device)
-        _, jacobian = Feedforward((torch.eye(1, device=device),) * 2, (0.0 * h[:1],) * 2, t.network.activation).linearise(
-            h[:, None]
-        )
+        _, jacobian = Feedforward(
+            (torch.eye(1, device=device),) * 2, (0.0 * h[:1],) * 2, t.network.activation
+        ).linearise(h[:, None])
         expected = [0.0, 0.0, 0.0, 0.0] if activation is nn.Tanh else [0.0, 0.0, 1.0, 1.0]
-        torch.testing.assert_close(jacobian.matrix().flatten(), torch.tensor(expected, device=device), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            jacobian.matrix().flatten(), torch.tensor(expected, device=device), rtol=1e-6, atol=1e-6
+        )
 
 
 # The inverse
@@ -180,18 +203,24 @@ def test_round_trip_where_the_bound_is_active(lipschitz, dtype, device):
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Tanh, nn.ELU])
 def test_extreme_weights_and_points_stay_finite(activation, trace, dtype, device):
-    t = perturbed(Residual(3, 2, hidden_features=(16, 16), activation=activation, trace=trace).to(dtype), 20.0).to(device)
+    t = perturbed(
+        Residual(3, 2, hidden_features=(16, 16), activation=activation, trace=trace).to(dtype), 20.0
+    ).to(device)
     sizes = torch.tensor([1e-30, 1e-3, 1.0, 1e3, 1e20], dtype=dtype)
     x = (sizes[:, None, None] * points(t, 5, 20, dtype=dtype)).to(device).requires_grad_()
     c = context_for(t, 5, 20, dtype=dtype).to(device)
     for f in (t.forward_and_log_det, t.inverse_and_log_det):
         y, log_det = f(x, c)
-        grads = torch.autograd.grad((y / (1 + x.detach().abs())).sum() + log_det.sum(), [x, *t.parameters()])
+        grads = torch.autograd.grad(
+            (y / (1 + x.detach().abs())).sum() + log_det.sum(), [x, *t.parameters()]
+        )
         for tensor in (y, log_det, *grads):
             assert bool(tensor.isfinite().all())
     y, _ = t.forward_and_log_det(x, c)
     scale = 1 + x.abs().amax(-1, keepdim=True)
-    torch.testing.assert_close((t.inverse_and_log_det(y, c)[0] - x) / scale, torch.zeros_like(x), **tolerance(dtype))
+    torch.testing.assert_close(
+        (t.inverse_and_log_det(y, c)[0] - x) / scale, torch.zeros_like(x), **tolerance(dtype)
+    )
 
 
 def test_a_fixed_number_of_iterations_is_enough(device):
@@ -227,7 +256,9 @@ def test_an_activation_of_ones_own(device):
     assert float(torch.linalg.matrix_norm(jacobians(t, x), 2).max()) <= 0.9
     y, log_det = t.forward_and_log_det(x)
     torch.testing.assert_close(t.inverse_and_log_det(y)[0], x)
-    torch.testing.assert_close(log_det, torch.linalg.slogdet(vmap(jacrev(lambda x: t.forward_and_log_det(x)[0]))(x))[1])
+    torch.testing.assert_close(
+        log_det, torch.linalg.slogdet(vmap(jacrev(lambda x: t.forward_and_log_det(x)[0]))(x))[1]
+    )
 
 
 class Named(Residual):
@@ -236,11 +267,15 @@ class Named(Residual):
 
 def test_an_inverse_that_is_not_certified_says_so(device):
     t = perturbed(Named(3, hidden_features=(16, 16), activation=Liar).double(), 5.0).to(device)
-    with pytest.raises(RuntimeError, match=r"The fixed point of Named does not converge: \d+ of 40 points"):
+    with pytest.raises(
+        RuntimeError, match=r"The fixed point of Named does not converge: \d+ of 40 points"
+    ):
         t.forward_and_log_det(points(t, 40).to(device))
     t = Residual(3).to(device)
     nn.init.constant_(t.network.layers[-1].bias, math.nan)
-    with pytest.raises(RuntimeError, match="The fixed point of Residual does not converge: 4 of 4 points"):
+    with pytest.raises(
+        RuntimeError, match="The fixed point of Residual does not converge: 4 of 4 points"
+    ):
         t(torch.zeros(4, 3, device=device))
 
 
@@ -262,7 +297,9 @@ def test_gradients_are_those_of_the_implicit_function_theorem(trace, device):
     grads = torch.autograd.grad((y * weights).sum(), inputs)
     # dy = (I + J)^-1 (dx - dg), with the solve by hand and the rest by autograd through the closed form.
     at = y.detach()
-    matrix = vmap(jacrev(lambda y, c: t.inverse_and_log_det(y, c)[0]), randomness="same")(at, c.detach())
+    matrix = vmap(jacrev(lambda y, c: t.inverse_and_log_det(y, c)[0]), randomness="same")(
+        at, c.detach()
+    )
     adjoint = torch.linalg.solve(matrix.mT, weights.unsqueeze(-1)).squeeze(-1).detach()
     by_hand = torch.autograd.grad((contraction(t, c)(at) * -adjoint).sum(), inputs[1:])
     for left, right in zip(grads, (adjoint, *by_hand), strict=True):
@@ -285,7 +322,9 @@ def test_second_derivatives(device):
             def forward(self) -> tuple[Tensor, Tensor]:
                 return self.t.forward_and_log_det(x.detach())
 
-        return functional_call(Both(), {f"t.{n}": v for n, v in zip(names, values, strict=True)}, ())
+        return functional_call(
+            Both(), {f"t.{n}": v for n, v in zip(names, values, strict=True)}, ()
+        )
 
     torch.autograd.gradcheck(of_parameters, values)
 
@@ -329,7 +368,9 @@ def test_the_estimate_is_unbiased(device):
     # The largest of 48 standardised errors.
     errors = (grads.mean(0) - expected_grad) / (grads.std(0) / math.sqrt(len(grads)))
     assert float(errors.abs().max()) < 4.5
-    assert float(grads.std(0).max()) > 0 and float(expected_grad.norm()) > 10 * float(grads.std(0).norm()) / math.sqrt(800)
+    assert float(grads.std(0).max()) > 0 and float(expected_grad.norm()) > 10 * float(
+        grads.std(0).norm()
+    ) / math.sqrt(800)
 
 
 def test_the_roulette_pays_for_what_it_leaves_out(device):
@@ -349,15 +390,21 @@ def test_the_fixed_series_differs_from_the_exact_one_by_its_noise_only(device):
         t.network.input.weight.copy_(0.6 * torch.eye(3))
     t, y = t.to(device), points(t, 4).to(device)
     log_det = vmap(lambda y: t.inverse_and_log_det(y)[1], randomness="different")(y)
-    torch.testing.assert_close(log_det, torch.full_like(log_det, 3 * math.log(1.6)), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        log_det, torch.full_like(log_det, 3 * math.log(1.6)), rtol=1e-7, atol=1e-7
+    )
 
 
 def test_evaluation_mode_is_exact_and_training_mode_follows_the_seed(device):
     t = perturbed(Residual(4, hidden_features=(8,), trace="hutchinson").double(), 1.0).to(device)
     y = points(t, 5).to(device)
-    expected = torch.linalg.slogdet(vmap(jacrev(lambda y: t.eval().inverse_and_log_det(y)[0]))(y))[1]
+    expected = torch.linalg.slogdet(vmap(jacrev(lambda y: t.eval().inverse_and_log_det(y)[0]))(y))[
+        1
+    ]
     torch.testing.assert_close(t.eval().inverse_and_log_det(y)[1], expected)
-    torch.testing.assert_close(t.eval().forward_and_log_det(t.eval()(y))[1], t.eval().log_abs_det_jacobian(t(y), t(t(y))))
+    torch.testing.assert_close(
+        t.eval().forward_and_log_det(t.eval()(y))[1], t.eval().log_abs_det_jacobian(t(y), t(t(y)))
+    )
     t.train()
     draws = []
     for seed in (1, 1, 2):
@@ -372,7 +419,14 @@ def test_large_vectors_are_estimated_and_small_ones_not(device):
         y = points(t, 3).to(device)
         assert torch.equal(t.inverse_and_log_det(y)[1], t.inverse_and_log_det(y)[1]) == exact
         torch.testing.assert_close(t.inverse_and_log_det(t.forward_and_log_det(y)[0])[0], y)
-    assert torch.equal(*(Residual(40, trace="exact").to(device).inverse_and_log_det(torch.ones(40, device=device))[1],) * 2)
+    assert torch.equal(
+        *(
+            Residual(40, trace="exact")
+            .to(device)
+            .inverse_and_log_det(torch.ones(40, device=device))[1],
+        )
+        * 2
+    )
 
 
 @pytest.mark.parametrize("context_features", [None, 2])
@@ -394,7 +448,9 @@ def test_integrates_to_one(context_features, device):
 @pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(trace, device):
     torch.compiler.reset()
-    t = perturbed(Residual(3, hidden_features=(4,), lipschitz=0.2, trace=trace).double(), 1.0).to(device)
+    t = perturbed(Residual(3, hidden_features=(4,), lipschitz=0.2, trace=trace).double(), 1.0).to(
+        device
+    )
     x = points(t, 4).to(device).requires_grad_()
 
     def both(x: Tensor) -> tuple[Tensor, ...]:
@@ -425,13 +481,29 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "hidden": ({"hidden_features": 8}, TypeError, "hidden_features to be a sequence of integers"),
     "hidden-zero": ({"hidden_features": (0,)}, ValueError, "hidden_features >= 1; got 0"),
     "activation": ({"activation": "silu"}, TypeError, "activation to make a module"),
-    "activation-unknown": ({"activation": nn.ReLU}, ValueError, "one of SiLU, GELU, Mish, Tanh, .*; got ReLU"),
-    "activation-constant": ({"activation": type("Bad", (nn.Tanh,), {"lipschitz": -1.0})}, ValueError, "to be positive"),
+    "activation-unknown": (
+        {"activation": nn.ReLU},
+        ValueError,
+        "one of SiLU, GELU, Mish, Tanh, .*; got ReLU",
+    ),
+    "activation-constant": (
+        {"activation": type("Bad", (nn.Tanh,), {"lipschitz": -1.0})},
+        ValueError,
+        "to be positive",
+    ),
     "lipschitz-one": ({"lipschitz": 1.0}, ValueError, r"lipschitz within \(0, 1\).*; got 1.0"),
     "lipschitz-zero": ({"lipschitz": 0}, ValueError, "lipschitz to be positive and finite; got 0"),
-    "lipschitz-nan": ({"lipschitz": math.nan}, ValueError, "lipschitz to be positive and finite; got nan"),
+    "lipschitz-nan": (
+        {"lipschitz": math.nan},
+        ValueError,
+        "lipschitz to be positive and finite; got nan",
+    ),
     "lipschitz-word": ({"lipschitz": "0.9"}, TypeError, "lipschitz to be a number; got '0.9'"),
-    "trace": ({"trace": "skilling"}, ValueError, "trace to be auto, exact or hutchinson; got 'skilling'"),
+    "trace": (
+        {"trace": "skilling"},
+        ValueError,
+        "trace to be auto, exact or hutchinson; got 'skilling'",
+    ),
     "trace-none": ({"trace": None}, ValueError, "trace to be auto, exact or hutchinson; got None"),
 }
 

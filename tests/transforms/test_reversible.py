@@ -11,7 +11,14 @@ from torch.func import functional_call, vmap
 
 import pyroflows as pf
 from benchmarks.memory import compare
-from pyroflows.transforms import AffineCoupling, Compose, LowerTriangularAffine, Permute, Rescale, Transform
+from pyroflows.transforms import (
+    AffineCoupling,
+    Compose,
+    LowerTriangularAffine,
+    Permute,
+    Rescale,
+    Transform,
+)
 
 
 def stack(reversible: bool, context_features: int | None = C) -> Compose:
@@ -66,7 +73,9 @@ def test_shared_layers_gather_their_gradients(device):
         shared = perturbed(AffineCoupling(D, **NET).double())
         t = Compose([shared, Permute([1, 2, 0]), shared], reversible).to(device)
         y, log_det = t.forward_and_log_det(points(t, 6).to(device))
-        results.append(torch.autograd.grad((y.sum(-1) + log_det).square().sum(), list(t.parameters())))
+        results.append(
+            torch.autograd.grad((y.sum(-1) + log_det).square().sum(), list(t.parameters()))
+        )
     for left, right in zip(*results, strict=True):
         torch.testing.assert_close(left, right)
 
@@ -83,7 +92,9 @@ def test_parameters_lent_by_functional_call(device):
     x = points(kept, 5).to(device)
     lent = {n: (p.detach() + 0.1).requires_grad_() for n, p in kept.named_parameters()}
     grads = [
-        torch.autograd.grad(functional_call(t, lent, (x,)).square().sum(), list(lent.values()), allow_unused=True)
+        torch.autograd.grad(
+            functional_call(t, lent, (x,)).square().sum(), list(lent.values()), allow_unused=True
+        )
         for t in (kept, recomputed)
     ]
     for left, right in zip(*grads, strict=True):
@@ -101,7 +112,9 @@ def test_parameters_changed_before_the_backward_pass_are_noticed(device):
 def test_it_is_differentiable_once_and_says_so(device):
     _, t = twins(None)
     x = points(t, 5).to(device).requires_grad_()
-    (grad,) = torch.autograd.grad(t.to(device).forward_and_log_det(x)[0].square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        t.to(device).forward_and_log_det(x)[0].square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -134,7 +147,9 @@ def test_a_flow_trains_by_it():
     losses = []
     for reversible in (False, True):
         torch.manual_seed(0)
-        flow = pf.Flow([AffineCoupling(D, **NET), Permute(D), AffineCoupling(D, **NET)], reversible=reversible)
+        flow = pf.Flow(
+            [AffineCoupling(D, **NET), Permute(D), AffineCoupling(D, **NET)], reversible=reversible
+        )
         svi = SVI(model, lambda: None, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         losses.append([svi.step() for _ in range(10)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

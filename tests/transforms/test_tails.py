@@ -43,15 +43,21 @@ def test_formula(start, device):
     mu, sigma, lower, upper = parameters_by_hand(tail, raw[:, 0])
     for z in (-5.0, -1.0, -0.3, -1e-6, 0.0, 1e-6, 0.2, 1.0, 4.0):
         weight = lower if z < 0 else upper
-        expected = mu + math.copysign(sigma / weight * (math.erfc(abs(z) / math.sqrt(2)) ** -weight - 1), z)
-        y, _ = tail.forward_and_log_det(torch.tensor([z], dtype=torch.float64, device=device), raw.to(device))
+        expected = mu + math.copysign(
+            sigma / weight * (math.erfc(abs(z) / math.sqrt(2)) ** -weight - 1), z
+        )
+        y, _ = tail.forward_and_log_det(
+            torch.tensor([z], dtype=torch.float64, device=device), raw.to(device)
+        )
         assert float(y) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("start", [1e-9, 0.1, 1.0])
 def test_log_derivative_is_that_of_autograd(start, device):
     tail, raw = GPDTail(start=start), raw_for(20).to(device)
-    x = torch.cat([2 * torch.randn(18, D, dtype=torch.float64), torch.zeros(1, D), torch.full((1, D), -1e-12)]).to(device)
+    x = torch.cat(
+        [2 * torch.randn(18, D, dtype=torch.float64), torch.zeros(1, D), torch.full((1, D), -1e-12)]
+    ).to(device)
     for f in (tail.forward_and_log_det, tail.inverse_and_log_det):
         slope = vmap(jacrev(lambda x, raw, f=f: f(x, raw)[0]))(x, raw).diagonal(dim1=-2, dim2=-1)
         torch.testing.assert_close(f(x, raw)[1], slope.log(), rtol=1e-9, atol=1e-9)
@@ -60,7 +66,9 @@ def test_log_derivative_is_that_of_autograd(start, device):
 @pytest.mark.parametrize("start", [1e-9, 0.1])
 def test_derivatives_in_the_parameters_are_those_of_finite_differences(start, device):
     tail = GPDTail(start=start)
-    x = torch.tensor([-2.0, -0.4, 1.5], dtype=torch.float64, device=device).requires_grad_()  # off the centre's kink
+    x = torch.tensor(
+        [-2.0, -0.4, 1.5], dtype=torch.float64, device=device
+    ).requires_grad_()  # off the centre's kink
     raw = raw_for(spread=0.1).to(device).requires_grad_()
     for f in (tail.forward_and_log_det, tail.inverse_and_log_det):
         torch.autograd.gradcheck(f, (x, raw))
@@ -88,7 +96,9 @@ def test_without_weight_the_tails_are_exponential(dtype, device):
 def test_starts_with_the_quartiles_of_the_base(start, device):
     quartile = NormalDist().inv_cdf(0.75)
     z = torch.tensor([-quartile, 0.0, quartile], dtype=torch.float64, device=device)[:, None]
-    y, _ = GPDTail(start).forward_and_log_det(z, torch.zeros(4, 1, dtype=torch.float64, device=device))
+    y, _ = GPDTail(start).forward_and_log_det(
+        z, torch.zeros(4, 1, dtype=torch.float64, device=device)
+    )
     torch.testing.assert_close(y, z)
 
 
@@ -111,7 +121,9 @@ def test_wild_parameters_and_inputs(start, spread, dtype, device):
                     assert bool(grad.isfinite().all())
             again, _ = back(y, raw)
             # Beside the location what is tiny drowns, and a rounding of y is worth as much of x as the slope says.
-            slack = (x.abs() + (y.abs() + raw[:, 0].abs()) * log_det.neg().exp()).detach() + raw[:, 0].abs().detach()
+            slack = (x.abs() + (y.abs() + raw[:, 0].abs()) * log_det.neg().exp()).detach() + raw[
+                :, 0
+            ].abs().detach()
             # The value is an exponential of up to 70, whose rounding counts so many times.
             assert bool(((again - x).abs() <= 1000 * eps * slack).all())
 
@@ -148,7 +160,9 @@ def test_survival_function_has_the_promised_index(device):
         torch.testing.assert_close(slope, torch.full_like(slope, -1 / weight), rtol=1e-3, atol=0)
         log_density = normal_log_prob(x) + log_det.squeeze(-1)
         slope = log_density.diff(dim=0) / math.log(10)
-        torch.testing.assert_close(slope, torch.full_like(slope, -1 / weight - 1), rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            slope, torch.full_like(slope, -1 / weight - 1), rtol=1e-3, atol=0
+        )
 
 
 @torch.no_grad()
@@ -224,11 +238,16 @@ def test_loft_formula(device):
 @pytest.mark.parametrize("bound", [0.5, 100.0])
 def test_loft_is_the_identity_within_its_bound(bound, dtype, device):
     t = LOFT(1, bound)
-    inside = torch.tensor([-1.0, -1e-30, 0.0, 1e-20, 0.7, 1.0], dtype=dtype, device=device)[:, None] * bound
+    inside = (
+        torch.tensor([-1.0, -1e-30, 0.0, 1e-20, 0.7, 1.0], dtype=dtype, device=device)[:, None]
+        * bound
+    )
     for f in (t.forward_and_log_det, t.inverse_and_log_det):
         y, log_det = f(inside)
         assert torch.equal(y, inside) and torch.equal(log_det, torch.zeros_like(log_det))
-    torch.testing.assert_close(vmap(jacrev(t))(inside).flatten(), torch.ones(6, dtype=dtype, device=device))
+    torch.testing.assert_close(
+        vmap(jacrev(t))(inside).flatten(), torch.ones(6, dtype=dtype, device=device)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,7 +268,12 @@ def test_loft_is_sound_from_tiny_to_huge(bound, dtype, device):
                 assert bool(grad.isfinite().all())
             # A rounding of y is worth so much of x as the slope of the inverse says; of the sum of 3 no more than that.
             again, _ = back(y)
-            assert bool(((again - x).abs() <= 8 * eps * (x.abs() + (y.abs() + 1) * torch.exp(-t_slope(f, x)))).all())
+            assert bool(
+                (
+                    (again - x).abs()
+                    <= 8 * eps * (x.abs() + (y.abs() + 1) * torch.exp(-t_slope(f, x)))
+                ).all()
+            )
 
 
 def t_slope(f, x: Tensor) -> Tensor:
@@ -279,7 +303,10 @@ def test_loft_says_its_bound():
 @pytest.mark.parametrize("tails", ["gpd", "loft"])
 @pytest.mark.parametrize("context_features", [None, 2])
 def test_is_the_last_layer_of_a_flow(tails, context_features, device):
-    layers = [LowerTriangularAffine(D, context_features), tail_transform(tails, D, context_features, (8,))]
+    layers = [
+        LowerTriangularAffine(D, context_features),
+        tail_transform(tails, D, context_features, (8,)),
+    ]
     flow = perturbed(pf.Flow(layers)).double().to(device)
     c = None if context_features is None else torch.ones(5, 2, dtype=torch.float64, device=device)
     d = flow(c)
@@ -305,7 +332,11 @@ def test_compiles_as_one_graph(device):
     torch.compiler.reset()
     raw, x = raw_for(5).to(device), torch.randn(5, D, dtype=torch.float64, device=device)
     loft = LOFT(D, bound=0.5)
-    both = torch.compile(lambda x, raw: (*GPDTail().inverse_and_log_det(x, raw), *loft(x)), fullgraph=True, backend="eager")
+    both = torch.compile(
+        lambda x, raw: (*GPDTail().inverse_and_log_det(x, raw), *loft(x)),
+        fullgraph=True,
+        backend="eager",
+    )
     expected = (*GPDTail().inverse_and_log_det(x, raw), *loft(x))
     for left, right in zip(both(x, raw), expected, strict=True):
         torch.testing.assert_close(left, right)
@@ -330,7 +361,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "fragment"), MISTAKES, ids=[fragment for *_, fragment in MISTAKES])
+@pytest.mark.parametrize(
+    ("make", "error", "fragment"), MISTAKES, ids=[fragment for *_, fragment in MISTAKES]
+)
 def test_mistakes_are_told_in_a_sentence(make, error, fragment):
     with pytest.raises(error) as caught:
         make()

@@ -31,7 +31,15 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.func import functional_call, jacrev, stack_module_state, vmap
 
-from pyroflows.transforms import AffineCoupling, Compose, Inverse, LowerTriangularAffine, Permute, Rescale, Transform
+from pyroflows.transforms import (
+    AffineCoupling,
+    Compose,
+    Inverse,
+    LowerTriangularAffine,
+    Permute,
+    Rescale,
+    Transform,
+)
 
 DTYPES = [torch.float32, torch.float64]
 BATCHES: list[tuple[int, ...]] = [(), (5,), (2, 1, 3), (0,), (4, 0)]
@@ -132,7 +140,9 @@ def test_holds_in_the_tails(name, make, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [lambda: Rescale(D), lambda: Permute(D), lambda: LowerTriangularAffine(D)])
+@pytest.mark.parametrize(
+    "make", [lambda: Rescale(D), lambda: Permute(D), lambda: LowerTriangularAffine(D)]
+)
 def test_keeps_what_is_tiny(make, dtype):
     """Without a shift nothing drowns, however small."""
     t = perturbed(make().to(dtype))
@@ -194,14 +204,22 @@ def test_a_batch_of_contexts_fixed_in_a_stack(moved):
     fixed = moved.condition(c)
     x = points(moved, 3)
     y, log_det = moved.forward_and_log_det(x, c)
-    for t in (fixed, fixed.inv.inv, Inverse(fixed.inv), Compose([fixed]), Compose([fixed, Permute([0, 1, 2])])):
+    for t in (
+        fixed,
+        fixed.inv.inv,
+        Inverse(fixed.inv),
+        Compose([fixed]),
+        Compose([fixed, Permute([0, 1, 2])]),
+    ):
         assert t.event_shape == t.inv.event_shape == t.image_shape == t.inv.image_shape == (D,)
         torch.testing.assert_close(t(x), y)
         torch.testing.assert_close(t.inv(y), x.expand(4, 3, D))
         torch.testing.assert_close(t.inv(y[0]), fixed.inverse_and_log_det(y[0])[0])
         torch.testing.assert_close(t.log_abs_det_jacobian(x, t(x)), log_det)
         assert t.forward_shape(x.shape) == t.inv.forward_shape(x.shape) == (4, 3, D)
-        d = TransformedDistribution(dist.Normal(torch.zeros(D, dtype=torch.float64), 1.0).to_event(1), [t])
+        d = TransformedDistribution(
+            dist.Normal(torch.zeros(D, dtype=torch.float64), 1.0).to_event(1), [t]
+        )
         assert d.batch_shape == (4, 1) and d.event_shape == (D,)
         torch.testing.assert_close(d.log_prob(y), normal_log_prob(x) - log_det)
 
@@ -270,7 +288,9 @@ def test_push_score_is_the_score_of_the_density(moved):
 def test_push_score_agrees_with_the_default(moved):
     x, c = points(moved, 2, 3).requires_grad_(), context_for(moved, 3)
     s = points(moved, 2, 3, seed=8)
-    for of_own, of_default in zip(moved.push_score(x, s, c), Transform.push_score(moved, x, s, c), strict=True):
+    for of_own, of_default in zip(
+        moved.push_score(x, s, c), Transform.push_score(moved, x, s, c), strict=True
+    ):
         torch.testing.assert_close(of_own, of_default)
 
 
@@ -357,7 +377,12 @@ def test_hash_and_equality(make):
 def test_repr_says_what_is_fast(make):
     t = make()
     assert type(t).__name__ in repr(t)
-    words = {"both": "both directions", "forward": "sampling", "inverse": "scoring", "neither": "neither direction"}
+    words = {
+        "both": "both directions",
+        "forward": "sampling",
+        "inverse": "scoring",
+        "neither": "neither direction",
+    }
     assert f"fast: {words[t.fast]}" in repr(t)
     swapped = {"forward": "inverse", "inverse": "forward"}.get(t.fast, t.fast)
     assert t.inv.fast == swapped and f"fast: {words[swapped]}" in repr(t.inv)
@@ -370,7 +395,11 @@ def test_in_pyros_own_distributions(moved):
     t = given_context(moved)
     plain = TransformedDistribution(base, [t])
     y = plain.rsample((4,))
-    assert plain.support.event_dim == 1 and plain.event_shape == moved.event_shape and plain.batch_shape == ()
+    assert (
+        plain.support.event_dim == 1
+        and plain.event_shape == moved.event_shape
+        and plain.batch_shape == ()
+    )
     back, inverse_log_det = t.inverse_and_log_det(y)
     expected = normal_log_prob(back) + inverse_log_det
     torch.testing.assert_close(plain.log_prob(y), expected)
@@ -529,7 +558,9 @@ def test_functional_call(make, moved):
     torch.testing.assert_close(functional_call(t, parameters, (x,)), expected)
     torch.testing.assert_close(t(x), used)
     if t is start:
-        inverted = functional_call(Inverse(t), {f"transform.{n}": p for n, p in moved.named_parameters()}, (expected,))
+        inverted = functional_call(
+            Inverse(t), {f"transform.{n}": p for n, p in moved.named_parameters()}, (expected,)
+        )
         torch.testing.assert_close(inverted, x)
 
 
@@ -549,7 +580,9 @@ def test_vmap_over_an_ensemble_of_parameters(make):
 
     both = Both()
     state = {f"t.{n}": p for n, p in {**parameters, **buffers}.items()}
-    results = vmap(lambda s: functional_call(both, s, (x,)), randomness="error")(state) if state else None
+    results = (
+        vmap(lambda s: functional_call(both, s, (x,)), randomness="error")(state) if state else None
+    )
     for i, member in enumerate(members):
         expected = (*member.forward_and_log_det(x, c), *member.inverse_and_log_det(x, c))
         for index, tensor in enumerate(expected):
@@ -583,7 +616,9 @@ def there_and_back(t: Transform, x: Tensor, c: Tensor | None) -> tuple[Tensor, .
     return y, log_det, *t.inverse_and_log_det(y, c)
 
 
-@pytest.mark.parametrize("name", [*COMPILED, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED_TOO)])
+@pytest.mark.parametrize(
+    "name", [*COMPILED, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED_TOO)]
+)
 def test_compiles_as_one_graph(moved):
     torch.compiler.reset()
     x, c = points(moved, 5).requires_grad_(), context_for(moved, 5)
@@ -600,7 +635,11 @@ def test_compiles_as_one_graph(moved):
 def test_calls_compile_as_one_graph_before_and_after_use(moved):
     torch.compiler.reset()
     t = given_context(moved)
-    compiled = torch.compile(lambda x: (t(x), t.inv(t(x)), t.log_abs_det_jacobian(x, t(x))), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x: (t(x), t.inv(t(x)), t.log_abs_det_jacobian(x, t(x))),
+        fullgraph=True,
+        backend="eager",
+    )
     x = points(t, 5)
     for _ in range(2):
         y, back, log_det = compiled(x)
@@ -617,10 +656,14 @@ def test_calls_compile_as_one_graph_before_and_after_use(moved):
 
 def test_compiles_by_default_to_the_same_values():
     torch.compiler.reset()
-    t = perturbed(Compose([AffineCoupling(D, hidden_features=(8,)), LowerTriangularAffine(D)]).double())
+    t = perturbed(
+        Compose([AffineCoupling(D, hidden_features=(8,)), LowerTriangularAffine(D)]).double()
+    )
     x = points(t, 5)
     for left, right in zip(
-        torch.compile(partial(there_and_back, t), fullgraph=True)(x, None), there_and_back(t, x, None), strict=True
+        torch.compile(partial(there_and_back, t), fullgraph=True)(x, None),
+        there_and_back(t, x, None),
+        strict=True,
     ):
         torch.testing.assert_close(left, right)
 
@@ -629,7 +672,11 @@ def test_compiles_by_default_to_the_same_values():
 
 
 def test_conditioned_transforms_die_without_the_cyclic_collector(moved):
-    c = torch.zeros(100, C, dtype=torch.float64) if moved.context_features is None else context_for(moved, 100)
+    c = (
+        torch.zeros(100, C, dtype=torch.float64)
+        if moved.context_features is None
+        else context_for(moved, 100)
+    )
     x = points(moved, 100)
     gc.disable()
     try:
@@ -653,10 +700,14 @@ class Squeezed(Transform):
     def __init__(self) -> None:
         super().__init__(())
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return x.sinh(), x.cosh().log()
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return y.asinh(), -0.5 * (1 + y.square()).log()
 
 
@@ -670,11 +721,19 @@ class Matrix(Transform):
 
     codomain = constraints.independent(constraints.real, 1)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return 2 * x.flatten(-2), torch.full(x.shape[:-2], 6.0, dtype=x.dtype).mul(torch.tensor(2.0).log())
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return 2 * x.flatten(-2), torch.full(x.shape[:-2], 6.0, dtype=x.dtype).mul(
+            torch.tensor(2.0).log()
+        )
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return y.unflatten(-1, (2, 3)) / 2, -torch.full(y.shape[:-1], 6.0, dtype=y.dtype).mul(torch.tensor(2.0).log())
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return y.unflatten(-1, (2, 3)) / 2, -torch.full(y.shape[:-1], 6.0, dtype=y.dtype).mul(
+            torch.tensor(2.0).log()
+        )
 
     def forward_shape(self, shape: Any) -> torch.Size:
         return torch.Size([*shape[:-2], 6])

@@ -34,9 +34,13 @@ def univariate(request: pytest.FixtureRequest) -> Univariate:
     return UNIVARIATES[request.param]
 
 
-def raw_for(univariate: Univariate, *batch: int, spread: float, device: torch.device, features: int = D) -> Tensor:
+def raw_for(
+    univariate: Univariate, *batch: int, spread: float, device: torch.device, features: int = D
+) -> Tensor:
     generator = torch.Generator().manual_seed(4)
-    raw = spread * torch.randn(*batch, univariate.parameters, features, generator=generator, dtype=torch.float64)
+    raw = spread * torch.randn(
+        *batch, univariate.parameters, features, generator=generator, dtype=torch.float64
+    )
     return raw.to(device)
 
 
@@ -92,14 +96,20 @@ def integrand(univariate: MonotoneIntegral, raw: Tensor, t: float) -> float:
 def test_the_integral_is_that_of_the_network(device, nodes, tolerance):
     univariate = MonotoneIntegral(nodes=nodes)
     raw = raw_for(univariate, spread=0.7, device=device, features=1)
-    x = torch.tensor([-9.0, -3.0, -0.2, 0.0, 1.0, 6.0], dtype=torch.float64, device=device).unsqueeze(-1)
+    x = torch.tensor(
+        [-9.0, -3.0, -0.2, 0.0, 1.0, 6.0], dtype=torch.float64, device=device
+    ).unsqueeze(-1)
     y, log_det = univariate.forward_and_log_det(x, raw)
     scale, shift = 3 * torch.tanh(raw[-2, 0] / 3), raw[-1, 0]
     reached, log_slope = ((y - shift) / scale.exp()).cpu(), (log_det - scale).cpu()
-    for at, value, log_g in zip(x.flatten().tolist(), reached.flatten(), log_slope.flatten(), strict=True):
+    for at, value, log_g in zip(
+        x.flatten().tolist(), reached.flatten(), log_slope.flatten(), strict=True
+    ):
         expected, _ = quad(lambda t: integrand(univariate, raw.cpu(), t), 0.0, at, limit=500)
         assert float(value) == pytest.approx(expected, rel=tolerance, abs=1e-12)
-        assert float(log_g) == pytest.approx(math.log(integrand(univariate, raw.cpu(), at)), abs=tolerance)
+        assert float(log_g) == pytest.approx(
+            math.log(integrand(univariate, raw.cpu(), at)), abs=tolerance
+        )
 
 
 @pytest.mark.parametrize("spread", [1.0, 20.0])
@@ -124,7 +134,12 @@ def test_the_trapezoidal_rule_is_exact(device, spread):
 @pytest.mark.parametrize("spread", [0.5, 5.0, 20.0])
 def test_log_det_is_that_of_autograd(univariate, device, spread):
     raw = raw_for(univariate, 50, spread=spread, device=device)
-    x = torch.linspace(-30, 30, 50, dtype=torch.float64, device=device).unsqueeze(-1).repeat(1, D).requires_grad_()
+    x = (
+        torch.linspace(-30, 30, 50, dtype=torch.float64, device=device)
+        .unsqueeze(-1)
+        .repeat(1, D)
+        .requires_grad_()
+    )
     for f in both_ways(univariate):
         y, log_det = f(x, raw)
         (slope,) = torch.autograd.grad(y.sum(), x)
@@ -134,7 +149,12 @@ def test_log_det_is_that_of_autograd(univariate, device, spread):
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 def test_increases_from_the_whole_line_onto_the_whole_line(univariate, device, spread):
     raw = raw_for(univariate, spread=spread, device=device)
-    grid = torch.linspace(-1, 1, 4001, dtype=torch.float64, device=device).mul(40.0).sinh().unsqueeze(-1)
+    grid = (
+        torch.linspace(-1, 1, 4001, dtype=torch.float64, device=device)
+        .mul(40.0)
+        .sinh()
+        .unsqueeze(-1)
+    )
     y, log_det = univariate.forward_and_log_det(grid.expand(-1, D), raw)
     assert bool((y.diff(dim=0) > 0).all())
     assert bool((y[0] < -1e6).all()) and bool((y[-1] > 1e6).all())
@@ -147,10 +167,15 @@ def test_densities_integrate_to_one(univariate, device, spread, inverted):
     """Of the variable whose image, or whose origin, is standard normal."""
     raw = raw_for(univariate, spread=spread, device=device, features=4)
     evaluate, place = both_ways(univariate)[:: -1 if inverted else 1]
-    grid, _ = place(torch.linspace(-9, 9, 3001, dtype=torch.float64, device=device).unsqueeze(-1).expand(-1, 4), raw)
+    grid, _ = place(
+        torch.linspace(-9, 9, 3001, dtype=torch.float64, device=device).unsqueeze(-1).expand(-1, 4),
+        raw,
+    )
     base, log_det = evaluate(grid, raw)
     density = (normal_log_prob(base.unsqueeze(-1)) + log_det).exp()
-    torch.testing.assert_close(torch.trapezoid(density, grid, dim=0), base.new_ones(4), rtol=0, atol=5e-4)
+    torch.testing.assert_close(
+        torch.trapezoid(density, grid, dim=0), base.new_ones(4), rtol=0, atol=5e-4
+    )
 
 
 # Sizes
@@ -180,7 +205,9 @@ def test_the_inverse_leaves_no_residual(univariate, device, dtype, spread):
     again, forward_log_det = univariate.forward_and_log_det(x, raw)
     # Rounding of the argument is stretched by the slope, and shifts of some hundred add roundings of their own.
     eps = torch.finfo(dtype).eps
-    allowed = 50 * eps * (y.abs() + x.abs() * forward_log_det.exp() + spread * univariate.parameters)
+    allowed = (
+        50 * eps * (y.abs() + x.abs() * forward_log_det.exp() + spread * univariate.parameters)
+    )
     assert bool(((again - y).abs() <= allowed).all())
 
 
@@ -203,10 +230,16 @@ def test_steep_and_flat_are_both_within_reach(device):
 def test_zeros_are_the_identity(univariate, device, dtype):
     raw = torch.zeros(univariate.parameters, 1, dtype=dtype, device=device)
     assert univariate.identity == (0.0,) * univariate.parameters and not univariate.linear
-    x = torch.cat([torch.linspace(-30, 30, 41), torch.tensor([1e-30, -1e-30, 1e30, -1e30])]).to(raw).unsqueeze(-1)
+    x = (
+        torch.cat([torch.linspace(-30, 30, 41), torch.tensor([1e-30, -1e-30, 1e30, -1e30])])
+        .to(raw)
+        .unsqueeze(-1)
+    )
     for y, log_det in (f(x, raw) for f in both_ways(univariate)):
         torch.testing.assert_close(y, x, rtol=4 * torch.finfo(dtype).eps, atol=0)
-        torch.testing.assert_close(log_det, torch.zeros_like(x), rtol=0, atol=8 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            log_det, torch.zeros_like(x), rtol=0, atol=8 * torch.finfo(dtype).eps
+        )
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
@@ -229,7 +262,9 @@ def test_units_part_with_the_first_step(device, optimizer, structure):
     step.step()
     raw = t._raw(x[:, :1], c) if isinstance(t, Coupling) else t._parameters_for(c)
     for _, gain, shift in _units(raw.detach(), 2, 8):
-        pairs = torch.stack([gain, shift], -1).unsqueeze(-3) - torch.stack([gain, shift], -1).unsqueeze(-4)
+        pairs = torch.stack([gain, shift], -1).unsqueeze(-3) - torch.stack(
+            [gain, shift], -1
+        ).unsqueeze(-4)
         apart = pairs.norm(dim=-1) + torch.eye(8, device=device).unsqueeze(-1)
         assert float(apart.min()) > 1e-6
 
@@ -245,7 +280,9 @@ def test_the_first_gradient_tells_units_of_the_integrand_apart(device):
     assert float(gaps.min()) > 1e-4
 
 
-@pytest.mark.parametrize("univariate", [MonotoneNetwork(), MonotoneIntegral()], ids=["network", "integral"])
+@pytest.mark.parametrize(
+    "univariate", [MonotoneNetwork(), MonotoneIntegral()], ids=["network", "integral"]
+)
 def test_fits_two_modes_and_a_heavy_tail(device, univariate):
     """Far beyond what any affine map can do, and close to the entropy."""
     generator = torch.Generator().manual_seed(0)
@@ -294,31 +331,63 @@ def test_compiles_as_one_graph(device, name):
     raw = raw_for(univariate, spread=0.5, device=device)
     x = torch.linspace(-2, 2, D, dtype=torch.float64, device=device)
     f = getattr(univariate, f"{direction}_and_log_det")
-    for left, right in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(x, raw), f(x, raw), strict=True):
+    for left, right in zip(
+        torch.compile(f, fullgraph=True, backend="aot_eager")(x, raw), f(x, raw), strict=True
+    ):
         torch.testing.assert_close(left, right)
 
 
 def test_repr_tells_the_options():
     assert "MonotoneNetwork(units=4, layers=1)" in repr(Elementwise(MonotoneNetwork(4, 1), D))
-    assert "MonotoneIntegral(units=8, nodes=65, bound=10.0)" in repr(Elementwise(MonotoneIntegral(), D))
+    assert "MonotoneIntegral(units=8, nodes=65, bound=10.0)" in repr(
+        Elementwise(MonotoneIntegral(), D)
+    )
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "units-zero": (lambda: MonotoneNetwork(units=0), ValueError, "units >= 1; got 0"),
-    "units-float": (lambda: MonotoneNetwork(units=2.0), TypeError, "units to be an integer; got 2.0"),
+    "units-float": (
+        lambda: MonotoneNetwork(units=2.0),
+        TypeError,
+        "units to be an integer; got 2.0",
+    ),
     "layers-zero": (lambda: MonotoneNetwork(layers=0), ValueError, "layers >= 1; got 0"),
-    "layers-none": (lambda: MonotoneNetwork(layers=None), TypeError, "layers to be an integer; got None"),
-    "integral-units-negative": (lambda: MonotoneIntegral(units=-1), ValueError, "units >= 1; got -1"),
+    "layers-none": (
+        lambda: MonotoneNetwork(layers=None),
+        TypeError,
+        "layers to be an integer; got None",
+    ),
+    "integral-units-negative": (
+        lambda: MonotoneIntegral(units=-1),
+        ValueError,
+        "units >= 1; got -1",
+    ),
     "integral-nodes-two": (lambda: MonotoneIntegral(nodes=2), ValueError, "nodes >= 3; got 2"),
-    "integral-nodes-even": (lambda: MonotoneIntegral(nodes=64), ValueError, "nodes to be odd, so that zero .*; got 64"),
-    "integral-nodes-bool": (lambda: MonotoneIntegral(nodes=True), TypeError, "nodes to be an integer; got True"),
-    "integral-bound-zero": (lambda: MonotoneIntegral(bound=0), ValueError, "bound to be positive and finite; got 0"),
+    "integral-nodes-even": (
+        lambda: MonotoneIntegral(nodes=64),
+        ValueError,
+        "nodes to be odd, so that zero .*; got 64",
+    ),
+    "integral-nodes-bool": (
+        lambda: MonotoneIntegral(nodes=True),
+        TypeError,
+        "nodes to be an integer; got True",
+    ),
+    "integral-bound-zero": (
+        lambda: MonotoneIntegral(bound=0),
+        ValueError,
+        "bound to be positive and finite; got 0",
+    ),
     "integral-bound-infinite": (
         lambda: MonotoneIntegral(bound=math.inf),
         ValueError,
         "bound to be positive and finite; got inf",
     ),
-    "integral-bound-text": (lambda: MonotoneIntegral(bound="10"), TypeError, "bound to be a number; got '10'"),
+    "integral-bound-text": (
+        lambda: MonotoneIntegral(bound="10"),
+        TypeError,
+        "bound to be a number; got '10'",
+    ),
 }
 
 

@@ -73,7 +73,14 @@ def test_scales_of_all_sizes(dtype, device):
 
 
 def cubic(y: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    return invert(lambda x: (x + theta * x.tanh() + x**3 / 3, torch.log(1 + theta * (1 - x.tanh() ** 2) + x**2)), y, "cubic")
+    return invert(
+        lambda x: (
+            x + theta * x.tanh() + x**3 / 3,
+            torch.log(1 + theta * (1 - x.tanh() ** 2) + x**2),
+        ),
+        y,
+        "cubic",
+    )
 
 
 def test_derivatives_up_to_the_third_order(device):
@@ -116,7 +123,9 @@ def test_a_range_too_small_is_told_by_name(device):
     def bounded(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.tanh(), 2 * (0.6931471805599453 - x - F.softplus(-2 * x))
 
-    with pytest.raises(RuntimeError, match=r"numeric inverse of Bounded does not converge: .* is missed by 1"):
+    with pytest.raises(
+        RuntimeError, match=r"numeric inverse of Bounded does not converge: .* is missed by 1"
+    ):
         invert(bounded, torch.tensor([0.5, 2.0], device=device), "Bounded")
 
 

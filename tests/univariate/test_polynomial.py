@@ -45,9 +45,13 @@ def polynomial(request: pytest.FixtureRequest) -> SumOfSquares | Bernstein:
     return POLYNOMIALS[request.param]
 
 
-def raw_for(univariate: Map, *batch: int, spread: float = 1.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def raw_for(
+    univariate: Map, *batch: int, spread: float = 1.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     generator = torch.Generator().manual_seed(4)
-    raw = spread * torch.randn(*batch, univariate.parameters, D, generator=generator, dtype=torch.float64)
+    raw = spread * torch.randn(
+        *batch, univariate.parameters, D, generator=generator, dtype=torch.float64
+    )
     return raw.to(dtype)
 
 
@@ -63,7 +67,9 @@ def test_is_the_identity_to_the_last_digit(univariate, dtype, device):
         for f in (univariate.forward_and_log_det, univariate.inverse_and_log_det):
             y, log_det = f(x, raw)
             torch.testing.assert_close(y, x, rtol=2 * torch.finfo(dtype).eps, atol=0)
-            torch.testing.assert_close(log_det, torch.zeros_like(x), rtol=0, atol=torch.finfo(dtype).eps)
+            torch.testing.assert_close(
+                log_det, torch.zeros_like(x), rtol=0, atol=torch.finfo(dtype).eps
+            )
 
 
 def test_log_derivative_is_that_of_autograd(univariate, device):
@@ -86,7 +92,9 @@ def test_wild_parameters_and_inputs(univariate, dtype, spread, device):
             outputs = f(x, raw)
             for output in outputs:
                 assert bool(output.isfinite().all())
-                for grad in torch.autograd.grad(output.sum(), (x, raw), retain_graph=True, allow_unused=True):
+                for grad in torch.autograd.grad(
+                    output.sum(), (x, raw), retain_graph=True, allow_unused=True
+                ):
                     assert grad is None or bool(grad.isfinite().all())
         # The inverse is judged by its residual: where the map is flat, x itself is anyone's guess.
         y, log_det = outputs
@@ -98,7 +106,9 @@ def test_wild_parameters_and_inputs(univariate, dtype, spread, device):
 
 def test_rises_everywhere(univariate, device):
     raw = raw_for(univariate, 8, spread=3.0).to(device)
-    x = torch.linspace(-30, 30, 4001, dtype=torch.float64, device=device)[:, None, None].expand(-1, 8, D)
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64, device=device)[:, None, None].expand(
+        -1, 8, D
+    )
     y, log_det = univariate.forward_and_log_det(x, raw)
     steps = y.diff(dim=0)
     # Where it is flat, rounding of values of this size may fall.
@@ -121,7 +131,9 @@ def test_one_table_serves_any_batch(univariate, device):
             torch.testing.assert_close(y, expected[0])
             torch.testing.assert_close(log_det, expected[1])
     for f in (univariate.forward_and_log_det, univariate.inverse_and_log_det):
-        y, log_det = f(torch.zeros(D, dtype=torch.float64, device=device), raw_for(univariate, 5).to(device))
+        y, log_det = f(
+            torch.zeros(D, dtype=torch.float64, device=device), raw_for(univariate, 5).to(device)
+        )
         assert y.shape == log_det.shape == (5, D)
 
 
@@ -130,7 +142,11 @@ def test_places_itself(univariate, placement):
     x = torch.zeros(4, D, device=placement)
     for f in (univariate.forward_and_log_det, univariate.inverse_and_log_det):
         for output in f(x, raw):
-            assert output.device.type == placement.type and output.shape == x.shape and output.dtype == x.dtype
+            assert (
+                output.device.type == placement.type
+                and output.shape == x.shape
+                and output.dtype == x.dtype
+            )
 
 
 @pytest.mark.parametrize("inverted", [False, True])
@@ -150,7 +166,10 @@ def test_density_integrates_to_one(univariate, inverted, device):
 
 def test_compiles_as_one_graph(univariate, device):
     torch.compiler.reset()
-    raw, x = raw_for(univariate, 5).to(device), torch.randn(5, D, dtype=torch.float64, device=device)
+    raw, x = (
+        raw_for(univariate, 5).to(device),
+        torch.randn(5, D, dtype=torch.float64, device=device),
+    )
     compiled = torch.compile(univariate.forward_and_log_det, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, raw), univariate.forward_and_log_det(x, raw))
 
@@ -158,7 +177,10 @@ def test_compiles_as_one_graph(univariate, device):
 def test_an_inverse_compiles_as_one_graph(device):
     torch.compiler.reset()
     univariate = SumOfSquares(1, 1)
-    raw, y = raw_for(univariate, 5).to(device), torch.randn(5, D, dtype=torch.float64, device=device)
+    raw, y = (
+        raw_for(univariate, 5).to(device),
+        torch.randn(5, D, dtype=torch.float64, device=device),
+    )
     compiled = torch.compile(univariate.inverse_and_log_det, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(y, raw), univariate.inverse_and_log_det(y, raw))
 
@@ -206,11 +228,15 @@ def test_sum_of_squares_by_hand(settings, device):
     for x in (-0.9 * univariate.bound, -0.2, 1e-3, 0.3, univariate.bound):
         given = torch.tensor([x], dtype=torch.float64, device=device)
         y, log_det = univariate.forward_and_log_det(given, raw.to(device))
-        assert float(log_det) == pytest.approx(math.log(slope_by_hand(univariate, raw[:, 0], x)), abs=1e-12)
+        assert float(log_det) == pytest.approx(
+            math.log(slope_by_hand(univariate, raw[:, 0], x)), abs=1e-12
+        )
         # The integral by Simpson's rule.
         grid = [x * i / 2000 for i in range(2001)]
         slopes = [slope_by_hand(univariate, raw[:, 0], s) for s in grid]
-        total = (slopes[0] + slopes[-1] + 4 * sum(slopes[1:-1:2]) + 2 * sum(slopes[2:-1:2])) * x / 6000
+        total = (
+            (slopes[0] + slopes[-1] + 4 * sum(slopes[1:-1:2]) + 2 * sum(slopes[2:-1:2])) * x / 6000
+        )
         assert float(y) == pytest.approx(total + float(raw[-1, 0]), rel=1e-9)
 
 
@@ -223,8 +249,12 @@ def test_bernstein_by_hand(settings, device):
     theta = [sum(steps[:j]) - 0.5 * sum(steps) for j in range(n + 1)]
     for x in (-bound, -0.3 * bound, 1e-3, 0.7 * bound, bound):
         u = (x + bound) / (2 * bound)
-        expected = sum(theta[j] * math.comb(n, j) * u**j * (1 - u) ** (n - j) for j in range(n + 1)) + float(raw[n])
-        slope = sum(n * steps[j] * math.comb(n - 1, j) * u**j * (1 - u) ** (n - 1 - j) for j in range(n)) / (2 * bound)
+        expected = sum(
+            theta[j] * math.comb(n, j) * u**j * (1 - u) ** (n - j) for j in range(n + 1)
+        ) + float(raw[n])
+        slope = sum(
+            n * steps[j] * math.comb(n - 1, j) * u**j * (1 - u) ** (n - 1 - j) for j in range(n)
+        ) / (2 * bound)
         given = torch.tensor([x], dtype=torch.float64, device=device)
         y, log_det = univariate.forward_and_log_det(given, raw[:, None].to(device))
         assert float(y) == pytest.approx(expected, rel=1e-12)
@@ -233,7 +263,9 @@ def test_bernstein_by_hand(settings, device):
 
 def test_goes_on_as_a_line_beyond_the_bound(polynomial, device):
     raw, b = raw_for(polynomial).to(device), polynomial.bound
-    at = torch.tensor([-b, -b - 1, -3 * b, b, b + 1, 3 * b], dtype=torch.float64, device=device)[:, None].expand(-1, D)
+    at = torch.tensor([-b, -b - 1, -3 * b, b, b + 1, 3 * b], dtype=torch.float64, device=device)[
+        :, None
+    ].expand(-1, D)
     y, log_det = polynomial.forward_and_log_det(at, raw)
     edge, edge_slope = y[[0, 0, 0, 3, 3, 3]], log_det[[0, 0, 0, 3, 3, 3]]
     torch.testing.assert_close(log_det, edge_slope)
@@ -247,11 +279,15 @@ def test_a_sum_of_squares_never_gets_flatter_than_its_floor(device):
     # The one polynomial, 1 + g a u, has its zero within the interval.
     raw = torch.tensor([[0.0], [-1.0], [0.0]], dtype=torch.float64, device=device)
     zero = 0.5 / (1 + 0.5 * math.cos(2))
-    log_det = univariate.forward_and_log_det(torch.tensor([zero], dtype=torch.float64, device=device), raw)[1]
+    log_det = univariate.forward_and_log_det(
+        torch.tensor([zero], dtype=torch.float64, device=device), raw
+    )[1]
     assert float(log_det) == pytest.approx(-10 * math.log(2), abs=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=1e-2), partial(torch.optim.Adam, lr=1e-2)])
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.SGD, lr=1e-2), partial(torch.optim.Adam, lr=1e-2)]
+)
 def test_polynomials_that_start_alike_learn_apart(optimizer, device):
     """Were they to stay multiples of one another, several squares would be no more than one."""
     univariate = SumOfSquares(3, 4)
@@ -287,7 +323,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "error", "fragment"), MISTAKES, ids=[fragment for *_, fragment in MISTAKES])
+@pytest.mark.parametrize(
+    ("make", "error", "fragment"), MISTAKES, ids=[fragment for *_, fragment in MISTAKES]
+)
 def test_mistakes_are_told_in_a_sentence(make, error, fragment):
     with pytest.raises(error) as caught:
         make()

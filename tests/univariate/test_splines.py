@@ -22,7 +22,11 @@ import pyroflows as pf
 from pyroflows.transforms import Coupling, Elementwise, coupling_masks
 from pyroflows.univariate import Affine, Univariate
 from pyroflows.univariate.base import codes_of, encode, support_of
-from pyroflows.univariate.splines import CircularSpline, LinearRationalSpline, RationalQuadraticSpline
+from pyroflows.univariate.splines import (
+    CircularSpline,
+    LinearRationalSpline,
+    RationalQuadraticSpline,
+)
 
 LINES: dict[str, Univariate] = {
     "rational-quadratic": RationalQuadraticSpline(bound=3.0),
@@ -38,15 +42,23 @@ def spline(request: pytest.FixtureRequest) -> Univariate:
     return SPLINES[request.param]
 
 
-def raw_for(spline: Univariate, *batch: int, spread: float = 1.0, features: int = D, seed: int = 4) -> Tensor:
+def raw_for(
+    spline: Univariate, *batch: int, spread: float = 1.0, features: int = D, seed: int = 4
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return spread * torch.randn(*batch, spline.parameters, features, generator=generator, dtype=torch.float64)
+    return spread * torch.randn(
+        *batch, spline.parameters, features, generator=generator, dtype=torch.float64
+    )
 
 
 def inputs_for(spline: Univariate, *batch: int, spread: float = 2.0) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     x = spread * torch.randn(*batch, D, generator=generator, dtype=torch.float64)
-    return torch.remainder(x + math.pi, 2 * math.pi) - math.pi if support_of(spline) != constraints.real else x
+    return (
+        torch.remainder(x + math.pi, 2 * math.pi) - math.pi
+        if support_of(spline) != constraints.real
+        else x
+    )
 
 
 def directions(spline: Univariate) -> tuple[Callable[..., tuple[Tensor, Tensor]], ...]:
@@ -56,13 +68,17 @@ def directions(spline: Univariate) -> tuple[Callable[..., tuple[Tensor, Tensor]]
 # The formulas
 
 
-def knots_by_hand(raw: list[float], bins: int, bound: float, min_size: float) -> tuple[list[float], list[float]]:
+def knots_by_hand(
+    raw: list[float], bins: int, bound: float, min_size: float
+) -> tuple[list[float], list[float]]:
     sides = []
     for part in (raw[:bins], raw[bins : 2 * bins]):
         total = sum(math.exp(a) for a in part)
         knots = [-bound]
         for a in part:
-            knots.append(knots[-1] + 2 * bound * (min_size + (1 - bins * min_size) * math.exp(a) / total))
+            knots.append(
+                knots[-1] + 2 * bound * (min_size + (1 - bins * min_size) * math.exp(a) / total)
+            )
         sides.append(knots)
     return sides[0], sides[1]
 
@@ -83,7 +99,10 @@ def test_rational_quadratic_by_hand(name, device):
         for i in range(D):
             values = raw[n, :, i].tolist()
             xs, ys = knots_by_hand(values, bins, bound, spline.min_size)
-            inner = [slope_by_hand(a, spline.min_slope) for a in values[2 * bins : spline.box.slopes + 2 * bins]]
+            inner = [
+                slope_by_hand(a, spline.min_slope)
+                for a in values[2 * bins : spline.box.slopes + 2 * bins]
+            ]
             slopes = [*inner, inner[0]] if name == "circular" else [1.0, *inner, 1.0]
             point = float(x[n, i])
             expected, slope = point, 1.0
@@ -93,14 +112,20 @@ def test_rational_quadratic_by_hand(name, device):
                     s, p = h / w, (point - xs[k]) / w
                     bottom = s + (slopes[k + 1] + slopes[k] - 2 * s) * p * (1 - p)
                     expected = ys[k] + h * (s * p**2 + slopes[k] * p * (1 - p)) / bottom
-                    slope = s**2 * (slopes[k + 1] * p**2 + 2 * s * p * (1 - p) + slopes[k] * (1 - p) ** 2) / bottom**2
+                    slope = (
+                        s**2
+                        * (slopes[k + 1] * p**2 + 2 * s * p * (1 - p) + slopes[k] * (1 - p) ** 2)
+                        / bottom**2
+                    )
             if name == "circular":
                 expected = (expected + values[-1] + math.pi) % (2 * math.pi) - math.pi
             assert float(y[n, i]) == pytest.approx(expected, abs=1e-12)
             assert float(log_slope[n, i]) == pytest.approx(math.log(slope), abs=1e-11)
 
 
-@pytest.mark.parametrize(("order", "kind"), [("linear", LinearRationalSpline), ("quadratic", RationalQuadraticSpline)])
+@pytest.mark.parametrize(
+    ("order", "kind"), [("linear", LinearRationalSpline), ("quadratic", RationalQuadraticSpline)]
+)
 def test_agrees_with_pyro_given_the_same_knots(order, kind, device):
     bins, bound = 6, 3.0
     spline = kind(bins, bound=bound)
@@ -112,7 +137,9 @@ def test_agrees_with_pyro_given_the_same_knots(order, kind, device):
         peer.unnormalized_heights.copy_(heights.mT)
         clip = -math.log(spline.min_slope)
         d = (clip * (slopes / clip).tanh()).exp()
-        peer.unnormalized_derivatives.copy_((d - 1e-3).expm1().log().mT)  # Pyro adds its least slope to a softplus
+        peer.unnormalized_derivatives.copy_(
+            (d - 1e-3).expm1().log().mT
+        )  # Pyro adds its least slope to a softplus
         if order == "linear":
             peer.unnormalized_lambdas.copy_(raw[3 * bins - 1 :].mT)
     y, log_slope = (t.cpu() for t in spline.forward_and_log_det(x.to(device), raw.to(device)))
@@ -154,8 +181,12 @@ def test_knots_keep_their_least_distance_and_slopes_their_bounds(device):
     # Widths 3.4, 0.2, 0.2, 0.2 and heights 0.2, 0.2, 0.2, 3.4.
     x = torch.tensor([[1.4], [1.6], [1.8]], dtype=torch.float64, device=device)
     y, log_slope = spline.forward_and_log_det(x, raw)
-    torch.testing.assert_close(y.flatten().cpu(), torch.tensor([-1.8, -1.6, -1.4], dtype=torch.float64))
-    torch.testing.assert_close(log_slope.exp().flatten().cpu(), torch.tensor([100.0, 1.0, 0.01], dtype=torch.float64))
+    torch.testing.assert_close(
+        y.flatten().cpu(), torch.tensor([-1.8, -1.6, -1.4], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        log_slope.exp().flatten().cpu(), torch.tensor([100.0, 1.0, 0.01], dtype=torch.float64)
+    )
 
 
 # What is extreme
@@ -166,18 +197,38 @@ def test_knots_keep_their_least_distance_and_slopes_their_bounds(device):
 def test_values_and_gradients_are_finite_whatever_comes(spline, dtype, spread, device):
     edge = getattr(spline, "bound", math.pi)
     below = torch.nextafter(torch.tensor(edge, dtype=dtype), torch.tensor(0.0, dtype=dtype))
-    special = [edge, -edge, float(below), -float(below), 0.0, 1e-30, -1e-30, 1e30, -1e30, 10.0, -10.0]
-    x = torch.cat([3 * torch.randn(3000, dtype=dtype), torch.tensor(special, dtype=dtype).repeat(100)]).unsqueeze(-1)
+    special = [
+        edge,
+        -edge,
+        float(below),
+        -float(below),
+        0.0,
+        1e-30,
+        -1e-30,
+        1e30,
+        -1e30,
+        10.0,
+        -10.0,
+    ]
+    x = torch.cat(
+        [3 * torch.randn(3000, dtype=dtype), torch.tensor(special, dtype=dtype).repeat(100)]
+    ).unsqueeze(-1)
     raw = raw_for(spline, len(x), spread=spread, features=1).to(dtype)
     for points in (x, torch.full_like(x, 100.0)):
         points, given = points.to(device).requires_grad_(), raw.to(device).requires_grad_()
         for f in directions(spline):
             y, log_slope = f(points, given)
-            for value in (y, log_slope, *torch.autograd.grad(y.sum() + log_slope.sum(), (points, given))):
+            for value in (
+                y,
+                log_slope,
+                *torch.autograd.grad(y.sum() + log_slope.sum(), (points, given)),
+            ):
                 assert bool(value.isfinite().all())
 
 
-@pytest.mark.parametrize(("name", "spread"), [("rational-quadratic", s) for s in (1, 20, 100)] + [("linear-rational", 1)])
+@pytest.mark.parametrize(
+    ("name", "spread"), [("rational-quadratic", s) for s in (1, 20, 100)] + [("linear-rational", 1)]
+)
 def test_the_inverse_misses_y_by_few_roundings(name, spread, device):
     """In single precision, by the residual in y, against what roundings of x and y are worth."""
     spline = SPLINES[name]
@@ -260,8 +311,12 @@ def test_only_the_gradients_asked_for(spline, device):
         both = [t.clone().requires_grad_() for t in (x, raw)]
         grads = torch.autograd.grad(f(*both)[0].sum(), both)
         for create_graph in (False, True):
-            (of_x,) = torch.autograd.grad(f(both[0], raw)[0].sum(), both[0], create_graph=create_graph)
-            (of_raw,) = torch.autograd.grad(f(x, both[1])[0].sum(), both[1], create_graph=create_graph)
+            (of_x,) = torch.autograd.grad(
+                f(both[0], raw)[0].sum(), both[0], create_graph=create_graph
+            )
+            (of_raw,) = torch.autograd.grad(
+                f(x, both[1])[0].sum(), both[1], create_graph=create_graph
+            )
             torch.testing.assert_close(of_x, grads[0])
             torch.testing.assert_close(of_raw, grads[1])
 
@@ -279,27 +334,44 @@ def test_forward_mode_and_traces(spline, device):
 
 
 @pytest.mark.parametrize(
-    "name", ["rational-quadratic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear-rational", "circular"))]
+    "name",
+    [
+        "rational-quadratic",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("linear-rational", "circular")),
+    ],
 )
 def test_compiles_as_one_graph(name, device):
     spline = SPLINES[name]
     torch.compiler.reset()
-    raw, x = raw_for(spline, 5).to(device).requires_grad_(), inputs_for(spline, 5).to(device).requires_grad_()
+    raw, x = (
+        raw_for(spline, 5).to(device).requires_grad_(),
+        inputs_for(spline, 5).to(device).requires_grad_(),
+    )
 
     def both(x: Tensor, raw: Tensor) -> tuple[Tensor, ...]:
         y, log_slope = spline.forward_and_log_det(x, raw)
         return y, log_slope, *spline.inverse_and_log_det(y, raw)
 
-    compiled, expected = torch.compile(both, fullgraph=True, backend="aot_eager")(x, raw), both(x, raw)
+    compiled, expected = (
+        torch.compile(both, fullgraph=True, backend="aot_eager")(x, raw),
+        both(x, raw),
+    )
     for left, right in zip(compiled, expected, strict=True):
         torch.testing.assert_close(left, right)
-    totals = (outputs[0].sum() + outputs[1].sum() + outputs[3].sum() for outputs in (compiled, expected))
-    for left, right in zip(*(torch.autograd.grad(total, (x, raw)) for total in totals), strict=True):
+    totals = (
+        outputs[0].sum() + outputs[1].sum() + outputs[3].sum() for outputs in (compiled, expected)
+    )
+    for left, right in zip(
+        *(torch.autograd.grad(total, (x, raw)) for total in totals), strict=True
+    ):
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-9)
 
 
 def test_a_meta_tensor_passes(spline, placement):
-    raw, x = raw_for(spline, 5).to(placement).requires_grad_(), inputs_for(spline, 5).to(placement).requires_grad_()
+    raw, x = (
+        raw_for(spline, 5).to(placement).requires_grad_(),
+        inputs_for(spline, 5).to(placement).requires_grad_(),
+    )
     for f in directions(spline):
         y, log_slope = f(x, raw)
         grads = torch.autograd.grad(y.sum() + log_slope.sum(), (x, raw))
@@ -324,7 +396,9 @@ def test_integrates_to_one_in_one_dimension(name, device):
 @pytest.mark.parametrize("name", list(LINES))
 @torch.no_grad()
 def test_integrates_to_one_in_two_dimensions(name, device):
-    layers = [Coupling(LINES[name], 2, mask=[i, not i], hidden_features=(8,)) for i in (True, False)]
+    layers = [
+        Coupling(LINES[name], 2, mask=[i, not i], hidden_features=(8,)) for i in (True, False)
+    ]
     flow = perturbed(pf.Flow(layers), 0.5).to(device).double()
     side = midpoints(9.0, 450, device)
     total = flow().log_prob(torch.cartesian_prod(side, side)).exp().mean() * 18**2
@@ -336,7 +410,9 @@ def torus(features: int, spread: float = 0.5) -> pf.Flow:
     layers: list[Any] = [Elementwise(CircularSpline(4), features)]
     if features > 1:
         masks = coupling_masks("half", features, 2)
-        layers += [Coupling(CircularSpline(4), features, mask=mask, hidden_features=(8,)) for mask in masks]
+        layers += [
+            Coupling(CircularSpline(4), features, mask=mask, hidden_features=(8,)) for mask in masks
+        ]
     return perturbed(pf.Flow(layers, base=flat), spread)
 
 
@@ -357,7 +433,10 @@ def test_the_circle_has_no_seam(device):
     spline = CircularSpline(5)
     raw = raw_for(spline, 50).to(device)
     step = 1e-9
-    left, right = (torch.full((50, D), s * (math.pi - step), dtype=torch.float64, device=device) for s in (-1, 1))
+    left, right = (
+        torch.full((50, D), s * (math.pi - step), dtype=torch.float64, device=device)
+        for s in (-1, 1)
+    )
     for f in directions(spline):
         (y0, l0), (y1, l1) = f(left, raw), f(right, raw)
         gap = torch.remainder(y0 - y1 + math.pi, 2 * math.pi) - math.pi
@@ -365,7 +444,9 @@ def test_the_circle_has_no_seam(device):
         torch.testing.assert_close(l0, l1, rtol=0, atol=1e-5)
         assert float((y0.abs() - math.pi).abs().median()) > 0.1
     flow = torus(2).to(device).double()
-    y = torch.tensor([[-math.pi + step, 0.5], [math.pi - step, 0.5]], dtype=torch.float64, device=device)
+    y = torch.tensor(
+        [[-math.pi + step, 0.5], [math.pi - step, 0.5]], dtype=torch.float64, device=device
+    )
     torch.testing.assert_close(*flow().log_prob(y), rtol=0, atol=1e-5)
 
 
@@ -383,7 +464,11 @@ def test_the_circle_keeps_its_order_and_its_support(device):
 
 def test_structures_say_where_the_circle_lives(device):
     circle = constraints.independent(constraints.interval(-math.pi, math.pi), 1)
-    for t in (Elementwise(CircularSpline(), D), Coupling(CircularSpline(), D), Coupling(CircularSpline(), D, 2).inv):
+    for t in (
+        Elementwise(CircularSpline(), D),
+        Coupling(CircularSpline(), D),
+        Coupling(CircularSpline(), D, 2).inv,
+    ):
         for constraint in (t.domain, t.codomain):
             assert constraint.event_dim == 1
             inside, outside = torch.tensor([[3.0] * D, [3.2] * D])
@@ -398,7 +483,9 @@ def test_structures_say_where_the_circle_lives(device):
 
 
 def test_networks_see_cosine_and_sine(device):
-    t = perturbed(Coupling(CircularSpline(4), 3, mask=[True, True, False], hidden_features=(8,)).double()).to(device)
+    t = perturbed(
+        Coupling(CircularSpline(4), 3, mask=[True, True, False], hidden_features=(8,)).double()
+    ).to(device)
     assert t.conditioner.input.in_features == 4
     x = torch.tensor([1.0, -math.pi, 0.3], dtype=torch.float64, device=device)
     turned = x + torch.tensor([0.0, 2 * math.pi, 0.0], dtype=torch.float64, device=device)
@@ -436,8 +523,16 @@ MISTAKES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"min_size": 0.0}, ValueError, "min_size to be positive and finite; got 0.0"),
     ({"min_size": -0.1}, ValueError, "min_size to be positive and finite; got -0.1"),
     ({"min_size": "small"}, TypeError, "min_size to be a number; got 'small'"),
-    ({"min_size": 0.125}, ValueError, "min_size < 1 / bins, for bins that fill the box; got 0.125 with 8 bins"),
-    ({"bins": 2000}, ValueError, "min_size < 1 / bins, for bins that fill the box; got 0.001 with 2000 bins"),
+    (
+        {"min_size": 0.125},
+        ValueError,
+        "min_size < 1 / bins, for bins that fill the box; got 0.125 with 8 bins",
+    ),
+    (
+        {"bins": 2000},
+        ValueError,
+        "min_size < 1 / bins, for bins that fill the box; got 0.001 with 2000 bins",
+    ),
     ({"min_slope": 0.0}, ValueError, "min_slope to be positive and finite; got 0.0"),
     ({"min_slope": 1.0}, ValueError, "min_slope < 1; got 1.0"),
     ({"min_slope": float("nan")}, ValueError, "min_slope to be positive and finite; got nan"),

@@ -27,7 +27,9 @@ def univariate(request: pytest.FixtureRequest) -> Univariate:
 
 def raw_for(univariate: Univariate, *batch: int, spread: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(4)
-    return spread * torch.randn(*batch, univariate.parameters, D, generator=generator, dtype=torch.float64)
+    return spread * torch.randn(
+        *batch, univariate.parameters, D, generator=generator, dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -42,7 +44,9 @@ def test_round_trip(univariate, dtype, spread):
     worth = log_det.neg().exp() * torch.maximum(y.abs(), x.abs() * log_det.exp()).clamp_min(1.0)
     if univariate.parameters == 2:
         worth = worth + (raw[:, 1].abs() * log_det.neg().exp())
-    torch.testing.assert_close((back - x) / (x.abs() + worth), torch.zeros_like(x), **tolerance(dtype, 8))
+    torch.testing.assert_close(
+        (back - x) / (x.abs() + worth), torch.zeros_like(x), **tolerance(dtype, 8)
+    )
     torch.testing.assert_close(inverse_log_det, -log_det, rtol=0, atol=0)
 
 
@@ -82,7 +86,9 @@ def test_one_table_serves_any_batch(univariate):
             expected = f(x, table.expand(*batch, *table.shape))
             torch.testing.assert_close(y, expected[0])
             torch.testing.assert_close(log_det, expected[1])
-    y, log_det = univariate.forward_and_log_det(torch.zeros(D, dtype=torch.float64), raw_for(univariate, 5))
+    y, log_det = univariate.forward_and_log_det(
+        torch.zeros(D, dtype=torch.float64), raw_for(univariate, 5)
+    )
     assert y.shape == log_det.shape == (5, D)
 
 
@@ -148,13 +154,17 @@ def test_softplus_does_not_underflow(dtype):
     torch.testing.assert_close(grad, torch.ones_like(a))
     # The two branches meet.
     near = torch.linspace(-31.0, -30.0, 101, dtype=dtype) - math.log(math.e - 1)
-    torch.testing.assert_close(Affine("softplus").log_scale(near).diff(), near.diff(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        Affine("softplus").log_scale(near).diff(), near.diff(), rtol=1e-3, atol=0
+    )
 
 
 def test_sigmoid_at_most_doubles():
     a = torch.tensor([-1e4, 0.0, 1e4], dtype=torch.float32)
     s = Affine("sigmoid").log_scale(a)
-    assert bool(s.isfinite().all()) and float(s[2].exp()) == pytest.approx(2.0) and float(s[1]) == 0.0
+    assert (
+        bool(s.isfinite().all()) and float(s[2].exp()) == pytest.approx(2.0) and float(s[1]) == 0.0
+    )
 
 
 def test_shift_keeps_volumes():
@@ -201,18 +211,24 @@ def test_structures_take_any_map_and_start_at_its_identity(context_features, hid
     ):
         t = t.double()
         x = points(t, 6)
-        given = t if context_features is None else t.condition(torch.randn(6, 2, dtype=torch.float64))
+        given = (
+            t if context_features is None else t.condition(torch.randn(6, 2, dtype=torch.float64))
+        )
         torch.testing.assert_close(given(x), x)
         with torch.no_grad():
             for parameter in t.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
         torch.testing.assert_close(given.inv(given(x)), x)
         for point in x:
-            one = t if context_features is None else t.condition(torch.zeros(2, dtype=torch.float64))
+            one = (
+                t if context_features is None else t.condition(torch.zeros(2, dtype=torch.float64))
+            )
             _, expected = torch.linalg.slogdet(jacrev(one)(point))
             torch.testing.assert_close(one.forward_and_log_det(point)[1], expected)
         assert "Power" in repr(t)
-        for of_own, of_default in zip(given.push_score(x, -x), Transform.push_score(given, x, -x), strict=True):
+        for of_own, of_default in zip(
+            given.push_score(x, -x), Transform.push_score(given, x, -x), strict=True
+        ):
             torch.testing.assert_close(of_own, of_default)
 
 
