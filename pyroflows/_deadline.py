@@ -1,0 +1,46 @@
+"""How much time a piece of work has, by a clock that tests can replace."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+__all__ = ["Deadline"]
+
+
+class Deadline:
+    """A time limit that all parts of one piece of work share.
+
+    Args:
+        seconds: Seconds of wall-clock time from now on; ``None`` for no limit.
+        clock: Returns a time in seconds that never goes back.
+
+    Example:
+        >>> times = iter([0.0, 4.0, 9.0, 11.0])
+        >>> deadline = Deadline(10.0, clock=lambda: next(times))
+        >>> deadline.elapsed, deadline.passed, deadline.passed
+        (4.0, False, True)
+    """
+
+    def __init__(
+        self, seconds: float | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._start = clock()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the work began."""
+        return self._clock() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; infinite without a limit."""
+        return math.inf if self.seconds is None else self.seconds - self.elapsed
+
+    @property
+    def passed(self) -> bool:
+        """Whether the time is over."""
+        return self.seconds is not None and self.elapsed >= self.seconds
