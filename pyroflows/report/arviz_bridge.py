@@ -1,12 +1,15 @@
 """The bridge to ArviZ: plain numpy arrays in, ArviZ's containers and diagnostics out.
 
-One code for ArviZ 0.23 (`InferenceData`) and ArviZ 1.x (`DataTree`). It knows nothing of torch and of the
-rest of pyroflows, so that it can be tested where torch is not installed.
+One code for ArviZ 0.23 (`InferenceData`) and ArviZ 1.x (`DataTree`). It imports neither torch nor another
+room, so that it can be tested where torch is not installed.
+
+Datasets are built here and not by `arviz.from_dict`, whose versions differ in the names that they give to
+dimensions, and which fills variables of unequal length with NaN, turns a scalar observation into a vector
+(0.23) and notes the time, so that two runs with one seed differ.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import warnings
@@ -17,11 +20,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .._files import whole_file
+
 if TYPE_CHECKING:
     import pandas
     import xarray
 
-__all__ = ["Loo", "diagnostics", "load", "loo", "psis", "save", "summary", "to_inference_data"]
+__all__ = [
+    "Loo",
+    "diagnostics",
+    "hdi",
+    "load",
+    "loo",
+    "psis",
+    "save",
+    "summary",
+    "to_inference_data",
+]
 
 SAMPLE_DIMS = ("chain", "draw")
 HDI_PROBABILITY = 0.94
@@ -268,6 +283,30 @@ def summary(
     return pandas.DataFrame(np.concatenate(rows), index=labels, columns=columns)
 
 
+def hdi(columns: np.ndarray, probability: float = HDI_PROBABILITY) -> np.ndarray:
+    """Find the shortest interval that holds a share of the draws, column by column.
+
+    Args:
+        columns: Draws of shape `(draws, columns)`, at least two.
+        probability: The share of the draws that the interval holds.
+
+    Returns:
+        Lower and upper ends, of shape `(columns, 2)`.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyroflows.report.arviz_bridge import hdi
+        >>> hdi(np.arange(101.0)[:, None]).tolist()
+        [[0.0, 94.0]]
+    """
+    arviz = _import_arviz()
+    if not _has_datatree(arviz):
+        return np.asarray(arviz.hdi(columns[None], hdi_prob=probability))
+    from arviz_stats.base import array_stats
+
+    return np.asarray(array_stats.hdi(columns, prob=probability, axis=0))
+
+
 def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Judge Markov chains by what ArviZ computes from them, for every scalar parameter.
 
@@ -342,16 +381,11 @@ def save(data: Any, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     if target.is_dir():
         raise ValueError(f"path: expected a file; got the folder {str(target)!r}")
-    partial = target.with_name(f"{target.name}.part")
     try:
-        data.to_netcdf(str(partial), engine=ENGINE)
-        partial.replace(target)
+        with whole_file(target) as temporary:
+            data.to_netcdf(temporary, engine=ENGINE)
     except OSError as error:
         raise ValueError(f"path: cannot write {str(target)!r}: {_reason(error)}") from error
-    finally:
-        # Whatever kept the file from being written may keep it from being removed.
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -538,16 +572,7 @@ def _statistics(draws: np.ndarray) -> np.ndarray:
     columns = draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
     if not columns.shape[1]:
         return np.empty((0, 4))
-    return np.column_stack([columns.mean(0), columns.std(0, ddof=1), _hdi(columns)])
-
-
-def _hdi(columns: np.ndarray) -> np.ndarray:
-    arviz = _import_arviz()
-    if not _has_datatree(arviz):
-        return np.asarray(arviz.hdi(columns[None], hdi_prob=HDI_PROBABILITY))
-    from arviz_stats.base import array_stats
-
-    return np.asarray(array_stats.hdi(columns, prob=HDI_PROBABILITY, axis=0))
+    return np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
 
 
 def _reason(error: OSError) -> str:
