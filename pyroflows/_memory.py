@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._compat import stamp, transforming
+
 
 class Evaluation(NamedTuple):
     """One evaluation: the tensor that was given, the one that came out, and what was learnt on the way."""
@@ -81,20 +83,9 @@ class Memory:
 
 
 def _state(*parts: Tensor | bool) -> tuple[Any, ...]:
-    return (torch.is_grad_enabled(), *map(_stamp, parts))
-
-
-def _stamp(part: Tensor | bool) -> Any:
-    if isinstance(part, bool):
-        return part
-    # The version counts writes; an assignment to ``.data``, as in ``module.double()``, only shows in the storage.
-    version = None if part.is_inference() else part._version
-    return id(part), version, part.untyped_storage()._cdata, part.requires_grad, part.retains_grad
+    stamps = [part if isinstance(part, bool) else stamp(part) for part in parts]
+    return (torch.is_grad_enabled(), *stamps)
 
 
 def _is_inference(part: Tensor | bool) -> bool:
     return not isinstance(part, bool) and part.is_inference()
-
-
-def transforming() -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
