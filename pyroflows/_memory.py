@@ -1,4 +1,4 @@
-"""What a transform or distribution remembers of its last evaluation, so that a fresh sample is scored for free."""
+"""The memory of a map's last evaluation, which scores a fresh sample for free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._compat import stamp, transforming
 
 
 class Evaluation(NamedTuple):
-    """One evaluation: the tensor that was given, the one that came out, and what was learnt on the way."""
+    """One evaluation: the tensor that was given, the result, and its log-determinant."""
 
     given: Tensor
     result: weakref.ref[Tensor]
@@ -26,11 +26,12 @@ class Evaluation(NamedTuple):
 class Memory:
     """One slot for the last evaluation.
 
-    It holds what was given and only watches what came out, so that it empties itself once the result is gone. It
-    answers only for the very tensor that came out, and only while no tensor involved has been written to since, under
-    the same gradient mode. It holds the definition of the map too, so that no other tensor can come by its identity.
-    Under compilation and function transforms, where tensors are stand-ins, and for tensors of inference mode, which do
-    not count their writes, it keeps nothing; a copy or a pickle starts empty.
+    It holds what was given and only watches what came out, so that it empties itself once the
+    result is gone. It answers only for the very tensor that came out, and only while no tensor
+    involved has been written to since, under the same gradient mode. It holds the definition of the
+    map too, so that no other tensor can come by its identity. Under compilation and function
+    transforms, where tensors are stand-ins, and for tensors of inference mode, which do not count
+    their writes, it keeps nothing; a copy or a pickle starts empty.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class Memory:
         define: Callable[[], Iterable[Tensor | bool]],
         tag: Any = None,
     ) -> None:
-        """Replaces what is remembered; ``define`` returns all that defines the map, tensors and flags."""
+        """Remembers an evaluation; ``define`` returns the tensors and flags that define the map."""
         if transforming():
             return
         self.clear()

@@ -150,10 +150,9 @@ def _findings(verdict: Any) -> Iterator[str]:
     """A line for each check of the verdict: held or failed by what, or why it was not judged."""
     for finding in getattr(verdict, "findings", ()):
         name = finding.name if finding.block is None else f"{finding.name} of {finding.block}"
-        if finding.status == "not judged":
-            yield f"{name:<16}not judged: {finding.sentence}"
-        else:
-            yield f"{name:<16}{finding.status}: {finding.value:.3g} (limit {finding.limit:g})"
+        judged = finding.value is not None and finding.limit is not None
+        told = f"{finding.value:.3g} (limit {finding.limit:g})" if judged else finding.sentence
+        yield f"{name:<15} {finding.status}: {told}"
 
 
 def _format(table: Any) -> str:

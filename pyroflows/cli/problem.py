@@ -117,7 +117,7 @@ def _parameters(model: Callable[..., Any]) -> list[inspect.Parameter]:
 def _check_keys(
     name: str, parameters: list[inspect.Parameter], data: Mapping[str, Any], file: str | None
 ) -> None:
-    """Tells all keys that are missing or unknown at once; ``Signature.bind`` would tell the first."""
+    """Tells all missing or unknown keys at once, where ``Signature.bind`` would tell the first."""
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [p.name for p in named if p.default is p.empty and p.name not in data]
     if missing and file is None:

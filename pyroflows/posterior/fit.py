@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import check_positive, check_size
+from .._checks import check_device, check_positive, check_size
 from .._compat import without_handlers
 from .._random import seeded
 from ..flows import Flow
@@ -404,14 +404,7 @@ def _on_device(
     loader = args if isinstance(args, DataLoader) else None
     args, kwargs = check_arguments(() if loader is not None else args, kwargs)
     if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(
-                f"Expected device to be one of this machine; got {str(device)!r} ({error})."
-            ) from None
-        if torch.device(device).type == "meta":
-            raise ValueError("Expected a device that computes; got 'meta'.")
+        check_device("device", device)
         if isinstance(model, torch.nn.Module):
             model.to(device)
         args = tuple(_moved(value, device) for value in args)

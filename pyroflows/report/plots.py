@@ -1,4 +1,4 @@
-"""Pictures of a posterior, drawn on figures of their own: nothing of pyplot's global state is touched."""
+"""Pictures of a posterior, on figures of their own: pyplot's global state is not touched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from scipy.special import ndtri
 
 from .._files import whole_file
 from .arviz_bridge import hdi
@@ -141,17 +140,19 @@ def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
 
     With :math:`z_i` the normal scores of column :math:`i` (the normal quantiles of its ranks) and
     :math:`h(z) = (z^2 - 1) / \sqrt 2`, a Gaussian copula of correlation :math:`\rho` has
-    :math:`E[h(z_i) z_j] = 0` and :math:`E[h(z_i) h(z_j)] = \rho^2`. The pair is the one of the largest
+    :math:`E[h(z_i) z_j] = 0` and :math:`E[h(z_i) h(z_j)] = \rho^2`. The pair is the one of the
+    largest
 
     .. math::
         E[h(z_i) z_j]^2 + E[z_i h(z_j)]^2 + (E[h(z_i) h(z_j)] - \rho^2)^2,
 
-    the first terms of the Hermite series of the copula that are not Gaussian: a funnel shows in the first
-    two, whatever its scale. Where no pair has a root of it above 0.1, the pair of the largest
+    the first terms of the Hermite series of the copula that are not Gaussian: a funnel shows in the
+    first two, whatever its scale. Where no pair has a root of it above 0.1, the pair of the largest
     :math:`|\rho|` is taken. Columns beyond the thousandth are not looked at.
 
     Args:
-        values: Draws of the scalar parameters, shape ``(draws, parameters)``, none of them constant.
+        values: Draws of the scalar parameters, shape ``(draws, parameters)``, none of them
+            constant.
 
     Returns:
         Two column indices, the column with the varying spread first; ``None`` for fewer than two
@@ -167,13 +168,15 @@ def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
     draws, parameters = values.shape
     if parameters < 2:
         return None
+    from scipy.special import ndtri  # here, because its import adds a filter of warnings
+
     ranks = np.argsort(np.argsort(values, axis=0, kind="stable"), axis=0)
     scores = ndtri((ranks + 0.5) / draws)
     z = scores / np.sqrt(np.mean(scores**2, axis=0))  # so that a column's own correlation is 1
     h = (z**2 - 1) / 2**0.5
     rho, skew, kurtosis = z.T @ z / draws, h.T @ z / draws, h.T @ h / draws
     excess = skew**2 + skew.T**2 + (kurtosis - rho**2) ** 2
-    # Two names for one quantity (an entry of a correlation matrix and its mirror image) make no pair.
+    # One quantity under two names (mirror images in a correlation matrix) is no pair.
     other = (np.abs(rho) < 0.99999) & ~np.eye(parameters, dtype=bool)
     if not other.any():
         return None
@@ -185,7 +188,7 @@ def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
 
 
 def _scalars(draws: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
-    """Returns the names of the scalar parameters that are finite and vary, and their draws in columns."""
+    """Returns names and draws (in columns) of the scalar parameters that are finite and vary."""
     if not isinstance(draws, Mapping):
         expected = "Expected draws to map names to arrays of shape (draws, *shape)"
         raise TypeError(f"{expected}; got {type(draws).__name__}.")
@@ -207,7 +210,7 @@ def _scalars(draws: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
 
 
 def _choose(names: list[str]) -> list[int]:
-    """Chooses first entries of every variable: a long vector must not crowd out scalars after it."""
+    """Chooses the first entries of every variable, so that a long vector leaves room for others."""
     seen: dict[str, int] = {}
     place = []
     for name in names:
