@@ -15,6 +15,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import MaskedDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
@@ -23,6 +24,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
@@ -30,26 +38,36 @@ __all__ = [
     "active_traces",
     "apply_to_module",
     "build_guide",
+    "copy_all",
     "default_validation",
     "definition_of",
     "full_name",
     "in_forward_mode",
+    "interpolate_all",
+    "is_mutating",
     "make_fx",
+    "mask_of",
     "module_name",
     "named_dims",
     "packed_dims",
     "stamp",
     "stored_parameters",
     "transforming",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
     "unvalidated",
     "validates",
     "whole_plates",
     "without_handlers",
 ]
 
-# Modules that torch has not documented: `WeakIdKeyDictionary` finds a tensor by its identity (as
-# keys of a `WeakKeyDictionary`, tensors would be compared entry by entry), and `make_fx` records
-# the operations of a function, gradients among them, which `torch.compile` does not read.
+# Names of modules that torch has not documented. `WeakIdKeyDictionary` finds a tensor by its
+# identity: as keys of a `WeakKeyDictionary`, tensors would be compared entry by entry. `make_fx`
+# records the operations of a function, gradients among them, which `torch.compile` does not read.
+# The trees are nested lists and dictionaries as `torch.func` and the compiler walk through them.
 
 
 # Pyro: handlers
@@ -154,6 +172,11 @@ def validates(distribution: Any) -> bool:
     return bool(getattr(distribution, "_validate_args", False))
 
 
+def mask_of(distribution: MaskedDistribution) -> Any:
+    """Returns the mask of a masked distribution, which has no public name for it."""
+    return distribution._mask
+
+
 def unvalidated(distribution: Any) -> Any:
     """Returns the distribution without checks of values, within those that wrap it too.
 
@@ -218,3 +241,19 @@ def definition_of(module: nn.Module) -> list[Tensor | bool]:
 def apply_to_module(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Applies a function to all tensors of a module, as ``module.to`` does."""
     return module._apply(function)
+
+
+def is_mutating(target: Any) -> bool:
+    """Returns whether an operation of a captured graph writes to one of its arguments."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors into others in place, in one kernel on a GPU."""
+    torch._foreach_copy_(targets, sources)
+
+
+def interpolate_all(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Moves tensors by a share of the way to others in place, in one kernel on a GPU."""
+    torch._foreach_lerp_(targets, ends, weight)

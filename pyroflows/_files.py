@@ -57,7 +57,7 @@ def save_whole(state: Any, path: str) -> None:
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ``OSError`` unless :func:`whole_file` can write to the path."""
-    if os.path.isdir(path):
+    if os.path.isdir(path) or not os.path.basename(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     temporary = _beside(path)
     # To create a file is the one test that agrees with the write to come, whatever forbids it.

@@ -229,6 +229,38 @@ def test_make_fx_records_gradients():
     torch.testing.assert_close(graph(torch.tensor([2.0, 3.0])), torch.tensor([12.0, 27.0]))
 
 
+def test_trees_are_taken_apart_and_made_again():
+    tree = {"a": torch.ones(2), "b": [torch.zeros(1), 3]}
+    leaves, spec = _compat.tree_flatten(tree)
+    assert leaves == _compat.tree_leaves(tree) == [tree["a"], tree["b"][0], 3]
+    assert _compat.tree_unflatten([1, 2, 3], spec) == {"a": 1, "b": [2, 3]}
+    assert _compat.tree_map(type, tree) == {"a": Tensor, "b": [Tensor, int]}
+    assert _compat.tree_map_only(Tensor, len, tree) == {"a": 2, "b": [1, 3]}
+
+
+def test_mask_of_a_masked_distribution():
+    mask = torch.tensor([True, False])
+    assert _compat.mask_of(dist.Normal(torch.zeros(2), 1.0).mask(mask)) is mask
+
+
+def test_is_mutating_tells_operations_in_place():
+    def write(x: Tensor) -> Tensor:
+        return (x + 1).mul_(2)
+
+    graph = _compat.make_fx(write)(torch.ones(2)).graph
+    found = {str(node.target): _compat.is_mutating(node.target) for node in graph.nodes}
+    assert found["aten.add.Tensor"] is False
+    assert found["aten.mul_.Tensor"] is True
+
+
+def test_many_tensors_are_copied_and_interpolated_in_place():
+    targets = [torch.zeros(2), torch.zeros(3)]
+    _compat.interpolate_all(targets, [torch.ones(2), torch.ones(3)], 0.25)
+    assert [t.tolist() for t in targets] == [[0.25] * 2, [0.25] * 3]
+    _compat.copy_all(targets, [torch.ones(2), torch.ones(3)])
+    assert [t.tolist() for t in targets] == [[1.0] * 2, [1.0] * 3]
+
+
 # All use goes by one door
 
 #: Modules of torch whose names have no underscore, but which torch does not document.
@@ -314,6 +346,7 @@ def test_private_names_of_torch_and_pyro_are_used_in_one_place():
         "getattr(fn, '_validate_args', False)",
         "self._cudagraphs",
         "module._parameters.values()",
+        "term._pyro_dims = dims",
     ],
 )
 def test_the_reading_of_sources_sees(source):
@@ -345,7 +378,7 @@ def _is_private(name: str) -> bool:
 
 
 def _defined(tree: ast.Module) -> set[str]:
-    """Private members of the classes in a source: methods, class variables, assignments to self."""
+    """Private members that a source gives to objects: in the bodies of classes or by assignment."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
@@ -355,7 +388,7 @@ def _defined(tree: ast.Module) -> set[str]:
                 targets = getattr(member, "targets", [getattr(member, "target", None)])
                 names.update(target.id for target in targets if isinstance(target, ast.Name))
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            names.update({node.attr} if _is_own_object(node.value) else ())
+            names.add(node.attr)
     return set(filter(_is_private, names))
 
 
@@ -403,7 +436,7 @@ def _is_allowed(value: ast.expr, name: str, own: set[str], foreign: set[str]) ->
         return True
     if _is_own_object(value):
         return name in own or name in OF_INSTANCES.union(*HOOKS.values())
-    return name in own - foreign
+    return name in own - foreign and not name.startswith("_pyro")
 
 
 def _is_own_object(value: ast.expr) -> bool:
