@@ -45,6 +45,22 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         )
 
 
+def check_device(name: str, value: Any) -> str:
+    """Returns ``value`` as the word for a device on which torch can compute here."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        expected = f"Expected {name} to name a torch device such as cpu or cuda:0"
+        raise ValueError(f"{expected}; got {value!r}.") from error
+    try:
+        # Tensors of the device "meta" have no numbers to give back.
+        torch.zeros(1, device=device).add_(1).tolist()
+    except Exception as error:  # of many types: each backend has its own
+        [reason, *_] = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"Cannot compute on {name} {device}: {reason.rstrip('.')}.") from error
+    return str(device)
+
+
 def check_hidden(value: Any) -> tuple[int, ...]:
     """Returns the widths of hidden layers as a tuple."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from ._compat import default_validation
+
 __all__ = ["compiled"]
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """``torch.compile``, which in a process's first call turns off the arguments' validation in all distributions."""
-    validate = torch.distributions.Distribution._validate_args
+    validate = default_validation()
     try:
         return torch.compile(function, **options)
     finally:

@@ -1,4 +1,4 @@
-"""What a transform or distribution remembers of its last evaluation, so that a fresh sample is scored for free."""
+"""The memory of a map's last evaluation, which scores a fresh sample for free."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._compat import stamp, transforming
+
 
 class Evaluation(NamedTuple):
-    """One evaluation: the tensor that was given, the one that came out, and what was learnt on the way."""
+    """One evaluation: the tensor that was given, the result, and its log-determinant."""
 
     given: Tensor
     result: weakref.ref[Tensor]
@@ -24,11 +26,12 @@ class Evaluation(NamedTuple):
 class Memory:
     """One slot for the last evaluation.
 
-    It holds what was given and only watches what came out, so that it empties itself once the result is gone. It
-    answers only for the very tensor that came out, and only while no tensor involved has been written to since, under
-    the same gradient mode. It holds the definition of the map too, so that no other tensor can come by its identity.
-    Under compilation and function transforms, where tensors are stand-ins, and for tensors of inference mode, which do
-    not count their writes, it keeps nothing; a copy or a pickle starts empty.
+    It holds what was given and only watches what came out, so that it empties itself once the
+    result is gone. It answers only for the very tensor that came out, and only while no tensor
+    involved has been written to since, under the same gradient mode. It holds the definition of the
+    map too, so that no other tensor can come by its identity. Under compilation and function
+    transforms, where tensors are stand-ins, and for tensors of inference mode, which do not count
+    their writes, it keeps nothing; a copy or a pickle starts empty.
     """
 
     def __init__(self) -> None:
@@ -42,7 +45,7 @@ class Memory:
         define: Callable[[], Iterable[Tensor | bool]],
         tag: Any = None,
     ) -> None:
-        """Replaces what is remembered; ``define`` returns all that defines the map, tensors and flags."""
+        """Remembers an evaluation; ``define`` returns the tensors and flags that define the map."""
         if transforming():
             return
         self.clear()
@@ -81,20 +84,9 @@ class Memory:
 
 
 def _state(*parts: Tensor | bool) -> tuple[Any, ...]:
-    return (torch.is_grad_enabled(), *map(_stamp, parts))
-
-
-def _stamp(part: Tensor | bool) -> Any:
-    if isinstance(part, bool):
-        return part
-    # The version counts writes; an assignment to ``.data``, as in ``module.double()``, only shows in the storage.
-    version = None if part.is_inference() else part._version
-    return id(part), version, part.untyped_storage()._cdata, part.requires_grad, part.retains_grad
+    stamps = [part if isinstance(part, bool) else stamp(part) for part in parts]
+    return (torch.is_grad_enabled(), *stamps)
 
 
 def _is_inference(part: Tensor | bool) -> bool:
     return not isinstance(part, bool) and part.is_inference()
-
-
-def transforming() -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

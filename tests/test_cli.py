@@ -10,9 +10,9 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-import pandas
+import numpy as np
 import pytest
 import torch
 from pyro import poutine
@@ -75,22 +75,35 @@ class FakePosterior:
         self.interrupted = interrupted
         self.verdict = FakeVerdict()
 
-    def sample(self, n: int) -> dict[str, torch.Tensor]:
-        return {"mu": torch.randn(n), "theta": torch.randn(n, 2)}
+    def to_arviz(self, draws: int) -> FakeContainer:
+        return FakeContainer(draws)
 
-    def summary(self, n: int) -> pandas.DataFrame:
-        rows = [
-            (4.43219, 3.3, -1.5, 10.61),
-            (0.000123456, 0.0002, 0.0, 0.0004),
-            (3.0, 0.0, 3.0, 3.0),
-        ]
-        columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
-        return pandas.DataFrame(rows, index=["mu", "theta[0]", "k"], columns=columns)
 
-    def to_arviz(self, draws: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            to_netcdf=lambda path, engine: Path(path).write_text(f"{draws} draws")
-        )
+class FakeContainer:
+    """Evenly spaced draws, in place of ArviZ's container."""
+
+    def __init__(self, draws: int) -> None:
+        even = np.arange(draws) / 32  # without rounding, so that the first interval is the shortest
+        theta = np.stack([even / 2**13, even], axis=-1)
+        columns = {"mu": even, "theta": theta, "k": np.full(draws, 3.0)}
+        self.data_vars = {name: SimpleNamespace(values=x[None]) for name, x in columns.items()}
+        self.draws = draws
+
+    def __getitem__(self, group: str) -> FakeContainer:
+        assert group == "posterior"
+        return self
+
+    def to_netcdf(self, path: str, engine: str) -> None:
+        Path(path).write_text(f"{self.draws} draws")
+
+
+class FakeFinding(NamedTuple):
+    name: str
+    status: str
+    value: float | None
+    limit: float | None
+    sentence: str
+    block: str | None = None
 
 
 class FakeVerdict(SimpleNamespace):
@@ -99,6 +112,11 @@ class FakeVerdict(SimpleNamespace):
             ok=True, elbo=-31.338, log_evidence=-31.2876, log_evidence_error=0.0042, khat=0.517
         )
         self.ess, self.draws = 0.941, 10000
+        self.findings = [
+            FakeFinding("k-hat", "held", 0.517, 0.7, ""),
+            FakeFinding("drift", "failed", 0.25, 0.1, "", block="theta"),
+            FakeFinding("modes", "not judged", None, None, "there was no time for a census."),
+        ]
 
     def __str__(self) -> str:
         return "This posterior can be trusted."
@@ -142,8 +160,9 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
     assert err == ""
     lines = [line.split() for line in out.splitlines()]
     assert ["mean", "sd", "hdi_3%", "hdi_97%"] in lines
-    assert ["mu", "4.43", "3.30", "-1.50", "10.61"] in lines
-    assert ["theta[0]", "0.000123", "0.000200", "0.000000", "0.000400"] in lines
+    assert ["mu", "7.80", "4.52", "0.00", "14.69"] in lines
+    assert ["theta[0]", "0.000952", "0.000551", "0.000000", "0.001793"] in lines
+    assert ["k", "3.000", "0.000", "3.000", "3.000"] in lines
     for expected in (
         "This posterior can be trusted.",
         "ELBO            -31.34",
@@ -152,6 +171,9 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
         "importance ESS  94.1% of 10000 draws",
         "found by        flow, 150 steps",
         "seconds         1.2",
+        "k-hat           held: 0.517 (limit 0.7)",
+        "drift of theta  failed: 0.25 (limit 0.1)",
+        "modes           not judged: there was no time for a census.",
         "Saved eight_schools.nc and eight_schools.png.",
     ):
         assert expected in out
@@ -169,6 +191,15 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
         "time_limit": 60.0,
         "device": None,
     }
+
+
+def test_the_posterior_is_drawn_once(fit, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        fit.result, "to_arviz", lambda draws: drawn.append(draws) or FakeContainer(draws)
+    )
+    assert main(["fit", "funnel", "--draws", "300"]) == 0
+    assert drawn == [300]
 
 
 def test_quiet_prints_the_verdict_alone(fit, folder, capsys):
@@ -427,7 +458,9 @@ def test_an_output_lost_after_the_fit_is_told(fit, capsys):
     def to_netcdf(path: str, engine: str) -> None:
         raise OSError(28, "No space left on device")
 
-    fit.result.to_arviz = lambda draws: SimpleNamespace(to_netcdf=to_netcdf)
+    container = FakeContainer(100)
+    container.to_netcdf = to_netcdf  # type: ignore[method-assign]
+    fit.result.to_arviz = lambda draws: container
     assert main(["fit", "funnel"]) == 2
     out, err = capsys.readouterr()
     assert "ELBO" in out

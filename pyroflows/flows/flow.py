@@ -11,13 +11,19 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
-from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .._checks import check_context
+from .._compat import (
+    WeakIdKeyDictionary,
+    active_traces,
+    apply_to_module,
+    full_name,
+    module_name,
+    stored_parameters,
+)
 from ..distributions.flow import FlowDistribution, StandardNormal, bijection_onto
 from ..transforms import Compose, Standardize, Transform
 
@@ -161,17 +167,17 @@ def register_parameters(module: PyroModule) -> None:
     """
     local = pyro.settings.get("module_local_params")
     for name, parameter in module.named_parameters():
-        full = module._pyro_get_fullname(name)
+        full = full_name(module, name)
         if local:
-            _check_single_name(full, parameter, module._pyro_name)
+            _check_single_name(full, parameter, module_name(module))
             _state_local(full, parameter)
         elif not _has_other_name(full, parameter):
-            _register(full, parameter, module._pyro_name)
+            _register(full, parameter, module_name(module))
 
 
 def _register(full: str, parameter: nn.Parameter, module_name: str) -> None:
     store = pyro.get_param_store()
-    stored = store._params.get(full)
+    stored = stored_parameters().get(full)
     if stored is not None and stored is not parameter:
         if stored in _OWN_PARAMETERS:
             _check_single_name(full, parameter, module_name)
@@ -217,8 +223,7 @@ def _check_single_name(full: str, parameter: nn.Parameter, module_name: str) -> 
 
 def _traced(name: str) -> list[Tensor]:
     """What goes by a name in the traces that are being recorded."""
-    traces = [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
-    values: list[Any] = [trace.nodes[name]["value"] for trace in traces if name in trace.nodes]
+    values = [trace.nodes[name]["value"] for trace in active_traces() if name in trace.nodes]
     return [value.unconstrained() for value in values if hasattr(value, "unconstrained")]
 
 
@@ -290,7 +295,7 @@ def _apply_to_tensors(value: Any, fn: Callable[[Tensor], Tensor], seen: set[int]
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, nn.Module):
-        return value._apply(fn)
+        return apply_to_module(value, fn)
     if isinstance(value, list):
         return [_apply_to_tensors(item, fn, seen) for item in value]
     parts = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._checks import caller_level, check_size, check_tensor
+from .._compat import build_guide, make_fx, unvalidated, validates, whole_plates
 from .enumeration import enumerated_log_prob
 from .start import init_to_median
 
@@ -192,8 +190,7 @@ class LogDensity:
     def introduce(self, guide: Any) -> None:
         """Runs a fresh autoguide once on the model's arguments, outside of all traces, so that it is built."""
         with self.on_device(), poutine.block():
-            guide._setup_prototype(*self.args, **self.kwargs)
-            guide._create_plates(*self.args, **self.kwargs)
+            build_guide(guide, self.args, self.kwargs)
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which the model is run, so that what it makes is made on its device."""
@@ -488,44 +485,15 @@ class WholePlates:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _whole_plates():
+        with whole_plates():
             return self.model(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _whole_plates() -> Iterator[None]:
-    # No handler can do this: a plate refuses rows of another number than its own, and counts by that number.
-    subsample = SubsampleMessenger._subsample
-
-    def whole(
-        name: str, size: Any = None, subsample_size: Any = None, rows: Any = None, *rest: Any
-    ) -> Any:
-        return subsample(name, size, None if rows is None else subsample_size, rows, *rest)
-
-    SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]
 
 
 class _Unvalidated(Messenger):
     """Lifts validation from distributions that were made before it was switched off, such as those of a PyroModule."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
-        msg["fn"] = _unvalidated(msg["fn"])
-
-
-def _unvalidated(fn: Any) -> Any:
-    base = getattr(fn, "base_dist", None)
-    bare = base if base is None else _unvalidated(base)
-    if bare is base and not getattr(fn, "_validate_args", False):
-        return fn
-    fn = copy.copy(fn)
-    fn._validate_args = False
-    if base is not None:
-        fn.base_dist = bare
-    return fn
+        msg["fn"] = unvalidated(msg["fn"])
 
 
 def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -679,10 +647,10 @@ def _refuse_data_off_support(trace: Any) -> None:
     """Refuses data to which a distribution, unvalidated, would give a density that means nothing."""
     for name, node in _sample_nodes(trace):
         fn = node["fn"]
-        if not node["is_observed"] or not fn._validate_args:
+        if not node["is_observed"] or not validates(fn):
             continue
         value = torch.as_tensor(node["value"])
-        log_prob = torch.as_tensor(_unvalidated(fn).log_prob(value))
+        log_prob = torch.as_tensor(unvalidated(fn).log_prob(value))
         given = value.shape[: value.dim() - fn.event_dim]
         plates = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
         if any(

@@ -12,6 +12,8 @@ from pyro.ops.rings import LogRing
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .._compat import named_dims, packed_dims
+
 __all__ = ["enumerated_log_prob"]
 
 
@@ -38,7 +40,7 @@ def enumerated_log_prob(trace: Any) -> Tensor:
         if site["type"] != "sample" or site_is_subsample(site):
             continue
         term = site["packed"]["unscaled_log_prob"]
-        if enumerated.isdisjoint(term._pyro_dims):
+        if enumerated.isdisjoint(packed_dims(term)):
             total = total + site["log_prob_sum"]
             continue
         if site["infer"].get("_enumerate_dim") is None:
@@ -77,19 +79,19 @@ class _EliminationRing(LogRing):
             # The one with the smallest table first: in a star the leaves, not the centre that joins them all.
             dim = min(
                 sorted(left),
-                key=lambda dim: len(set("".join(t._pyro_dims for t in _touched(terms, dim)))),
+                key=lambda dim: len(set("".join(packed_dims(t) for t in _touched(terms, dim)))),
             )
             touched = _touched(terms, dim)
             product = _product(touched)
-            rest = product._pyro_dims.replace(dim, "")  # type: ignore[attr-defined]
-            summed = _named(_logsumexp(product, product._pyro_dims.index(dim)), rest)  # type: ignore[attr-defined]
+            rest = packed_dims(product).replace(dim, "")
+            summed = named_dims(_logsumexp(product, packed_dims(product).index(dim)), rest)
             terms = [term for term in terms if all(term is not t for t in touched)] + [summed]
             left.remove(dim)
         return _product(terms)
 
 
 def _touched(terms: list[Tensor], dim: str) -> list[Any]:
-    return [term for term in terms if dim in term._pyro_dims]  # type: ignore[attr-defined]
+    return [term for term in terms if dim in packed_dims(term)]
 
 
 def _logsumexp(term: Tensor, dim: int) -> Tensor:
@@ -103,16 +105,11 @@ def _logsumexp(term: Tensor, dim: int) -> Tensor:
 
 
 def _product(terms: list[Tensor]) -> Tensor:
-    dims = "".join(sorted(set("".join(term._pyro_dims for term in terms))))  # type: ignore[attr-defined]
+    dims = "".join(sorted(set("".join(packed_dims(term) for term in terms))))
     total: Any = 0
     for term in terms:
-        names = term._pyro_dims  # type: ignore[attr-defined]
+        names = packed_dims(term)
         ordered = term.permute([names.index(dim) for dim in dims if dim in names])
         shape = iter(ordered.shape)
         total = total + ordered.reshape([next(shape) if dim in names else 1 for dim in dims])
-    return _named(total, dims)
-
-
-def _named(term: Tensor, dims: str) -> Tensor:
-    term._pyro_dims = dims  # type: ignore[attr-defined]
-    return term
+    return named_dims(total, dims)

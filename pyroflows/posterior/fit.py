@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
@@ -11,11 +10,11 @@ from os import PathLike
 from typing import Any
 
 import torch
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import check_positive, check_size
+from .._checks import check_device, check_positive, check_size
+from .._compat import without_handlers
 from .._random import seeded
 from ..flows import Flow
 from ..guides import AutoFlow, AutoMixture
@@ -135,7 +134,7 @@ def fit_posterior(
     start = time.perf_counter()
     deadline = None if time_limit is None else start + time_limit
     args, kwargs = _on_device(device, model, args, kwargs)
-    with seeded(distributed.agree(seed)), _outside_of_handlers():
+    with seeded(distributed.agree(seed)), without_handlers():
         trained = log_density_of(
             model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device
         )
@@ -405,14 +404,7 @@ def _on_device(
     loader = args if isinstance(args, DataLoader) else None
     args, kwargs = check_arguments(() if loader is not None else args, kwargs)
     if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(
-                f"Expected device to be one of this machine; got {str(device)!r} ({error})."
-            ) from None
-        if torch.device(device).type == "meta":
-            raise ValueError("Expected a device that computes; got 'meta'.")
+        check_device("device", device)
         if isinstance(model, torch.nn.Module):
             model.to(device)
         args = tuple(_moved(value, device) for value in args)
@@ -422,14 +414,3 @@ def _on_device(
 
 def _moved(value: Any, device: str | torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-@contextlib.contextmanager
-def _outside_of_handlers() -> Iterator[None]:
-    """Takes Pyro's handlers off for a while: nothing of a fit is a statement of a model around the call."""
-    handlers = list(_PYRO_STACK)
-    _PYRO_STACK.clear()
-    try:
-        yield
-    finally:
-        _PYRO_STACK[:] = handlers

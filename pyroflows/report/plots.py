@@ -1,19 +1,19 @@
-"""Pictures of a posterior, drawn on figures of their own: nothing of pyplot's global state is touched."""
+"""Pictures of a posterior, on figures of their own: pyplot's global state is not touched."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
-from typing import Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from torch import Tensor
 
-from pyroflows._checks import check_size
+from .._files import whole_file
+from .arviz_bridge import hdi
 
 __all__ = ["hardest_pair", "plot_marginals", "plot_pair", "plot_posterior"]
 
@@ -23,41 +23,30 @@ NOTICEABLE = 0.1  # the least dependence that is called not Gaussian; its noise 
 BLUE, RED, GREY = "#2c6fad", "#b5342b", "#555555"
 
 
-class Sampler(Protocol):
-    """Anything with draws, a :class:`pyroflows.Posterior` before all."""
+def plot_posterior(draws: Mapping[str, Any], path: str | PathLike[str] | None = None) -> Figure:
+    """Draws the marginals of the scalar parameters, and the pair of them that is hardest to fit.
 
-    def sample(self, n: int) -> dict[str, Tensor]:
-        """Draw n values of each site, shapes ``(n, *site_shape)``."""
-        ...
-
-
-def plot_posterior(
-    posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000
-) -> Figure:
-    """Draw the marginals of the scalar parameters, and the pair of them that is hardest to fit.
-
-    At most twelve marginals are drawn, some of every site; a sentence below says of how many. The pair is
-    that of :func:`hardest_pair`.
+    At most twelve marginals are drawn, some of every variable; a sentence below says of how many.
+    The pair is that of :func:`hardest_pair`.
 
     Args:
-        posterior: any object with ``sample(n)`` that returns a dict of tensors ``(n, *site_shape)``.
-        path: file to write the figure to, its suffix naming the format; ``None`` writes none.
-        draws: how many draws to ask for.
+        draws: Variable name -> array of shape ``(draws, *shape)``, such as ``posterior.sample()``.
+        path: File to write the figure to, its suffix naming the format; ``None`` writes none.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        TypeError: ``posterior`` cannot be sampled, or ``draws`` is no integer.
-        ValueError: ``draws`` is below 2, or there is nothing finite that varies.
+        TypeError: If ``draws`` is no mapping.
+        ValueError: If there is nothing finite that varies.
 
-    >>> import torch
-    >>> class Normal:
-    ...     def sample(self, n):
-    ...         return {"mu": torch.randn(n), "theta": torch.randn(n, 3)}
-    >>> figure = plot_posterior(Normal(), draws=200)
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> draws = {"mu": rng.normal(size=200), "theta": rng.normal(size=(200, 3))}
+        >>> len(plot_posterior(draws).axes)
+        5
     """
-    names, values = _draw(posterior, draws)
+    names, values = _scalars(draws)
     shown = _choose(names)
     pair = hardest_pair(values)
     columns = 1 if len(shown) == 1 else 2 if len(shown) <= 4 else 3 if len(shown) <= 9 else 4
@@ -74,31 +63,27 @@ def plot_posterior(
     return _written(figure, path)
 
 
-def plot_marginals(
-    posterior: Sampler, path: str | PathLike[str] | None = None, draws: int = 4000
-) -> Figure:
-    """Draw a histogram of each scalar parameter, with its mean and its shortest interval that holds 94 %.
+def plot_marginals(draws: Mapping[str, Any], path: str | PathLike[str] | None = None) -> Figure:
+    """Draws a histogram of each scalar parameter, with its mean and its 94 % interval.
+
+    The interval is the shortest that holds 94 % of the draws.
 
     Args:
-        posterior: any object with ``sample(n)`` that returns a dict of tensors ``(n, *site_shape)``.
-        path: file to write the figure to, its suffix naming the format; ``None`` writes none.
-        draws: how many draws to ask for.
+        draws: Variable name -> array of shape ``(draws, *shape)``, such as ``posterior.sample()``.
+        path: File to write the figure to, its suffix naming the format; ``None`` writes none.
 
     Returns:
         The matplotlib figure, of twelve marginals at most.
 
     Raises:
-        TypeError: ``posterior`` cannot be sampled, or ``draws`` is no integer.
-        ValueError: ``draws`` is below 2, or there is nothing finite that varies.
+        TypeError: If ``draws`` is no mapping.
+        ValueError: If there is nothing finite that varies.
 
-    >>> import torch
-    >>> class Normal:
-    ...     def sample(self, n):
-    ...         return {"mu": torch.randn(n)}
-    >>> len(plot_marginals(Normal(), draws=200).axes)
-    1
+    Example:
+        >>> len(plot_marginals({"mu": np.random.default_rng(0).normal(size=200)}).axes)
+        1
     """
-    names, values = _draw(posterior, draws)
+    names, values = _scalars(draws)
     shown = _choose(names)
     columns = min(4, len(shown))
     figure = _figure(2.6 * columns + 0.4, 1.9 * -(-len(shown) // columns) + 0.9)
@@ -107,43 +92,42 @@ def plot_marginals(
 
 
 def plot_pair(
-    posterior: Sampler,
+    draws: Mapping[str, Any],
     x: str | None = None,
     y: str | None = None,
     path: str | PathLike[str] | None = None,
-    draws: int = 4000,
 ) -> Figure:
-    """Draw two scalar parameters against each other, by default the two that are hardest to fit.
+    """Draws two scalar parameters against each other, by default the two that are hardest to fit.
 
     A positive parameter whose draws span more than a factor of ten has a logarithmic axis.
 
     Args:
-        posterior: any object with ``sample(n)`` that returns a dict of tensors ``(n, *site_shape)``.
-        x: parameter on the horizontal axis, such as ``"theta[0]"``; both ``None`` takes :func:`hardest_pair`.
-        y: parameter on the vertical axis.
-        path: file to write the figure to, its suffix naming the format; ``None`` writes none.
-        draws: how many draws to ask for.
+        draws: Variable name -> array of shape ``(draws, *shape)``, such as ``posterior.sample()``.
+        x: Parameter on the horizontal axis, such as ``"theta[0]"``; without ``x`` and ``y`` the
+            pair is that of :func:`hardest_pair`.
+        y: Parameter on the vertical axis.
+        path: File to write the figure to, its suffix naming the format; ``None`` writes none.
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        TypeError: ``posterior`` cannot be sampled, or ``draws`` is no integer.
-        ValueError: only one name is given or it is unknown, or there is no pair to draw.
+        TypeError: If ``draws`` is no mapping.
+        ValueError: If only one name is given or it is unknown, or if there is no pair to draw.
 
-    >>> import torch
-    >>> class Normal:
-    ...     def sample(self, n):
-    ...         return {"mu": torch.randn(n), "tau": torch.rand(n)}
-    >>> figure = plot_pair(Normal(), "mu", "tau", draws=200)
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> draws = {"mu": rng.normal(size=200), "tau": rng.uniform(size=200)}
+        >>> plot_pair(draws, "mu", "tau").axes[0].get_xlabel()
+        'mu'
     """
-    names, values = _draw(posterior, draws)
+    names, values = _scalars(draws)
     if (x is None) != (y is None):
-        raise ValueError("plot_pair takes both x and y, or neither.")
+        raise ValueError("Expected both x and y, or neither; got one of them.")
     if x is None or y is None:
         pair = hardest_pair(values)
         if pair is None:
-            raise ValueError("plot_pair needs two scalar parameters; this posterior has one.")
+            raise ValueError("Expected draws of at least two scalar parameters; got those of one.")
     else:
         pair = (_index(names, x), _index(names, y))
     figure = _figure(5.6, 5.0)
@@ -152,66 +136,71 @@ def plot_pair(
 
 
 def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
-    r"""Choose the two columns whose dependence a Gaussian explains least.
+    r"""Chooses the two columns whose dependence a Gaussian explains least.
 
     With :math:`z_i` the normal scores of column :math:`i` (the normal quantiles of its ranks) and
     :math:`h(z) = (z^2 - 1) / \sqrt 2`, a Gaussian copula of correlation :math:`\rho` has
-    :math:`E[h(z_i) z_j] = 0` and :math:`E[h(z_i) h(z_j)] = \rho^2`. The pair is the one of the largest
+    :math:`E[h(z_i) z_j] = 0` and :math:`E[h(z_i) h(z_j)] = \rho^2`. The pair is the one of the
+    largest
 
     .. math::
         E[h(z_i) z_j]^2 + E[z_i h(z_j)]^2 + (E[h(z_i) h(z_j)] - \rho^2)^2,
 
-    the first terms of the Hermite series of the copula that are not Gaussian: a funnel shows in the first
-    two, whatever its scale. Where no pair has a root of it above 0.1, the pair of the largest
+    the first terms of the Hermite series of the copula that are not Gaussian: a funnel shows in the
+    first two, whatever its scale. Where no pair has a root of it above 0.1, the pair of the largest
     :math:`|\rho|` is taken. Columns beyond the thousandth are not looked at.
 
     Args:
-        values: draws of the scalar parameters, shape ``(draws, parameters)``, none of them constant.
+        values: Draws of the scalar parameters, shape ``(draws, parameters)``, none of them
+            constant.
 
     Returns:
-        Two column indices, the column with the varying spread first; ``None`` for fewer than two columns.
+        Two column indices, the column with the varying spread first; ``None`` for fewer than two
+        columns.
 
-    >>> import numpy as np
-    >>> rng = np.random.default_rng(0)
-    >>> v, plain = rng.normal(size=(2, 1000))
-    >>> hardest_pair(np.stack([plain, v, rng.normal(size=1000) * np.exp(v)], axis=1))
-    (2, 1)
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> v, plain = rng.normal(size=(2, 1000))
+        >>> hardest_pair(np.stack([plain, v, rng.normal(size=1000) * np.exp(v)], axis=1))
+        (2, 1)
     """
     values = values[:, :MOST_PAIRED]
     draws, parameters = values.shape
     if parameters < 2:
         return None
-    ranks = torch.as_tensor(np.argsort(np.argsort(values, axis=0, kind="stable"), axis=0))
-    z = torch.special.ndtri((ranks.double() + 0.5) / draws)
-    z = z / z.square().mean(dim=0).sqrt()  # so that a column has a correlation of 1 with itself
-    h = (z.square() - 1) / 2**0.5
+    from scipy.special import ndtri  # here, because its import adds a filter of warnings
+
+    ranks = np.argsort(np.argsort(values, axis=0, kind="stable"), axis=0)
+    scores = ndtri((ranks + 0.5) / draws)
+    z = scores / np.sqrt(np.mean(scores**2, axis=0))  # so that a column's own correlation is 1
+    h = (z**2 - 1) / 2**0.5
     rho, skew, kurtosis = z.T @ z / draws, h.T @ z / draws, h.T @ h / draws
-    excess = skew.square() + skew.T.square() + (kurtosis - rho.square()).square()
-    # Two names for one quantity (an entry of a correlation matrix and its mirror image) make no pair.
-    other = (rho.abs() < 0.99999) & ~torch.eye(parameters, dtype=torch.bool)
+    excess = skew**2 + skew.T**2 + (kurtosis - rho**2) ** 2
+    # One quantity under two names (mirror images in a correlation matrix) is no pair.
+    other = (np.abs(rho) < 0.99999) & ~np.eye(parameters, dtype=bool)
     if not other.any():
         return None
     if excess[other].max() < NOTICEABLE**2:
-        excess = rho.abs()
-    best = int(excess.masked_fill(~other, -1.0).argmax())
+        excess = np.abs(rho)
+    best = int(np.where(other, excess, -1.0).argmax())
     i, j = divmod(best, parameters)
-    return (i, j) if skew[i, j].abs() >= skew[j, i].abs() else (j, i)
+    return (i, j) if abs(skew[i, j]) >= abs(skew[j, i]) else (j, i)
 
 
-def _draw(posterior: Sampler, draws: int) -> tuple[list[str], np.ndarray]:
-    """The scalar parameters that are finite and vary, by name, and their draws in columns."""
-    if not callable(getattr(posterior, "sample", None)):
-        raise TypeError(
-            f"Expected a posterior with a method sample(n); got {type(posterior).__name__}."
-        )
+def _scalars(draws: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Returns names and draws (in columns) of the scalar parameters that are finite and vary."""
+    if not isinstance(draws, Mapping):
+        expected = "Expected draws to map names to arrays of shape (draws, *shape)"
+        raise TypeError(f"{expected}; got {type(draws).__name__}.")
     names: list[str] = []
     columns: list[np.ndarray] = []
-    for site, value in posterior.sample(check_size("draws", draws, least=2)).items():
-        array = value.detach().cpu().double().numpy()
+    for variable, value in draws.items():
+        array = np.asarray(value, dtype=np.float64)
         flat = array.reshape(len(array), -1).T
         for index, column in zip(np.ndindex(array.shape[1:]), flat, strict=True):
             if np.isfinite(column).all() and column.min() < column.max():
-                names.append(f"{site}[{', '.join(map(str, index))}]" if index else site)
+                entry = f"[{', '.join(map(str, index))}]" if index else ""
+                names.append(f"{variable}{entry}")
                 columns.append(column)
     if not columns:
         raise ValueError(
@@ -221,7 +210,7 @@ def _draw(posterior: Sampler, draws: int) -> tuple[list[str], np.ndarray]:
 
 
 def _choose(names: list[str]) -> list[int]:
-    """The first entries of every site, so that a long vector does not crowd out the scalars after it."""
+    """Chooses the first entries of every variable, so that a long vector leaves room for others."""
     seen: dict[str, int] = {}
     place = []
     for name in names:
@@ -247,7 +236,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     if path is not None:
-        figure.savefig(path, dpi=150)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, dpi=150)
     return figure
 
 
@@ -271,7 +261,7 @@ def _marginal(axes: Axes, name: str, column: np.ndarray) -> None:
     low, high = _range(column)
     inside = column[(column >= low) & (column <= high)]
     axes.hist(inside, bins=40, range=(low, high), histtype="stepfilled", color=BLUE, alpha=0.45)
-    left, right = _hdi(column)
+    [[left, right]] = hdi(column[:, None])
     foot = -0.04 * axes.get_ylim()[1]
     axes.plot([left, right], [foot, foot], color=RED, linewidth=2.5, solid_capstyle="butt")
     axes.plot([column.mean()], [foot], "o", color=RED, markersize=4.5)
@@ -323,14 +313,6 @@ def _range(column: np.ndarray) -> tuple[float, float]:
     return max(float(low) - margin, float(column.min())), min(
         float(high) + margin, float(column.max())
     )
-
-
-def _hdi(column: np.ndarray, mass: float = 0.94) -> tuple[float, float]:
-    """The shortest interval that holds this share of the draws."""
-    ordered = np.sort(column)
-    width = max(1, int(mass * len(ordered)))
-    start = int(np.argmin(ordered[width:] - ordered[:-width]))
-    return float(ordered[start]), float(ordered[start + width])
 
 
 def _plain(name: str) -> str:

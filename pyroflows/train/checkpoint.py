@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import save_whole, temporary_for
+from .._files import check_writable, save_whole
 from . import processes as distributed
 
 __all__ = ["Checkpoint"]
@@ -130,11 +130,7 @@ class Checkpoint:
         if not os.path.isdir(os.path.dirname(self.path) or "."):
             raise ValueError(f"Expected checkpoint in a folder that exists; got {self.path!r}.")
         try:
-            if not os.path.basename(self.path):
-                raise IsADirectoryError("it names no file")
-            with open(temporary_for(self.path), "wb"):
-                pass
-            os.remove(temporary_for(self.path))
+            check_writable(self.path)
         except (OSError, ValueError) as error:  # the latter of a name with a null character
             raise ValueError(
                 f"Expected a checkpoint that can be written; got {self.path!r} ({error})."

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .._compat import WeakIdKeyDictionary, make_fx
 from .._compile import compiled
 from ..transforms import Transform
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._checks import broadcast_batch, check_size
-from .._memory import transforming
+from .._compat import transforming
 from ..nn import MADE
 from ..nn.made import Folding, Unfolding, Weights
 from ..univariate.base import Affine, Univariate, codes_of, encode, support_of

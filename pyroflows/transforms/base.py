@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._checks import broadcast_batch, check_context, check_size, check_tensor
-from .._memory import Memory, transforming
+from .._compat import definition_of, transforming
+from .._memory import Memory
 from ._recompute import Step, recomputed
 
 __all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
@@ -292,18 +293,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
 
     def _definition(self) -> Iterable[Tensor | bool]:
         """What defines the map: its tensors, and which of its modules train."""
-        parts: list[Tensor | bool] = []
-        modules: list[nn.Module] = [self]
-        while modules:  # several times faster than parameters() and buffers(), in every call
-            module = modules.pop()
-            parts.append(module.training)
-            parts += [
-                t
-                for t in (*module._parameters.values(), *module._buffers.values())
-                if t is not None
-            ]
-            modules += [m for m in module._modules.values() if m is not None]
-        return parts
+        return definition_of(self)
 
 
 def _carry_score(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive
-from .._memory import transforming
+from .._compat import transforming
 from ..univariate.base import Affine
 from .base import Transform
 from .elementwise import Elementwise

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.distributions import constraints
 
 from .._checks import check_positive, check_size
-from .._memory import transforming
+from .._compat import in_forward_mode, transforming
 
 __all__ = ["CircularSpline", "LinearRationalSpline", "RationalQuadraticSpline"]
 
@@ -346,7 +345,7 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     """The spline, or its inverse, and the logarithm of its slope."""
     # Function transforms, compilers and forward mode see formulas, which they differentiate by themselves.
-    if transforming() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
+    if transforming() or torch.jit.is_tracing() or in_forward_mode():
         y, log_slope = evaluate(box, x, raw, inverse)[:2]
         return y, log_slope
     return _RationalQuadratic.apply(x, raw, box, inverse)  # type: ignore[no-any-return,no-untyped-call]

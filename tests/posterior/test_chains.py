@@ -332,7 +332,7 @@ def test_summary() -> None:
 
 
 def test_diagnostics_of_few_draws() -> None:
-    with pytest.raises(ValueError, match="expected at least 4 draws a chain; got 3"):
+    with pytest.raises(ValueError, match="Expected at least 4 draws a chain; got 3"):
         arviz.diagnostics({"x": np.zeros((2, 3))})
 
 

@@ -1,0 +1,259 @@
+"""The one door to private names of torch and Pyro: each with the reason why it is needed.
+
+A test for every name fails when an upgrade changes what it means, and another one reads the
+sources and fails where the package uses a private name outside of this file
+(``tests/test_compat.py``). A subclass may still override the hooks of its base class, such as
+``_call`` or ``_pyro_sample``, and reach them through ``self`` and ``super()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.nn import PyroModule
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.distributions import Distribution
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = [
+    "WeakIdKeyDictionary",
+    "active_traces",
+    "apply_to_module",
+    "build_guide",
+    "copy_all",
+    "default_validation",
+    "definition_of",
+    "full_name",
+    "in_forward_mode",
+    "interpolate_all",
+    "is_mutating",
+    "make_fx",
+    "mask_of",
+    "module_name",
+    "named_dims",
+    "packed_dims",
+    "stamp",
+    "stored_parameters",
+    "transforming",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "unvalidated",
+    "validates",
+    "whole_plates",
+    "without_handlers",
+]
+
+# Names of modules that torch has not documented. `WeakIdKeyDictionary` finds a tensor by its
+# identity: as keys of a `WeakKeyDictionary`, tensors would be compared entry by entry. `make_fx`
+# records the operations of a function, gradients among them, which `torch.compile` does not read.
+# The trees are nested lists and dictionaries as `torch.func` and the compiler walk through them.
+
+
+# Pyro: handlers
+
+
+@contextlib.contextmanager
+def without_handlers() -> Iterator[None]:
+    """Takes Pyro's handlers off for a while.
+
+    Pyro has no public way to step out of all of them; ``poutine.block`` hides sites only from the
+    handlers around it, and leaves ``am_i_wrapped`` true.
+    """
+    handlers = list(_PYRO_STACK)
+    _PYRO_STACK.clear()
+    try:
+        yield
+    finally:
+        _PYRO_STACK[:] = handlers
+
+
+def active_traces() -> list[Any]:
+    """Returns the traces that are being recorded.
+
+    A flow looks its name up in them, because two flows of one name would share their parameters.
+    """
+    return [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+
+
+@contextlib.contextmanager
+def whole_plates() -> Iterator[None]:
+    """Makes all plates see all of their rows for a while.
+
+    No handler can do this: a plate refuses rows of another number than its own, and counts by that
+    number.
+    """
+    subsample = SubsampleMessenger._subsample
+
+    def whole(
+        name: str, size: Any = None, subsample_size: Any = None, rows: Any = None, *rest: Any
+    ) -> Any:
+        return subsample(name, size, None if rows is None else subsample_size, rows, *rest)
+
+    SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]
+
+
+# Pyro: modules, parameters, guides
+
+
+def full_name(module: PyroModule, name: str) -> str:
+    """Returns the name under which Pyro registers a parameter of a module inside its call.
+
+    Parameters are registered by the flow itself, under the names that Pyro would give them.
+    """
+    return module._pyro_get_fullname(name)
+
+
+def module_name(module: PyroModule) -> str:
+    """Returns the name of a module within the one that holds it, for sentences."""
+    return module._pyro_name
+
+
+def stored_parameters() -> Mapping[str, Tensor]:
+    """Returns the unconstrained tensors of the param store by name.
+
+    The public ``named_parameters()`` gives them as pairs, in which a name must be searched for.
+    """
+    return pyro.get_param_store()._params
+
+
+def build_guide(guide: Any, args: Any, kwargs: Any) -> None:
+    """Builds an autoguide for a model's arguments, without the draw of its first public call."""
+    guide._setup_prototype(*args, **kwargs)
+    guide._create_plates(*args, **kwargs)
+
+
+def packed_dims(term: Tensor) -> str:
+    """Returns the letters by which Pyro's packed tensors name their dimensions."""
+    dims: str = term._pyro_dims  # type: ignore[attr-defined]
+    return dims
+
+
+def named_dims(term: Tensor, dims: str) -> Tensor:
+    """Names the dimensions of a tensor as Pyro's packed tensors do, in place."""
+    term._pyro_dims = dims  # type: ignore[attr-defined]
+    return term
+
+
+# torch: distributions
+
+
+def default_validation() -> bool:
+    """Returns whether distributions check their arguments; torch has only a setter for it."""
+    return Distribution._validate_args
+
+
+def validates(distribution: Any) -> bool:
+    """Returns whether a distribution checks the values that it scores."""
+    return bool(getattr(distribution, "_validate_args", False))
+
+
+def mask_of(distribution: MaskedDistribution) -> Any:
+    """Returns the mask of a masked distribution, which has no public name for it."""
+    return distribution._mask
+
+
+def unvalidated(distribution: Any) -> Any:
+    """Returns the distribution without checks of values, within those that wrap it too.
+
+    A check reads values, which neither ``vmap`` nor a captured graph can; and the switch for all
+    comes too late for distributions that were made before.
+    """
+    base = getattr(distribution, "base_dist", None)
+    bare = base if base is None else unvalidated(base)
+    if bare is base and not validates(distribution):
+        return distribution
+    copied = copy.copy(distribution)
+    if base is not None:
+        copied.base_dist = bare  # first, because Pyro's Independent hands the flag to its base
+    copied._validate_args = False
+    return copied
+
+
+# torch: tensors and modules
+
+
+def transforming() -> bool:
+    """Returns whether tensors are stand-ins: under compilation and inside function transforms.
+
+    ``torch.func`` has no public question for this.
+    """
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_forward_mode() -> bool:
+    """Returns whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def stamp(tensor: Tensor) -> tuple[Any, ...]:
+    """Returns what changes whenever a tensor is another one, or has been written to.
+
+    The version counts writes; an assignment to ``.data``, as in ``module.double()``, only shows in
+    the storage. Tensors of inference mode do not count.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    storage = tensor.untyped_storage()._cdata
+    return id(tensor), version, storage, tensor.requires_grad, tensor.retains_grad
+
+
+def definition_of(module: nn.Module) -> list[Tensor | bool]:
+    """Returns the tensors of a module and all within it, and which of them train.
+
+    Several times faster than ``parameters()`` and ``buffers()``, because every evaluation of a
+    transform asks for it.
+    """
+    parts: list[Tensor | bool] = []
+    modules = [module]
+    while modules:
+        here = modules.pop()
+        parts.append(here.training)
+        tensors = (*here._parameters.values(), *here._buffers.values())
+        parts += [tensor for tensor in tensors if tensor is not None]
+        modules += [child for child in here._modules.values() if child is not None]
+    return parts
+
+
+def apply_to_module(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Applies a function to all tensors of a module, as ``module.to`` does."""
+    return module._apply(function)
+
+
+def is_mutating(target: Any) -> bool:
+    """Returns whether an operation of a captured graph writes to one of its arguments."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors into others in place, in one kernel on a GPU."""
+    torch._foreach_copy_(targets, sources)
+
+
+def interpolate_all(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Moves tensors by a share of the way to others in place, in one kernel on a GPU."""
+    torch._foreach_lerp_(targets, ends, weight)

@@ -1,0 +1,443 @@
+"""The private names of torch and Pyro: what each means today, and that all use goes by one door."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from pyro.ops import packed
+from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import pyroflows
+from pyroflows import _compat
+
+ROOT = Path(pyroflows.__file__).parent
+
+
+# One test for each name
+
+
+def test_without_handlers_no_statement_is_seen():
+    with poutine.trace() as around:
+        pyro.sample("before", dist.Normal(0.0, 1.0))
+        with _compat.without_handlers():
+            assert not am_i_wrapped()
+            pyro.sample("between", dist.Normal(0.0, 1.0))
+        pyro.sample("after", dist.Normal(0.0, 1.0))
+    assert {"before", "after"} <= set(around.trace.nodes)
+    assert "between" not in around.trace.nodes
+
+
+def test_active_traces_are_those_around():
+    assert _compat.active_traces() == []
+    with poutine.trace() as outer, poutine.block(), poutine.trace() as inner:
+        assert set(map(id, _compat.active_traces())) == {id(outer.trace), id(inner.trace)}
+
+
+def test_whole_plates_see_all_rows():
+    def rows() -> tuple[int, float]:
+        with pyro.plate("rows", 10, subsample_size=4) as index:
+            return len(index), poutine.trace(_site).get_trace().nodes["x"]["scale"]
+
+    with _compat.whole_plates():
+        assert rows() == (10, 1.0)
+    assert rows() == (4, 2.5)
+
+
+def _site() -> None:
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def test_names_of_a_module_are_those_of_its_parameters_in_the_store():
+    class Inner(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+
+        def forward(self) -> str:
+            assert self.weight is not None
+            return _compat.full_name(self, "weight")
+
+    class Outer(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self) -> str:
+            return self.inner()
+
+    pyro.clear_param_store()
+    outer = Outer()
+    with poutine.trace():
+        name = outer()
+    assert name == "inner.weight"
+    assert _compat.module_name(outer.inner) == "inner"
+    assert set(pyro.get_param_store().keys()) == {name}
+
+
+def test_stored_parameters_are_the_unconstrained_tensors():
+    pyro.clear_param_store()
+    pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+    stored = _compat.stored_parameters()["scale"]
+    assert stored is dict(pyro.get_param_store().named_parameters())["scale"]
+    assert float(stored.detach().exp()) == pytest.approx(2.0)
+    pyro.clear_param_store()
+
+
+def test_build_guide_makes_the_parameters_of_an_autoguide():
+    def model(n: int) -> None:
+        with pyro.plate("rows", n):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    guide = AutoNormal(model)
+    _compat.build_guide(guide, (3,), {})
+    assert {name for name, _ in guide.named_parameters()} == {
+        "locs.x_unconstrained",
+        "scales.x_unconstrained",
+    }
+    assert set(guide.plates) == {"rows"}
+
+
+def test_dimensions_of_packed_tensors_have_names():
+    term = packed.pack(torch.zeros(3, 1, 2), {-1: "a", -3: "b"})
+    assert _compat.packed_dims(term) == "ba"
+    renamed = _compat.named_dims(torch.zeros(3, 2), "ba")
+    assert packed.unpack(renamed, {"a": -1, "b": -3}).shape == (3, 1, 2)
+
+
+def test_default_validation_is_what_the_setter_sets():
+    before = _compat.default_validation()
+    try:
+        for value in (False, True):
+            torch.distributions.Distribution.set_default_validate_args(value)
+            assert _compat.default_validation() is value
+            assert _compat.validates(torch.distributions.Normal(0.0, 1.0)) is value
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(before)
+
+
+def test_unvalidated_scores_any_value_and_leaves_the_original():
+    bounded = dist.Uniform(torch.zeros(2), 1.0, validate_args=True)
+    wrapped = dist.Independent(bounded, 1, validate_args=True)
+    outside = torch.full((2,), 3.0)
+    for distribution in (bounded, wrapped):
+        assert _compat.validates(distribution)
+        with pytest.raises(ValueError, match="support"):
+            distribution.log_prob(outside)
+        free = _compat.unvalidated(distribution)
+        assert bool((free.log_prob(outside) == -torch.inf).all())
+        assert _compat.validates(distribution)
+        assert not _compat.validates(free)
+    assert _compat.unvalidated(free) is free
+
+
+def test_transforming_only_within_function_transforms_and_compilation():
+    seen = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(_compat.transforming())
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.vmap(look)(torch.ones(2, 2))
+    torch.func.grad(look)(torch.ones(2))
+    look(torch.ones(2))
+    assert seen == [False, True, True, False]
+
+
+def test_in_forward_mode_only_within_a_dual_level():
+    assert not _compat.in_forward_mode()
+    with forward_ad.dual_level():
+        assert _compat.in_forward_mode()
+    assert not _compat.in_forward_mode()
+
+
+def _assign(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.add_(1), _assign, lambda t: t.requires_grad_()],
+    ids=["a write", "an assignment to data", "a flag"],
+)
+def test_stamp_changes_with_its_tensor(change):
+    tensor = torch.zeros(3)
+    before = _compat.stamp(tensor)
+    assert _compat.stamp(tensor) == before
+    change(tensor)
+    assert _compat.stamp(tensor) != before
+
+
+def test_stamp_of_inference_tensors():
+    with torch.inference_mode():
+        tensor = torch.zeros(3)
+    assert _compat.stamp(tensor) == _compat.stamp(tensor)
+
+
+def test_definition_of_a_module_is_all_that_it_holds():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)), nn.ReLU())
+    module[2].eval()
+    parts = _compat.definition_of(module)
+    tensors = {id(part) for part in parts if isinstance(part, Tensor)}
+    assert tensors == {id(t) for t in (*module.parameters(), *module.buffers())}
+    flags = [part for part in parts if isinstance(part, bool)]
+    assert sorted(flags) == sorted(child.training for child in module.modules())
+
+
+def test_apply_to_module_reaches_parameters_and_buffers():
+    module = nn.BatchNorm1d(2)
+    assert _compat.apply_to_module(module, lambda t: t.double()) is module
+    floating = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    assert {t.dtype for t in floating} == {torch.float64}
+
+
+def test_weak_keys_are_told_apart_by_identity_and_let_go():
+    mapping = _compat.WeakIdKeyDictionary()
+    one, same = torch.ones(2), torch.ones(2)
+    mapping[one] = "one"
+    assert mapping[one] == "one"
+    assert same not in mapping
+    gone = weakref.ref(one)
+    del one
+    assert gone() is None
+    assert len(mapping) == 0
+
+
+def test_make_fx_records_gradients():
+    def slope(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad((x**3).sum(), x)[0]
+
+    graph = _compat.make_fx(slope)(torch.ones(2))
+    torch.testing.assert_close(graph(torch.tensor([2.0, 3.0])), torch.tensor([12.0, 27.0]))
+
+
+def test_trees_are_taken_apart_and_made_again():
+    tree = {"a": torch.ones(2), "b": [torch.zeros(1), 3]}
+    leaves, spec = _compat.tree_flatten(tree)
+    assert leaves == _compat.tree_leaves(tree) == [tree["a"], tree["b"][0], 3]
+    assert _compat.tree_unflatten([1, 2, 3], spec) == {"a": 1, "b": [2, 3]}
+    assert _compat.tree_map(type, tree) == {"a": Tensor, "b": [Tensor, int]}
+    assert _compat.tree_map_only(Tensor, len, tree) == {"a": 2, "b": [1, 3]}
+
+
+def test_mask_of_a_masked_distribution():
+    mask = torch.tensor([True, False])
+    assert _compat.mask_of(dist.Normal(torch.zeros(2), 1.0).mask(mask)) is mask
+
+
+def test_is_mutating_tells_operations_in_place():
+    def write(x: Tensor) -> Tensor:
+        return (x + 1).mul_(2)
+
+    graph = _compat.make_fx(write)(torch.ones(2)).graph
+    found = {str(node.target): _compat.is_mutating(node.target) for node in graph.nodes}
+    assert found["aten.add.Tensor"] is False
+    assert found["aten.mul_.Tensor"] is True
+
+
+def test_many_tensors_are_copied_and_interpolated_in_place():
+    targets = [torch.zeros(2), torch.zeros(3)]
+    _compat.interpolate_all(targets, [torch.ones(2), torch.ones(3)], 0.25)
+    assert [t.tolist() for t in targets] == [[0.25] * 2, [0.25] * 3]
+    _compat.copy_all(targets, [torch.ones(2), torch.ones(3)])
+    assert [t.tolist() for t in targets] == [[1.0] * 2, [1.0] * 3]
+
+
+# All use goes by one door
+
+#: Modules of torch whose names have no underscore, but which torch does not document.
+UNDOCUMENTED = ("torch.fx.experimental", "torch.utils.weak")
+#: Hooks of torch's and Pyro's classes that classes of the package override or reach as ``self._x``.
+HOOKS = {
+    dist.MixtureSameFamily: [
+        "_component_distribution",
+        "_extended_shape",
+        "_mixture_distribution",
+    ],
+    torch.distributions.Distribution: [
+        "_get_checked_instance",
+        "_validate_args",
+        "_validate_sample",
+    ],
+    pyro.infer.ELBO: ["_get_trace", "_get_traces"],
+    pyro.infer.autoguide.AutoContinuous: [
+        "_init_loc",
+        "_init_scale",
+        "_loc_scale",
+        "_setup_prototype",
+        "_unpack_latent",
+    ],
+    nn.Module: [
+        "_apply",
+        "_buffers",
+        "_load_from_state_dict",
+        "_modules",
+        "_save_to_state_dict",
+    ],
+    poutine.messenger.Messenger: ["_pyro_sample"],
+    torch.distributions.Transform: ["_call", "_inv_call", "_inverse"],
+}
+#: Hooks that no class has: constructors set them, or handlers look for them by the kind of site.
+OF_INSTANCES = {
+    "_buffers",
+    "_component_distribution",
+    "_init_scale",
+    "_mixture_distribution",
+    "_model",
+    "_modules",
+    "_pyro_sample",
+}
+#: Members of the package's own classes, of which one object asks another; torch has the names too.
+AMONG_OURSELVES = {"_base", "_inv_call"}
+#: Private by their look only, or of Python itself.
+OF_PYTHON = {"_replace", "_asdict", "_fields", "_getframe"}
+
+
+def test_hooks_exist():
+    missing = [
+        f"{base.__name__}.{name}"
+        for base, names in HOOKS.items()
+        for name in names
+        if name not in OF_INSTANCES and not hasattr(base, name)
+    ]
+    assert missing == []
+    modules = nn.Module()
+    assert modules._buffers == modules._modules == {}
+
+
+def test_private_names_of_torch_and_pyro_are_used_in_one_place():
+    own = set().union(*(_defined(tree) for _, tree in _sources()))
+    offences = [
+        f"{path}, line {line}: {use}"
+        for path, tree in _sources()
+        if path.name != "_compat.py"
+        for line, use in _offences(tree, own, _foreign())
+    ]
+    assert offences == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from pyro.poutine.runtime import _PYRO_STACK",
+        "import torch._dynamo",
+        "from torch.utils.weak import WeakTensorKeyDictionary",
+        "store._params",
+        "torch._C._functorch",
+        "fn._validate_args = False",
+        "getattr(fn, '_validate_args', False)",
+        "self._cudagraphs",
+        "module._parameters.values()",
+        "term._pyro_dims = dims",
+    ],
+)
+def test_the_reading_of_sources_sees(source):
+    assert list(_offences(ast.parse(source), set(), _foreign()))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "self._call(x)",
+        "super()._apply(fn)",
+        "self._own",
+        "other._own",
+        "point._replace(x=1)",
+        "x.__dict__",
+    ],
+)
+def test_the_reading_of_sources_lets_pass(source):
+    assert list(_offences(ast.parse(source), {"_own"}, _foreign())) == []
+
+
+def _sources() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path.relative_to(ROOT.parent), ast.parse(path.read_text())
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _defined(tree: ast.Module) -> set[str]:
+    """Private members that a source gives to objects: in the bodies of classes or by assignment."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    names.add(member.name)
+                targets = getattr(member, "targets", [getattr(member, "target", None)])
+                names.update(target.id for target in targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return set(filter(_is_private, names))
+
+
+def _foreign() -> set[str]:
+    """Private members of torch's and Pyro's classes that the package's classes descend from."""
+    bases: set[Any] = {Tensor, ParamStoreDict, pyro.poutine.subsample_messenger.SubsampleMessenger}
+    for module in pkgutil.walk_packages(pyroflows.__path__, "pyroflows."):
+        if not module.name.endswith("__main__"):
+            for value in vars(importlib.import_module(module.name)).values():
+                bases.update(value.__mro__ if isinstance(value, type) else ())
+    foreign = {base for base in bases if base.__module__.split(".")[0] in ("torch", "pyro")}
+    return set(filter(_is_private, set().union(*map(dir, foreign))))
+
+
+def _offences(tree: ast.Module, own: set[str], foreign: set[str]) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            modules = []
+        yield from ((node.lineno, f"import of {name}") for name in modules if _is_inner(name))
+        if isinstance(node, ast.Attribute) and not _is_allowed(node.value, node.attr, own, foreign):
+            yield node.lineno, ast.unparse(node)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "getattr",
+            "hasattr",
+            "setattr",
+        ):
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+            if not _is_allowed(node.args[0], name, own, foreign):
+                yield node.lineno, ast.unparse(node)
+
+
+def _is_inner(module: str) -> bool:
+    parts = module.split(".")
+    if parts[0] not in ("torch", "pyro"):
+        return False
+    return any(map(_is_private, parts)) or module.startswith(UNDOCUMENTED)
+
+
+def _is_allowed(value: ast.expr, name: str, own: set[str], foreign: set[str]) -> bool:
+    if not _is_private(name) or name in OF_PYTHON | AMONG_OURSELVES:
+        return True
+    if _is_own_object(value):
+        return name in own or name in OF_INSTANCES.union(*HOOKS.values())
+    return name in own - foreign and not name.startswith("_pyro")
+
+
+def _is_own_object(value: ast.expr) -> bool:
+    return ast.unparse(value) in ("self", "cls", "super()")
