@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyro
@@ -48,17 +49,19 @@ def _exempt(request: pytest.FixtureRequest) -> None:
             pytest.skip(reason)
 
 
-def _devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+def _places(*names: str) -> list[Any]:
+    """Devices as parameters of a fixture, whose tests `-m device` then selects."""
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [pytest.param(name, marks=pytest.mark.device) for name in (*present, *names)]
 
 
-@pytest.fixture(params=_devices())
+@pytest.fixture(params=_places())
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A device that computes."""
     return torch.device(request.param)
 
 
-@pytest.fixture(params=[*_devices(), "meta"])
+@pytest.fixture(params=_places("meta"))
 def placement(request: pytest.FixtureRequest) -> torch.device:
     """A device that computes, or torch's meta device, where a tensor made elsewhere or a host synchronisation fails."""
     return torch.device(request.param)
