@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
@@ -14,18 +14,23 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .._checks import check_positive
+from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
-from ..flows.flow import Base
 from ..model.start import check_support, init_to_median
-from ..transforms import Compose, Elementwise, LowerTriangularAffine, Transform
-from ..univariate import MonotoneNetwork, SumOfSquares
+from ..transforms import Elementwise, Transform
+from ..univariate import MonotoneNetwork
+from .guide import BaseSpace, Guide
+from .whitened import WhitenedFlow
+
+if TYPE_CHECKING:
+    from ..model.density import LogDensity
 
 __all__ = ["AutoFlow"]
 
 
-class FlowGuide(AutoContinuous):
-    """What guides made of flows share: construction when the model has run, quantiles by draws, saving and copying."""
+class FlowGuide(AutoContinuous, Guide):
+    """The part that guides made of flows share: construction once the model has run, quantiles, saving and copying."""
 
     def __init__(
         self,
@@ -72,19 +77,39 @@ class FlowGuide(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         _refuse_subsampled_latents(self.prototype_trace)
 
-    def _whitened_flow(self) -> Flow:
-        """A fresh flow, with a whitening map that starts as the guide does."""
+    def _whitened_flow(self) -> WhitenedFlow:
+        """Makes a fresh flow, with a whitening map that starts as the guide does."""
         loc = self._init_loc()
-        layers, base = _parts((self._make_flow or default_flow)(self.latent_dim), self.latent_dim)
-        flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(
-            loc.device, loc.dtype
-        )
-        whiten(
-            flow,
-            loc,
-            self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device),
-        )
+        made = (self._make_flow or default_flow)(self.latent_dim)
+        flow = WhitenedFlow(_check_flow(made, self.latent_dim)).to(loc.device, loc.dtype)
+        identity = torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device)
+        flow.whiten(loc, self._init_scale * identity)
         return flow
+
+    # The contract of a guide
+
+    @property
+    def features(self) -> int:  # type: ignore[override]
+        """Entries of the unconstrained vector."""
+        self._check_built("features")
+        return self.latent_dim
+
+    def sample_and_log_prob(self, n: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draws vectors and scores them in the same pass; see :meth:`Guide.sample_and_log_prob`."""
+        return self.get_posterior().rsample_and_log_prob((n,))
+
+    def log_prob(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Scores vectors; see :meth:`Guide.log_prob`."""
+        return self.get_posterior().log_prob(z)
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which the guide is made anew; see :meth:`Guide.spec`."""
+        self._check_built("spec")
+        name = name_of(type(self))
+        return Guide.spec(self) if name is None else {"guide": name, **self._parts_spec()}
+
+    def _parts_spec(self) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} does not define _parts_spec.")
 
     # The protocol of AutoContinuous
 
@@ -221,9 +246,34 @@ class AutoFlow(FlowGuide):
         ['scale', 'x']
     """
 
+    has_path_gradient = True
+
     def _build(self, *args: Any, **kwargs: Any) -> None:
         super()._build(*args, **kwargs)
         self.flow = self._whitened_flow()
+
+    def sample_with_path_gradient(
+        self, n: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws vectors with the path gradient; see :meth:`Guide.sample_with_path_gradient`."""
+        posterior = self.get_posterior()
+        z = posterior.rsample((n,))
+        return z, posterior.score_parts(z).entropy_term
+
+    def base_spaces(self) -> Sequence[BaseSpace]:
+        """The base of the flow."""
+        self._check_built("base_spaces")
+        return (BaseSpace(self.flow.transform, self.flow.base),)
+
+    def _parts_spec(self) -> dict[str, Any]:
+        return {"flow": describe(self.flow)["kwargs"]["flow"]}
+
+    @classmethod
+    def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoFlow:
+        """Makes the guide of a spec."""
+        guide = cls(density.continuous_model, flow=lambda features: build(spec["flow"]))
+        density.introduce(guide)
+        return guide
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
@@ -237,7 +287,7 @@ class AutoFlow(FlowGuide):
             ValueError: If the diagonal is not positive.
         """
         self._check_built("whiten")
-        whiten(self.flow, loc, scale_tril)
+        self.flow.whiten(loc, scale_tril)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
         """The base distribution."""
@@ -252,24 +302,15 @@ class AutoFlow(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        posterior = self.flow()
-        posterior.path_gradient = True
-        return posterior
+        return self.flow(path_gradient=True)
 
     @torch.no_grad()
     def _draws(self, pairs: int) -> Tensor:
         x = self.flow.base.sample((pairs,))
-        if self.flow._base is None and self.flow.learned_base is None:
+        if self.flow.has_standard_base:
             # Antithetic pairs make the median of a normal exact.
             x = torch.cat([x, -x])
         return self.flow.transform.forward_and_log_det(x)[0]
-
-
-def whiten(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
-    """Sets the last layer of a guide's flow, which whitens."""
-    whitening = flow.transform.layers[-1]
-    assert isinstance(whitening, LowerTriangularAffine)
-    whitening.set(loc, scale_tril)
 
 
 def default_flow(features: int) -> Flow | Transform:
@@ -279,44 +320,23 @@ def default_flow(features: int) -> Flow | Transform:
     return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh, mixing=None)
 
 
-def flow_of_fit(features: int) -> Flow | Transform:
-    """The flow that ``fit_posterior`` trains from a Gaussian fit: its networks grow linearly, to follow a funnel further."""
-    if features == 1:
-        return Elementwise(SumOfSquares(), features)
-    return RealNVP(features, hidden_features=(32, 32), mixing=None)
-
-
-def wide_flow_of_fit(features: int) -> Flow | Transform:
-    """The flow that ``fit_posterior`` trains where that of :func:`flow_of_fit` was not enough."""
-    if features == 1:
-        return Elementwise(MonotoneNetwork(), features)
-    return RealNVP(features, transforms=12, hidden_features=(64, 64), mixing=None)
-
-
-def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:
-    transform: Transform
-    if isinstance(made, Flow):
-        if made.support is not None:
-            raise ValueError(
-                f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}."
-            )
-        transform, base = (
-            made.transform,
-            made._base if made.learned_base is None else made.learned_base,
-        )
-    elif isinstance(made, Transform):
-        transform, base = made, None
-    else:
+def _check_flow(made: Any, features: int) -> Flow | Transform:
+    if not isinstance(made, (Flow, Transform)):
         raise TypeError(f"Expected flow(features) to return a Flow or a Transform; got {made!r}.")
-    if transform.context_features is not None:
+    support = getattr(made, "support", None)
+    if support is not None:
+        raise ValueError(
+            f"Expected a flow over the whole space in AutoFlow; got one with support {support}."
+        )
+    if made.context_features is not None:
         raise ValueError(
             "Expected a flow without context in AutoFlow; got one with context_features."
         )
-    if transform.event_shape != (features,):
+    if made.event_shape != (features,):
         raise ValueError(
-            f"Expected a flow of {features} features, as the model has; got {tuple(transform.event_shape)}."
+            f"Expected a flow of {features} features, as the model has; got {tuple(made.event_shape)}."
         )
-    return (list(transform.layers) if isinstance(transform, Compose) else [transform]), base  # type: ignore[arg-type]
+    return made
 
 
 def _refuse_subsampled_latents(trace: Any) -> None:

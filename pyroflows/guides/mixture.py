@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_size
+from .._spec import build, describe
 from ..distributions import FlowMixture
 from ..flows import Flow
 from ..model.start import init_to_median
 from ..transforms import Transform
-from .auto import FlowGuide, whiten
+from .auto import FlowGuide
+from .guide import BaseSpace
+from .whitened import WhitenedFlow
+
+if TYPE_CHECKING:
+    from ..model.density import LogDensity
 
 __all__ = ["AutoMixture"]
 
@@ -70,9 +77,30 @@ class AutoMixture(FlowGuide):
         self.logits = nn.Parameter(torch.zeros_like(self._init_loc()[:1]).repeat(self._count))
 
     @property
-    def flows(self) -> list[Flow]:
+    def flows(self) -> list[WhitenedFlow]:
         """The components."""
         return [getattr(self, f"flow_{k}") for k in range(self._count)]
+
+    def base_spaces(self) -> Sequence[BaseSpace]:
+        """The bases of the components, with their shares."""
+        mixture = self.get_posterior()
+        return tuple(
+            BaseSpace(flow.transform, flow.base, functools.partial(_log_share, mixture, k))
+            for k, flow in enumerate(self.flows)
+        )
+
+    def _parts_spec(self) -> dict[str, Any]:
+        return {"flows": [describe(flow)["kwargs"]["flow"] for flow in self.flows]}
+
+    @classmethod
+    def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoMixture:
+        """Makes the guide of a spec."""
+        each = iter(spec["flows"])
+        guide = cls(
+            density.continuous_model, len(spec["flows"]), flow=lambda features: build(next(each))
+        )
+        density.introduce(guide)
+        return guide
 
     def whiten(self, component: int, loc: Tensor, scale_tril: Tensor) -> None:
         """Sets the whitening map of one component, for instance to a Gaussian fit of one mode.
@@ -89,14 +117,13 @@ class AutoMixture(FlowGuide):
         self._check_built("whiten")
         if check_size("component", component, least=0) >= self._count:
             raise ValueError(f"Expected component < {self._count}; got {component}.")
-        whiten(self.flows[component], loc, scale_tril)
+        self.flows[component].whiten(loc, scale_tril)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowMixture:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        law = FlowMixture([flow() for flow in self.flows], self.logits, validate_args=False)
-        law.auxiliary = True
-        return law
+        components = [flow() for flow in self.flows]
+        return FlowMixture(components, self.logits, auxiliary=True, validate_args=False)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Refused: there is no one map from a base to a mixture.
@@ -108,3 +135,7 @@ class AutoMixture(FlowGuide):
             "Expected a guide with one transform, such as AutoFlow; got AutoMixture, which has one for each component "
             "and none for all. For exact draws use flow Monte Carlo, which needs no transform."
         )
+
+
+def _log_share(mixture: FlowMixture, component: int, z: Tensor) -> Tensor:
+    return mixture.component_log_probs(z).log_softmax(-1)[:, component]

@@ -17,7 +17,7 @@ from .._checks import check_size
 from .._files import save_whole
 from .._random import forked
 from ..guides import AutoFlow, AutoMixture
-from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
+from ..guides.auto import FlowGuide
 from ..model import prediction as simulate
 from ..model.density import LogDensity, check_arguments
 from ..model.minibatch import log_density_of
@@ -25,6 +25,7 @@ from ..report import arviz_bridge as arviz
 from ..sampling.polishing import drift, memory, polish
 from .census import missed_mass
 from .gaussian import Gaussians
+from .rungs import flow_of_fit, wide_flow_of_fit
 from .verdict import KHAT_LIMIT, MISSED_LIMIT, Verdict, drifted, improper, judge, missing, polished
 
 if TYPE_CHECKING:
