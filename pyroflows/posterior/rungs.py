@@ -17,7 +17,7 @@ def flow_of_fit(features: int) -> Flow | Transform:
 
 
 def wide_flow_of_fit(features: int) -> Flow | Transform:
-    """Makes the flow that ``fit_posterior`` trains where that of :func:`flow_of_fit` was not enough."""
+    """Makes the flow for posteriors that :func:`flow_of_fit` was not enough for."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
     return RealNVP(features, transforms=12, hidden_features=(64, 64), mixing=None)
