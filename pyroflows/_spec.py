@@ -8,14 +8,14 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions import Transform as TorchTransform
 
-__all__ = ["Recorded", "build", "describe", "recorded", "resolve"]
+__all__ = ["Recorded", "build", "describe", "resolve"]
 
 #: Packages whose classes and functions a file may name.
 PACKAGES = ("pyroflows", "torch", "pyro")
@@ -24,8 +24,6 @@ PACKAGES = ("pyroflows", "torch", "pyro")
 ATTRIBUTED = (Distribution, TorchTransform, constraints.Constraint)
 #: Modules of functions that a file may name, because they compute and do nothing else.
 FUNCTIONS = ("torch", "torch.nn.functional", "pyro.distributions.transforms")
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Recorded:
@@ -112,28 +110,6 @@ def _recording(init: Any) -> Any:
         init(self, *args, **kwargs)
 
     return recording
-
-
-def recorded(function: Function) -> Function:
-    """Decorates a maker of callables, so that :func:`describe` can tell how each was made.
-
-    Example:
-        >>> @recorded
-        ... def scaled(factor):
-        ...     return lambda x: factor * x
-        >>> scaled(3)._made_by.arguments()
-        {'factor': 3}
-    """
-
-    @functools.wraps(function)
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _read(args, kwargs)
-        made = function(*args, **kwargs)
-        made._made_by = Call(recording, args, kwargs)
-        return made
-
-    recording._recorded = True  # type: ignore[attr-defined]
-    return recording  # type: ignore[return-value]
 
 
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -304,5 +280,4 @@ def _may_be_named(value: Any, module: str) -> bool:
     if isinstance(value, type):
         return module.startswith("pyroflows") or issubclass(value, (nn.Module, *ATTRIBUTED))
     of_family = module in FUNCTIONS or module.startswith(f"{FUNCTIONS[-1]}.")
-    public = of_family and not value.__name__.startswith("_")
-    return public or getattr(value, "_recorded", False)
+    return of_family and not value.__name__.startswith("_")

@@ -66,7 +66,6 @@ OPTIONS: dict[str, Callable[[int], Any]] = {
     "mask": lambda n: pf.NICE(n, mask="half"),
     "mask by a tensor": lambda n: pf.NICE(n, mask=torch.tensor([True, False, True])),
     "activation": lambda n: pf.NICE(n, activation=nn.Tanh),
-    "positional": lambda n: pf.NICE(n, None, 2),
     "stack": lambda n: pf.Flow([pf.transforms.Permute(n), pf.transforms.LULinear(n).inv]),
     "iterator": lambda n: pf.Flow(pf.transforms.AffineCoupling(n) for _ in range(2)),
     "transform": lambda n: pf.transforms.Elementwise(pf.univariate.RationalQuadraticSpline(5), n),
@@ -220,7 +219,7 @@ def test_distributions_and_constraints_come_back() -> None:
     assert interval.check(torch.tensor([1.0, 3.0])).tolist() == [True, False]
 
 
-def test_partials_and_recorded_functions_come_back() -> None:
+def test_partials_come_back() -> None:
     made = _spec.build(_spec.describe(functools.partial(nn.LeakyReLU, negative_slope=0.2)))
     assert made().negative_slope == 0.2
 
