@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_size
+from .._spec import Recorded
 
 __all__ = ["NormalMixture", "NormalMixtureBase", "StudentTBase", "mixture_base", "student_t_base"]
 
@@ -176,7 +177,7 @@ def _normal_mixture(locs: Tensor, scales: Tensor, logits: Tensor) -> NormalMixtu
     )
 
 
-class StudentTBase(nn.Module):
+class StudentTBase(Recorded, nn.Module):
     r"""A learned base of independent Student-t variables, each with degrees of freedom of its own.
 
     Called without arguments it gives the distribution. :math:`\log \nu_i` is learned within :math:`\pm 3` of its start, as
@@ -212,7 +213,7 @@ class StudentTBase(nn.Module):
         return f"{self.event_shape[0]}, df={self.start}"
 
 
-class NormalMixtureBase(nn.Module):
+class NormalMixtureBase(Recorded, nn.Module):
     r"""A learned base of several modes, a :class:`NormalMixture` with all its parameters.
 
     Called without arguments it gives the distribution. It starts with equal weights at seeded random means of standard

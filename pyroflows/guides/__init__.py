@@ -1,6 +1,18 @@
-"""Flows as automatic guides."""
+"""Guides: the contract, and flows as automatic guides."""
 
+from .adapters import as_guide
 from .auto import AutoFlow
+from .guide import BaseSpace, Guide, Part, from_spec
 from .mixture import AutoMixture
+from .whitened import WhitenedFlow
 
-__all__ = ["AutoFlow", "AutoMixture"]
+__all__ = [
+    "AutoFlow",
+    "AutoMixture",
+    "BaseSpace",
+    "Guide",
+    "Part",
+    "WhitenedFlow",
+    "as_guide",
+    "from_spec",
+]

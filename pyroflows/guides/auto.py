@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,18 +14,21 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .._checks import check_positive
+from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
-from ..flows.flow import Base
+from ..model.density import LogDensity
 from ..model.start import check_support, init_to_median
-from ..transforms import Compose, Elementwise, LowerTriangularAffine, Transform
-from ..univariate import MonotoneNetwork, SumOfSquares
+from ..transforms import Elementwise, Transform
+from ..univariate import MonotoneNetwork
+from .guide import BaseSpace, Guide
+from .whitened import WhitenedFlow
 
 __all__ = ["AutoFlow"]
 
 
-class FlowGuide(AutoContinuous):
-    """What guides made of flows share: construction when the model has run, quantiles by draws, saving and copying."""
+class FlowGuide(AutoContinuous, Guide):
+    """The part that guides made of flows share: construction, quantiles, saving and copying."""
 
     def __init__(
         self,
@@ -37,11 +40,13 @@ class FlowGuide(AutoContinuous):
         self._init_scale = check_positive("init_scale", init_scale)
         if flow is not None and not callable(flow):
             raise TypeError(
-                f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}."
+                "Expected flow to be a callable from the number of features to a Flow; "
+                f"got {flow!r}."
             )
         if isinstance(flow, torch.nn.Module):
             raise TypeError(
-                f"Expected flow to be a preset or callable such as pf.RealNVP, not a made {type(flow).__name__}."
+                "Expected flow to be a callable such as pf.RealNVP, not a made "
+                f"{type(flow).__name__}."
             )
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._make_flow = flow
@@ -52,7 +57,8 @@ class FlowGuide(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._model is None:
             raise RuntimeError(
-                "Expected a guide with a model; got one that was pickled before its first call, and pickles hold no model. "
+                "Expected a guide with a model; got one that was pickled before its first call, "
+                "and pickles hold no model. "
                 f"Make a new {type(self).__name__}(model)."
             )
         try:
@@ -72,19 +78,39 @@ class FlowGuide(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         _refuse_subsampled_latents(self.prototype_trace)
 
-    def _whitened_flow(self) -> Flow:
-        """A fresh flow, with a whitening map that starts as the guide does."""
+    def _whitened_flow(self) -> WhitenedFlow:
+        """Makes a fresh flow, with a whitening map that starts as the guide does."""
         loc = self._init_loc()
-        layers, base = _parts((self._make_flow or default_flow)(self.latent_dim), self.latent_dim)
-        flow = Flow([*layers, LowerTriangularAffine(self.latent_dim)], base=base).to(
-            loc.device, loc.dtype
-        )
-        whiten(
-            flow,
-            loc,
-            self._init_scale * torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device),
-        )
+        made = (self._make_flow or default_flow)(self.latent_dim)
+        flow = WhitenedFlow(_check_flow(made, self.latent_dim)).to(loc.device, loc.dtype)
+        identity = torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device)
+        flow.whiten(loc, self._init_scale * identity)
         return flow
+
+    # The contract of a guide
+
+    @property
+    def features(self) -> int:  # type: ignore[override]
+        """Entries of the unconstrained vector."""
+        self._check_built("features")
+        return self.latent_dim
+
+    def sample_and_log_prob(self, n: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Draws vectors and scores them in the same pass; see :meth:`Guide.sample_and_log_prob`."""
+        return self.get_posterior().rsample_and_log_prob((n,))
+
+    def log_prob(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Scores vectors; see :meth:`Guide.log_prob`."""
+        return self.get_posterior().log_prob(z)
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which the guide is made anew; see :meth:`Guide.spec`."""
+        self._check_built("spec")
+        name = name_of(type(self))
+        return Guide.spec(self) if name is None else {"guide": name, **self._parts_spec()}
+
+    def _parts_spec(self) -> dict[str, Any]:
+        raise NotImplementedError(f"{type(self).__name__} does not define _parts_spec.")
 
     # The protocol of AutoContinuous
 
@@ -98,12 +124,12 @@ class FlowGuide(AutoContinuous):
         return latent.quantile(0.5, dim=0), latent.std(0)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians by Monte Carlo, taken per unconstrained entry and mapped to the support of each site."""
+        """Posterior medians by Monte Carlo, of each unconstrained entry, on the supports."""
         return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles by Monte Carlo, taken per unconstrained entry and mapped to the support of each site.
+        """Posterior quantiles by Monte Carlo, of each unconstrained entry, on the supports.
 
         Args:
             quantiles: Levels between 0 and 1.
@@ -130,7 +156,7 @@ class FlowGuide(AutoContinuous):
         return self.get_posterior().sample((2 * pairs,))
 
     def _reference_draws(self, pairs: int = 5000) -> Tensor:
-        """Draws with a seed of their own, so that medians and quantiles agree and no random state moves."""
+        """Draws with a seed of their own: medians and quantiles agree, no random state moves."""
         self._check_built("median and quantiles")
         device = next(self.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -140,14 +166,16 @@ class FlowGuide(AutoContinuous):
     def _check_built(self, what: str) -> None:
         if self.prototype_trace is None:
             raise RuntimeError(
-                f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}."
+                "Expected a guide that has met its model; "
+                f"call guide(*args, **kwargs) before {what}."
             )
 
     # Saving and copying
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.prototype_trace is None:
-            # The flow is made in the first call, when the model tells its size; the state waits until then.
+            # The flow is made in the first call, when the model tells its size; the state waits
+            # until then.
             named = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
             self._waiting_state = {k: v.detach().clone() for k, v in named.items()}
         else:
@@ -177,36 +205,37 @@ class FlowGuide(AutoContinuous):
 
 
 class AutoFlow(FlowGuide):
-    r"""A normalizing flow over all continuous latent sites of a model; a drop-in for any autoguide of Pyro.
+    r"""A normalizing flow over all continuous latent sites of a model, as an autoguide of Pyro.
 
     The sites are mapped to one unconstrained vector :math:`z`, and
 
     .. math:: x \sim N(0, I), \qquad z = \mu + L\, f(x),
 
-    with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that starts at
-    ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs of Pyro
-    that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``, ``TraceMeanField_ELBO`` and their jitted
-    kin) get the path gradient.
+    with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that
+    starts at ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs
+    of Pyro that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``,
+    ``TraceMeanField_ELBO`` and their jitted kin) get the path gradient.
 
     Args:
         model: A Pyro model.
-        flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a :class:`Flow` or a
-            :class:`Transform` over the whole space. By default a ``RealNVP`` with ``mixing=None`` and narrow, bounded
-            networks, and for a single latent feature a monotone network.
-        init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default, which knows improper
-            sites too.
+        flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a
+            :class:`Flow` or a :class:`Transform` over the whole space. By default a ``RealNVP``
+            with ``mixing=None`` and narrow, bounded networks, and for a single latent feature a
+            monotone network.
+        init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default,
+            which knows improper sites too.
         init_scale: Standard deviation at the start, in unconstrained units.
 
     Raises:
-        ValueError: If ``init_scale`` is not positive; in the first call, if the flow does not fit the model or a latent
-            site is discrete or inside a subsampled plate.
+        ValueError: If ``init_scale`` is not positive; in the first call, if the flow does not fit
+            the model or a latent site is discrete or inside a subsampled plate.
 
     Reference:
-        Kucukelbir, Tran, Ranganath, Gelman, Blei, "Automatic differentiation variational inference", 2017,
-        https://arxiv.org/abs/1603.00788
+        Kucukelbir, Tran, Ranganath, Gelman, Blei, "Automatic differentiation variational
+        inference", 2017, https://arxiv.org/abs/1603.00788
 
-        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting, and optimization",
-        2020, https://arxiv.org/abs/2006.10343
+        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting,
+        and optimization", 2020, https://arxiv.org/abs/2006.10343
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -221,23 +250,49 @@ class AutoFlow(FlowGuide):
         ['scale', 'x']
     """
 
+    has_path_gradient = True
+
     def _build(self, *args: Any, **kwargs: Any) -> None:
         super()._build(*args, **kwargs)
         self.flow = self._whitened_flow()
+
+    def sample_with_path_gradient(
+        self, n: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws vectors with the path gradient; see :meth:`Guide.sample_with_path_gradient`."""
+        posterior = self.get_posterior()
+        z = posterior.rsample((n,))
+        return z, posterior.score_parts(z).entropy_term
+
+    def base_spaces(self) -> Sequence[BaseSpace]:
+        """The base of the flow."""
+        self._check_built("base_spaces")
+        return (BaseSpace(self.flow.transform, self.flow.base),)
+
+    def _parts_spec(self) -> dict[str, Any]:
+        return {"flow": describe(self.flow)["kwargs"]["flow"]}
+
+    @classmethod
+    def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoFlow:
+        """Makes the guide of a spec."""
+        guide = cls(density.continuous_model, flow=lambda features: build(spec["flow"]))
+        density.introduce(guide)
+        return guide
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
 
         Args:
             loc: Tensor of shape ``(features,)``.
-            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
 
         Raises:
             RuntimeError: If the guide has not met its model yet.
             ValueError: If the diagonal is not positive.
         """
         self._check_built("whiten")
-        whiten(self.flow, loc, scale_tril)
+        self.flow.whiten(loc, scale_tril)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
         """The base distribution."""
@@ -252,71 +307,42 @@ class AutoFlow(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        posterior = self.flow()
-        posterior.path_gradient = True
-        return posterior
+        return self.flow(path_gradient=True)
 
     @torch.no_grad()
     def _draws(self, pairs: int) -> Tensor:
         x = self.flow.base.sample((pairs,))
-        if self.flow._base is None and self.flow.learned_base is None:
+        if self.flow.has_standard_base:
             # Antithetic pairs make the median of a normal exact.
             x = torch.cat([x, -x])
         return self.flow.transform.forward_and_log_det(x)[0]
 
 
-def whiten(flow: Flow, loc: Tensor, scale_tril: Tensor) -> None:
-    """Sets the last layer of a guide's flow, which whitens."""
-    whitening = flow.transform.layers[-1]
-    assert isinstance(whitening, LowerTriangularAffine)
-    whitening.set(loc, scale_tril)
-
-
 def default_flow(features: int) -> Flow | Transform:
-    """The flow of a guide that any optimiser may train: its networks are bounded, so that no draw runs away."""
+    """Makes a flow that any optimiser may train: bounded networks let no draw run away."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
     return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh, mixing=None)
 
 
-def flow_of_fit(features: int) -> Flow | Transform:
-    """The flow that ``fit_posterior`` trains from a Gaussian fit: its networks grow linearly, to follow a funnel further."""
-    if features == 1:
-        return Elementwise(SumOfSquares(), features)
-    return RealNVP(features, hidden_features=(32, 32), mixing=None)
-
-
-def wide_flow_of_fit(features: int) -> Flow | Transform:
-    """The flow that ``fit_posterior`` trains where that of :func:`flow_of_fit` was not enough."""
-    if features == 1:
-        return Elementwise(MonotoneNetwork(), features)
-    return RealNVP(features, transforms=12, hidden_features=(64, 64), mixing=None)
-
-
-def _parts(made: Any, features: int) -> tuple[list[Transform], Base | None]:
-    transform: Transform
-    if isinstance(made, Flow):
-        if made.support is not None:
-            raise ValueError(
-                f"Expected a flow over the whole space in AutoFlow; got one with support {made.support}."
-            )
-        transform, base = (
-            made.transform,
-            made._base if made.learned_base is None else made.learned_base,
-        )
-    elif isinstance(made, Transform):
-        transform, base = made, None
-    else:
+def _check_flow(made: Any, features: int) -> Flow | Transform:
+    if not isinstance(made, (Flow, Transform)):
         raise TypeError(f"Expected flow(features) to return a Flow or a Transform; got {made!r}.")
-    if transform.context_features is not None:
+    support = getattr(made, "support", None)
+    if support is not None:
+        raise ValueError(
+            f"Expected a flow over the whole space in AutoFlow; got one with support {support}."
+        )
+    if made.context_features is not None:
         raise ValueError(
             "Expected a flow without context in AutoFlow; got one with context_features."
         )
-    if transform.event_shape != (features,):
+    if made.event_shape != (features,):
         raise ValueError(
-            f"Expected a flow of {features} features, as the model has; got {tuple(transform.event_shape)}."
+            f"Expected a flow of {features} features, as the model has; "
+            f"got {tuple(made.event_shape)}."
         )
-    return (list(transform.layers) if isinstance(transform, Compose) else [transform]), base  # type: ignore[arg-type]
+    return made
 
 
 def _refuse_subsampled_latents(trace: Any) -> None:
@@ -324,14 +350,15 @@ def _refuse_subsampled_latents(trace: Any) -> None:
         for frame in site["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
-                    f"Expected latent sites outside of subsampled plates; got {name!r} in plate {frame.name!r}, of which "
-                    f"each run sees {frame.size} of {frame.full_size}. An AutoFlow learns one vector of latents for all "
+                    f"Expected latent sites outside of subsampled plates; got {name!r} in plate "
+                    f"{frame.name!r}, of which each run sees {frame.size} of {frame.full_size}. "
+                    "An AutoFlow learns one vector of latents for all "
                     "data; use an amortised guide, which reads each mini-batch, for such a site."
                 )
 
 
 class _ScoredDelta(dist.Delta):
-    """A point mass with a log-density, without the Kullback-Leibler divergence of Delta, which leaves that out."""
+    """A point mass with a log-density, which Delta's Kullback-Leibler divergence leaves out."""
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _ScoredDelta:
         return super().expand(batch_shape, self._get_checked_instance(_ScoredDelta, _instance))
@@ -339,12 +366,13 @@ class _ScoredDelta(dist.Delta):
 
 @register_kl(_ScoredDelta, dist.Distribution)
 def _kl_scored_delta(p: _ScoredDelta, q: Any) -> Tensor:
-    # Then TraceMeanField_ELBO takes the log-densities of the sites, with the scale and the mask that each one has.
+    # Then TraceMeanField_ELBO takes the log-densities of the sites, with the scale and the mask
+    # that each one has.
     raise NotImplementedError
 
 
 class _ScoredDeltas(Messenger):
-    """Makes the sites of an AutoContinuous scored deltas, for TraceMeanField_ELBO takes divergences where it can."""
+    """Makes scored deltas of sites, because TraceMeanField_ELBO takes divergences if it can."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
         if type(msg["fn"]) is dist.Delta:

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import check_size
+from .._spec import build, describe
 from ..distributions import FlowMixture
 from ..flows import Flow
+from ..model.density import LogDensity
 from ..model.start import init_to_median
 from ..transforms import Transform
-from .auto import FlowGuide, whiten
+from .auto import FlowGuide
+from .guide import BaseSpace
+from .whitened import WhitenedFlow
 
 __all__ = ["AutoMixture"]
 
 
 class AutoMixture(FlowGuide):
-    r"""A mixture of flows over all continuous latent sites of a model, for posteriors with several modes.
+    r"""A mixture of flows over all continuous latent sites, for posteriors with several modes.
 
     .. math:: q(z) = \sum_k \pi_k\, q_k(z),
 
-    with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode. :func:`pyroflows.fit_posterior` makes one
-    where it finds separate modes. In an SVI it trains by the score function of ``Trace_ELBO``. All components start at
-    one place; :meth:`whiten` sets them apart. There is no one map from a base to the posterior, so that
-    ``NeuTraReparam`` cannot take this guide; flow Monte Carlo can.
+    with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode.
+    :func:`pyroflows.fit_posterior` makes one where it finds separate modes. In an SVI it trains by
+    the score function of ``Trace_ELBO``. All components start at one place; :meth:`whiten` sets
+    them apart. There is no one map from a base to the posterior, so that ``NeuTraReparam`` cannot
+    take this guide; flow Monte Carlo can.
 
     Args:
         model: A Pyro model.
@@ -36,7 +42,8 @@ class AutoMixture(FlowGuide):
         init_scale: Standard deviation at the start, in unconstrained units.
 
     Raises:
-        ValueError: If ``components`` or ``init_scale`` is not positive; in the first call as in :class:`AutoFlow`.
+        ValueError: If ``components`` or ``init_scale`` is not positive; in the first call as in
+            :class:`AutoFlow`.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -70,9 +77,30 @@ class AutoMixture(FlowGuide):
         self.logits = nn.Parameter(torch.zeros_like(self._init_loc()[:1]).repeat(self._count))
 
     @property
-    def flows(self) -> list[Flow]:
+    def flows(self) -> list[WhitenedFlow]:
         """The components."""
         return [getattr(self, f"flow_{k}") for k in range(self._count)]
+
+    def base_spaces(self) -> Sequence[BaseSpace]:
+        """The bases of the components, with their shares."""
+        mixture = self.get_posterior()
+        return tuple(
+            BaseSpace(flow.transform, flow.base, functools.partial(_log_share, mixture, k))
+            for k, flow in enumerate(self.flows)
+        )
+
+    def _parts_spec(self) -> dict[str, Any]:
+        return {"flows": [describe(flow)["kwargs"]["flow"] for flow in self.flows]}
+
+    @classmethod
+    def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoMixture:
+        """Makes the guide of a spec."""
+        each = iter(spec["flows"])
+        guide = cls(
+            density.continuous_model, len(spec["flows"]), flow=lambda features: build(next(each))
+        )
+        density.introduce(guide)
+        return guide
 
     def whiten(self, component: int, loc: Tensor, scale_tril: Tensor) -> None:
         """Sets the whitening map of one component, for instance to a Gaussian fit of one mode.
@@ -80,7 +108,8 @@ class AutoMixture(FlowGuide):
         Args:
             component: Which one.
             loc: Tensor of shape ``(features,)``.
-            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
 
         Raises:
             RuntimeError: If the guide has not met its model yet.
@@ -89,14 +118,13 @@ class AutoMixture(FlowGuide):
         self._check_built("whiten")
         if check_size("component", component, least=0) >= self._count:
             raise ValueError(f"Expected component < {self._count}; got {component}.")
-        whiten(self.flows[component], loc, scale_tril)
+        self.flows[component].whiten(loc, scale_tril)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowMixture:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        law = FlowMixture([flow() for flow in self.flows], self.logits, validate_args=False)
-        law.auxiliary = True
-        return law
+        components = [flow() for flow in self.flows]
+        return FlowMixture(components, self.logits, auxiliary=True, validate_args=False)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Refused: there is no one map from a base to a mixture.
@@ -105,6 +133,11 @@ class AutoMixture(FlowGuide):
             ValueError: Always.
         """
         raise ValueError(
-            "Expected a guide with one transform, such as AutoFlow; got AutoMixture, which has one for each component "
+            "Expected a guide with one transform, such as AutoFlow; got AutoMixture, which has one "
+            "for each component "
             "and none for all. For exact draws use flow Monte Carlo, which needs no transform."
         )
+
+
+def _log_share(mixture: FlowMixture, component: int, z: Tensor) -> Tensor:
+    return mixture.component_log_probs(z).log_softmax(-1)[:, component]

@@ -18,7 +18,7 @@ from .._compat import without_handlers
 from .._random import seeded
 from ..flows import Flow
 from ..guides import AutoFlow, AutoMixture
-from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
+from ..guides.auto import FlowGuide
 from ..model.density import LogDensity, check_arguments
 from ..model.minibatch import MiniBatchDensity, log_density_of
 from ..train import processes as distributed
@@ -27,6 +27,7 @@ from ..train.training import PARTICLES, train
 from .census import Census, take_census, widened, without_end
 from .gaussian import Gaussian, Gaussians
 from .posterior import Posterior, Rung
+from .rungs import flow_of_fit, wide_flow_of_fit
 from .verdict import MISSED_LIMIT
 
 __all__ = ["fit_posterior"]

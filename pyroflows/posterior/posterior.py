@@ -17,14 +17,15 @@ from .._checks import check_size
 from .._files import save_whole
 from .._random import forked
 from ..guides import AutoFlow, AutoMixture
-from ..guides.auto import FlowGuide, flow_of_fit, wide_flow_of_fit
+from ..guides.auto import FlowGuide
 from ..model import prediction as simulate
 from ..model.density import LogDensity, check_arguments
 from ..model.minibatch import log_density_of
 from ..report import arviz_bridge as arviz
-from ..sampling.polishing import drift, memory, polish
+from ..sampling.polishing import autocorrelation, drift, polish
 from .census import missed_mass
 from .gaussian import Gaussians
+from .rungs import flow_of_fit, wide_flow_of_fit
 from .verdict import KHAT_LIMIT, MISSED_LIMIT, Verdict, drifted, improper, judge, missing, polished
 
 if TYPE_CHECKING:
@@ -170,7 +171,9 @@ class Posterior:
         half = polish(self.density, self.guide, start, self.trajectories - self.trajectories // 2)
         moved = polish(self.density, self.guide, half, self.trajectories // 2)
         # With reliable weights the start is right, and need not be forgotten.
-        remembered = torch.zeros_like(z[0]) if self._reliable(verdict) else memory(half, moved)
+        remembered = (
+            torch.zeros_like(z[0]) if self._reliable(verdict) else autocorrelation(half, moved)
+        )
         return polished(
             verdict, drift(half, moved, DRIFT_CHAINS), remembered, self.trajectories, names
         )

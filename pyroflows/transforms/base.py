@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from .._checks import broadcast_batch, check_context, check_size, check_tensor
 from .._compat import definition_of, transforming
 from .._memory import Memory
+from .._spec import Recorded
 from ._recompute import Step, recomputed
 
 __all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
@@ -45,7 +46,7 @@ def vjp(outputs: Iterable[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
     return torch.zeros_like(at) if product is None else product
 
 
-class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
+class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignore[misc]
     r"""Base class of all transforms: an invertible map :math:`y = f(x; c)` from base to event with a known Jacobian.
 
     A subclass writes two methods, pure mathematics for tensors of shape ``(*batch, *event_shape)``:

@@ -1,0 +1,68 @@
+"""A flow followed by an affine map that carries the location and scale of a posterior."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+
+from ..flows import Flow
+from ..transforms import LowerTriangularAffine, Transform
+
+__all__ = ["WhitenedFlow"]
+
+
+class WhitenedFlow(Flow):
+    r"""A flow :math:`f` and a whitening map :math:`(\mu, L)` after it: :math:`z = \mu + L\, f(x)`.
+
+    The flow keeps all its options: its transform is taken as it is, with its own way to train, and
+    its base and name are those of the whole.
+
+    Args:
+        flow: A flow over the whole space without context, or a transform, whose base is then the
+            standard normal.
+
+    Raises:
+        TypeError: If ``flow`` is neither.
+
+    Example:
+        >>> import torch, pyroflows as pf
+        >>> flow = WhitenedFlow(pf.RealNVP(2, reversible=True))
+        >>> flow.whiten(torch.tensor([1.0, 2.0]), torch.eye(2))
+        >>> flow.body.reversible, flow.whitening.loc.tolist()
+        (True, [1.0, 2.0])
+    """
+
+    def __init__(self, flow: Flow | Transform) -> None:
+        made = flow if isinstance(flow, Flow) else Flow([flow])
+        whitening = LowerTriangularAffine(made.event_shape[0])
+        base = made._base if made.learned_base is None else made.learned_base
+        super().__init__([made.transform, whitening], base, name=made._pyro_name)
+
+    @property
+    def body(self) -> Transform:
+        """The transform before the whitening map."""
+        return cast("Transform", self.transform.layers[0])
+
+    @property
+    def whitening(self) -> LowerTriangularAffine:
+        """The affine map that comes last."""
+        return cast("LowerTriangularAffine", self.transform.layers[1])
+
+    @property
+    def has_standard_base(self) -> bool:
+        """Whether the base is the standard normal of a flow that was made without one."""
+        return self._base is None and self.learned_base is None
+
+    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Sets the whitening map.
+
+        Args:
+            loc: Tensor of shape ``(features,)``.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
+
+        Raises:
+            ValueError: If the diagonal is not positive.
+        """
+        self.whitening.set(loc, scale_tril)
