@@ -31,8 +31,14 @@ from .handlers import (
     WholePlates,
 )
 from .inputs import Inputs, name_parameters
-from .sites import LatentSite, find_latent_sites, is_discrete, latent_nodes, plate_frames
-from .sites import sample_nodes as read_sample_nodes
+from .sites import (
+    LatentSite,
+    find_latent_sites,
+    is_discrete,
+    latent_nodes,
+    plate_frames,
+    sample_nodes,
+)
 from .start import init_to_median
 
 __all__ = ["LogDensity"]
@@ -112,7 +118,7 @@ class LogDensity(Density):
         self.device = device
         self.inputs = self.data.first
         self.unwrapped_model = model
-        self.model = self.model_of_batch = self.data.wrap(model)
+        self.model = self.data.wrap(model)
         trace = self._prototype(init_loc_fn)
         self.subsampled = self.data.find_subsampled(trace)
         if self.subsampled:
@@ -317,7 +323,7 @@ class LogDensity(Density):
             For each sample site, latent or observed, a tensor without dimensions. The Jacobians of
             latent sites are left out, and sites that are enumerated are summed over all values.
         """
-        nodes = read_sample_nodes(self.trace(z, score=True))
+        nodes = sample_nodes(self.trace(z, score=True))
         return {name: node["log_prob"].detach().sum() for name, node in nodes}
 
     # Sites
@@ -430,7 +436,7 @@ class LogDensity(Density):
             yield
 
     def _trace(self, values: Mapping[str, Tensor], inputs: Inputs) -> Any:
-        model = GivenRows(inputs.rows)(self.model_of_batch) if inputs.rows else self.model
+        model = GivenRows(inputs.rows)(self.unwrapped_model) if inputs.rows else self.model
         if self.discrete:
             enumerated = config_enumerate(model, default="parallel")
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
@@ -454,7 +460,7 @@ class LogDensity(Density):
             trace = self._trace(self.constrain(z), self.inputs)
             groups = enumerated_groups(trace) if self.discrete else []
             trace.compute_log_prob()
-            nodes = dict(read_sample_nodes(trace))
+            nodes = dict(sample_nodes(trace))
             terms = {name: node["log_prob"] for name, node in nodes.items()}
             for group in groups:
                 for name in group.names:

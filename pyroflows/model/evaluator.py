@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,52 @@ FREE: tuple[Callable[[Any], bool], ...] = (
     lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point(),
     lambda leaf: False,
 )
+
+
+class _Leaves:
+    """Inputs taken apart into tensors and constants.
+
+    Args:
+        inputs: The inputs.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.leaves, self.spec = tree_flatten(inputs)
+
+    def tensors(self, free: int) -> list[Tensor]:
+        """The leaves that are inputs of a graph."""
+        return [leaf for leaf in self.leaves if FREE[free](leaf)]
+
+    def constants(self, free: int) -> list[Any]:
+        """The leaves that are constants of a graph."""
+        return [leaf for leaf in self.leaves if not FREE[free](leaf)]
+
+    def rebuild(self, free: int, tensors: Sequence[Tensor]) -> Inputs:
+        """The inputs with other tensors in the place of the free ones."""
+        given = iter(tensors)
+        leaves = [next(given) if FREE[free](leaf) else leaf for leaf in self.leaves]
+        return tree_unflatten(leaves, self.spec)
+
+    def kind(self) -> Hashable:
+        """What inputs have in common that are evaluated in the same way."""
+        ranks = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in self.leaves]
+        return (self.spec, *ranks)
+
+    def key(self, free: int) -> Hashable:
+        """What inputs have in common that share a graph."""
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors(free)]
+        return (self.spec, *shapes, *map(_identity, self.constants(free)))
+
+
+def _identity(constant: Any) -> Hashable:
+    if isinstance(constant, Tensor):
+        return id(constant)
+    try:
+        hash(constant)
+    except TypeError:
+        return id(constant)
+    return type(constant), constant
 
 
 class Program:
@@ -125,8 +171,9 @@ class Evaluator:
         Raises:
             ValueError: If the function has two values at one point.
         """
-        way = self._way(inputs, batch_size) if mode is None else Way(mode)
-        run = self._make_run(inputs, batch_size, way)
+        leaves = _Leaves(inputs)
+        way = self._way(leaves, batch_size) if mode is None else Way(mode)
+        run = self._make_run(leaves, batch_size, way)
         return Program(run, 1 if way.mode == "loop" else batch_size, self.failures, way)
 
     def make_differentiable(self, inputs: Inputs, batch_size: int) -> Program:
@@ -139,37 +186,32 @@ class Evaluator:
         Returns:
             The program, which gives a tuple of one tensor of values.
         """
-        way = self._way(inputs, batch_size)
+        leaves = _Leaves(inputs)
+        way = self._way(leaves, batch_size)
         if way.mode == "loop":
             return Program(self._loop_values(inputs), 1, self.failures, way, gradients=False)
-        function, tensors = self._with_tensors(inputs, way.free)
-        batched = _batched(function, len(tensors))
+        evaluate = batched = self._batched(leaves, way.free)
         if way.mode == "captured":
-            key = self._key(inputs, batch_size, way.free)
-            vmapped = batched
-            batched = self._cached(
-                "whole", key, lambda: self._capture(vmapped, inputs, batch_size, way.free)
-            )
+            key = ("whole", leaves.key(way.free), batch_size)
+            evaluate = self._cached(key, lambda: self._capture(batched, leaves, batch_size, way))
+        tensors = leaves.tensors(way.free)
 
         def run(points: Tensor) -> tuple[Tensor, ...]:
-            return (batched(_padded(points, batch_size), *tensors)[: len(points)],)
+            return (evaluate(_padded(points, batch_size), *tensors)[: len(points)],)
 
         return Program(run, batch_size, self.failures, way, gradients=False)
 
     # The three ways
 
-    def _make_run(self, inputs: Inputs, batch_size: int, way: Way) -> Run:
+    def _make_run(self, leaves: _Leaves, batch_size: int, way: Way) -> Run:
         if way.mode == "loop":
-            return lambda points: self._loop(points, inputs)
-        function, tensors = self._with_tensors(inputs, way.free)
-        tensors = [tensor.detach() for tensor in tensors]
-        batched = _batched(torch.func.grad_and_value(function), len(tensors))
+            return lambda points: self._loop(points, leaves.inputs)
+        tensors = [tensor.detach() for tensor in leaves.tensors(way.free)]
         if way.mode == "vmap":
+            batched = self._batched(leaves, way.free, torch.func.grad_and_value)
             return lambda points: batched(points, *tensors)[::-1]
-        key = self._key(inputs, batch_size, way.free)
-        prelude, body = self._cached(
-            "halves", key, lambda: _split(self._capture(batched, inputs, batch_size, way.free))
-        )
+        key = ("halves", leaves.key(way.free), batch_size)
+        prelude, body = self._cached(key, lambda: self._capture_halves(leaves, batch_size, way))
         with torch.no_grad():
             return _captured_run(body, prelude(*tensors), batch_size)
 
@@ -192,63 +234,61 @@ class Evaluator:
 
     # Captured graphs
 
-    def _with_tensors(
-        self, inputs: Inputs, free: int
-    ) -> tuple[Callable[..., Tensor], list[Tensor]]:
-        """The function of a point and of the free tensors, and these."""
-        leaves, spec = tree_flatten(inputs)
-        places = [i for i, leaf in enumerate(leaves) if FREE[free](leaf)]
+    def _batched(
+        self, leaves: _Leaves, free: int, transform: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """The function of many points and of the free tensors."""
 
         def function(point: Tensor, *tensors: Tensor) -> Tensor:
-            given = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                given[place] = tensor
             with NanWhereSingular():
-                return self.function(point, tree_unflatten(given, spec))
+                return self.function(point, leaves.rebuild(free, tensors))
 
-        return function, [leaves[place] for place in places]
+        shared = len(leaves.tensors(free))
+        of_point = function if transform is None else transform(function)
+        return torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
 
-    def _cached(self, kind: str, key: Hashable, make: Callable[[], Any]) -> Any:
-        if (kind, key) not in self._graphs:
-            self._graphs[kind, key] = make()
-        return self._graphs[kind, key]
+    def _cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._graphs:
+            self._graphs[key] = make()
+        return self._graphs[key]
+
+    def _capture_halves(
+        self, leaves: _Leaves, batch_size: int, way: Way
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        batched = self._batched(leaves, way.free, torch.func.grad_and_value)
+        prelude, body = _split(self._capture(batched, leaves, batch_size, way))
+        return prelude.forward, body.forward
 
     def _capture(
-        self, batched: Callable[..., Any], inputs: Inputs, batch_size: int, free: int
+        self, batched: Callable[..., Any], leaves: _Leaves, batch_size: int, way: Way
     ) -> GraphModule:
         points = self.start.expand(batch_size, -1).contiguous()
-        _, tensors = self._with_tensors(inputs, free)
         # Fresh views: the same tensor given twice is two inputs.
-        graph = make_fx(batched)(points, *(tensor.detach() for tensor in tensors))
+        tensors = [tensor.detach() for tensor in leaves.tensors(way.free)]
+        graph = make_fx(batched)(points, *tensors)
         if _reads_values(graph):
             raise ValueError("The shapes in the model depend on values of its data.")
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        leaves = tree_flatten(inputs)[0]
-        self._constants.extend(leaf for leaf in leaves if not FREE[free](leaf))
+        self._constants.extend(leaves.constants(way.free))
         return graph
-
-    def _key(self, inputs: Inputs, batch_size: int, free: int) -> Hashable:
-        leaves, spec = tree_flatten(inputs)
-        parts = [_leaf_key(leaf, FREE[free](leaf)) for leaf in leaves]
-        return (str(spec), *parts, batch_size)
 
     # The choice of a way
 
-    def _way(self, inputs: Inputs, batch_size: int) -> Way:
-        leaves, spec = tree_flatten(inputs)
-        kind = (str(spec), *(leaf.dim() if isinstance(leaf, Tensor) else None for leaf in leaves))
+    def _way(self, leaves: _Leaves, batch_size: int) -> Way:
+        kind = leaves.kind()
         if kind not in self._ways:
-            self._ways[kind] = self._choose_way(inputs, batch_size)
+            self._ways[kind] = self._choose_way(leaves, batch_size)
         return self._ways[kind]
 
-    def _choose_way(self, inputs: Inputs, batch_size: int) -> Way:
-        points, values, grads = self._references(inputs, min(3, batch_size))
+    @torch.no_grad()
+    def _choose_way(self, leaves: _Leaves, batch_size: int) -> Way:
+        points, values, grads = self._references(leaves.inputs, min(3, batch_size))
         n = len(points)
         batch = points.repeat(-(-batch_size // n), 1)[:batch_size]
 
         def agrees(way: Way) -> bool:
-            value, grad = self._make_run(inputs, batch_size, way)(batch)
+            value, grad = self._make_run(leaves, batch_size, way)(batch)
             return agree(value[:n], values) and agree(grad[:n], grads)
 
         if _succeeds(lambda: agrees(Way("captured"))):
@@ -331,17 +371,13 @@ def first_sentence(error: Exception) -> str:
     return text.split(". ")[0][:200] or type(error).__name__
 
 
-def _batched(function: Callable[..., Any], shared: int) -> Callable[..., Any]:
-    return torch.func.vmap(function, in_dims=(0, *(None for _ in range(shared))))
-
-
 def _padded(points: Tensor, size: int) -> Tensor:
     """Points and copies of the last one, as many as a graph takes."""
     missing = size - len(points)
     return torch.cat([points, points[-1:].expand(missing, -1)]) if missing else points
 
 
-def _captured_run(body: GraphModule, fixed: tuple[Tensor, ...], batch_size: int) -> Run:
+def _captured_run(body: Callable[..., Any], fixed: tuple[Tensor, ...], batch_size: int) -> Run:
     def run(points: Tensor) -> tuple[Tensor, ...]:
         n = len(points)
         grad, value = body(_padded(points, batch_size), *fixed)
@@ -410,18 +446,6 @@ def _dependent(nodes: Iterable[Node], sources: set[Node]) -> set[Node]:
         if not dependent.isdisjoint(node.all_input_nodes):
             dependent.add(node)
     return dependent
-
-
-def _leaf_key(leaf: Any, free: bool) -> Hashable:
-    if free:
-        return tuple(leaf.shape), leaf.dtype, leaf.device
-    if isinstance(leaf, Tensor):
-        return id(leaf)
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return type(leaf), leaf
 
 
 def _concatenate(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
