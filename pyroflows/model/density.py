@@ -288,7 +288,7 @@ class LogDensity(Density):
         Returns:
             For each site a tensor of shape ``(*, *batch_shape)``, where ``batch_shape`` is that of
             its distribution: as in Pyro, a plate has its dimension from the right, and dimensions
-            between plates have size 1.
+            between plates have size 1. NaN where the model fails.
 
         Raises:
             ValueError: If the last dimension is not ``features``.
@@ -307,7 +307,8 @@ class LogDensity(Density):
         points = z.detach().reshape(-1, self.features)
         # Without points, the shapes are those at the start.
         given = points if len(points) else self.initial.unsqueeze(0)
-        terms = map_points(self._terms, given, self.batch_size if self.batched else 1)
+        batch_size = self.batch_size if self.batched else 1
+        terms = map_points(self._terms, given, batch_size, safe=self.initial)
         return {
             name: term[: len(points)].reshape(z.shape[:-1] + term.shape[1:])
             for name, term in terms.items()

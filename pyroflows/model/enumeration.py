@@ -1,4 +1,4 @@
-"""The log density of a trace with enumerated sites, in operations that torch.func can batch and differentiate."""
+"""The log density of a trace with enumerated sites, by operations that torch.func can transform."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ def _common(scales: list[Any]) -> float:
     (scale, *others) = numbers
     if others or scale is None:
         raise ValueError(
-            "Expected one number as poutine.scale of all sites that depend on a discrete latent site; got several."
+            "Expected one number as poutine.scale of all sites that depend on a discrete latent "
+            "site; got several."
         )
     return scale
 
@@ -149,22 +150,22 @@ class _EliminationRing(LogRing):
     def sumproduct(self, terms: list[Tensor], dims: Any) -> Tensor:
         left = {dim for dim in dims if _touched(terms, dim)}
         while left:
-            # The one with the smallest table first: in a star the leaves, not the centre that joins them all.
+            # The one with the smallest table first: in a star the leaves, not the centre.
             dim = min(
                 sorted(left),
-                key=lambda dim: len(set("".join(t._pyro_dims for t in _touched(terms, dim)))),
+                key=lambda dim: len(set("".join(map(_dims, _touched(terms, dim))))),
             )
             touched = _touched(terms, dim)
             product = _product(touched)
-            rest = product._pyro_dims.replace(dim, "")  # type: ignore[attr-defined]
-            summed = _named(_logsumexp(product, product._pyro_dims.index(dim)), rest)  # type: ignore[attr-defined]
+            names = _dims(product)
+            summed = _named(_logsumexp(product, names.index(dim)), names.replace(dim, ""))
             terms = [term for term in terms if all(term is not t for t in touched)] + [summed]
             left.remove(dim)
         return _product(terms)
 
 
-def _touched(terms: list[Tensor], dim: str) -> list[Any]:
-    return [term for term in terms if dim in term._pyro_dims]  # type: ignore[attr-defined]
+def _touched(terms: list[Tensor], dim: str) -> list[Tensor]:
+    return [term for term in terms if dim in _dims(term)]
 
 
 def _logsumexp(term: Tensor, dim: int) -> Tensor:
@@ -178,14 +179,19 @@ def _logsumexp(term: Tensor, dim: int) -> Tensor:
 
 
 def _product(terms: list[Tensor]) -> Tensor:
-    dims = "".join(sorted(set("".join(term._pyro_dims for term in terms))))  # type: ignore[attr-defined]
+    dims = "".join(sorted(set("".join(map(_dims, terms)))))
     total: Any = 0
     for term in terms:
-        names = term._pyro_dims  # type: ignore[attr-defined]
+        names = _dims(term)
         ordered = term.permute([names.index(dim) for dim in dims if dim in names])
         shape = iter(ordered.shape)
         total = total + ordered.reshape([next(shape) if dim in names else 1 for dim in dims])
     return _named(total, dims)
+
+
+def _dims(term: Any) -> str:
+    """The symbols of the dimensions of a packed tensor."""
+    return term._pyro_dims
 
 
 def _named(term: Tensor, dims: str) -> Tensor:

@@ -335,7 +335,10 @@ class Evaluator:
 
 
 def map_points(
-    function: Callable[[Tensor], dict[str, Tensor]], points: Tensor, batch_size: int
+    function: Callable[[Tensor], dict[str, Tensor]],
+    points: Tensor,
+    batch_size: int,
+    safe: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Evaluates a function of one point for many, with other random numbers for each.
 
@@ -343,6 +346,8 @@ def map_points(
         function: From a point of shape ``(features,)`` to tensors by name.
         points: Points of shape ``(n, features)``.
         batch_size: How many points one evaluation takes; one at a time if 1.
+        safe: A point of shape ``(features,)`` at which the function can be evaluated. If given,
+            the results at points where it fails are NaN; else its error is raised.
 
     Returns:
         For each name a tensor with a first dimension of size ``n``.
@@ -354,8 +359,19 @@ def map_points(
                 return batched(points)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none
-    runs = [function(point) for point in points]
+    runs = [_run_once(function, point, safe) for point in points]
     return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+
+
+def _run_once(
+    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, safe: Tensor | None
+) -> dict[str, Tensor]:
+    try:
+        return function(point)
+    except POINT_ERRORS:
+        if safe is None:
+            raise
+        return {name: torch.full_like(t, torch.nan) for name, t in function(safe).items()}
 
 
 def agree(a: Tensor, b: Tensor) -> bool:

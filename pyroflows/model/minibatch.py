@@ -5,18 +5,19 @@ A mini-batch of :math:`n` of :math:`N` rows gives an unbiased estimate of the lo
 .. math:: f_b(z) = \log p(z) + \frac{N}{n} \sum_{i \in b} \log p(y_i \mid z), \qquad
     \sum_b \frac{n_b}{N} f_b(z) = \log p(z) + \sum_{i=1}^N \log p(y_i \mid z),
 
-where the sum runs over mini-batches that part the data. The difference to the same mini-batch at an anchor
-:math:`z_0`, where all data have been seen once, has the same mean and next to no variance,
+where the sum runs over mini-batches that part the data. The difference to the same mini-batch at an
+anchor :math:`z_0`, where all data have been seen once, has the same mean and next to no variance,
 
 .. math:: f_b(z) - f_b(z_0) + f(z_0),
 
-for rows whose likelihoods differ much seldom have slopes that do.
+because rows whose likelihoods differ much seldom have slopes that do.
 
 Reference:
-    Johnson, Zhang, "Accelerating stochastic gradient descent using predictive variance reduction", 2013,
-    https://papers.nips.cc/paper/4937-accelerating-stochastic-gradient-descent-using-predictive-variance-reduction
+    Johnson, Zhang, "Accelerating stochastic gradient descent using predictive variance reduction",
+    2013, https://papers.nips.cc/paper/4937
 
-    Quiroz, Kohn, Villani, Tran, "Speeding up MCMC by efficient data subsampling", 2014, https://arxiv.org/abs/1404.4178
+    Quiroz, Kohn, Villani, Tran, "Speeding up MCMC by efficient data subsampling", 2014,
+    https://arxiv.org/abs/1404.4178
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def inference_data(
     sample_stats: Mapping[str, Tensor],
     attrs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Draws in ArviZ's container, with all that the model allows: predictions, likelihood, data, prior.
+    """Draws in ArviZ's container, with predictions, likelihood, data and prior where there are any.
 
     Args:
         density: The density of the model.
@@ -84,7 +84,16 @@ def dimension_names(density: LogDensity) -> dict[str, list[str | None]]:
 
 
 def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
-    """Values of ``pyro.deterministic`` sites, one run of the model per draw ``z`` of shape ``(draws, features)``."""
+    """Values of the ``pyro.deterministic`` sites.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each of these sites a tensor of shape ``(draws, *site_shape)``; empty if the model has
+        discrete latent sites.
+    """
     if density.discrete:
         return {}
 
@@ -96,7 +105,16 @@ def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
 
 
 def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
-    """Log likelihood of each entry of the observed sites, given draws ``z`` of shape ``(draws, features)``."""
+    """Log likelihood of each entry of the observed sites.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each observed site a tensor of shape ``(draws, *batch_shape)``; empty if the model has
+        discrete latent sites.
+    """
     if density.discrete:
         return {}
 
@@ -111,7 +129,16 @@ def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
 
 
 def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
-    """New data from the model, given draws ``z`` of shape ``(draws, features)``; nothing where data cannot be drawn."""
+    """New data from the model.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each observed site a tensor of shape ``(draws, *site_shape)``; empty if the model has
+        discrete latent sites, or data that cannot be drawn.
+    """
     if density.discrete:
         return {}
     names = list(observed_data(density))

@@ -63,7 +63,8 @@ class LatentSite:
         >>> import pyro, pyro.distributions as dist
         >>> from pyroflows.model import LogDensity
         >>> def model():
-        ...     pyro.sample("x", dist.VonMises(torch.zeros(2), 1.0).mask(torch.tensor([True, False])))
+        ...     seen = torch.tensor([True, False])
+        ...     pyro.sample("x", dist.VonMises(torch.zeros(2), 1.0).mask(seen))
         >>> (site,) = LogDensity(model).sites
         >>> site.kind, site.active
         (<SiteKind.CIRCLE: 'circle'>, tensor([ True, False]))

@@ -98,6 +98,17 @@ def test_values_as_the_model_gives_them_are_nan_where_it_fails(mode: str) -> Non
     assert value.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("model", [correlated, rotated, picky])
+@pytest.mark.filterwarnings("ignore:This model cannot be evaluated for a batch")
+def test_terms_are_nan_where_the_model_fails(model: Callable[[], None]) -> None:
+    density = LogDensity(model)
+    z = torch.tensor([[-1.5], [0.5], [1.5]])
+    total = torch.stack(list(density.site_terms(z).values())).sum(0)
+    usable = density.evaluate(z).usable
+    torch.testing.assert_close(total.isnan(), ~usable)
+    torch.testing.assert_close(total[usable], density.log_prob(z)[usable])
+
+
 def test_the_last_error_is_told() -> None:
     with pytest.warns(UserWarning, match="one point at a time"):
         density = LogDensity(picky)
