@@ -1,24 +1,40 @@
-"""The log density of a trace with enumerated sites, in operations that torch.func can batch and differentiate."""
+"""The log density of a trace with enumerated sites, by operations that torch.func can transform."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
+from pyro.ops.packed import unpack
 from pyro.ops.rings import LogRing
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._compat import named_dims, packed_dims
 
-__all__ = ["enumerated_log_prob"]
+__all__ = ["EnumeratedGroup", "enumerated_groups", "enumerated_log_prob"]
+
+
+class EnumeratedGroup(NamedTuple):
+    """Sites that are joined by the discrete sites they depend on.
+
+    Attributes:
+        names: The names of the sites, in the order of the model.
+        log_prob: The log of the sum, over all values of the discrete sites, of the product of
+            their densities, for each row of the plates that all of the sites are in, which are
+            its dimensions from the right, as Pyro has them.
+    """
+
+    names: tuple[str, ...]
+    log_prob: Tensor
 
 
 def enumerated_log_prob(trace: Any) -> Tensor:
-    """Sums the enumerated sites out of a trace, as ``TraceEnum_ELBO`` does: masks act inside of the sum, scales outside.
+    """Sums the enumerated sites out of a trace, as ``TraceEnum_ELBO`` does: masks act inside of the
+    sum, scales outside.
 
     Args:
         trace: A trace of a model under ``poutine.enum``.
@@ -27,42 +43,102 @@ def enumerated_log_prob(trace: Any) -> Tensor:
         The log density, a tensor without dimensions.
 
     Raises:
-        ValueError: If the sites that depend on an enumerated one do not share one ``poutine.scale``.
+        ValueError: If the sites that depend on an enumerated one do not share one
+            ``poutine.scale``.
     """
-    trace.compute_log_prob()
-    trace.pack_tensors()
-    plates = trace.plate_to_symbol
-    enumerated = set(trace.symbol_to_dim) - set(plates.values())
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    total: Any = 0.0
-    scales = []
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        term = site["packed"]["unscaled_log_prob"]
-        if enumerated.isdisjoint(packed_dims(term)):
-            total = total + site["log_prob_sum"]
-            continue
-        if site["infer"].get("_enumerate_dim") is None:
-            term = packed.scale_and_mask(term, mask=site["packed"]["mask"])
-        ordinal = frozenset(
-            plates[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized
-        )
-        factors.setdefault(ordinal, []).append(term)
-        scales.append(site["scale"])
-    if not factors:
+    factors = _Factors(trace)
+    total: Any = sum(trace.nodes[name]["log_prob_sum"] for name in factors.free)
+    if not factors.terms:
         return total
-    return total + _common(scales) * contract_to_tensor(
-        factors, enumerated, ring=_EliminationRing()
-    )
+    return total + factors.scale * factors.contract(list(factors.terms), frozenset())
+
+
+def enumerated_groups(trace: Any) -> list[EnumeratedGroup]:
+    """The parts into which the sum over the enumerated sites of a trace falls.
+
+    Args:
+        trace: A trace of a model under ``poutine.enum``.
+
+    Returns:
+        The groups; a site that depends on no enumerated one is in none of them.
+
+    Raises:
+        ValueError: If their sites do not share one ``poutine.scale``.
+    """
+    factors = _Factors(trace)
+    groups = []
+    for names in factors.components():
+        common = frozenset.intersection(*(factors.plates[name] for name in names))
+        packed_sum = factors.contract(names, common)
+        log_prob = unpack(packed_sum, trace.symbol_to_dim)
+        groups.append(EnumeratedGroup(tuple(names), factors.scale * log_prob))
+    return groups
+
+
+class _Factors:
+    """The factors of the log density of a trace that depend on enumerated sites.
+
+    Args:
+        trace: A trace of a model under ``poutine.enum``.
+
+    Attributes:
+        terms: For each site that depends on an enumerated one its packed log density.
+        plates: For each of these sites the symbols of its plates.
+        free: The other sites.
+        scale: The scale that all of these sites share.
+    """
+
+    def __init__(self, trace: Any) -> None:
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        symbols = trace.plate_to_symbol
+        self.enumerated = set(trace.symbol_to_dim) - set(symbols.values())
+        self.terms: dict[str, Any] = {}
+        self.plates: dict[str, frozenset[str]] = {}
+        self.free: list[str] = []
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            term = site["packed"]["unscaled_log_prob"]
+            if self.enumerated.isdisjoint(packed_dims(term)):
+                self.free.append(name)
+                continue
+            if site["infer"].get("_enumerate_dim") is None:
+                term = packed.scale_and_mask(term, mask=site["packed"]["mask"])
+            frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+            self.terms[name] = term
+            self.plates[name] = frozenset(symbols[frame.name] for frame in frames)
+        self.scale = _common([trace.nodes[name]["scale"] for name in self.terms])
+
+    def contract(self, names: list[str], kept: frozenset[str]) -> Tensor:
+        """Sums some sites over the enumerated ones, and over all plates but those that are kept."""
+        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        for name in names:
+            tree.setdefault(self.plates[name], []).append(self.terms[name])
+        return contract_to_tensor(tree, self.enumerated, kept, ring=_EliminationRing())
+
+    def components(self) -> list[list[str]]:
+        """The names of the sites, those that share an enumerated one together."""
+        groups: list[tuple[set[str], list[str]]] = []
+        for name, term in self.terms.items():
+            dims, names = self.enumerated.intersection(packed_dims(term)), [name]
+            joined = [group for group in groups if not dims.isdisjoint(group[0])]
+            for group in joined:
+                dims, names = dims | group[0], group[1] + names
+                groups.remove(group)
+            groups.append((dims, names))
+        return [sorted(names, key=list(self.terms).index) for _, names in groups]
 
 
 def _common(scales: list[Any]) -> float:
+    if not scales:
+        return 1.0
     numbers = {float(scale) if torch.as_tensor(scale).numel() == 1 else None for scale in scales}
     (scale, *others) = numbers
     if others or scale is None:
         raise ValueError(
-            "Expected one number as poutine.scale of all sites that depend on a discrete latent site; got several."
+            "Expected one number as poutine.scale of all sites that depend on a discrete latent "
+            "site; got several."
         )
     return scale
 
@@ -76,21 +152,21 @@ class _EliminationRing(LogRing):
     def sumproduct(self, terms: list[Tensor], dims: Any) -> Tensor:
         left = {dim for dim in dims if _touched(terms, dim)}
         while left:
-            # The one with the smallest table first: in a star the leaves, not the centre that joins them all.
+            # The one with the smallest table first: in a star the leaves, not the centre.
             dim = min(
                 sorted(left),
-                key=lambda dim: len(set("".join(packed_dims(t) for t in _touched(terms, dim)))),
+                key=lambda dim: len(set("".join(map(packed_dims, _touched(terms, dim))))),
             )
             touched = _touched(terms, dim)
             product = _product(touched)
-            rest = packed_dims(product).replace(dim, "")
-            summed = named_dims(_logsumexp(product, packed_dims(product).index(dim)), rest)
+            names = packed_dims(product)
+            summed = named_dims(_logsumexp(product, names.index(dim)), names.replace(dim, ""))
             terms = [term for term in terms if all(term is not t for t in touched)] + [summed]
             left.remove(dim)
         return _product(terms)
 
 
-def _touched(terms: list[Tensor], dim: str) -> list[Any]:
+def _touched(terms: list[Tensor], dim: str) -> list[Tensor]:
     return [term for term in terms if dim in packed_dims(term)]
 
 
@@ -105,7 +181,7 @@ def _logsumexp(term: Tensor, dim: int) -> Tensor:
 
 
 def _product(terms: list[Tensor]) -> Tensor:
-    dims = "".join(sorted(set("".join(packed_dims(term) for term in terms))))
+    dims = "".join(sorted(set("".join(map(packed_dims, terms)))))
     total: Any = 0
     for term in terms:
         names = packed_dims(term)

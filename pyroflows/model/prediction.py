@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -14,7 +13,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..report import arviz_bridge as arviz
-from .density import LogDensity, site_plates
+from .density import LogDensity
+from .evaluator import map_points
+from .sites import base_distribution, site_plates
 
 __all__ = [
     "deterministic_sites",
@@ -28,6 +29,9 @@ __all__ = [
 
 Draws = dict[str, Tensor]
 
+# Draws for which one batched run of the model is made.
+DRAWS_AT_ONCE = 1000
+
 
 def inference_data(
     density: LogDensity,
@@ -35,7 +39,7 @@ def inference_data(
     sample_stats: Mapping[str, Tensor],
     attrs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Draws in ArviZ's container, with all that the model allows: predictions, likelihood, data, prior.
+    """Draws in ArviZ's container, with predictions, likelihood, data and prior where there are any.
 
     Args:
         density: The density of the model.
@@ -71,7 +75,7 @@ def inference_data(
 
 def dimension_names(density: LogDensity) -> dict[str, list[str | None]]:
     """For each latent and observed site that lies in plates, the names of its dimensions."""
-    trace = density._trace(density.constrain(density.initial))
+    trace = density.trace()
     names = {site.name: list(site.plates) for site in density.sites}
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and name not in names and not site_is_subsample(site):
@@ -80,44 +84,72 @@ def dimension_names(density: LogDensity) -> dict[str, list[str | None]]:
 
 
 def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
-    """Values of ``pyro.deterministic`` sites, one run of the model per draw ``z`` of shape ``(draws, features)``."""
+    """Values of the ``pyro.deterministic`` sites.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each of these sites a tensor of shape ``(draws, *site_shape)``; empty if the model has
+        discrete latent sites.
+    """
     if density.discrete:
         return {}
-    return _per_draw(
-        density,
-        z,
-        lambda trace: {n: s["value"] for n, s in trace.nodes.items() if _is_deterministic(s)},
-    )
+
+    def values_of(row: Tensor) -> Draws:
+        nodes = density.trace(row).nodes.items()
+        return {name: site["value"] for name, site in nodes if _is_deterministic(site)}
+
+    return _map(density, values_of, z)
 
 
 def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
-    """Log likelihood of each entry of the observed sites, given draws ``z`` of shape ``(draws, features)``."""
+    """Log likelihood of each entry of the observed sites.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each observed site a tensor of shape ``(draws, *batch_shape)``; empty if the model has
+        discrete latent sites.
+    """
     if density.discrete:
         return {}
 
-    def of_trace(trace: Any) -> Draws:
-        trace.compute_log_prob()
-        return {name: trace.nodes[name]["log_prob"] for name in _observed(trace)}
-
     observed = set(observed_data(density))
-    return _per_draw(
-        density, z, lambda trace: {n: v for n, v in of_trace(trace).items() if n in observed}
-    )
+
+    def likelihood_of(row: Tensor) -> Draws:
+        trace = density.trace(row, score=True)
+        names = [name for name in _observed(trace) if name in observed]
+        return {name: trace.nodes[name]["log_prob"] for name in names}
+
+    return _map(density, likelihood_of, z)
 
 
 def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
-    """New data from the model, given draws ``z`` of shape ``(draws, features)``; nothing where data cannot be drawn."""
+    """New data from the model.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each observed site a tensor of shape ``(draws, *site_shape)``; empty if the model has
+        discrete latent sites, or data that cannot be drawn.
+    """
     if density.discrete:
         return {}
     names = list(observed_data(density))
 
     def simulate(row: Tensor) -> Draws:
         free = poutine.condition(poutine.uncondition(density.model), data=density.constrain(row))
-        trace = _trace(free, density)
+        trace = density.trace_of(free)
         return {name: trace.nodes[name]["value"] for name in names}
 
     try:
-        return _map(simulate, z, density.batched)
+        return _map(density, simulate, z)
     except NotImplementedError:
         return {}
 
@@ -127,18 +159,18 @@ def prior_draws(density: LogDensity, draws: int) -> Draws:
     rows = density.initial.new_zeros(draws, 1)
 
     def simulate(row: Tensor) -> Draws:
-        trace = _trace(poutine.uncondition(density.model), density)
+        trace = density.trace_of(poutine.uncondition(density.model))
         return {site.name: trace.nodes[site.name]["value"] for site in density.sites}
 
     try:
-        return _map(simulate, rows, density.batched)
+        return _map(density, simulate, rows)
     except NotImplementedError:
         return {}
 
 
 def observed_data(density: LogDensity) -> Draws:
     """Values of the observed sites."""
-    trace = density._trace(density.constrain(density.initial))
+    trace = density.trace()
     names = set(_observed(trace)) - {site.name for site in density.sites}
     return {
         n: s["value"]
@@ -159,45 +191,20 @@ def _observed(trace: Any) -> list[str]:
 
 
 def _is_deterministic(site: dict[str, Any]) -> bool:
-    """Whether a site is no more than a function of others: of ``pyro.deterministic``, or reparametrised away."""
+    """Whether a site is a function of others: of ``pyro.deterministic``, or reparametrised away."""
     if site["type"] != "sample":
         return False
-    fn = site["fn"]
-    while isinstance(fn, (dist.MaskedDistribution, torch.distributions.Independent)):
-        fn = fn.base_dist
-    return bool(site["infer"].get("_deterministic")) or (
-        site["is_observed"] and isinstance(fn, dist.Delta)
-    )
+    is_point = isinstance(base_distribution(site["fn"]), dist.Delta)
+    return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and is_point)
 
 
 def _is_factor(site: dict[str, Any]) -> bool:
     return isinstance(site["fn"], dist.Unit)
 
 
-def _trace(model: Callable[..., Any], density: LogDensity) -> Any:
-    with density.on_device(), poutine.block(), pyro.validation_enabled(False):
-        return poutine.trace(model).get_trace(*density.args, **density.kwargs)
-
-
-def _per_draw(density: LogDensity, z: Tensor, read: Callable[[Any], Draws]) -> Draws:
-    def run(row: Tensor) -> Draws:
-        with pyro.validation_enabled(False):
-            return read(density._trace(density.constrain(row)))
-
-    return _map(run, z, density.batched)
-
-
 @torch.no_grad()
-def _map(run: Callable[[Tensor], Draws], rows: Tensor, batched: bool) -> Draws:
-    if batched:
-        try:
-            with warnings.catch_warnings():
-                # torch says so of its own binomial sampler; the samples are right.
-                warnings.filterwarnings(
-                    "ignore", message="An output with one or more elements was resized"
-                )
-                return torch.func.vmap(run, randomness="different", chunk_size=1000)(rows)
-        except (RuntimeError, ValueError):
-            pass  # some samplers have no batching rule; one run at a time needs none
-    runs = [run(row) for row in rows]
-    return {name: torch.stack([values[name] for values in runs]) for name in runs[0]}
+def _map(density: LogDensity, run: Callable[[Tensor], Draws], rows: Tensor) -> Draws:
+    with warnings.catch_warnings():
+        # torch says so of its own binomial sampler; the samples are right.
+        warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
+        return map_points(run, rows, DRAWS_AT_ONCE if density.batched else 1)

@@ -13,7 +13,7 @@ __all__ = ["init_to_median"]
 
 
 def init_to_median(site: dict[str, Any] | None = None, num_samples: int = 15) -> Any:
-    """Starts each site at its prior median, and an improper one, which has none, at the image of zero.
+    """Starts each site at its prior median, and an improper one at the image of zero.
 
     Args:
         site: A sample site of Pyro; without it the function returns itself, with its options set.
@@ -49,6 +49,7 @@ def check_support(name: str, support: constraints.Constraint) -> Transform:
         return biject_to(support)
     except NotImplementedError:
         raise ValueError(
-            f"Expected latent sites whose support has a bijection from real vectors; got {name!r} on {support}, for which "
-            "biject_to knows none. Build it from sites that have one, a covariance for instance from LKJCholesky and scales."
+            "Expected latent sites whose support has a bijection from real vectors; got "
+            f"{name!r} on {support}, for which biject_to knows none. Build it from sites that have "
+            "one, a covariance for instance from LKJCholesky and scales."
         ) from None

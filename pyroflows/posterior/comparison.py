@@ -569,7 +569,7 @@ def _same_data(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 def _warn_of_improper_priors(posteriors: Mapping[str, Posterior]) -> None:
     for name, posterior in posteriors.items():
         density = posterior.density
-        trace = density._trace(density.constrain(density.initial))
+        trace = density.trace()
         for site in density.sites:
             fn = trace.nodes[site.name]["fn"]
             while isinstance(fn, torch.distributions.Independent):

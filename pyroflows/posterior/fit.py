@@ -19,7 +19,8 @@ from .._random import seeded
 from ..flows import Flow
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide
-from ..model.density import LogDensity, check_arguments
+from ..model.checks import check_arguments
+from ..model.density import LogDensity
 from ..model.minibatch import MiniBatchDensity, log_density_of
 from ..train import processes as distributed
 from ..train.checkpoint import Checkpoint

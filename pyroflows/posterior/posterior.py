@@ -19,7 +19,8 @@ from .._random import forked
 from ..guides import AutoFlow, AutoMixture
 from ..guides.auto import FlowGuide
 from ..model import prediction as simulate
-from ..model.density import LogDensity, check_arguments
+from ..model.checks import check_arguments
+from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from ..report import arviz_bridge as arviz
 from ..sampling.polishing import autocorrelation, drift, polish

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from .._checks import check_positive, check_size
 from ..distributions import FlowDistribution
-from ..model.density import LatentSite, LogDensity, latent_sites
+from ..model.density import LogDensity
+from ..model.sites import LatentSite, find_latent_sites
 from ..sampling.hamiltonian import Target, hmc
 
 __all__ = [
@@ -587,7 +588,7 @@ class _DrawsObjective(_VectorObjective):
     def _target(
         self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> _Sites:
-        return _Sites(latent_sites(guide.prototype_trace))
+        return _Sites(find_latent_sites(guide.prototype_trace))
 
     def _vectors(self, target: LogDensity | _Sites) -> Tensor:
         """The draws as unconstrained vectors."""

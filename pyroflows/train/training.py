@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .._random import random_state, set_random_state
 from ..flows import Flow
+from ..model.base import Density
 from ..transforms import Compose, LowerTriangularAffine, Transform
 from ..transforms.linear import composed
 from . import processes as distributed
@@ -36,24 +37,6 @@ WINDOW = 50
 PATIENCE = 20
 # How often they are restored before the training gives up.
 RESTORATIONS = 5
-
-
-class Density(Protocol):
-    """What a training asks of a log density."""
-
-    @property
-    def features(self) -> int:
-        """Entries of a point."""
-        ...
-
-    @property
-    def initial(self) -> Tensor:
-        """A point, of shape ``(features,)``."""
-        ...
-
-    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The log density and its gradient, of shapes ``(*)`` and ``(*, features)``, for ``(*, features)``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -270,8 +253,8 @@ class _Training:
         distributed.take_from_main(self.stack.state_dict().values())
         distributed.agree_on_random_state(self.density.initial.device)
         self.best = _Best(self.stack)
-        if hasattr(self.density, "anchor"):
-            self.density.anchor(self.whitening.loc_and_scale_tril()[0])  # type: ignore[operator]
+        loc, _ = self.whitening.loc_and_scale_tril()  # type: ignore[operator]
+        self.density.anchor(loc)
 
     def compile(self) -> None:
         """Compiles the flow's part of a step."""
@@ -344,7 +327,7 @@ class _Training:
     def settings(self) -> dict[str, Any]:
         """What tells this training from others: sizes, and what the density says at one point."""
         zero = torch.zeros_like(self.density.initial)
-        at_zero = getattr(self.density, "full", self.density).value_and_grad(zero)[0].nan_to_num()
+        at_zero = self.density.full.value_and_grad(zero)[0].nan_to_num()
         parameters = {
             f"the shape of {name}": list(value.shape)
             for name, value in self.stack.state_dict().items()
@@ -369,7 +352,7 @@ class _Training:
             "gave_up": self.gave_up,
             "seconds": seconds,
             "random": random_state(self.density.initial.device),
-            "density": self.density.state_dict() if hasattr(self.density, "state_dict") else {},
+            "density": self.density.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -388,7 +371,7 @@ class _Training:
         self.steps, self.skipped, self.bad_in_a_row, self.restored = state["counts"]
         self.ended, self.gave_up = state["ended"], state["gave_up"]
         if state["density"]:
-            self.density.load_state_dict(state["density"])  # type: ignore[attr-defined]
+            self.density.load_state_dict(state["density"])
         set_random_state(state["random"], device)
 
 

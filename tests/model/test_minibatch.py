@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyroflows as pf
-from pyroflows.model import minibatch
+from pyroflows.model import data as model_data
 from pyroflows.model.minibatch import LoadedDensity, SubsampledDensity, log_density_of
 from pyroflows.posterior.gaussian import fit_gaussian
 from pyroflows.train.checkpoint import Checkpoint
@@ -118,7 +118,7 @@ def test_all_batches_of_a_loader_are_all_data(
     name: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if streamed:
-        monkeypatch.setattr(minibatch, "KEPT_BYTES", 500)  # two batches
+        monkeypatch.setattr(model_data, "KEPT_BYTES", 500)  # two batches
     model, data = LOADERS[name]()
     density = log_density_of(model, data)
     assert isinstance(density, LoadedDensity)
@@ -233,7 +233,7 @@ def test_an_epoch_of_a_loader_sees_every_row_once() -> None:
     density = log_density_of(loaded(), loader(batch_size=5, drop_last=True))
     assert isinstance(density, LoadedDensity)
     for _ in range(2):
-        seen = torch.cat([density._next()[1] for _ in range(10)])
+        seen = torch.cat([density._next_batch()[1] for _ in range(10)])
         assert len(seen.unique()) == 50
 
 
@@ -490,7 +490,7 @@ def test_a_stream_that_runs_dry(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(density.full.log_prob(points()), whole().log_prob(points()))
     with pytest.raises(ValueError, match="again and again; got one that has run dry"):
         density.log_prob(points())
-    monkeypatch.setattr(minibatch, "KEPT_BYTES", 0)
+    monkeypatch.setattr(model_data, "KEPT_BYTES", 0)
     with pytest.raises(ValueError, match="of the same 53 rows every time; got 0 this time"):
         log_density_of(loaded(), DataLoader(Once(), batch_size=10)).full.log_prob(points())
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
+from pyroflows.model.base import Density
 from pyroflows.train import compiled, training
 from pyroflows.train.checkpoint import Checkpoint
 from pyroflows.train.training import TrainingReport, path_gradient, train
@@ -26,7 +27,7 @@ MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 ROOT = torch.tensor([[2.0, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.3, 0.2, 1.0]], dtype=torch.float64)
 
 
-class Normal:
+class Normal(Density):
     """The density of N(MEAN, ROOT ROOT'), up to a constant, in closed form; ``spoil`` may change what a call returns."""
 
     features = 3

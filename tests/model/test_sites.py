@@ -1,0 +1,232 @@
+"""Kinds of latent sites, entries that a mask switches off, and the terms of each site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import test_enumeration
+import test_log_density
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyroflows.model import LogDensity
+from pyroflows.model.sites import SiteKind
+
+KINDS: dict[str, tuple[Callable[[], Any], SiteKind]] = {
+    "von Mises": (lambda: dist.VonMises(0.0, 1.0), SiteKind.CIRCLE),
+    "in an event": (lambda: dist.VonMises(torch.zeros(2), 1.0).to_event(1), SiteKind.CIRCLE),
+    "expanded": (lambda: dist.VonMises(0.0, 1.0).expand([2]).to_event(1), SiteKind.CIRCLE),
+    "masked": (lambda: dist.VonMises(0.0, 1.0).mask(True), SiteKind.CIRCLE),
+    "two angles": (
+        lambda: dist.SineBivariateVonMises(0.0, 0.0, 1.0, 1.0, correlation=0.5),
+        SiteKind.CIRCLE,
+    ),
+    "skewed": (
+        lambda: dist.SineSkewed(
+            dist.VonMises(torch.zeros(2), 1.0).to_event(1), torch.tensor([0.3, -0.1])
+        ),
+        SiteKind.CIRCLE,
+    ),
+    "normal": (lambda: dist.Normal(0.0, 1.0), SiteKind.REAL),
+    "simplex": (lambda: dist.Dirichlet(torch.ones(3)), SiteKind.REAL),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.filterwarnings("ignore:This model cannot be evaluated for a batch")
+def test_sites_know_their_kind(name: str) -> None:
+    make, kind = KINDS[name]
+    (site,) = LogDensity(lambda: pyro.sample("x", make())).sites
+    assert site.kind is kind
+
+
+SEEN = torch.tensor([True, False, True])
+
+
+def masked_handler() -> None:
+    with pyro.plate("n", 3), poutine.mask(mask=SEEN):
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def masked_distribution() -> None:
+    with pyro.plate("n", 3):
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1).mask(SEEN))
+
+
+def masked_inside() -> None:
+    with pyro.plate("n", 3):
+        entries = dist.Normal(torch.zeros(2), 1.0).mask(torch.tensor([True, False]))
+        pyro.sample("x", entries.to_event(1))
+
+
+def masked_everywhere() -> None:
+    with pyro.plate("n", 3), poutine.mask(mask=False):
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+def not_masked() -> None:
+    with pyro.plate("n", 3):
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+ROWS = SEEN.unsqueeze(-1).expand(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "active"),
+    [
+        (masked_handler, ROWS),
+        (masked_distribution, ROWS),
+        (masked_inside, torch.tensor([True, False]).expand(3, 2)),
+        (masked_everywhere, torch.zeros(3, 2).bool()),
+        (not_masked, torch.ones(3, 2).bool()),
+    ],
+)
+def test_sites_know_the_entries_that_a_mask_switches_off(
+    model: Callable[[], None], active: Tensor
+) -> None:
+    density = LogDensity(model)
+    (site,) = density.sites
+    assert torch.equal(site.active, active)
+    # The log density is flat in just the others.
+    slope = density.value_and_grad(torch.ones(density.features))[1]
+    assert torch.equal(slope.reshape(3, 2) != 0, active)
+
+
+def test_values_imputed_by_obs_mask_have_no_density_where_they_are_observed() -> None:
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 3):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.ones(3), obs_mask=SEEN)
+
+    sites = {site.name: site.active for site in LogDensity(model).sites}
+    assert torch.equal(sites["x_unobserved"], ~SEEN)
+    assert bool(sites["mean"])
+
+
+# Terms
+
+
+@pytest.fixture
+def float64() -> None:
+    torch.set_default_dtype(torch.float64)
+
+
+def check_sum(density: LogDensity) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(2, 3, density.features, generator=generator)
+    z = density.initial + 0.5 * noise.to(density.initial)
+    terms = density.site_terms(z)
+    assert all(term.shape[:2] == (2, 3) for term in terms.values())
+    total = sum(term.reshape(2, 3, -1).sum(-1) for term in terms.values())
+    torch.testing.assert_close(total, density.log_prob(z))
+    return terms
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", sorted(test_log_density.CASES))
+def test_the_terms_add_up_to_the_log_density(name: str) -> None:
+    check_sum(test_log_density.double(name))
+
+
+def shapes(model: Callable[..., Any]) -> dict[str, tuple[int, ...]]:
+    terms = check_sum(LogDensity(model))
+    return {name: tuple(term.shape[2:]) for name, term in terms.items()}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (
+            test_log_density.CASES["nested_plates"](),
+            {"scale": (), "a": (3, 1), "b": (2,), "c": (3, 2), "y": (3, 2)},
+        ),
+        (test_log_density.CASES["cholesky"](), {"scales": (), "root": (), "y": (4,)}),
+        (test_log_density.CASES["masks"](), {"x": (), "y": (3,), "w": (3,)}),
+        # Discrete sites: each group has one term, in the plates that all of it is in.
+        (test_enumeration.mixture, {"weights": (), "locs": (), "k": (6,)}),
+        (test_enumeration.coin_outside, {"x": (), "coin": ()}),
+        (test_enumeration.nested_plates, {"x": (), "group": (3,)}),
+        (test_enumeration.chain, {"x": (), "a": ()}),
+        (test_enumeration.masked_and_scaled, {"x": (), "k": (6,)}),
+        (test_enumeration.hmm_in_a_plate, {"stay": (), "state_0": (3,)}),
+    ],
+)
+def test_the_terms_keep_the_plates_of_their_sites(
+    model: Callable[..., Any], expected: dict[str, tuple[int, ...]]
+) -> None:
+    assert shapes(model) == expected
+
+
+@pytest.mark.usefixtures("float64")
+def test_terms_by_hand() -> None:
+    y = torch.tensor([0.5, -1.0])
+
+    def model() -> None:
+        with pyro.plate("n", 2), poutine.scale(scale=3.0):
+            s = pyro.sample("s", dist.Exponential(2.0))
+            pyro.sample("y", dist.Normal(0.0, s), obs=y)
+
+    z = torch.tensor([0.3, -0.7])
+    terms = LogDensity(model).site_terms(z)
+    # The scale acts on the log density, not on the Jacobian of the map from the reals.
+    torch.testing.assert_close(terms["s"], 3 * (math.log(2.0) - 2 * z.exp()) + z)
+    torch.testing.assert_close(terms["y"], 3 * dist.Normal(0.0, z.exp()).log_prob(y))
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_groups_of_discrete_sites_have_two_terms() -> None:
+    y = torch.tensor([0.2, 1.4, -0.6])
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Normal(x + k, 1.0), obs=y.expand(2, 3))
+        j = pyro.sample("j", dist.Bernoulli(0.6))
+        pyro.sample("w", dist.Normal(x - j, 1.0), obs=torch.tensor(0.1))
+
+    assert shapes(model) == {"x": (), "k": (2, 3), "j": ()}
+    terms = LogDensity(model).site_terms(torch.tensor([0.4]))
+    coin = torch.tensor([0.0, 1.0])
+    of_k = dist.Bernoulli(0.3).log_prob(coin) + dist.Normal(0.4 + coin, 1.0).log_prob(y[:, None])
+    of_j = dist.Bernoulli(0.6).log_prob(coin) + dist.Normal(0.4 - coin, 1.0).log_prob(
+        torch.tensor(0.1)
+    )
+    torch.testing.assert_close(terms["k"], of_k.logsumexp(-1).expand(2, 3))
+    torch.testing.assert_close(terms["j"], of_j.logsumexp(-1))
+
+
+@pytest.mark.usefixtures("float64")
+def test_rows_of_a_subsampled_plate_are_scaled_up() -> None:
+    y = torch.linspace(-1, 1, 6)
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 6, subsample_size=2) as rows:
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y[rows])
+
+    density = LogDensity(model)
+    rows = torch.tensor([4, 1])
+    all_rows = check_sum(density)["y"]
+    some = check_sum(density.bind(rows={"n": rows}))["y"]
+    assert all_rows.shape == (2, 3, 6)
+    torch.testing.assert_close(some, 3 * all_rows[..., rows])
+
+
+def test_terms_of_no_points_and_of_a_model_that_is_looped_over() -> None:
+    density = LogDensity(test_log_density.CASES["nested_plates"]())
+    assert density.site_terms(torch.zeros(0, density.features))["y"].shape == (0, 3, 2)
+    with pytest.warns(UserWarning, match="one point at a time"):
+        looped = LogDensity(test_log_density.branches)
+    assert {n: tuple(t.shape) for n, t in looped.site_terms(torch.zeros(4, 1)).items()} == {
+        "x": (4,),
+        "y": (4,),
+    }
