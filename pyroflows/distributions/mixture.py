@@ -25,6 +25,9 @@ class FlowMixture(dist.TorchDistribution):
     Args:
         components: Distributions with the same batch and event shapes.
         logits: Unnormalised log weights, of shape ``(len(components),)``.
+        auxiliary: Whether it is an auxiliary site of a guide, whose log density ``Trace_ELBO``
+            leaves out of the cost of its score.
+        validate_args: Whether to check values against the support.
 
     Raises:
         ValueError: If there is no component, their shapes differ, or ``logits`` do not fit.
@@ -37,13 +40,12 @@ class FlowMixture(dist.TorchDistribution):
 
     arg_constraints: ClassVar[dict[str, Any]] = {"logits": constraints.real_vector}
     has_rsample = False
-    #: Whether it is an auxiliary site of a guide, whose log density ``Trace_ELBO`` leaves out of the cost of its score.
-    auxiliary = False
 
     def __init__(
         self,
         components: Sequence[torch.distributions.Distribution],
         logits: Tensor,
+        auxiliary: bool = False,
         validate_args: bool | None = None,
     ) -> None:
         if not components:
@@ -59,6 +61,7 @@ class FlowMixture(dist.TorchDistribution):
             )
         self.components = list(components)
         self.logits = logits
+        self.auxiliary = auxiliary
         super().__init__(
             components[0].batch_shape, components[0].event_shape, validate_args=validate_args
         )
@@ -70,11 +73,8 @@ class FlowMixture(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowMixture:
         """The mixture with a larger batch shape."""
-        expanded = FlowMixture(
-            [c.expand(batch_shape) for c in self.components], self.logits, validate_args=False
-        )
-        expanded.auxiliary = self.auxiliary
-        return expanded
+        components = [c.expand(batch_shape) for c in self.components]
+        return FlowMixture(components, self.logits, self.auxiliary, validate_args=False)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:

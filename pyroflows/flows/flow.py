@@ -116,11 +116,15 @@ class Flow(PyroModule):
         normal = StandardNormal(zeros, torch.ones_like(zeros), validate_args=False)
         return dist.Independent(normal, zeros.dim(), validate_args=False)
 
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+    def forward(
+        self, context: Tensor | None = None, *, path_gradient: bool = False
+    ) -> FlowDistribution:
         """Returns the distribution given a context.
 
         Args:
             context: Tensor of shape ``(*, context_features)``, or ``None`` for a flow without context.
+            path_gradient: Whether an ELBO gets the path gradient of this guide; see
+                :class:`pyroflows.distributions.FlowDistribution`.
 
         Returns:
             A distribution of batch shape ``(*)``.
@@ -133,9 +137,8 @@ class Flow(PyroModule):
             register_parameters(self)
         transform = self._modules["transform"]
         assert isinstance(transform, Transform)
-        return FlowDistribution(
-            self.base, transform if given is None else transform.condition(given), self.support
-        )
+        conditioned = transform if given is None else transform.condition(given)
+        return FlowDistribution(self.base, conditioned, self.support, path_gradient)
 
     def __getattr__(self, name: str) -> Any:
         # Pyro would register each submodule again, under other names, whenever one is read in a model.

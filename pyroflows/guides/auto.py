@@ -252,9 +252,7 @@ class AutoFlow(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        posterior = self.flow()
-        posterior.path_gradient = True
-        return posterior
+        return self.flow(path_gradient=True)
 
     @torch.no_grad()
     def _draws(self, pairs: int) -> Tensor:

@@ -94,9 +94,8 @@ class AutoMixture(FlowGuide):
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowMixture:
         """The distribution of the unconstrained latent vector."""
         self._check_built("get_posterior")
-        law = FlowMixture([flow() for flow in self.flows], self.logits, validate_args=False)
-        law.auxiliary = True
-        return law
+        components = [flow() for flow in self.flows]
+        return FlowMixture(components, self.logits, auxiliary=True, validate_args=False)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Refused: there is no one map from a base to a mixture.

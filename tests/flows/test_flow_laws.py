@@ -243,8 +243,7 @@ def test_path_gradient_is_that_of_sticking_the_landing(moved):
     if moved.support is not None:
         pytest.skip("only where the score is carried along")
     frozen = copy.deepcopy(moved)
-    d, fixed = given(moved, 7), given(frozen, 7)
-    d.path_gradient = True
+    d, fixed = moved(context_for(moved, 7), path_gradient=True), given(frozen, 7)
     y = d.rsample(() if moved.context_features else (7,))
     parts = d.score_parts(y)
     torch.testing.assert_close(parts.entropy_term, d.log_prob(y))

@@ -1071,9 +1071,7 @@ class TotalGradient(pf.AutoFlow):
     """The same guide, with the score term left in."""
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> pf.distributions.FlowDistribution:
-        posterior = super().get_posterior(*args, **kwargs)
-        posterior.path_gradient = False
-        return posterior
+        return self.flow()
 
 
 def gradients(guide: pf.AutoFlow, model: Callback, elbo: Any, repeats: int) -> Tensor:

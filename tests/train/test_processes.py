@@ -16,6 +16,7 @@ import pyroflows as pf
 from pyroflows.model.minibatch import log_density_of
 from pyroflows.train import processes as distributed
 from pyroflows.train.checkpoint import Checkpoint
+from pyroflows.train.objectives import PathELBO
 from pyroflows.train.training import train
 
 DATA = torch.linspace(-1, 1, 12, dtype=torch.float64)
@@ -42,7 +43,7 @@ def trained(folder: Path) -> tuple[Tensor, Tensor]:
         density,
         history,
         25,
-        particles=65,
+        objective=PathELBO(65),
         checkpoint=Checkpoint(folder / "fit.pt", every=0),
         progress=True,
     )
@@ -114,7 +115,8 @@ def test_without_a_group_there_is_one_process() -> None:
         assert device is None
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     rows = torch.arange(6.0).reshape(3, 2)
-    assert torch.equal(distributed.shard(rows), rows)
+    assert torch.equal(rows[distributed.rows(3)], rows)
+    assert torch.equal(distributed.gather(rows[:, 0], 3), rows[:, 0])
     assert distributed.share(7) == 7
     before = rows.clone()
     distributed.sum_over_ranks([rows])
