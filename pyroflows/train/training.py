@@ -185,9 +185,7 @@ class _GuideTask(Task):
             self.module.compiled = compiled_push_score(self.module, points, self.flow)
 
     def backward(self) -> Tensor:
-        loss = self.objective.loss_part(self.distribution, self.density)  # type: ignore[arg-type]
-        loss.backward()
-        return -loss.detach()
+        return -self.objective.backward(self.distribution, self.density)  # type: ignore[arg-type]
 
     def note(self, value: Tensor) -> None:
         self.history.append(value)

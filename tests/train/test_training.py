@@ -83,8 +83,7 @@ def test_the_path_gradient_is_that_of_the_sample_path() -> None:
             p.add_(0.1 * torch.randn_like(p))
     distribution = FlowDistribution(flow.base, flow.transform)
     torch.manual_seed(1)
-    loss = PathELBO(64).loss_part(distribution, density)  # type: ignore[arg-type]
-    loss.backward()
+    loss = PathELBO(64).backward(distribution, density)  # type: ignore[arg-type]
     found = [p.grad for p in flow.parameters()]
 
     torch.manual_seed(1)
@@ -172,8 +171,8 @@ def test_a_resumed_training_goes_on_in_the_time_that_it_had(tmp_path: Path) -> N
         if call == 5:
             raise Killed
 
+    deadline = Deadline(100.0, clock)
     with pytest.raises(Killed):
-        deadline = Deadline(100.0, clock)
         train(gaussian(), Normal(killed), [], 10**6, deadline=deadline, checkpoint=every_step(path))
     clock.now = 0.0
 

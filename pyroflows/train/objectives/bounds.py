@@ -51,6 +51,22 @@ class Particles(NamedTuple):
     path: Tensor
 
 
+class Draws(NamedTuple):
+    """Draws of a distribution over the vector of a density.
+
+    Attributes:
+        z: Of shape ``(K, features)``, with the graph of their paths.
+        log_guide: Their log densities, with a graph if the gradient is the total one.
+        log_weight: Log weights without graph, minus infinity where the slope is not finite.
+        slope: Slopes of the log weights, or of the log joint alone if the gradient is the total one.
+    """
+
+    z: Tensor
+    log_guide: Tensor
+    log_weight: Tensor
+    slope: Tensor
+
+
 class Bound(Objective):
     """A bound by the mean of a power of the weights; see the head of this module."""
 
@@ -74,16 +90,28 @@ class Bound(Objective):
     ) -> Tensor:
         check_distribution(distribution, density)
         check_reparametrised(distribution)
-        return self._loss(self._draw(distribution, density))
+        z, log_guide, log_weight, slope = self._draw(distribution, density)
+        path = ((z - z.detach()) * slope).sum(-1)
+        if self.path:
+            return self._loss(Particles(log_weight, path))
+        total = log_weight + path - (log_guide - log_guide.detach())
+        return self._loss(Particles(total, torch.zeros_like(path)))
 
-    def loss_part(
+    def backward(
         self, distribution: torch.distributions.Distribution, density: LogDensity
     ) -> Tensor:
         mine = processes.rows(self.num_particles)
-        particles = self._draw(distribution, density, mine)
-        everyone = processes.gather(particles.log_weight.detach(), self.num_particles)
-        bound, share = self._shares(everyone)
-        return self._differentiable(particles, bound / processes.world_size(), share[mine])
+        z, log_guide, log_weight, slope = self._draw(distribution, density, mine)
+        bound, share = self._shares(processes.gather(log_weight, self.num_particles))
+        weight = self._path_share(share) if self.path else share
+        sign = 1.0 if self.upper else -1.0
+        weight = sign * weight[mine]
+        pull = weight.unsqueeze(-1) * slope
+        if self.path:
+            z.backward(pull)
+        else:
+            torch.autograd.backward([z, log_guide], [pull, -weight])
+        return sign * bound / processes.world_size()
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "power": self.power, "path": self.path}
@@ -114,22 +142,24 @@ class Bound(Objective):
         return loss if self.upper else -loss
 
     def _path_share(self, share: Tensor) -> Tensor:
-        return share * (1 - self.power + self.power * share)
+        return share if self.power == 0 else share * (1 - self.power + self.power * share)
 
-    def _draw(self, distribution: Any, density: LogDensity, keep: slice = slice(None)) -> Particles:
-        """Particles of a distribution over the vector of a density."""
+    def _draw(self, distribution: Any, density: LogDensity, keep: slice = slice(None)) -> Draws:
         shape = (self.num_particles,)
+        score: Tensor | float = 0.0
         if not self.path:
             z, log_guide = _rsample_and_log_prob(distribution, shape, keep)
-            log_joint, slope = _evaluate(density, z)
-            return _total(_particles(log_joint - log_guide, [(z, slope)]))
-        if isinstance(distribution, FlowDistribution):
+        elif isinstance(distribution, FlowDistribution):
             z, log_guide, score = distribution.rsample_and_score(shape, keep)
         else:
             z = distribution.rsample(shape)[keep]
             log_guide, score = log_prob_and_score(distribution.log_prob, z)
-        log_joint, slope = _evaluate(density, z)
-        return _particles(log_joint - log_guide, [(z, slope - score)])
+        with torch.no_grad():
+            log_joint, slope = density.value_and_grad(z)
+            slope = slope - score
+            sound = slope.isfinite().all(-1)
+            log_weight = (log_joint - log_guide).where(sound, -math.inf)
+            return Draws(z, log_guide, log_weight, slope.where(sound.unsqueeze(-1), 0.0))
 
     # SVI
 
@@ -426,11 +456,6 @@ def _total(particles: Particles) -> Particles:
     """The same particles, whose log weights carry the gradients along the paths too."""
     log_weight, path = particles
     return Particles(log_weight + path, torch.zeros_like(path))
-
-
-@torch.no_grad()
-def _evaluate(density: LogDensity, z: Tensor) -> tuple[Tensor, Tensor]:
-    return density.value_and_grad(z)
 
 
 def _rsample_and_log_prob(

@@ -67,10 +67,10 @@ class Objective(ELBO):
             ValueError: If the distribution is not one over such vectors.
         """
 
-    def loss_part(
+    def backward(
         self, distribution: torch.distributions.Distribution, density: LogDensity
     ) -> Tensor:
-        """This process's part of :meth:`density_loss`: the parts of all processes add up to it.
+        """Adds this process's part of the gradient of :meth:`density_loss`.
 
         By default every process computes the whole loss; bounds share out their particles.
 
@@ -79,9 +79,11 @@ class Objective(ELBO):
             density: The log density.
 
         Returns:
-            Tensor without dimensions.
+            Its part of the loss, without gradient. The parts of all processes add up.
         """
-        return self.density_loss(distribution, density) / processes.world_size()
+        loss = self.density_loss(distribution, density) / processes.world_size()
+        loss.backward()
+        return loss.detach()
 
     def settings(self) -> dict[str, Any]:
         """What tells it from others, as numbers and strings."""
