@@ -103,15 +103,14 @@ class Bound(Objective):
         mine = processes.rows(self.num_particles)
         z, log_guide, log_weight, slope = self._draw(distribution, density, mine)
         bound, share = self._shares(processes.gather(log_weight, self.num_particles))
-        weight = self._path_share(share) if self.path else share
-        sign = 1.0 if self.upper else -1.0
-        weight = sign * weight[mine]
+        weight = (self._path_share(share) if self.path else share)[mine]
+        weight, bound = (weight, bound) if self.upper else (-weight, -bound)
         pull = weight.unsqueeze(-1) * slope
         if self.path:
             z.backward(pull)
         else:
             torch.autograd.backward([z, log_guide], [pull, -weight])
-        return sign * bound / processes.world_size()
+        return bound / processes.world_size()
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "power": self.power, "path": self.path}
@@ -146,7 +145,7 @@ class Bound(Objective):
 
     def _draw(self, distribution: Any, density: LogDensity, keep: slice = slice(None)) -> Draws:
         shape = (self.num_particles,)
-        score: Tensor | float = 0.0
+        score = None
         if not self.path:
             z, log_guide = _rsample_and_log_prob(distribution, shape, keep)
         elif isinstance(distribution, FlowDistribution):
@@ -156,7 +155,7 @@ class Bound(Objective):
             log_guide, score = log_prob_and_score(distribution.log_prob, z)
         with torch.no_grad():
             log_joint, slope = density.value_and_grad(z)
-            slope = slope - score
+            slope = slope if score is None else slope - score
             sound = slope.isfinite().all(-1)
             log_weight = (log_joint - log_guide).where(sound, -math.inf)
             return Draws(z, log_guide, log_weight, slope.where(sound.unsqueeze(-1), 0.0))
