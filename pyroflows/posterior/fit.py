@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .._checks import check_device, check_positive, check_size
 from .._compat import without_handlers
+from .._deadline import Deadline
 from .._random import seeded
 from ..flows import Flow
 from ..guides import AutoFlow, AutoMixture
@@ -24,6 +24,7 @@ from ..model.density import LogDensity
 from ..model.minibatch import MiniBatchDensity, log_density_of
 from ..train import processes as distributed
 from ..train.checkpoint import Checkpoint
+from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES, train
 from .census import Census, take_census, widened, without_end
 from .gaussian import Gaussian, Gaussians
@@ -43,8 +44,6 @@ ROUNDS = (150, 1350)
 MIXTURE_ROUNDS = (150, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
-# A hot start bridges the modes; the temperature has come down to one when six tenths of the steps are done.
-COLDEST = 0.05
 POLISH_TRAJECTORIES = 30
 # Where so many importance draws are effective, trajectories in the base space cost less than what is left of the error.
 POLISH_ESS = 0.5
@@ -62,6 +61,7 @@ def fit_posterior(
     steps: int = STEPS,
     compile: bool = False,
     checkpoint: str | PathLike[str] | None = None,
+    objective: Objective | None = None,
 ) -> Posterior:
     r"""Finds the posterior of a model by a ladder of flow guides, and says whether to trust it.
 
@@ -100,6 +100,9 @@ def fit_posterior(
             thirds of the time.
         checkpoint: A file that is written as the training goes on, and from which a fit that was killed goes on to the
             same result.
+        objective: What flows are trained for, with its number of particles: any of
+            :mod:`pyroflows.train.objectives`; by default ``PathELBO(num_particles=256)``. ``ForwardKL`` and
+            ``MMD`` need draws of the posterior, by MCMC, say. The verdict does not depend on it.
 
     Returns:
         The posterior, with its verdict.
@@ -133,12 +136,20 @@ def fit_posterior(
     if time_limit is not None:
         time_limit = check_positive("time_limit", time_limit)
     check_size("steps", steps, least=0)
-    start = time.perf_counter()
-    deadline = None if time_limit is None else start + time_limit
+    if objective is not None and not isinstance(objective, Objective):
+        raise TypeError(
+            f"Expected objective to be one of pyroflows.train.objectives; got {objective!r}."
+        )
+    objective = PathELBO(PARTICLES) if objective is None else objective
+    deadline = Deadline(time_limit)
     args, kwargs = _on_device(device, model, args, kwargs)
     with seeded(distributed.agree(seed)), without_handlers():
         trained = log_density_of(
-            model, args, kwargs, batch_size=distributed.share(PARTICLES), device=device
+            model,
+            args,
+            kwargs,
+            batch_size=distributed.share(objective.num_particles),
+            device=device,
         )
         density = trained.full
         given = None if isinstance(guide, str) and guide == "auto" else _make_guide(guide, density)
@@ -146,6 +157,7 @@ def fit_posterior(
             "deadline": deadline,
             "progress": progress,
             "compile": compile,
+            "objective": objective,
             "checkpoint": None
             if checkpoint is None
             else Checkpoint(checkpoint, {"seed": seed, "steps": steps}),
@@ -159,7 +171,7 @@ def fit_posterior(
             posterior = Posterior(
                 kept, density, fits=ladder.fits, trajectories=trajectories, endless=ladder.endless
             )
-            rungs.append(Rung(name, time.perf_counter() - start, posterior.verdict))
+            rungs.append(Rung(name, deadline.elapsed, posterior.verdict))
             return posterior
 
         try:
@@ -173,14 +185,15 @@ def fit_posterior(
     best = ladder.best
     assert best is not None
     best.history = torch.stack(ladder.history).tolist() if ladder.history else []
-    best.seconds, best.interrupted, best.rungs = time.perf_counter() - start, interrupted, rungs
+    best.seconds, best.interrupted, best.rungs = deadline.elapsed, interrupted, rungs
     return best
 
 
-def _settled(posterior: Posterior, deadline: float | None) -> bool:
+def _settled(posterior: Posterior, deadline: Deadline) -> bool:
     """Whether there is nothing more to try; all processes agree on it, for each reads a clock of its own."""
-    past = deadline is not None and time.perf_counter() > deadline
-    return distributed.agree(posterior.verdict.ok or posterior.endless is not None or past)
+    return distributed.agree(
+        posterior.verdict.ok or posterior.endless is not None or deadline.passed
+    )
 
 
 class _Ladder:

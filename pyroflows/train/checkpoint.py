@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._deadline import Deadline
 from .._files import check_writable, save_whole
 from . import processes as distributed
 
@@ -23,14 +23,15 @@ FORMAT = 1
 class Checkpoint:
     """A file that holds how far a fit has come: every training in it, finished or under way.
 
-    A fit that is run again with the same file takes the finished trainings from there and goes on in the one that was under
-    way, with the parameters, the state of the optimiser and the random state that it had, so that the result is the one
-    of a fit without interruption. The file holds numbers and names only, and is replaced at once, so that a kill leaves the
-    one before.
+    A fit that is run again with the same file takes the finished trainings from there and goes on
+    in the one that was under way, with the parameters, the state of the optimiser and the random
+    state that it had, so that the result is the one of a fit without interruption. The file holds
+    numbers and names only, and is replaced at once, so that a kill leaves the one before.
 
     Args:
         path: The file; it need not exist.
-        settings: What the fit depends on, as numbers, strings and lists of them by name; a file with others is refused.
+        settings: What the fit depends on, as numbers, strings and lists of them by name; a file
+            with others is refused.
         every: Seconds between two saves.
 
     Raises:
@@ -48,7 +49,8 @@ class Checkpoint:
         {'step': 7}
         >>> Checkpoint(path, {"seed": 1})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: Expected a checkpoint of this fit; the one in ... has seed 0, and this fit has seed 1.
+        ValueError: Expected a checkpoint of this fit; the one in ... has seed 0, and this fit has
+        seed 1.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Checkpoint:
             raise content
         self._stages: list[dict[str, Any]] = content
         self._stage = -1
-        self._saved_at = time.perf_counter()
+        self._due = Deadline(self.every)
 
     def begin(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Begins the next training.
@@ -94,7 +96,7 @@ class Checkpoint:
 
     def save_if_due(self, make_state: Callable[[], Mapping[str, Any]]) -> None:
         """Saves what a callable returns if the last time was long enough ago; see :meth:`save`."""
-        if time.perf_counter() - self._saved_at >= self.every:
+        if self._due.passed:
             self.save(make_state())
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -116,7 +118,7 @@ class Checkpoint:
                     f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}",
                     stacklevel=2,
                 )
-        self._saved_at = time.perf_counter()
+        self._due = Deadline(self.every)
 
     def _read_or_error(self) -> Any:
         try:
@@ -155,7 +157,8 @@ class Checkpoint:
             ) from error
         if not known:
             raise ValueError(
-                f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has {content['format']}."
+                f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has "
+                f"{content['format']}."
             )
         self._compare(settings, self.settings)
         return stages
@@ -165,7 +168,8 @@ class Checkpoint:
             was, now = saved.get(name), here.get(name)
             if not _alike(was, now):
                 raise ValueError(
-                    f"Expected a checkpoint of this fit; the one in {self.path!r} has {name} {was}, and this fit has {name} "
+                    f"Expected a checkpoint of this fit; the one in {self.path!r} has {name} "
+                    f"{was}, and this fit has {name} "
                     f"{now}."
                 )
 
