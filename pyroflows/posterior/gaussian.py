@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._deadline import Deadline
 from ..model.density import LogDensity
 
-__all__ = ["Gaussian", "Gaussians", "fit_gaussian", "fit_gaussians"]
+__all__ = ["Gaussian", "Gaussians", "fit_gaussians"]
 
 
 # Where a density does not fall off, the widths grow until they overflow.
@@ -18,7 +19,7 @@ WIDEST = 1e15
 
 
 class Gaussian(NamedTuple):
-    """A normal law and its ELBO.
+    """A normal distribution and its ELBO.
 
     Attributes:
         loc: Mean, of shape ``(features,)``.
@@ -32,7 +33,7 @@ class Gaussian(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """Several normal laws and their ELBOs.
+    """Several normal distributions and their ELBOs.
 
     Attributes:
         loc: Means, of shape ``(count, features)``.
@@ -45,41 +46,27 @@ class Gaussians(NamedTuple):
     elbo: Tensor
 
     def where(self, condition: Tensor, other: Gaussians) -> Gaussians:
-        """Those of ``self`` where the condition of shape ``(count,)`` holds, else those of ``other``."""
+        """Takes ``self`` where a condition of shape ``(count,)`` holds, else ``other``."""
         loc = torch.where(condition[:, None], self.loc, other.loc)
         root = torch.where(condition[:, None, None], self.root, other.root)
         return Gaussians(loc, root, torch.where(condition, self.elbo, other.elbo))
 
     def pick(self, index: Tensor) -> Gaussians:
-        """Some of them, by their indices or a mask."""
+        """Picks some of them, by indices or a mask."""
         return Gaussians(self.loc[index], self.root[index], self.elbo[index])
 
     def one(self, index: int) -> Gaussian:
-        """One of them."""
+        """Picks one of them."""
         return Gaussian(self.loc[index], _lower_root(self.root[index]), float(self.elbo[index]))
 
 
-def fit_gaussian(
-    density: LogDensity, start: Tensor, steps: int = 30, draws: int = 256, seed: int = 0
-) -> Gaussian:
-    """Fits a Gaussian by saddle-free Newton steps in whitened units; see :func:`fit_gaussians`.
-
-    Args:
-        density: The log density.
-        start: Where to start, of shape ``(features,)``, with a finite log density.
-        steps: Most steps to take.
-        draws: Draws for each ELBO; the same for all of them.
-        seed: Seed of these draws.
-
-    Returns:
-        The Gaussian with the best ELBO.
-    """
-    best, _ = fit_gaussians(density, start.unsqueeze(0), steps, draws, seed)
-    return best.one(0)
-
-
 def fit_gaussians(
-    density: LogDensity, starts: Tensor, steps: int = 30, draws: int = 256, seed: int = 0
+    density: LogDensity,
+    starts: Tensor,
+    steps: int = 30,
+    draws: int = 256,
+    seed: int = 0,
+    deadline: Deadline | None = None,
 ) -> tuple[Gaussians, Gaussians]:
     r"""Fits a Gaussian from each of many starts at once, by saddle-free Newton steps in whitened units.
 
@@ -98,6 +85,7 @@ def fit_gaussians(
         steps: Most steps to take.
         draws: Draws for each ELBO; the same for all of them.
         seed: Seed of these draws.
+        deadline: When to stop.
 
     Returns:
         For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a mode if there is one.
@@ -123,7 +111,7 @@ def fit_gaussians(
     unimproved = torch.zeros_like(best.elbo)
     going = unimproved == 0
     for _ in range(steps):
-        if not bool(going.any()):
+        if not bool(going.any()) or (deadline is not None and deadline.passed):
             break
         index = going.nonzero().squeeze(-1)
         now = last.pick(index)

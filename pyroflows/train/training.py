@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .._deadline import Deadline
 from .._random import random_state, set_random_state
 from ..flows import Flow
 from ..transforms import Compose, LowerTriangularAffine, Transform
@@ -77,7 +78,7 @@ def train(
     history: list[Tensor],
     steps: int,
     *,
-    deadline: float | None = None,
+    deadline: Deadline | None = None,
     progress: Any = False,
     particles: int = PARTICLES,
     step_size: float = STEP_SIZE,
@@ -415,13 +416,13 @@ class _Best:
             self.module.load_state_dict(state)
 
 
-def _fraction_done(step: int, steps: int, start: float, deadline: float | None) -> float:
+def _fraction_done(step: int, steps: int, start: float, deadline: Deadline | None) -> float:
     if step >= steps:
         return 1.0
-    if deadline is None:
+    if deadline is None or deadline.seconds is None:
         return step / steps
-    now = time.perf_counter()
-    by_time = 1.0 if now >= deadline else (now - start) / (deadline - start)
+    passed, left = time.perf_counter() - start, deadline.left
+    by_time = 1.0 if left <= 0 else passed / (passed + left)
     return max(step / steps, distributed.agree(by_time))
 
 

@@ -22,8 +22,7 @@ from torch import Tensor
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior
 from pyroflows.examples import load_example
-from pyroflows.posterior import fit as fit_module
-from pyroflows.posterior import posterior as posterior_module
+from pyroflows.posterior import ladder as ladder_module
 from pyroflows.train import training as training_module
 
 Model = Callable[..., Any]
@@ -349,7 +348,7 @@ def test_a_start_of_zero_density_is_left() -> None:
 
 
 def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posterior_module, "JUDGE_DRAWS", 300)
+    monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 300)
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -590,7 +589,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(
     def pressed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit_module, "take_census", pressed)
+    monkeypatch.setattr(ladder_module, "take_census", pressed)
     posterior = quickly(correlated)
     assert posterior.interrupted
     assert posterior.history == []
@@ -599,7 +598,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(
 
 @pytest.mark.filterwarnings("ignore:This model cannot be evaluated")
 def test_an_interruption_within_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posterior_module, "JUDGE_DRAWS", 100)
+    monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 100)
     calls = 0
 
     def model() -> None:

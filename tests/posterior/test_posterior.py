@@ -25,7 +25,7 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior, load_posterior
-from pyroflows.posterior import posterior as posterior_module
+from pyroflows.posterior.subject import JUDGE_DRAWS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -205,7 +205,7 @@ def test_resampled_draws_are_seldom_the_same() -> None:
 def test_the_verdict_and_its_sentence(posterior: pf.Posterior) -> None:
     verdict = posterior.verdict
     assert posterior.log_evidence == verdict.log_evidence
-    assert verdict.draws == posterior_module.JUDGE_DRAWS
+    assert verdict.draws == JUDGE_DRAWS
     assert str(verdict) in repr(posterior)
     assert "eta[3]" in repr(posterior)
 
