@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from .._checks import check_choice, check_size
 from .._random import forked
-from ..guides import AutoFlow
+from ..guides import BaseSpace, Guide
+from ..guides.guide import Map
 from ..model import prediction as simulate
 from ..model.density import LogDensity
 from ..report import arviz_bridge as arviz
 from ..sampling.hamiltonian import Kernel, Point, Target, choose, evaluate, latent_target
-from ..transforms import LowerTriangularAffine, Transform
+from ..sampling.spaces import plain_space
 from .posterior import Posterior, check_posterior
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def neutra(
     :func:`flow_mc`.
 
     Args:
-        posterior: A fitted posterior whose guide is an :class:`AutoFlow`. One of a guide that was trained otherwise is
-            ``Posterior(guide, LogDensity(model, args))``.
+        posterior: A fitted posterior whose guide has one base space, as an :class:`AutoFlow` has.
         draws: How many to keep of each chain.
         chains: How many chains.
         warmup: Draws of each chain that are left out, in which the kernel adapts.
@@ -184,7 +184,7 @@ def neutra(
         The chains.
 
     Raises:
-        TypeError: If ``posterior`` is none, or its guide has no flow.
+        TypeError: If ``posterior`` is none, or its guide has no base space or several.
         ValueError: If a number is out of range, if ``kernel`` is unknown, or if the guide meets no point of finite density.
 
     Reference:
@@ -201,13 +201,15 @@ def neutra(
     """
     _check(posterior, draws, chains, warmup)
     check_choice("kernel", kernel, KERNELS)
-    if not isinstance(posterior.guide, AutoFlow):
+    spaces = posterior.guide.base_spaces()
+    if len(spaces) != 1:
         kind = type(posterior.guide).__name__
         raise TypeError(
-            f"Expected a posterior whose guide is an AutoFlow; got one with {kind}. See flow_mc."
+            "Expected a posterior whose guide has one base space, such as an AutoFlow; "
+            f"got {kind}, which has {len(spaces)}. See flow_mc."
         )
     begin = time.perf_counter()
-    space = _BaseSpace(posterior.guide)
+    (space,) = spaces
     target = latent_target(posterior.density, space.transform)
     with forked(seed):
         start = _start(target, space, chains)
@@ -235,7 +237,7 @@ def flow_mc(
     .. math:: \min\left(1, \frac{p(z', \mathrm{data})\, q(z)}{p(z, \mathrm{data})\, q(z')}\right).
 
     The jumps take the chains between modes that the guide knows of, however far apart, and the trajectories go where the
-    guide is thin. They run in the base space of an :class:`AutoFlow`, and for other guides in units of its draws.
+    guide is thin. They run in the base space of a guide that has one, and for other guides in units of its draws.
 
     Args:
         posterior: A fitted posterior.
@@ -272,12 +274,7 @@ def flow_mc(
     check_size("jumps", jumps, least=0)
     begin = time.perf_counter()
     with forked(seed):
-        guide = posterior.guide
-        space = (
-            _BaseSpace(guide)
-            if isinstance(guide, AutoFlow)
-            else _WhitenedSpace(guide.get_posterior())
-        )
+        space = _one_space(posterior.guide)
         target = latent_target(posterior.density, space.transform)
         start = _start(target, space, chains)
         jump = _Jump(target, space, jumps)
@@ -286,61 +283,32 @@ def flow_mc(
     return _chains(posterior.density, space.transform, run, begin)
 
 
-class _BaseSpace:
-    """The base of a flow, as the space in which chains run, with the base distribution to propose from."""
-
-    def __init__(self, guide: AutoFlow) -> None:
-        self.transform: Transform = guide.get_transform()
-        self._base = guide.get_base_dist()
-
-    @torch.no_grad()
-    def propose(self, n: int) -> tuple[Tensor, Tensor]:
-        x = self._base.sample((n,))
-        return x, self._base.log_prob(x)
-
-    @torch.no_grad()
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self._base.log_prob(x)
-
-
-class _WhitenedSpace:
-    """The unconstrained space in units of a guide's draws, with the guide to propose from."""
-
-    @torch.no_grad()
-    def __init__(self, guide: Any) -> None:
-        self._guide = guide
-        z, _ = guide.rsample_and_log_prob((SCALE_DRAWS,))
-        z = z[z.isfinite().all(-1)]
-        self.transform: Transform = LowerTriangularAffine(z.shape[-1]).to(z)
-        self.transform.set(z.mean(0), _root(z - z.mean(0)))
-
-    @torch.no_grad()
-    def propose(self, n: int) -> tuple[Tensor, Tensor]:
-        z, log_q = self._guide.rsample_and_log_prob((n,))
-        x, log_det = self.transform.inverse_and_log_det(z)
-        return x, log_q - log_det
-
-    @torch.no_grad()
-    def log_prob(self, x: Tensor) -> Tensor:
-        z, log_det = self.transform.forward_and_log_det(x)
-        return self._guide.log_prob(z) + log_det
+def _one_space(guide: Guide) -> BaseSpace:
+    """The base space of a guide that has one for the whole, or else the space of its draws."""
+    spaces = guide.base_spaces()
+    if len(spaces) == 1:
+        return spaces[0]
+    with torch.no_grad():
+        draws, _ = guide.sample_and_log_prob(SCALE_DRAWS)
+    return plain_space(guide, draws)
 
 
 class _Jump:
     """Independent Metropolis moves of all chains, whose proposals are evaluated in one batch."""
 
-    def __init__(self, target: Target, space: _BaseSpace | _WhitenedSpace, moves: int) -> None:
+    def __init__(self, target: Target, space: BaseSpace, moves: int) -> None:
         self.target = target
         self.space = space
         self.moves = moves
 
+    @torch.no_grad()
     def __call__(self, point: Point) -> tuple[Point, float]:
         """The chains after the moves, and the mean probability of acceptance."""
         chains = len(point.position)
-        x, log_q = self.space.propose(self.moves * chains)
+        x = self.space.base.sample((self.moves * chains,))
         proposals = evaluate(self.target, x)
-        log_weights = proposals.log_density - log_q
-        log_weight = point.log_density - self.space.log_prob(point.position)
+        log_weights = proposals.log_density - self.space.base.log_prob(x)
+        log_weight = point.log_density - self.space.base.log_prob(point.position)
         acceptance = 0.0
         for rows in torch.arange(self.moves * chains, device=x.device).split(chains):
             proposal = Point(*(part[rows] for part in proposals))
@@ -432,20 +400,20 @@ def _potential(target: Target) -> Callable[[dict[str, Tensor]], Tensor]:
     return potential
 
 
-def _start(target: Target, space: _BaseSpace | _WhitenedSpace, chains: int) -> Point:
+def _start(target: Target, space: BaseSpace, chains: int) -> Point:
     """Draws of the guide at which the density is finite."""
-    point = evaluate(target, space.propose(chains)[0])
+    point = evaluate(target, space.base.sample((chains,)))
     for _ in range(START_TRIES):
         outside = ~point.log_density.isfinite()
         if not bool(outside.any()):
             return point
-        point = choose(outside, evaluate(target, space.propose(chains)[0]), point)
+        point = choose(outside, evaluate(target, space.base.sample((chains,))), point)
     raise ValueError(
         "Expected a guide whose draws have a finite log density; too few of its draws have one."
     )
 
 
-def _chains(density: LogDensity, transform: Transform, run: _Run, begin: float) -> Chains:
+def _chains(density: LogDensity, transform: Map, run: _Run, begin: float) -> Chains:
     with torch.no_grad():
         z, _ = transform.forward_and_log_det(run.positions.flatten(0, 1))
     shape = run.positions.shape
@@ -459,13 +427,6 @@ def _chains(density: LogDensity, transform: Transform, run: _Run, begin: float) 
         jump_acceptance=run.jump_acceptance,
         seconds=time.perf_counter() - begin,
     )
-
-
-def _root(centred: Tensor) -> Tensor:
-    """The Cholesky factor of a covariance, with a ridge where draws lie in a plane."""
-    covariance = centred.T @ centred / len(centred)
-    ridge = 1e-6 * covariance.diagonal().diag()
-    return torch.linalg.cholesky(covariance + ridge)
 
 
 def _check(posterior: Any, draws: Any, chains: Any, warmup: Any) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from ..sampling.polishing import drift, memory
+from ..sampling.polishing import autocorrelation, drift
 from .subject import (
     KHAT_LIMIT,
     Need,
@@ -274,12 +274,16 @@ class Polish(Check):
     def measure(self, subject: Subject) -> float:
         """The greatest correlation of an entry with itself half the trajectories before."""
         # With reliable weights the start is right, and need not be forgotten.
-        return 0.0 if subject.reliable else float(memory(subject.halfway, subject.moved).amax())
+        return (
+            0.0
+            if subject.reliable
+            else float(autocorrelation(subject.halfway, subject.moved).amax())
+        )
 
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Says how well the draws are mixed."""
         if not held:
-            slowest = int(memory(subject.halfway, subject.moved).argmax())
+            slowest = int(autocorrelation(subject.halfway, subject.moved).argmax())
             return (
                 f"{_guide_alone(subject)}, and polished draws of {subject.entry_names[slowest]} remember where they began, "
                 f"so that modes may have the wrong weights. {subject.remedy}, or draw by flow Monte Carlo."

@@ -157,7 +157,7 @@ class Subject:
         return self._move(self.starts, TRAJECTORIES)
 
     def _move(self, z: Tensor, trajectories: int) -> Tensor:
-        return polish(self._density, self._guide, z, trajectories)
+        return polish(self._density, self._guide, z, trajectories, self.deadline)
 
     @property
     def _guide(self) -> Guide:

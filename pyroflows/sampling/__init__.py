@@ -3,7 +3,4 @@
 from .hamiltonian import hmc
 from .polishing import polish
 
-__all__ = [
-    "hmc",
-    "polish",
-]
+__all__ = ["hmc", "polish"]

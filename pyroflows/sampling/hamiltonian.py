@@ -7,9 +7,7 @@ space of a flow, where :math:`x` has the density :math:`p(f(x)) |\det J_f(x)|`, 
 
 from __future__ import annotations
 
-import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive, check_size
+from .._deadline import Deadline
+from ..guides.guide import Map
 from ..model.density import LogDensity
-from ..transforms import Compose, LowerTriangularAffine, Transform
 from ..transforms.base import vjp
-from ..transforms.linear import composed
 
 __all__ = ["HMCResult", "Target", "hmc", "latent_target"]
 
@@ -41,7 +39,7 @@ DIVERGENCE = 1000.0
 
 
 class HMCResult(NamedTuple):
-    """Where the chains of :func:`hmc` are, and how they came there.
+    """Where the chains of :func:`hmc` are, and by what moves.
 
     Attributes:
         position: Tensor of shape ``(chains, features)``.
@@ -63,7 +61,7 @@ class HMCResult(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Positions with what the target says of them; of density zero, and without slope, where that is not finite."""
+    """Positions with their log densities and slopes; of density zero, and without slope, where these are not finite."""
 
     position: Tensor
     log_density: Tensor
@@ -79,7 +77,7 @@ def hmc(
     step_size: float | None = None,
     adapt: bool = True,
     keep: bool = False,
-    deadline: float | None = None,
+    deadline: Deadline | None = None,
 ) -> HMCResult:
     r"""Hamiltonian Monte Carlo with identity mass, for many chains at a time.
 
@@ -105,7 +103,7 @@ def hmc(
         step_size: The mean step size to begin with; :math:`D^{-1/4}` by default.
         adapt: Whether the step size adapts. Chains that are to be exact take a fixed one, from an earlier call.
         keep: Whether to keep the positions after each trajectory.
-        deadline: A reading of ``time.perf_counter`` after which no trajectory begins.
+        deadline: After it has passed no trajectory begins.
 
     Returns:
         The positions and how they came about.
@@ -135,7 +133,7 @@ def hmc(
     history: list[Tensor] = []
     divergences = 0
     for _ in range(trajectories):
-        if deadline is not None and time.perf_counter() > deadline:
+        if deadline is not None and deadline.passed:
             break
         point, move = kernel.move(point, adapt)
         acceptances.append(move.acceptance)
@@ -155,7 +153,7 @@ def hmc(
 
 
 def latent_target(
-    density: LogDensity, transform: Transform, log_factor: LogFactor | None = None
+    density: LogDensity, transform: Map, log_factor: LogFactor | None = None
 ) -> Target:
     r"""The log density in the base space of a flow, as a target for :func:`hmc`.
 
@@ -164,8 +162,7 @@ def latent_target(
 
     Args:
         density: The density of the model.
-        transform: The transform :math:`f` of a guide, from its base to the unconstrained vector. An affine one is read once,
-            when the target is made.
+        transform: The transform :math:`f` of a guide, from its base to the unconstrained vector.
         log_factor: The logarithm of a factor of the density, from vectors of shape ``(chains, features)`` to ``(chains,)``.
             Its gradient is left out: leapfrog steps may follow any slope, for the acceptance makes them exact.
 
@@ -184,12 +181,6 @@ def latent_target(
         >>> latent_target(pf.model.LogDensity(model), shift)(torch.ones(1, 1))[1]
         tensor([[-1.]])
     """
-    layers = list(transform.layers) if isinstance(transform, Compose) else [transform]
-    if layers and all(
-        isinstance(layer, LowerTriangularAffine) and layer.context_features is None
-        for layer in layers
-    ):
-        return _affine_target(density, layers, log_factor)
 
     def target(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -203,20 +194,8 @@ def latent_target(
     return target
 
 
-def _affine_target(density: LogDensity, layers: list[Any], log_factor: LogFactor | None) -> Target:
-    loc, scale_tril = functools.reduce(composed, [layer.loc_and_scale_tril() for layer in layers])
-    log_det = scale_tril.diagonal().log().sum()
-
-    def target(x: Tensor) -> tuple[Tensor, Tensor]:
-        z = x @ scale_tril.T + loc
-        value, slope = density.value_and_grad(z)
-        return value + log_det + (0.0 if log_factor is None else log_factor(z)), slope @ scale_tril
-
-    return target
-
-
 class Move(NamedTuple):
-    """What there is to say of one trajectory of all chains: the mean probability of acceptance, and how many diverged."""
+    """One trajectory of all chains: the mean probability of acceptance, and how many diverged."""
 
     acceptance: float
     divergences: int
@@ -287,7 +266,7 @@ class Kernel:
 
 
 def evaluate(target: Target, position: Tensor) -> Point:
-    """What a target says of positions; where that is not finite, that the density is zero and the slope too."""
+    """Evaluates a target; where it is not finite, the density is zero and the slope too."""
     log_density, slope = target(position)
     if log_density.shape != position.shape[:-1] or slope.shape != position.shape:
         expected = f"{tuple(position.shape[:-1])} and {tuple(position.shape)}"

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..distributions import FlowDistribution, FlowMixture
+from .._deadline import Deadline
+from ..guides import BaseSpace, Guide
 from ..model.density import LogDensity
-from ..transforms import Transform
-from .hamiltonian import LogFactor, hmc, latent_target
+from .hamiltonian import hmc, latent_target
+from .spaces import plain_space
 
-__all__ = ["drift", "memory", "polish"]
+__all__ = ["autocorrelation", "drift", "polish"]
 
 
 @torch.no_grad()
 def polish(
-    density: LogDensity, guide: Any, z: Tensor, trajectories: int, deadline: float | None = None
+    density: LogDensity,
+    guide: Guide,
+    z: Tensor,
+    trajectories: int,
+    deadline: Deadline | None = None,
 ) -> Tensor:
     r"""Moves draws towards the posterior by Hamiltonian Monte Carlo in the base space of a guide.
 
     The posterior pulled back to the base of a good guide is nearly a standard normal, which a few trajectories of all
     draws at once cross from end to end. They leave the posterior as it is, whatever the guide. Draws of a mixture
     :math:`q = \sum_k \pi_k q_k` move in the base space of a component drawn by its share :math:`r_k = \pi_k q_k / q`, and by
-    trajectories on :math:`p\, r_k`, so that the joint law of draw and component stays as it is.
+    trajectories on :math:`p\, r_k`, so that the joint distribution of draw and component stays as it is. Draws of a guide
+    without a base space move in the unconstrained space, in units of their own covariance.
 
     Args:
         density: The log density.
-        guide: The guide, whose ``get_posterior`` is a flow or a mixture of flows.
+        guide: The guide, which is asked for its base spaces.
         z: Draws of shape ``(n, features)``.
         trajectories: How many of each draw.
-        deadline: A reading of ``time.perf_counter`` after which no trajectory begins.
+        deadline: After it has passed no trajectory begins.
 
     Returns:
         The moved draws, of shape ``(n, features)``.
@@ -42,27 +47,24 @@ def polish(
         Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using
         neural transport", 2019, https://arxiv.org/abs/1903.03704
     """
-    law = guide.get_posterior()
-    if isinstance(law, FlowDistribution):
-        return _in_base(density, guide.get_transform(), z, trajectories, deadline)
-    assert isinstance(law, FlowMixture)
-    shares = law.component_log_probs(z).softmax(-1)
-    # A draw that no component knows goes with any.
-    belongs = torch.multinomial(shares.nan_to_num(nan=1.0), 1).squeeze(-1)
+    spaces = guide.base_spaces() or (plain_space(guide, z),)
+    owner = _draw_spaces(spaces, z)
     moved = z.clone()
-    for k, flow in enumerate(guide.flows):
-        mine = belongs == k
+    for k, space in enumerate(spaces):
+        mine = owner == k
         if bool(mine.any()):
-            # Given the component, the law of a draw is the target times the component's share.
-            moved[mine] = _in_base(
-                density,
-                flow.transform,
-                z[mine],
-                trajectories,
-                deadline,
-                functools.partial(_log_share, law, k),
-            )
+            moved[mine] = _move(density, space, z[mine], trajectories, deadline)
     return moved
+
+
+def _draw_spaces(spaces: Sequence[BaseSpace], z: Tensor) -> Tensor:
+    """For each draw the number of a space, by the shares of their components."""
+    log_shares = [space.log_share(z) for space in spaces if space.log_share is not None]
+    if not log_shares:
+        return torch.zeros(len(z), dtype=torch.long, device=z.device)
+    # A draw that no component knows goes with any.
+    shares = torch.stack(log_shares, -1).exp().nan_to_num(nan=1.0)
+    return torch.multinomial(shares, 1).squeeze(-1)
 
 
 def drift(before: Tensor, after: Tensor, effective: float) -> Tensor:
@@ -86,8 +88,8 @@ def drift(before: Tensor, after: Tensor, effective: float) -> Tensor:
     return torch.maximum(means, widths).clamp(min=0.0)
 
 
-def memory(before: Tensor, after: Tensor) -> Tensor:
-    """Correlation of each entry with where trajectories began; chains that remember it do not mix.
+def autocorrelation(before: Tensor, after: Tensor) -> Tensor:
+    """Correlates each entry with its value before the trajectories; chains in which it stays high do not mix.
 
     Args:
         before: Draws of shape ``(n, features)``.
@@ -100,28 +102,23 @@ def memory(before: Tensor, after: Tensor) -> Tensor:
     return (a * b).mean(0) / (a.square().mean(0) * b.square().mean(0)).sqrt()
 
 
-def _log_share(law: FlowMixture, k: int, z: Tensor) -> Tensor:
-    return law.component_log_probs(z).log_softmax(-1)[:, k]
-
-
-def _in_base(
+def _move(
     density: LogDensity,
-    transform: Transform,
+    space: BaseSpace,
     z: Tensor,
     trajectories: int,
-    deadline: float | None,
-    log_factor: LogFactor | None = None,
+    deadline: Deadline | None,
 ) -> Tensor:
-    x, _ = transform.inverse_and_log_det(z)
-    # A draw that the transform cannot bring back, for it lies too far out, stays where it is.
+    x, _ = space.transform.inverse_and_log_det(z)
+    # A draw that the transform cannot bring back, because it lies too far out, stays where it is.
     sound = x.isfinite().all(-1)
     if not bool(sound.any()):
         return z
-    result = hmc(
-        latent_target(density, transform, log_factor), x[sound], trajectories, deadline=deadline
-    )
+    # Given the component, a draw is distributed as the target times the component's share.
+    target = latent_target(density, space.transform, space.log_share)
+    result = hmc(target, x[sound], trajectories, deadline=deadline)
     moved = z.clone()
-    moved[sound] = transform.forward_and_log_det(result.position)[0]
+    moved[sound] = space.transform.forward_and_log_det(result.position)[0]
     return moved
 
 

@@ -11,9 +11,11 @@ import torch
 
 import pyroflows as pf
 from pyroflows import AutoFlow
-from pyroflows.guides import AutoMixture
+from pyroflows._deadline import Deadline
+from pyroflows.guides import AutoMixture, Guide
 from pyroflows.model import LogDensity
-from pyroflows.sampling.polishing import drift, memory, polish
+from pyroflows.sampling.polishing import autocorrelation, drift, polish
+from pyroflows.sampling.spaces import plain_space
 
 N = 2000
 
@@ -57,6 +59,65 @@ def test_draws_that_are_off_are_mended_and_the_drift_tells_how_far(
     assert float(standard.std(0).log().abs().max()) < 5 / math.sqrt(2 * N)
     # Two standard errors are taken off a drift, and three more are its spread.
     assert float(drift(z, moved, N).max()) > max(abs(shift), abs(math.log(stretch))) - 0.16
+
+
+class NormalGuide(Guide):
+    """A guide that can be drawn and scored, and offers no base space."""
+
+    features = 2
+
+    def __init__(self, normal: dist.MultivariateNormal) -> None:
+        self.normal = normal
+
+    def sample_and_log_prob(
+        self, n: int, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.normal.sample((n,))
+        return z, self.normal.log_prob(z)
+
+    def log_prob(self, z: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        return self.normal.log_prob(z)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_guide_without_a_base_space_is_polished_in_the_plain_space(
+    shift: float, device: torch.device
+) -> None:
+    """Draws of a correlated normal of unlike scales stay so, and draws that are off are mended."""
+    torch.manual_seed(0)
+    root = torch.tensor([[0.1, 0.0], [9.5, 3.0]], dtype=torch.float64, device=device)
+    exact = dist.MultivariateNormal(torch.ones(2).to(root), scale_tril=root)
+    density = LogDensity(lambda: pyro.sample("x", exact))
+    guide = NormalGuide(
+        dist.MultivariateNormal(torch.ones(2).to(root) + shift * root.sum(-1), scale_tril=root)
+    )
+    assert not guide.base_spaces()
+    moved = polish(density, guide, guide.sample_and_log_prob(N)[0], 10)
+    standard = torch.linalg.solve_triangular(root, (moved - 1).T, upper=False)
+    assert float(standard.mean(1).abs().max()) < 5 / math.sqrt(N)
+    assert float((standard.cov() - torch.eye(2).to(root)).abs().max()) < 5 * math.sqrt(2 / N)
+
+
+@pytest.mark.parametrize("n", [1, 15, 200])
+def test_a_plain_space_has_the_units_of_its_draws(n: int, device: torch.device) -> None:
+    """Of few draws the scales alone, of one draw nothing; an entry that is constant has the unit one."""
+    torch.manual_seed(0)
+    draws = torch.randn(n, 3, device=device) * torch.tensor([1e3, 1e-3, 0.0], device=device)
+    draws[:, 1] += 1e-6 * draws[:, 0]
+    space = plain_space(NormalGuide(dist.MultivariateNormal(torch.zeros(2), torch.eye(2))), draws)
+    x, _ = space.transform.inverse_and_log_det(draws)
+    assert bool(x.isfinite().all())
+    if n > 1:
+        torch.testing.assert_close(x[:, :2].std(0), torch.ones(2).to(x), rtol=0.05, atol=0.0)
+        assert float(x[:, 2].abs().max()) == 0.0
+        assert (abs(float(x[:, :2].T.corrcoef()[0, 1])) < 0.01) == (n == 200)
+
+
+def test_no_trajectory_begins_when_the_time_is_over() -> None:
+    density, guide = guide_at(LOC, SCALE)
+    z = torch.zeros(3, 2)
+    moved = polish(density, guide, z, 10**9, deadline=Deadline(0.0))
+    torch.testing.assert_close(moved, z, rtol=0.0, atol=1e-6)
 
 
 def test_draws_of_a_mixture_move_within_their_components() -> None:
@@ -119,6 +180,6 @@ def test_a_drift_allows_for_heavy_tails() -> None:
 def test_chains_between_two_modes_remember_where_they_began() -> None:
     start = torch.randn(N, 2)
     mixed = torch.stack([start[:, 0], torch.randn(N)], -1)
-    remembered = memory(start, mixed)
+    remembered = autocorrelation(start, mixed)
     assert float(remembered[0]) == pytest.approx(1.0)
     assert abs(float(remembered[1])) < 5 / math.sqrt(N)

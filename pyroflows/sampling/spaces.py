@@ -1,0 +1,82 @@
+"""Spaces for trajectories where a guide offers none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..guides import BaseSpace, Guide
+from ..guides.guide import Map
+from ..transforms import LowerTriangularAffine
+
+__all__ = ["plain_space"]
+
+#: Draws for each entry from which a whole covariance is read; from fewer, the scales alone.
+DRAWS_PER_ENTRY = 10
+
+
+@torch.no_grad()
+def plain_space(guide: Guide, draws: Tensor) -> BaseSpace:
+    """Makes the unconstrained space, in units of some draws, a space for trajectories.
+
+    Args:
+        guide: The guide, which becomes the base.
+        draws: Vectors of shape ``(n, features)`` with the location and scale of the posterior.
+
+    Returns:
+        A space with an affine transform.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist, pyroflows as pf
+        >>> density = pf.model.LogDensity(lambda: pyro.sample("x", dist.Normal(1.0, 2.0)))
+        >>> guide = pf.AutoFlow(density.model)
+        >>> density.introduce(guide)
+        >>> draws = torch.tensor([[-1.0], [3.0]]).repeat(10, 1)
+        >>> plain_space(guide, draws).transform.forward_and_log_det(torch.ones(1, 1))[0]
+        tensor([[3.0000]])
+    """
+    draws = draws[draws.isfinite().all(-1)]
+    affine = LowerTriangularAffine(draws.shape[-1]).to(draws).requires_grad_(False)
+    if len(draws) > 1:
+        affine.set(draws.mean(0), _root(draws - draws.mean(0)))
+    return BaseSpace(affine, PulledBack(guide, affine))
+
+
+class PulledBack:
+    r"""A guide as a distribution in another space: of :math:`x = f^{-1}(z)`, :math:`z \sim q`.
+
+    Args:
+        guide: The guide :math:`q`.
+        transform: The map :math:`f`.
+    """
+
+    def __init__(self, guide: Guide, transform: Map) -> None:
+        self.guide, self.transform = guide, transform
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draws vectors of shape ``(*sample_shape, features)``."""
+        shape = torch.Size(sample_shape)
+        z, _ = self.guide.sample_and_log_prob(shape.numel())
+        return self.transform.inverse_and_log_det(z)[0].reshape(*shape, -1)
+
+    @torch.no_grad()
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of vectors of shape ``(n, features)``."""
+        z, log_det = self.transform.forward_and_log_det(value)
+        return self.guide.log_prob(z) + log_det
+
+
+def _root(centred: Tensor) -> Tensor:
+    """A lower-triangular root of the covariance; where an entry is constant its scale is one."""
+    variance = centred.square().mean(0)
+    scale = torch.where(variance > 0, variance, 1.0).sqrt()
+    n, features = centred.shape
+    if n < DRAWS_PER_ENTRY * features:
+        return scale.diag()
+    standard = centred / scale
+    # A ridge, because draws may lie in a plane.
+    correlation = standard.T @ standard / n + 1e-6 * torch.eye(features).to(standard)
+    return scale.unsqueeze(-1) * torch.linalg.cholesky(correlation)
