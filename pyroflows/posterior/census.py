@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 STARTS = 64
-# Gradient evaluations per iteration, over all ascents; a finite-difference Hessian costs 2D of them.
+# Gradient evaluations per iteration, over all ascents; a finite-difference Hessian costs 2D of
+# them.
 GRADIENTS = 16_384
 # Draws for the evidence of a local fit.
 DRAWS = 256
@@ -50,10 +51,11 @@ class Census(NamedTuple):
 
     Attributes:
         fits: All that differ, best ELBO first.
-        modes: Those at separate maxima of the density that carry mass, heaviest first; there may be none.
+        modes: Those at separate maxima of the density that carry mass, heaviest first; there may be
+            none.
         weights: Shares of their masses, of shape ``(modes,)``.
-        flat_direction: A direction in which the density does not fall off, of shape ``(features,)``; ``None`` if the
-            search has found none.
+        flat_direction: A direction in which the density does not fall off, of shape
+            ``(features,)``; ``None`` if the search has found none.
     """
 
     fits: Gaussians
@@ -76,7 +78,8 @@ def take_census(
 ) -> Census:
     """Fits Gaussians from many starts and tells which of them are separate modes.
 
-    The starts are the given one, draws from the prior, uniform numbers, and points far around the first fit.
+    The starts are the given one, draws from the prior, uniform numbers, and points far around the
+    first fit.
 
     Args:
         density: The log density.
@@ -121,7 +124,7 @@ def widen_census(
 
 
 def find_start(density: LogDensity, tries: int = 256) -> Tensor:
-    """Returns the initial point of a density, or the densest of some random ones where it is not finite.
+    """Finds a point of finite density: the initial one, or the densest of some random ones.
 
     Args:
         density: The log density.
@@ -148,16 +151,16 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
     ]
     where = ", ".join(at_fault) or "its gradient is not finite"
     raise ValueError(
-        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the data, and for "
-        "data outside of a support."
+        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the "
+        "data, and for data outside of a support."
     )
 
 
 def find_flat_direction(density: LogDensity, fit: Gaussian) -> Tensor | None:
     r"""Looks along the axes of a fit for a direction in which a density does not fall off.
 
-    Along each axis, :math:`t =` a million widths out, a proper density has fallen to less than :math:`1 / t`, unless it has
-    a horn that narrow.
+    Along each axis, :math:`t =` a million widths out, a proper density has fallen to less than
+    :math:`1 / t`, unless it has a horn that narrow.
 
     Args:
         density: The log density.
@@ -234,7 +237,8 @@ def _join(*groups: Gaussians) -> Gaussians:
 def _drop_duplicates(fits: Gaussians) -> Gaussians:
     """Drops near-duplicates, best ELBO first.
 
-    Kept fits differ by half a width per entry (two in total) in their centres, or by a quarter in their scales.
+    Kept fits differ by half a width per entry (two in total) in their centres, or by a quarter in
+    their scales.
     """
     fits = fits.pick(fits.elbo.argsort(descending=True))
     n = fits.loc.shape[-1]
@@ -301,7 +305,8 @@ def _weigh(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tensor
     """Draws from each fit.
 
     Returns:
-        Draws ``(count, draws, features)``, and log densities of the model and of the fit, ``(count, draws)``.
+        Draws ``(count, draws, features)``, and log densities of the model and of the fit, ``(count,
+        draws)``.
     """
     n = fits.loc.shape[-1]
     generator = torch.Generator().manual_seed(0)

@@ -34,10 +34,14 @@ class Check(ABC):
     Attributes:
         name: A word for the check.
         limit: The largest value at which it holds.
-        grounds: Whether it is a reason to trust the posterior when it holds, instead of a search for one fault.
-        of_weights: Whether it looks at the guide's own draws, which do not decide where draws are polished.
-        costly: Whether it runs trajectories, so that it is left out once a check has failed or the time is over.
-        needs: What must be known of a subject; each returns a sentence on what is lacking, or ``None``.
+        grounds: Whether it is a reason to trust the posterior when it holds, instead of a search
+            for one fault.
+        of_weights: Whether it looks at the guide's own draws, which do not decide where draws are
+            polished.
+        costly: Whether it runs trajectories, so that it is left out once a check has failed or the
+            time is over.
+        needs: What must be known of a subject; each returns a sentence on what is lacking, or
+            ``None``.
     """
 
     name: ClassVar[str]
@@ -53,7 +57,7 @@ class Check(ABC):
 
     @abstractmethod
     def explain(self, subject: Subject, value: float, held: bool) -> str:
-        """Returns a sentence about the value: what it shows, and what to do where the check has not held."""
+        """Returns a sentence about the value, with a remedy where the check has failed."""
 
     def holds(self, subject: Subject, value: float) -> bool:
         """Returns whether the check holds; NaN does not."""
@@ -98,7 +102,7 @@ class Check(ABC):
 
 
 class Proper(Check):
-    """Looks for a direction in which the density does not fall off, so that the posterior cannot be normalised."""
+    """Looks for a direction in which the density does not fall off."""
 
     name, limit, needs = "proper", 0.0, (taken_census,)
 
@@ -112,8 +116,8 @@ class Proper(Check):
             return "the density falls off along all axes of its bulk."
         names = " and ".join(subject.flat_entries)
         return (
-            f"the posterior cannot be normalised: its density does not fall off along {names}. Give the site a "
-            "proper prior, or look for a parameter that the data say nothing of."
+            f"the posterior cannot be normalised: its density does not fall off along {names}. "
+            "Give the site a proper prior, or look for a parameter that the data say nothing of."
         )
 
 
@@ -133,10 +137,10 @@ class Modes(Check):
         where = subject.describe(subject.fits.loc[subject.missed.argmax()])
         ladder = "" if subject.automatic else ' or fit with guide="auto"'
         return (
-            f"the guide misses a region with about {value / (1 + value):.0%} of the posterior's mass, {where}, which "
-            f"importance sampling cannot see. If that is a mode of its own, break the model's symmetry{ladder}; if it "
-            "lies next to what the guide covers, as the neck of a funnel does, reparametrise, or give the guide more "
-            "steps or a wider flow."
+            f"the guide misses a region with about {value / (1 + value):.0%} of the posterior's "
+            f"mass, {where}, which importance sampling cannot see. If that is a mode of its own, "
+            f"break the model's symmetry{ladder}; if it lies next to the region that the guide "
+            f"covers, as the neck of a funnel does, reparametrise, or {subject.remedy}."
         )
 
 
@@ -152,10 +156,13 @@ class Supports(Check):
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Says how many such draws there are."""
         if value == 1.0:
-            return "the model gives every draw of the guide zero density; look at its priors and supports."
+            return (
+                "the model gives every draw of the guide zero density; look at its priors and "
+                "supports."
+            )
         share = f"{value:.0%} of the guide's draws have zero density under the model"
         facts = _facts(subject)
-        return f"{share}{'' if held else '; look at its supports'}. {facts[0].upper()}{facts[1:]}."
+        return f"{share}{'' if held else '; look at its supports'}. {_capitalise(facts)}."
 
 
 class Weights(Check):
@@ -180,13 +187,14 @@ class Weights(Check):
             return f"{facts}."
         name = _most_shifted(subject)
         return (
-            f"{facts} (k-hat below {self.limit} or {self.ess_limit:.0%} would do), so the guide misses part of it, most "
-            f"at {name}. {subject.remedy}, or reparametrise {name}."
+            f"{facts} (k-hat below {self.limit} or {self.ess_limit:.0%} would do), so the guide "
+            f"misses part of it, most at {name}. {_capitalise(subject.remedy)}, or reparametrise "
+            f"{name}."
         )
 
 
 class Outliers(Check):
-    """Looks for a few draws with much weight, which smoothing hides: they have come upon a narrow region."""
+    """Looks for a few draws of great weight, which smoothing hides: they hit a narrow region."""
 
     name, limit, of_weights = "outliers", 0.05, True
     needs = (known_density, usable_draws)
@@ -200,8 +208,9 @@ class Outliers(Check):
         if held:
             return "no handful of the guide's draws carries much of the weight."
         return (
-            f"a handful of the guide's draws carry {value:.0%} of all weight, so there is a narrow region that it misses "
-            f"({_facts(subject)} otherwise). {subject.remedy}, or look at the draws of greatest weight."
+            f"a handful of the guide's draws carry {value:.0%} of all weight, so there is a narrow "
+            f"region that it misses ({_facts(subject)} otherwise). {_capitalise(subject.remedy)}, "
+            "or look at the draws of greatest weight."
         )
 
 
@@ -220,8 +229,8 @@ class Shift(Check):
         facts = _facts(subject)
         if not held:
             return (
-                f"{facts}, but weighting moves {_most_shifted(subject)} by {value:.2f} of its standard deviation (at most "
-                f"{self.limit} is fine). {subject.remedy}."
+                f"{facts}, but weighting moves {_most_shifted(subject)} by {value:.2f} of its "
+                f"standard deviation (at most {self.limit} is fine). {_capitalise(subject.remedy)}."
             )
         sample = subject.sample
         if math.isfinite(sample.khat) and sample.khat >= KHAT_LIMIT:
@@ -233,7 +242,7 @@ class Shift(Check):
 
 
 class Drift(Check):
-    """Looks at how far Hamiltonian trajectories move draws; they leave draws of the posterior as they are."""
+    """Looks at how far trajectories move draws; draws of the posterior stay as they are."""
 
     name, limit, costly = "drift", 0.1, True
     needs = (known_density, usable_trajectories)
@@ -247,15 +256,18 @@ class Drift(Check):
         name = subject.entry_names[int(self._drifts(subject).argmax())]
         moved = f"{value:.2f} of its standard deviation"
         if held:
-            return f"Hamiltonian trajectories move no mean or width by more than {max(value, 0.005):.2f}."
+            most = max(value, 0.005)
+            return f"Hamiltonian trajectories move no mean or width by more than {most:.2f}."
         if subject.trajectories:
             return (
-                f"{_guide_alone(subject)}, and after {subject.trajectories} Hamiltonian trajectories its draws of {name} "
-                f"still move by more than {moved}. {subject.remedy}, or reparametrise {name}."
+                f"{_guide_alone(subject)}, and after {subject.trajectories} Hamiltonian "
+                f"trajectories its draws of {name} still move by more than {moved}. "
+                f"{_capitalise(subject.remedy)}, or reparametrise {name}."
             )
         return (
-            f"the weights see nothing wrong, but Hamiltonian trajectories from the guide's draws move {name} by more than "
-            f"{moved}, so the guide misses a region next to what it covers. {subject.remedy}, or reparametrise {name}."
+            "the weights see nothing wrong, but Hamiltonian trajectories from the guide's draws "
+            f"move {name} by more than {moved}, so the guide misses a region next to what it "
+            f"covers. {_capitalise(subject.remedy)}, or reparametrise {name}."
         )
 
     @staticmethod
@@ -266,7 +278,7 @@ class Drift(Check):
 
 
 class Polish(Check):
-    """Looks at whether polished draws still depend on where they began: then modes keep wrong weights."""
+    """Looks at whether polished draws still depend on their starts, so that modes weigh wrongly."""
 
     name, limit, costly, grounds = "polish", 0.5, True, True
     needs = (known_density, usable_trajectories, polished_draws)
@@ -285,19 +297,22 @@ class Polish(Check):
         if not held:
             slowest = int(autocorrelation(subject.halfway, subject.moved).argmax())
             return (
-                f"{_guide_alone(subject)}, and polished draws of {subject.entry_names[slowest]} remember where they began, "
-                f"so that modes may have the wrong weights. {subject.remedy}, or draw by flow Monte Carlo."
+                f"{_guide_alone(subject)}, and polished draws of {subject.entry_names[slowest]} "
+                "remember where they began, so that modes may have the wrong weights. "
+                f"{_capitalise(subject.remedy)}, or draw by flow Monte Carlo."
             )
         drifts = drift(subject.halfway, subject.moved, len(subject.starts))
         return (
-            f"the guide alone is not exact (k-hat {subject.sample.khat:.2f}, {subject.sample.ess:.0%} of the importance "
-            f"draws are effective), but its draws are polished by {subject.trajectories} Hamiltonian trajectories, the "
-            f"second half of which moves no mean or width by more than {max(float(drifts.amax()), 0.005):.2f} standard "
-            "deviations beyond its error."
+            f"the guide alone is not exact (k-hat {subject.sample.khat:.2f}, "
+            f"{subject.sample.ess:.0%} of the importance draws are effective), but its draws are "
+            f"polished by {subject.trajectories} Hamiltonian trajectories, the second half of "
+            f"which moves no mean or width by more than {max(float(drifts.amax()), 0.005):.2f} "
+            "standard deviations beyond its error."
         )
 
 
-#: All checks, in the order in which they are made: the first that fails gives the reason of a verdict.
+#: All checks, in the order in which they are made: the first that fails gives the reason of a
+#: verdict.
 CHECKS: list[Check] = [
     Proper(),
     Modes(),
@@ -323,7 +338,8 @@ def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict
     Example:
         >>> from pyroflows.posterior.importance import ImportanceSample
         >>> z = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0))
-        >>> verdict = judge_subject(Subject.of_sample(ImportanceSample(z, torch.zeros(1000)), ["x"]))
+        >>> sample = ImportanceSample(z, torch.zeros(1000))
+        >>> verdict = judge_subject(Subject.of_sample(sample, ["x"]))
         >>> verdict.ok, verdict.log_evidence
         (True, 0.0)
         >>> print(verdict.finding("census"))
@@ -343,6 +359,10 @@ def _most_shifted(subject: Subject) -> str:
 
 def _guide_alone(subject: Subject) -> str:
     return f"the guide is not exact (k-hat {subject.sample.khat:.2f})"
+
+
+def _capitalise(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _facts(subject: Subject) -> str:

@@ -38,39 +38,43 @@ def compare(
     r"""Ranks models of the same data by their evidence and by leave-one-out cross-validation.
 
     The evidence gives the probabilities of the models, all of the same prior probability,
-    :math:`\Pr(k \mid \mathrm{data}) = Z_k / \sum_l Z_l`; it hangs on the priors. Cross-validation estimates how well a model
-    predicts an observation that it has not seen,
+    :math:`\Pr(k \mid \mathrm{data}) = Z_k / \sum_l Z_l`; it hangs on the priors. Cross-validation
+    estimates how well a model predicts an observation that it has not seen,
 
     .. math:: \mathrm{elpd} = \sum_i \log p(y_i \mid y_{-i}),
 
-    by Pareto-smoothed importance sampling, where :math:`y_i` are the entries of the observed sites as the model factors
-    them.
+    by Pareto-smoothed importance sampling, where :math:`y_i` are the entries of the observed sites
+    as the model factors them.
 
     Args:
         posteriors: Name -> posterior.
-        by: ``"evidence"``, ``"loo"`` or ``"both"``; rows are sorted by the evidence, or by ``elpd_loo`` without it.
+        by: ``"evidence"``, ``"loo"`` or ``"both"``; rows are sorted by the evidence, or by
+            ``elpd_loo`` without it.
         method: How :func:`evidence` is computed.
         draws: How many draws of each posterior.
         seed: Their seed.
 
     Returns:
-        A data frame, one row a model, the best first. ``log_evidence`` and ``log_evidence_error``; ``log_bayes_factor``
-        against the best, with ``log_bayes_factor_error``; ``probability``. ``elpd_loo`` and ``elpd_loo_error``; ``p_loo``,
-        the effective number of parameters; ``elpd_difference`` to the best, with ``elpd_difference_error`` over the
-        observations in pairs; ``bad_khat``, the number of observations so influential (k-hat above 0.7) that ``elpd_loo``
-        is unreliable. ``ok``, whether the verdict trusts the posterior. A model whose likelihood is not made of observed
-        sites, or has discrete latents, has NaN for its cross-validation, with a warning.
+        A data frame, one row a model, the best first. ``log_evidence`` and ``log_evidence_error``;
+        ``log_bayes_factor`` against the best, with ``log_bayes_factor_error``; ``probability``.
+        ``elpd_loo`` and ``elpd_loo_error``; ``p_loo``, the effective number of parameters;
+        ``elpd_difference`` to the best, with ``elpd_difference_error`` over the observations in
+        pairs; ``bad_khat``, the number of observations so influential (k-hat above 0.7) that
+        ``elpd_loo`` is unreliable. ``ok``, whether the verdict trusts the posterior. A model whose
+        likelihood is not made of observed sites, or has discrete latents, has NaN for its
+        cross-validation, with a warning.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If there are no posteriors, if they are of different data, or if ``by`` or ``method`` is unknown; for
-            cross-validation, if the models split the data into different numbers of observations.
+        ValueError: If there are no posteriors, if they are of different data, or if ``by`` or
+            ``method`` is unknown; for cross-validation, if the models split the data into different
+            numbers of observations.
 
     Reference:
         Kass, Raftery, "Bayes factors", 1995, https://doi.org/10.1080/01621459.1995.10476572
 
-        Vehtari, Gelman, Gabry, "Practical Bayesian model evaluation using leave-one-out cross-validation and WAIC", 2017,
-        https://arxiv.org/abs/1507.04544
+        Vehtari, Gelman, Gabry, "Practical Bayesian model evaluation using leave-one-out
+        cross-validation and WAIC", 2017, https://arxiv.org/abs/1507.04544
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -143,7 +147,8 @@ def _loo_columns(
     }
     if len(set(counts.values())) > 1:
         raise ValueError(
-            f"Expected models that split the data into the same observations; got {counts}. Use by='evidence'."
+            f"Expected models that split the data into the same observations; got {counts}. Use "
+            "by='evidence'."
         )
     best = max(known, key=lambda result: result.elpd.sum(), default=None)
     rows = [_loo_row(result, best) for result in results]
@@ -193,7 +198,8 @@ def _loo_row(result: arviz.Loo | None, best: arviz.Loo | None) -> dict[str, floa
 def _check_posteriors(posteriors: Any) -> None:
     if not isinstance(posteriors, Mapping):
         raise TypeError(
-            f"Expected posteriors to be a mapping of names to posteriors; got {type(posteriors).__name__}."
+            "Expected posteriors to be a mapping of names to posteriors; got "
+            f"{type(posteriors).__name__}."
         )
     if not posteriors:
         raise ValueError("Expected at least one posterior; got none.")
@@ -211,12 +217,13 @@ def _refuse_different_data(posteriors: Mapping[str, Posterior]) -> None:
     for name, data in seen.items():
         if not _same_data(seen[first], data):
             raise ValueError(
-                f"Expected models of the same data; got other observed values for {name!r} than for {first!r}."
+                f"Expected models of the same data; got other observed values for {name!r} than "
+                f"for {first!r}."
             )
 
 
 def _same_data(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Whether the values of the sites are the same, by name, or in their order where models name them differently."""
+    """Whether values are the same, by name, or in order where models name them differently."""
     if len(a) != len(b):
         return False
     pairs = (
@@ -240,8 +247,8 @@ def _warn_of_improper_priors(posteriors: Mapping[str, Posterior]) -> None:
         improper = [site.name for site in density.sites if _is_improper(trace.nodes[site.name])]
         if improper:
             warnings.warn(
-                f"Model {name!r} has an improper prior at site {improper[0]!r}, so that its evidence is known "
-                "up to a constant only; compare by='loo'.",
+                f"Model {name!r} has an improper prior at site {improper[0]!r}, so that its "
+                "evidence is known up to a constant only; compare by='loo'.",
                 stacklevel=4,
             )
 

@@ -65,8 +65,9 @@ class Evidence:
 
     def __str__(self) -> str:
         sentence = (
-            f"The log evidence is {self.log_evidence:.3f} with a standard error of {self.log_evidence_error:.2g}, by "
-            f"{METHODS[self.method]} with {self.draws} draws of the guide."
+            f"The log evidence is {self.log_evidence:.3f} with a standard error of "
+            f"{self.log_evidence_error:.2g}, by {METHODS[self.method]} with {self.draws} draws of "
+            "the guide."
         )
         return f"{sentence} {self.caution}".rstrip()
 
@@ -84,17 +85,20 @@ def evidence(
 
     .. math:: \hat Z = \frac{1}{N} \sum_i w(z_i), \qquad w(z) = \frac{p(z, \mathrm{data})}{q(z)},
 
-    the largest of them Pareto-smoothed: where their tail is heavy that halves the error, for a smaller bias. It relies on
-    the guide to reach wherever the posterior has mass. Bridge sampling also takes :math:`M` draws :math:`z_j^*` of the
-    posterior and solves for the one :math:`\hat Z` with
+    the largest of them Pareto-smoothed: where their tail is heavy that halves the error, for a
+    smaller bias. It relies on the guide to reach wherever the posterior has mass. Bridge sampling
+    also takes :math:`M` draws :math:`z_j^*` of the posterior and solves for the one :math:`\hat Z`
+    with
 
     .. math:: \hat Z = \frac{\tfrac{1}{N} \sum_i w(z_i) / (s\, w(z_i) + (1 - s) \hat Z)}
-        {\tfrac{1}{M} \sum_j 1 / (s\, w(z_j^*) + (1 - s) \hat Z)}, \qquad s = \frac{M_\mathrm{eff}}{M_\mathrm{eff} + N},
+        {\tfrac{1}{M} \sum_j 1 / (s\, w(z_j^*) + (1 - s) \hat Z)},
+        \qquad s = \frac{M_\mathrm{eff}}{M_\mathrm{eff} + N},
 
-    the best of all bridges between guide and posterior. Its terms are bounded, so that a guide with too light tails does
-    no harm. The draws of the posterior are those given, or come from :func:`flow_mc`. The standard errors are those of the
-    logarithm, by the delta method; that of the bridge counts dependent draws by their effective number. They know nothing
-    of a mode that neither the guide nor the samples have seen.
+    the best of all bridges between guide and posterior. Its terms are bounded, so that a guide with
+    too light tails does no harm. The draws of the posterior are those given, or come from
+    :func:`flow_mc`. The standard errors are those of the logarithm, by the delta method; that of
+    the bridge counts dependent draws by their effective number. They know nothing of a mode that
+    neither the guide nor the samples have seen.
 
     A constant that a prior leaves open, as an improper one does, is open in the evidence too.
 
@@ -102,9 +106,10 @@ def evidence(
         posterior: The posterior.
         method: ``"bridge"`` or ``"importance"``.
         draws: How many draws of the guide, and how many of the posterior where none are given.
-        samples: For the bridge, draws of the posterior: what :func:`neutra` or :func:`flow_mc` returns; unconstrained
-            vectors of shape ``(chains, draws, features)``; or for each latent site values of shape
-            ``(chains, draws, *site_shape)``, as Pyro's ``MCMC.get_samples(group_by_chain=True)`` gives them.
+        samples: For the bridge, draws of the posterior: what :func:`neutra` or :func:`flow_mc`
+            returns; unconstrained vectors of shape ``(chains, draws, features)``; or for each
+            latent site values of shape ``(chains, draws, *site_shape)``, as Pyro's
+            ``MCMC.get_samples(group_by_chain=True)`` gives them.
         seed: Seed of the draws; ``None`` takes them from torch's random state.
 
     Returns:
@@ -112,18 +117,20 @@ def evidence(
 
     Raises:
         TypeError: If ``posterior``, ``draws`` or ``samples`` is of the wrong type.
-        ValueError: If there is no such method, if there are too few draws, if the samples have another shape or lie where
-            the posterior has no density, or if they are given to importance sampling.
+        ValueError: If there is no such method, if there are too few draws, if the samples have
+            another shape or lie where the posterior has no density, or if they are given to
+            importance sampling.
 
     Reference:
-        Meng, Wong, "Simulating ratios of normalizing constants via a simple identity: A theoretical exploration", 1996,
-        https://www3.stat.sinica.edu.tw/statistica/j6n4/j6n43/j6n43.htm
+        Meng, Wong, "Simulating ratios of normalizing constants via a simple identity: A theoretical
+        exploration", 1996, https://www3.stat.sinica.edu.tw/statistica/j6n4/j6n43/j6n43.htm
 
-        Frühwirth-Schnatter, "Estimating marginal likelihoods for mixture and Markov switching models using bridge sampling
-        techniques", 2004, https://doi.org/10.1111/j.1368-423X.2004.00125.x
+        Frühwirth-Schnatter, "Estimating marginal likelihoods for mixture and Markov switching
+        models using bridge sampling techniques", 2004,
+        https://doi.org/10.1111/j.1368-423X.2004.00125.x
 
-        Gronau, Sarafoglou, Matzke, Ly, Boehm, Marsman, Leslie, Forster, Wagenmakers, Steingroever, "A tutorial on bridge
-        sampling", 2017, https://arxiv.org/abs/1703.05984
+        Gronau, Sarafoglou, Matzke, Ly, Boehm, Marsman, Leslie, Forster, Wagenmakers, Steingroever,
+        "A tutorial on bridge sampling", 2017, https://arxiv.org/abs/1703.05984
 
         Jia, Seljak, "Normalizing constant estimation with Gaussianized bridge sampling", 2020,
         https://arxiv.org/abs/1912.06073
@@ -183,9 +190,11 @@ def bridge_evidence(
 def bridge(of_guide: Tensor, of_posterior: Tensor) -> tuple[float, float]:
     r"""Solves the optimal bridge.
 
-    With :math:`\eta = \log Z + \log \tfrac{1 - s}{s}` and the logistic function :math:`\sigma` it says
+    With :math:`\eta = \log Z + \log \tfrac{1 - s}{s}` and the logistic function :math:`\sigma` it
+    says
 
-    .. math:: (1 - s)\, \mathbb{E}_q[\sigma(\log w - \eta)] = s\, \mathbb{E}_p[\sigma(\eta - \log w)],
+    .. math:: (1 - s)\, \mathbb{E}_q[\sigma(\log w - \eta)]
+        = s\, \mathbb{E}_p[\sigma(\eta - \log w)],
 
     whose left side falls and whose right side rises with :math:`\eta`.
 
@@ -201,7 +210,8 @@ def bridge(of_guide: Tensor, of_posterior: Tensor) -> tuple[float, float]:
         https://doi.org/10.1016/0021-9991(76)90078-4
     """
     n, effective = len(of_guide), float(of_posterior.numel())
-    # How many draws are effective depends on the bridge, though hardly, and is known once a first bridge stands.
+    # How many draws are effective depends on the bridge, though hardly, and is known once a first
+    # bridge stands.
     for _ in range(2):
         log_odds = math.log(n / effective)
         eta = _balance(of_guide, of_posterior, log_odds)
@@ -239,7 +249,10 @@ def _no_evidence(method: str, draws: int) -> Evidence:
 
 def _warn_of_weights(khat: float, ess: float, error: float) -> str:
     if khat >= VARIANCE_KHAT and ess <= Weights.ess_limit:
-        return f"k-hat is {khat:.2f} (below {VARIANCE_KHAT} is fine), so do not rely on the standard error; use the bridge."
+        return (
+            f"k-hat is {khat:.2f} (below {VARIANCE_KHAT} is fine), so do not rely on the standard "
+            "error; use the bridge."
+        )
     return (
         ""
         if error < ERROR_LIMIT
@@ -249,11 +262,14 @@ def _warn_of_weights(khat: float, ess: float, error: float) -> str:
 
 def _warn_of_bridge(rhat: float, error: float) -> str:
     if not error < ERROR_LIMIT:
-        return "Guide and posterior hardly overlap, so do not rely on the standard error; fit a better guide."
+        return (
+            "Guide and posterior hardly overlap, so do not rely on the standard error; fit a "
+            "better guide."
+        )
     if rhat > RHAT_LIMIT:
         return (
-            f"R-hat of the chains is {rhat:.2f} (at most {RHAT_LIMIT} is fine), so do not rely on the standard error; fit a "
-            "better guide, or give longer chains as samples."
+            f"R-hat of the chains is {rhat:.2f} (at most {RHAT_LIMIT} is fine), so do not rely on "
+            "the standard error; fit a better guide, or give longer chains as samples."
         )
     return ""
 
@@ -270,7 +286,7 @@ def _draw_chains(posterior: Posterior, draws: int) -> Tensor:
 
 
 def _effective(values: Tensor) -> float:
-    """How many independent draws the values of chains, of shape ``(chains, draws)``, are worth for their mean."""
+    """Effective number of independent values for the mean of chains ``(chains, draws)``."""
     error = _diagnose(values, "mcse_mean")
     std = float(values.std())
     # Equal values have no error.
@@ -347,7 +363,8 @@ def _check_chains(z: Any, features: int) -> None:
         )
     if z.shape[0] < 1 or z.shape[1] < LEAST_LENGTH:
         raise ValueError(
-            f"Expected samples of at least {LEAST_LENGTH} draws a chain; got shape {tuple(z.shape)}."
+            f"Expected samples of at least {LEAST_LENGTH} draws a chain; got shape "
+            f"{tuple(z.shape)}."
         )
 
 
@@ -368,6 +385,7 @@ def _check_inside(log_density: Tensor) -> None:
     outside = int((~log_density.isfinite()).sum())
     if outside:
         raise ValueError(
-            f"Expected samples from the posterior; got {outside} of {log_density.numel()} where it has no density. "
-            "A tensor holds unconstrained vectors; values of the sites are given by name."
+            f"Expected samples from the posterior; got {outside} of {log_density.numel()} where it "
+            "has no density. A tensor holds unconstrained vectors; values of the sites are given "
+            "by name."
         )

@@ -83,16 +83,16 @@ def load_posterior(
         model: The model that was fitted.
         args: Its positional arguments, or their loader, where the file does not hold them.
         kwargs: Its keyword arguments, where the file does not hold them.
-        guide: A guide made as the one that was saved, where that was made by a callable of your own, which no file
-            can hold.
+        guide: A guide made as the one that was saved, where that was made by a callable of your
+            own, which no file can hold.
 
     Returns:
         The posterior, with the verdict that it had.
 
     Raises:
         TypeError: If ``model`` is no callable, or ``guide`` no guide.
-        ValueError: If the file is missing or no saved posterior, if the model is another one, or if something is needed
-            that the file does not hold.
+        ValueError: If the file is missing or no saved posterior, if the model is another one, or if
+            something is needed that the file does not hold.
 
     Example:
         >>> import tempfile, pyro, pyro.distributions as dist, pyroflows as pf
@@ -126,7 +126,8 @@ def _make_density(
     if args is None and kwargs is None:
         if state["arguments"] is None:
             raise ValueError(
-                f"Expected args and kwargs of the model, because {str(path)!r} could not hold them; got neither."
+                f"Expected args and kwargs of the model, because {str(path)!r} could not hold "
+                "them; got neither."
             )
         args, kwargs = state["arguments"]
     if not isinstance(args, DataLoader):
@@ -136,7 +137,8 @@ def _make_density(
     of_model = [(site.name, tuple(site.shape)) for site in density.sites]
     if of_file != of_model:
         raise ValueError(
-            f"Expected the model of the saved posterior, with latent sites {of_file}; got one with {of_model}."
+            f"Expected the model of the saved posterior, with latent sites {of_file}; got one with "
+            f"{of_model}."
         )
     return density
 
@@ -147,7 +149,8 @@ def _make_guide(guide: Any, density: LogDensity, state: Mapping[str, Any], path:
         made.load_state_dict(state["parameters"])
     except RuntimeError as error:
         raise ValueError(
-            f"Expected a guide made as the one saved in {str(path)!r}; {' '.join(str(error).split())}"
+            f"Expected a guide made as the one saved in {str(path)!r}; "
+            f"{' '.join(str(error).split())}"
         ) from None
     return made
 
@@ -166,7 +169,8 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"Expected the file of a saved posterior; {str(path)!r} is none.")
     if state["format"] != FORMAT:
         raise ValueError(
-            f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format {state['format']}."
+            f"Expected a saved posterior of format {FORMAT}; {str(path)!r} has format "
+            f"{state['format']}."
         )
     missing = [name for name in FIELDS if name not in state]
     if missing:

@@ -45,60 +45,66 @@ def fit_posterior(
 ) -> Posterior:
     r"""Finds the posterior of a model by a ladder of flow guides, and says whether to trust it.
 
-    The model is captured as one batched log density. Newton steps in whitened units, from many starts at once, take a
-    census of its modes and give a Gaussian for each. Then come, until the verdict is ok: the best Gaussian; where there
-    are separate modes, a mixture of flows, one for each; a flow, trained for few steps and for many; a wider and deeper
-    one; and the best guide's draws polished by Hamiltonian trajectories in its base space. The best attempt is kept, and
-    all are listed in ``rungs`` of the posterior. A flow is trained to maximise the ELBO
+    The model is captured as one batched log density. Newton steps in whitened units, from many
+    starts at once, take a census of its modes and give a Gaussian for each. Then come, until the
+    verdict is ok: the best Gaussian; where there are separate modes, a mixture of flows, one for
+    each; a flow, trained for few steps and for many; a wider and deeper one; and the best guide's
+    draws polished by Hamiltonian trajectories in its base space. The best attempt is kept, and all
+    are listed in ``rungs`` of the posterior. A flow is trained to maximise the ELBO
 
-    .. math:: \mathcal{L}(\phi) = \mathbb{E}_{x \sim N(0, I)} [\log p(z, \mathrm{data}) - \log q_\phi(z)],
+    .. math:: \mathcal{L}(\phi)
+        = \mathbb{E}_{x \sim N(0, I)} [\log p(z, \mathrm{data}) - \log q_\phi(z)],
         \quad z = f_\phi(x),
 
-    by its path gradient :math:`\mathbb{E}[(\nabla_z \log p - \nabla_z \log q)^\top \partial z / \partial \phi]`, whose
-    variance vanishes at an exact guide, with Adam and a step size that decays to zero along a cosine.
+    by its path gradient
+    :math:`\mathbb{E}[(\nabla_z \log p - \nabla_z \log q)^\top \partial z / \partial \phi]`, whose
+    variance vanishes at an exact guide, with Adam and a step size that
+    decays to zero along a cosine.
 
-    Discrete latent sites are summed out. Ctrl-C ends the training and returns the best posterior so far. Under an
-    initialised ``torch.distributed`` group all processes call this alike; the particles of a step are shared out among
-    them, and the result is that of one process.
+    Discrete latent sites are summed out. Ctrl-C ends the training and returns the best posterior so
+    far. Under an initialised ``torch.distributed`` group all processes call this alike; the
+    particles of a step are shared out among them, and the result is that of one process.
 
     Args:
         model: A Pyro model.
-        args: Its positional arguments; or a ``DataLoader`` whose batches, shuffled or of one size, are its arguments, for a
-            model that scales the likelihood of a batch up to all rows, as a plate with a ``subsample_size`` does. Models
-            with such plates, and loaders, are trained by stochastic gradients and judged on all data.
+        args: Its positional arguments; or a ``DataLoader`` whose batches, shuffled or of one size,
+            are its arguments, for a model that scales the likelihood of a batch up to all rows, as
+            a plate with a ``subsample_size`` does. Models with such plates, and loaders, are
+            trained by stochastic gradients and judged on all data.
         kwargs: Its keyword arguments.
-        guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from the number of features to
-            a flow; or an :class:`AutoFlow` of this model, which is trained in place, from where it is if it has been
-            trained.
-            Such a guide is trained in rounds until the verdict is ok, and its draws are not polished.
-        seed: Seed of all that is random here; the same seed gives the same posterior. The random state outside is left as
-            it was. ``None`` draws from that state.
+        guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from
+            the number of features to a flow; or an :class:`AutoFlow` of this model, which is
+            trained in place, from where it is if it has been trained. Such a guide is trained in
+            rounds until the verdict is ok, and its draws are not polished.
+        seed: Seed of all that is random here; the same seed gives the same posterior. The random
+            state outside is left as it was. ``None`` draws from that state.
         time_limit: Seconds of wall-clock time for the fit; the step size then decays with the time.
         progress: Whether to show a progress bar.
         device: Where to run: tensors in ``args`` and ``kwargs`` and a module model are moved there.
         steps: Most gradient steps to take in all.
-        compile: Whether to compile the flow's part of a step by ``torch.compile``: half a minute at first, then steps in two
-            thirds of the time.
-        checkpoint: A file that is written as the training goes on, and from which a fit that was killed goes on to the
-            same result.
+        compile: Whether to compile the flow's part of a step by ``torch.compile``: half a minute at
+            first, then steps in two thirds of the time.
+        checkpoint: A file that is written as the training goes on, and from which a fit that was
+            killed goes on to the same result.
 
     Returns:
         The posterior, with its verdict.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the model cannot be fitted: it has no continuous latent site, its density is not finite where it
-            starts, a latent changes its shape; or if the guide belongs to another model.
+        ValueError: If the model cannot be fitted: it has no continuous latent site, its density is
+            not finite where it starts, a latent changes its shape; or if the guide belongs to
+            another model.
 
     Reference:
-        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting, and optimization",
-        2020, https://arxiv.org/abs/2006.10343
+        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting,
+        and optimization", 2020, https://arxiv.org/abs/2006.10343
 
-        Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
-        https://arxiv.org/abs/2403.15881
+        Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing
+        flows", 2024, https://arxiv.org/abs/2403.15881
 
-        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using
-        neural transport", 2019, https://arxiv.org/abs/1903.03704
+        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in
+        Hamiltonian Monte Carlo using neural transport", 2019, https://arxiv.org/abs/1903.03704
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -128,7 +134,7 @@ def fit_posterior(
 
 
 def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
-    """Makes the guide that the user has chosen; returns it, and whether it has yet to be trained."""
+    """Makes the guide that the user has chosen, and tells whether it has yet to be trained."""
     if isinstance(guide, AutoFlow):
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
@@ -139,7 +145,8 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
         kind = type(guide).__name__
         got = f"a made {kind}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(
-            f"Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got {got}."
+            "Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got "
+            f"{got}."
         )
     fresh = made.prototype_trace is None
     if fresh:
@@ -149,13 +156,14 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
 
 
 def _check_sites(guide: AutoFlow, density: LogDensity) -> None:
-    """Raises ``ValueError`` unless a guide has the latent sites of a model, with their shapes and supports."""
+    """Refuses a guide whose latent sites are not those of a model, in name, shape or support."""
     nodes = list(guide.prototype_trace.iter_stochastic_nodes())
     of_guide = [(name, tuple(node["value"].shape)) for name, node in nodes]
     of_model = [(site.name, tuple(site.shape)) for site in density.sites]
     if of_guide != of_model:
         raise ValueError(
-            f"Expected a guide of this model, with latent sites {of_model}; got one with {of_guide}."
+            f"Expected a guide of this model, with latent sites {of_model}; got one with "
+            f"{of_guide}."
         )
     for name, node in nodes:
         support = node["fn"].support
@@ -168,7 +176,7 @@ def _check_sites(guide: AutoFlow, density: LogDensity) -> None:
 def _move_arguments(
     device: str | torch.device | None, model: Any, args: Any, kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Checks the arguments and moves them to a device; batches of a loader are moved when they are read."""
+    """Moves the arguments to a device; batches of a loader are moved when they are read."""
     loader = args if isinstance(args, DataLoader) else None
     args, kwargs = check_arguments(() if loader is not None else args, kwargs)
     if device is not None:

@@ -68,16 +68,18 @@ def fit_gaussians(
     seed: int = 0,
     deadline: Deadline | None = None,
 ) -> tuple[Gaussians, Gaussians]:
-    r"""Fits a Gaussian from each of many starts at once, by saddle-free Newton steps in whitened units.
+    r"""Fits Gaussians from many starts at once, by saddle-free Newton steps in whitened units.
 
-    Each step takes the Hessian of :math:`\log p` along the columns of the current root :math:`L`, by central differences
-    of the gradient,
+    Each step takes the Hessian of :math:`\log p` along the columns of the current root :math:`L`,
+    by central differences of the gradient,
 
-    .. math:: H = \tfrac{1}{2h} L^\top [\nabla \log p(z + h L) - \nabla \log p(z - h L)] = V \operatorname{diag}(w) V^\top,
+    .. math:: H = \tfrac{1}{2h} L^\top [\nabla \log p(z + h L) - \nabla \log p(z - h L)]
+        = V \operatorname{diag}(w) V^\top,
 
-    renews the root, :math:`L \leftarrow L V |w|^{-1/2}`, and moves along :math:`L L^\top \nabla \log p` by the best of a
-    geometric series of lengths. In whitened units neither the scale nor the correlation of the parameters matters, and
-    with :math:`|w|` a saddle repels. Where the density has no finite mode, the ELBO says which point on the way to take.
+    renews the root, :math:`L \leftarrow L V |w|^{-1/2}`, and moves along :math:`L L^\top \nabla
+    \log p` by the best of a geometric series of lengths. In whitened units neither the scale nor
+    the correlation of the parameters matters, and with :math:`|w|` a saddle repels. Where the
+    density has no finite mode, the ELBO says which point on the way to take.
 
     Args:
         density: The log density.
@@ -88,11 +90,12 @@ def fit_gaussians(
         deadline: When to stop.
 
     Returns:
-        For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a mode if there is one.
+        For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a
+        mode if there is one.
 
     Reference:
-        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle point problem in
-        high-dimensional non-convex optimization", 2014,
+        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle
+        point problem in high-dimensional non-convex optimization", 2014,
         https://arxiv.org/abs/1406.2572
     """
     n = density.features
@@ -101,7 +104,8 @@ def fit_gaussians(
         starts.device
     )
     if len(noise) >= n:
-        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no sampling error.
+        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no
+        # sampling error.
         noise = torch.linalg.solve_triangular(
             torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False
         ).mT
@@ -148,7 +152,8 @@ def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, 
     eigenvalues, vectors = torch.linalg.eigh(
         torch.where(finite, change, torch.eye(n, dtype=z.dtype, device=z.device))
     )
-    # One step changes a width by at most a factor of 30: the Hessian is known only within the present ones.
+    # One step changes a width by at most a factor of 30: the Hessian is known only within the
+    # present ones.
     renewed = root @ (vectors * eigenvalues.abs().clamp(1e-3, 1e3).rsqrt().unsqueeze(-2))
     return torch.where(finite, renewed, root), gradients[:, -1].nan_to_num(0.0, 0.0, 0.0)
 

@@ -45,11 +45,14 @@ class ImportanceSummary:
 
 
 class ImportanceSample:
-    r"""Draws :math:`z_i \sim q` with weights :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)`, Pareto-smoothed once.
+    r"""Draws of a guide with importance weights, which are Pareto-smoothed once.
+
+    Draws :math:`z_i \sim q` have weights :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)`.
 
     Args:
         z: The unconstrained draws, of shape ``(draws, features)``.
-        log_weights: Log joint less log guide, of shape ``(draws,)``; NaN and infinity count as zero density.
+        log_weights: Log joint less log guide, of shape ``(draws,)``; NaN and infinity count as zero
+            density.
 
     Attributes:
         z: The draws.
@@ -101,7 +104,7 @@ class ImportanceSample:
 
     @property
     def khat(self) -> float:
-        """Shape of the Pareto tail of the weights; above 0.7 estimates that use them are unreliable."""
+        """Shape of the Pareto tail of the weights; above 0.7 they are unreliable."""
         return self._smoothed[1]
 
     @cached_property
@@ -119,13 +122,14 @@ class ImportanceSample:
         """Logarithm of the mean of the smoothed weights."""
         if self.empty:
             return -math.inf
-        # PSIS normalises. It never smooths the smallest finite weight, which shows the constant that it divides out.
+        # PSIS normalises. It never smooths the smallest finite weight, which shows the constant
+        # that it divides out.
         least = int(self.log_weights.masked_fill(~self.usable, math.inf).argmin())
         return float(self.log_weights[least] - self._smoothed[0][least]) - math.log(len(self))
 
     @property
     def log_evidence_error(self) -> float:
-        """Monte Carlo standard error of the log evidence; regions that no draw reaches are not in it."""
+        """Monte Carlo standard error of the log evidence, of the region that draws reach."""
         return math.sqrt(max(1 / self.ess - 1, 0.0) / len(self)) if self.ess > 0 else math.inf
 
     @property
@@ -187,7 +191,7 @@ def draw_importance_sample(guide: Guide, density: LogDensity, draws: int) -> Imp
 
 
 def resample(z: Tensor, weights: Tensor, n: int) -> Tensor:
-    """Resamples draws systematically, in random order: each comes ``n w_i`` times, rounded up or down.
+    """Resamples draws systematically, in random order: each ``n w_i`` times, rounded up or down.
 
     Args:
         z: Draws of shape ``(draws, features)``.

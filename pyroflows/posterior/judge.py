@@ -34,31 +34,35 @@ def judge(
 ) -> Posterior:
     r"""Judges a guide that was trained in any way, and makes a posterior of it.
 
-    The weights :math:`p(z_i, \mathrm{data}) / q(z_i)` of draws of the guide are looked at, a census of the modes is taken to
-    find any that the guide misses, and Hamiltonian trajectories from its draws must leave their moments as they are. The
-    posterior that is returned corrects its draws where the weights are reliable.
+    The weights :math:`p(z_i, \mathrm{data}) / q(z_i)` of draws of the guide are looked at, a census
+    of the modes is taken to find any that the guide misses, and Hamiltonian trajectories from its
+    draws must leave their moments as they are. The posterior that is returned corrects its draws
+    where the weights are reliable.
 
     Args:
-        guide: A guide of pyroflows; an autoguide of Pyro whose draws can be scored, such as ``AutoNormal``,
-            ``AutoMultivariateNormal`` or an ``AutoGuideList`` of such; or a guide written by hand that samples all
-            continuous latent sites of the model.
+        guide: A guide of pyroflows; an autoguide of Pyro whose draws can be scored, such as
+            ``AutoNormal``, ``AutoMultivariateNormal`` or an ``AutoGuideList`` of such; or a guide
+            written by hand that samples all continuous latent sites of the model.
         model: The Pyro model.
-        args: Its positional arguments; or a ``DataLoader`` whose batches are its arguments, as in :func:`fit_posterior`.
+        args: Its positional arguments; or a ``DataLoader`` whose batches are its arguments, as in
+            :func:`fit_posterior`.
         kwargs: Its keyword arguments.
         draws: How many draws of the guide to weigh.
         seed: Seed of all that is random in the checks; ``None`` takes torch's random state.
         time_limit: Seconds after which checks that run trajectories are left out.
 
     Returns:
-        The posterior; its ``verdict`` says whether to trust it, and ``verdict.findings`` has the result of each check.
+        The posterior; its ``verdict`` says whether to trust it, and ``verdict.findings`` has the
+        result of each check.
 
     Raises:
-        TypeError: If an argument is of the wrong type, or if the guide has no density, as ``AutoDelta``.
+        TypeError: If an argument is of the wrong type, or if the guide has no density, as
+            ``AutoDelta``.
         ValueError: If the guide is one of another model, or if the model cannot be evaluated.
 
     Reference:
-        Yao, Vehtari, Simpson, Gelman, "Yes, but did it work? Evaluating variational inference", 2018,
-        https://arxiv.org/abs/1802.02538
+        Yao, Vehtari, Simpson, Gelman, "Yes, but did it work? Evaluating variational inference",
+        2018, https://arxiv.org/abs/1802.02538
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist, pyroflows as pf
@@ -85,7 +89,7 @@ def judge(
 
 @contextlib.contextmanager
 def outside_of_handlers() -> Iterator[None]:
-    """Takes Pyro's handlers off for a while: nothing of a fit is a statement of a model around the call."""
+    """Takes Pyro's handlers off, because no statement here belongs to a model around the call."""
     handlers = list(_PYRO_STACK)
     _PYRO_STACK.clear()
     try:

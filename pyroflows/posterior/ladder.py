@@ -36,8 +36,8 @@ from .verdict import FAILED, Verdict
 
 __all__ = ["LADDER", "Climb", "Rung", "climb_ladder", "make_own_rung"]
 
-# Most posteriors need the first few steps only. Longer training starts with a fresh flow, because raising a step size
-# that has decayed once loses a quarter of the effective draws on funnels.
+# Most posteriors need the first few steps only. Longer training starts with a fresh flow, because
+# raising a step size that has decayed once loses a quarter of the effective draws on funnels.
 SHORT, LONG, WIDE = 150, 1500, 2500
 # Steps between two verdicts on a guide that is trained on.
 ROUNDS = (150, 1350)
@@ -45,6 +45,7 @@ MIXTURE_ROUNDS = (0, 150, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
+REMEDY = "give the guide more steps or a wider flow"
 # With so many effective draws, trajectories in the base space cost less than more training.
 POLISH_ESS = 0.5
 
@@ -149,6 +150,7 @@ class Climb:
             self.census,
             trajectories,
             automatic=self.own is None,
+            remedy=REMEDY,
             draws=JUDGE_DRAWS,
             deadline=self.deadline,
         )
@@ -224,7 +226,7 @@ class Rung:
 
 
 def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
-    """Tries one rung after the other until the fit is over; Ctrl-C ends it with the best attempt so far.
+    """Tries one rung after the other until the fit is over, or until Ctrl-C.
 
     Args:
         climb: The fit.
@@ -245,7 +247,7 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
-    """Returns the posterior to keep: trusted, without a missed mode, with more effective draws; the second of equals."""
+    """Returns the posterior that is trusted, misses no mode, or has more effective draws."""
 
     def merit(posterior: Posterior) -> tuple[bool, bool, float]:
         verdict = posterior.verdict
@@ -263,7 +265,7 @@ def _has_failed(verdict: Verdict, name: str) -> bool:
 
 
 def make_narrow_flow(features: int) -> Flow | Transform:
-    """Makes the flow that most posteriors need; its networks grow linearly, to follow a funnel further."""
+    """Makes the flow for most posteriors; its networks grow linearly, to follow a funnel."""
     if features == 1:
         return Elementwise(SumOfSquares(), features)
     return RealNVP(features, hidden_features=(32, 32), mixing=None)
@@ -277,7 +279,7 @@ def make_wide_flow(features: int) -> Flow | Transform:
 
 
 def make_mixture(climb: Climb) -> AutoMixture | None:
-    """Makes a mixture with a flow for each mode, weighted by evidence; ``None`` if there is one mode."""
+    """Makes a mixture with a flow for each mode; ``None`` if there is one mode."""
     if climb.census is not None and climb.sample is not None and not climb.sample.empty:
         # Ascents from draws of great weight find modes that are too narrow for the census to hit.
         points = climb.sample.heaviest()
@@ -313,11 +315,13 @@ def find_polishable(climb: Climb, least_ess: float = 0.0) -> Guide | None:
 
 @torch.no_grad()
 def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 200) -> None:
-    r"""Sets the weights of a mixture to those that minimise the forward divergence from the posterior.
+    r"""Sets the weights of a mixture that minimise the forward divergence from the posterior.
 
-    With draws of all components and weights :math:`w = p / q` the divergence is least at the fixed point of
+    With draws of all components and weights :math:`w = p / q` the divergence is least at the fixed
+    point of
 
-    .. math:: \pi_k \leftarrow \mathbb{E}_q \left[ w(z)\, \frac{\pi_k q_k(z)}{q(z)} \right] / \mathbb{E}_q [w(z)].
+    .. math:: \pi_k \leftarrow
+        \mathbb{E}_q \left[ w(z)\, \frac{\pi_k q_k(z)}{q(z)} \right] / \mathbb{E}_q [w(z)].
 
     Where components do not overlap, these are their shares of the evidence.
 
@@ -364,7 +368,8 @@ def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
 
     Args:
         guide: The guide.
-        fresh: Whether it has never been trained, so that it starts at the best Gaussian of the census.
+        fresh: Whether it has never been trained, so that it starts at the best Gaussian of the
+            census.
         steps: Most steps of training.
     """
 

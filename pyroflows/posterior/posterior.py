@@ -48,12 +48,13 @@ class Attempt(NamedTuple):
 
 
 class Posterior:
-    r"""The posterior that :func:`fit_posterior` and :func:`judge` return: a record, whose making computes nothing.
+    r"""The record that :func:`fit_posterior` and :func:`judge` return; making one computes nothing.
 
     Args:
-        guide: A guide that has met its model; that of a fit is an :class:`AutoFlow`, ready for ``Predictive``,
-            ``NeuTraReparam`` and more SVI, or an :class:`AutoMixture`.
-        density: The log density of the model; ``None`` if it is not known, so that draws are unconstrained vectors.
+        guide: A guide that has met its model; that of a fit is an :class:`AutoFlow`, ready for
+            ``Predictive``, ``NeuTraReparam`` and more SVI, or an :class:`AutoMixture`.
+        density: The log density of the model; ``None`` if it is not known, so that draws are
+            unconstrained vectors.
         verdict: The verdict; by default one that says that nothing has been judged.
         trajectories: Hamiltonian trajectories by which draws are polished.
         name: The attempt of the ladder that it is of.
@@ -123,14 +124,14 @@ class Posterior:
 
     @property
     def corrects(self) -> bool:
-        """Whether draws are corrected by importance resampling: where weights are reliable and change something."""
+        """Whether draws are resampled: where weights are reliable and change something."""
         verdict = self.verdict
         reliable = verdict.khat < KHAT_LIMIT or (verdict.ok and not self.trajectories)
         return self._density is not None and reliable and verdict.ess < EXACT_ESS
 
     @property
     def site_dims(self) -> dict[str, tuple[str | None, ...]]:
-        """For each latent site the plates that its dimensions belong to; ``None`` where there is none."""
+        """For each latent site the plates of its dimensions; ``None`` where there is none."""
         return {site.name: site.plates for site in self.density.sites}
 
     @property
@@ -141,15 +142,17 @@ class Posterior:
     def sample(self, n: int = 4000, seed: int | None = None) -> dict[str, Tensor]:
         """Draws from the posterior, on the constrained scale.
 
-        Where importance weights are reliable the draws are resampled by them, which corrects the guide's errors.
+        Where importance weights are reliable the draws are resampled by them, which corrects the
+        guide's errors.
 
         Args:
             n: How many draws.
             seed: Seed of the draws; ``None`` takes them from torch's random state.
 
         Returns:
-            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``; where the density is not known,
-            so that the sites are not known either, unconstrained vectors by the name ``"latent"``.
+            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``; where the
+            density is not known, so that the sites are not known either, unconstrained vectors by
+            the name ``"latent"``.
 
         Raises:
             ValueError: If ``n`` is not positive.
@@ -204,7 +207,7 @@ class Posterior:
             return draw_importance_sample(self.guide, self.density, n)
 
     def summary(self, n: int = 4000, seed: int | None = 0) -> pandas.DataFrame:
-        """Returns a table with mean, sd and 94 % highest-density interval of every scalar parameter.
+        """Returns a table with mean, sd and 94 % interval of highest density of each scalar.
 
         Args:
             n: How many draws it rests on.
@@ -219,10 +222,11 @@ class Posterior:
     def to_arviz(self, draws: int = 4000, seed: int | None = 0) -> Any:
         """Returns the posterior in ArviZ's container, with all groups that the model allows.
 
-        The groups are ``posterior``; ``sample_stats`` (``lp``, the log joint, and ``log_weight``, log joint less log guide,
-        of these draws on the unconstrained scale); ``log_likelihood``, ``posterior_predictive`` and ``observed_data``;
-        ``prior`` where the priors are proper. Dimensions are named by the plates. Of data from a loader, the groups of
-        the data hold the first batch. The attributes hold the verdict and each finding.
+        The groups are ``posterior``; ``sample_stats`` (``lp``, the log joint, and ``log_weight``,
+        log joint less log guide, of these draws on the unconstrained scale); ``log_likelihood``,
+        ``posterior_predictive`` and ``observed_data``; ``prior`` where the priors are proper.
+        Dimensions are named by the plates. Of data from a loader, the groups of the data hold the
+        first batch. The attributes hold the verdict and each finding.
 
         Args:
             draws: How many draws.
@@ -248,8 +252,8 @@ class Posterior:
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the posterior to a file that :func:`load_posterior` reads.
 
-        The file holds plain data only: the parameters, the verdict, how to make the guide, and the arguments of the
-        model where they are numbers and tensors (no loader).
+        The file holds plain data only: the parameters, the verdict, how to make the guide, and the
+        arguments of the model where they are numbers and tensors (no loader).
 
         Args:
             path: Where to write.
@@ -268,5 +272,6 @@ def check_posterior(name: str, value: Any) -> None:
     """Raises ``TypeError`` unless ``value`` is a posterior."""
     if not isinstance(value, Posterior):
         raise TypeError(
-            f"Expected {name} to be a Posterior, as fit_posterior returns it; got {type(value).__name__}."
+            f"Expected {name} to be a Posterior, as fit_posterior returns it; got "
+            f"{type(value).__name__}."
         )

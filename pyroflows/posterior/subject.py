@@ -1,4 +1,6 @@
-"""A guide before its judges: the quantities that checks share, each computed once and only if it is asked for."""
+"""A guide before its judges: the quantities that checks share, each computed once and only if it is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ T = TypeVar("T")
 JUDGE_DRAWS = 10_000
 #: Up to this k-hat, estimates that use importance weights are reliable.
 KHAT_LIMIT = 0.7
-# So many chains tell a drift of a tenth of a standard deviation; so many trajectories are a few quarters of an orbit.
+# So many chains tell a drift of a tenth of a standard deviation; so many trajectories are a few
+# quarters of an orbit.
 CHAINS = 2000
 TRAJECTORIES = 5
 
@@ -53,7 +56,9 @@ class Subject:
         density: The log density of the model; ``None`` if it is not known.
         census: A census of the modes; ``None`` if none was taken.
         trajectories: Hamiltonian trajectories by which draws of the guide are polished.
-        automatic: Whether the ladder has chosen the guide, so that advice to let it do so is of no use.
+        automatic: Whether the ladder has chosen the guide, so that advice to let it do so is of no
+            use.
+        remedy: What may mend the guide if it is not exact.
         draws: How many draws of the guide are weighed.
         deadline: The time that is left for checks that run trajectories.
         block: The block of a posterior that it is; ``None`` for a whole posterior.
@@ -71,6 +76,7 @@ class Subject:
     census: Census | None = None
     trajectories: int = 0
     automatic: bool = False
+    remedy: str = "train the guide longer or take a richer one"
     draws: int = JUDGE_DRAWS
     deadline: Deadline = field(default_factory=Deadline)
     block: str | None = None
@@ -97,7 +103,7 @@ class Subject:
 
     @property
     def weighable(self) -> bool:
-        """Whether draws of the guide can be weighed: the density of the model is known, or they are given."""
+        """Whether draws can be weighed: the density is known, or weighted draws are given."""
         return self.density is not None or "sample" in self.__dict__
 
     @cached_property
@@ -107,7 +113,7 @@ class Subject:
 
     @cached_property
     def missed(self) -> Tensor:
-        """For each fit of the census the mass that the guide misses there, relative to the evidence."""
+        """Mass that the guide misses at each fit of the census, relative to the evidence."""
         log_evidence = self.sample.log_evidence
         return missed_mass(self._density, self._guide.log_prob, log_evidence, self.fits)
 
@@ -118,7 +124,7 @@ class Subject:
 
     @property
     def flat_entries(self) -> list[str]:
-        """Entries that change the most in a direction in which the density does not fall off; empty if there is none."""
+        """Entries that change the most along a direction in which the density is flat, if any."""
         direction = _known("census", self.census).flat_direction
         if direction is None:
             return []
@@ -127,7 +133,7 @@ class Subject:
 
     @property
     def reliable(self) -> bool:
-        """Whether importance weights correct the draws: no weight is too large, or nothing is wrong with the guide."""
+        """Whether weights correct the draws: they are reliable, or nothing is wrong so far."""
         return self.sample.khat < KHAT_LIMIT or not self.trajectories
 
     @cached_property
@@ -151,7 +157,7 @@ class Subject:
 
     @cached_property
     def moved(self) -> Tensor:
-        """The starts after all trajectories: those of the polish, or a few where draws are not polished."""
+        """The starts after all trajectories of the polish, or after a few without a polish."""
         if self.trajectories:
             return self._move(self.halfway, self.trajectories // 2)
         return self._move(self.starts, TRAJECTORIES)
@@ -166,13 +172,6 @@ class Subject:
     @property
     def _density(self) -> LogDensity:
         return _known("density", self.density)
-
-    @property
-    def remedy(self) -> str:
-        """What may mend a guide that is not exact."""
-        if self.guide is None or self.guide.base_spaces():
-            return "Give it more steps or a wider flow"
-        return "Give it more steps or take a flow as the guide"
 
     def describe(self, z: Tensor) -> str:
         """Returns a point in words: the values of the first sites."""

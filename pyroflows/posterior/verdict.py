@@ -27,7 +27,8 @@ class Finding:
         limit: The largest value at which the check holds.
         sentence: What was found and what to do about it, or why the check was not made.
         block: The block of the posterior that it is about; ``None`` for the whole.
-        grounds: Whether it is a reason to trust the posterior when it holds, instead of a search for one fault.
+        grounds: Whether it is a reason to trust the posterior when it holds, instead of a search
+            for one fault.
     """
 
     name: str
@@ -47,20 +48,22 @@ class Finding:
 class Verdict:
     r"""Whether to trust a posterior, and why.
 
-    A posterior is trusted if no check has failed and at least one has held that is a reason for trust. With draws
-    :math:`z_i \sim q` of a guide the weights :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)` show faults wherever the guide
-    has draws; a census of modes and Hamiltonian trajectories look for faults elsewhere.
+    A posterior is trusted if no check has failed and at least one has held that is a reason for
+    trust. With draws :math:`z_i \sim q` of a guide the weights
+    :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)` show faults wherever the guide has draws; a census
+    of modes and Hamiltonian trajectories look for faults elsewhere.
 
     Args:
         findings: The finding of each check.
-        importance: The numbers that the weights give; ``None`` if the density of the model is not known.
+        importance: The numbers that the weights give; ``None`` if the density of the model is not
+            known.
 
     Reference:
         Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", 2024,
         https://arxiv.org/abs/1507.02646
 
-        Yao, Vehtari, Simpson, Gelman, "Yes, but did it work? Evaluating variational inference", 2018,
-        https://arxiv.org/abs/1802.02538
+        Yao, Vehtari, Simpson, Gelman, "Yes, but did it work? Evaluating variational inference",
+        2018, https://arxiv.org/abs/1802.02538
 
     Example:
         >>> shift = Finding("shift", HELD, 0.01, 0.1, "weighting moves no mean.", grounds=True)
@@ -121,7 +124,7 @@ class Verdict:
 
     @property
     def khat(self) -> float:
-        """Shape of the Pareto tail of the weights; above 0.7 estimates that use them are unreliable."""
+        """Shape of the Pareto tail of the weights; above 0.7 they are unreliable."""
         return math.nan if self.importance is None else self.importance.khat
 
     @property
@@ -141,7 +144,7 @@ class Verdict:
 
     @property
     def log_evidence_error(self) -> float:
-        """Monte Carlo standard error of the log evidence; regions that no draw reaches are not in it."""
+        """Monte Carlo standard error of the log evidence, of the region that draws reach."""
         return math.nan if self.importance is None else self.importance.log_evidence_error
 
     @property
@@ -151,17 +154,17 @@ class Verdict:
 
     @property
     def shift(self) -> float:
-        """The furthest that weighting moves a mean, in standard deviations, or the log width of a central 90 % interval."""
+        """The furthest that weighting moves a mean, in standard deviations, or a log width."""
         return self.value("shift")
 
     @property
     def missed(self) -> float:
-        """Mass of the posterior, relative to the evidence, that a census sees where the guide has next to none."""
+        """Mass that a census sees where the guide has next to none, relative to the evidence."""
         return self.value("census")
 
     @property
     def drift(self) -> float:
-        """The furthest that trajectories move a mean, in standard deviations, or a log width, beyond sampling error."""
+        """The furthest that trajectories move a mean or log width, beyond sampling error."""
         return self.value("drift")
 
     def attributes(self) -> dict[str, Any]:

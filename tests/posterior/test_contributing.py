@@ -1,4 +1,6 @@
-"""The check and the rung of CONTRIBUTING.md: each is written in ten lines, and nothing else needs to know of it."""
+"""The check and the rung of CONTRIBUTING.md: each is written in ten lines, and nothing else needs
+to know of it.
+"""
 
 from __future__ import annotations
 

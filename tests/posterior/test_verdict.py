@@ -25,7 +25,9 @@ CONSTANT = -12.5
 def normal_on_normal(
     loc: float = 0.0, scale: float = 1.0, features: int = 1, seed: int = 0, draws: int = DRAWS
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Weights and draws of a guide N(loc, scale^2) in every entry of a posterior N(0, 1) of log evidence CONSTANT."""
+    """Weights and draws of a guide N(loc, scale^2) in every entry of a posterior N(0, 1) of log
+    evidence CONSTANT.
+    """
     generator = torch.Generator().manual_seed(seed)
     z = loc + scale * torch.randn(draws, features, generator=generator, dtype=torch.float64)
     log_p = Normal(0.0, 1.0).log_prob(z).sum(-1) + CONSTANT
@@ -103,7 +105,8 @@ def test_a_guide_with_heavy_tails_has_bounded_weights() -> None:
     assert verdict.khat < 0.3
     assert abs(verdict.log_evidence) < 4 * verdict.log_evidence_error
     assert not verdict.ok
-    # The central 90 % of a t with 3 degrees of freedom lie within 2.353, those of a normal within 1.645.
+    # The central 90 % of a t with 3 degrees of freedom lie within 2.353, those of a normal within
+    # 1.645.
     assert verdict.shift == pytest.approx(math.log(2.353 / 1.645), abs=0.1)
 
 
