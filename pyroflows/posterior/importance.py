@@ -122,10 +122,12 @@ class ImportanceSample:
         """Logarithm of the mean of the smoothed weights."""
         if self.empty:
             return -math.inf
-        # PSIS normalises. It never smooths the smallest finite weight, which shows the constant
-        # that it divides out.
-        least = int(self.log_weights.masked_fill(~self.usable, math.inf).argmin())
-        return float(self.log_weights[least] - self._smoothed[0][least]) - math.log(len(self))
+        # PSIS smooths at most a fifth of the draws, and divides all of them by one constant. The
+        # largest weight that it leaves alone shows the constant with the least rounding.
+        rank = min(len(self) // 5, int(self.usable.sum()) - 1)
+        index = int(self.log_weights.argsort(descending=True)[rank])
+        constant = float(self.log_weights[index] - self._smoothed[0][index])
+        return constant - math.log(len(self))
 
     @property
     def log_evidence_error(self) -> float:
@@ -141,7 +143,7 @@ class ImportanceSample:
     def smoothed_away(self) -> float:
         """Share of the raw weights that smoothing takes away, from the few largest of them."""
         raw = float(self.log_weights.logsumexp(0)) - math.log(len(self))
-        return 1 - math.exp(self.log_evidence - raw)
+        return 1 - math.exp(min(self.log_evidence - raw, 0.0))
 
     @cached_property
     def shifts(self) -> Tensor:
