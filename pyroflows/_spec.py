@@ -21,8 +21,8 @@ __all__ = ["Recorded", "build", "describe", "recorded", "resolve"]
 PACKAGES = ("pyroflows", "torch", "pyro")
 #: Objects of torch and Pyro that are described by their attributes, because they keep no record of their arguments.
 ATTRIBUTED = (Distribution, TorchTransform, constraints.Constraint)
-#: Modules of functions that a file may name: they compute and do nothing else.
-FUNCTIONS = ("torch", "torch.nn.functional")
+#: Modules of functions that a file may name, because they compute and do nothing else.
+FUNCTIONS = ("torch", "torch.nn.functional", "pyro.distributions.transforms")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -163,10 +163,10 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(describe, value)) if type(value) in (tuple, list) else _own(value)
     if isinstance(value, torch.Size):
         return {"size": list(value)}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(describe, value)) if type(value) in (tuple, list) else _own(value)
     if isinstance(value, Mapping):
         return {"dict": [(describe(key), describe(item)) for key, item in value.items()]}
     return _describe_object(value)
@@ -294,5 +294,6 @@ def _may_be_named(value: Any, module: str) -> bool:
         return False
     if isinstance(value, type):
         return module.startswith("pyroflows") or issubclass(value, (nn.Module, *ATTRIBUTED))
-    public = module in FUNCTIONS and not value.__name__.startswith("_")
+    of_family = module in FUNCTIONS or module.startswith(f"{FUNCTIONS[-1]}.")
+    public = of_family and not value.__name__.startswith("_")
     return public or getattr(value, "_recorded", False)

@@ -1,8 +1,18 @@
 """Guides: the contract, and flows as automatic guides."""
 
+from .adapters import as_guide
 from .auto import AutoFlow
 from .guide import BaseSpace, Guide, Part, from_spec
 from .mixture import AutoMixture
 from .whitened import WhitenedFlow
 
-__all__ = ["AutoFlow", "AutoMixture", "BaseSpace", "Guide", "Part", "WhitenedFlow", "from_spec"]
+__all__ = [
+    "AutoFlow",
+    "AutoMixture",
+    "BaseSpace",
+    "Guide",
+    "Part",
+    "WhitenedFlow",
+    "as_guide",
+    "from_spec",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -17,14 +17,12 @@ from .._checks import check_positive
 from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
+from ..model.density import LogDensity
 from ..model.start import check_support, init_to_median
 from ..transforms import Elementwise, Transform
 from ..univariate import MonotoneNetwork
 from .guide import BaseSpace, Guide
 from .whitened import WhitenedFlow
-
-if TYPE_CHECKING:
-    from ..model.density import LogDensity
 
 __all__ = ["AutoFlow"]
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._spec import resolve
-
-if TYPE_CHECKING:
-    from ..model.density import LogDensity
+from ..model.density import LogDensity
 
 __all__ = ["Base", "BaseSpace", "Guide", "Map", "Part", "from_spec"]
 
@@ -80,8 +78,6 @@ class Guide:
     The vector holds the continuous latent sites in the order of :class:`pyroflows.model.LogDensity`. A subclass writes
     :meth:`sample_and_log_prob` and :meth:`log_prob`, and whichever of the other methods can say more than the defaults:
     no base space, a single part, no path gradient, no plain data.
-
-    A guide also has ``state_dict()`` and ``load_state_dict(state)``, as a module has, for the numbers that it has learned.
 
     ``rows`` are the rows of the data that a guide with blocks for some rows is asked for, as integers of shape ``(m,)``,
     or ``None`` for all. Where no entry belongs to a row, as in a dense guide, they make no difference.
@@ -172,6 +168,13 @@ class Guide:
         user's own, which no data can stand for, the data name it, and :func:`from_spec` refuses them.
         """
         return {"own": type(self).__qualname__}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The numbers that the guide has learned, as of a module; by default none."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Sets the numbers of :meth:`state_dict`."""
 
     @classmethod
     def make(cls, spec: Mapping[str, Any], density: LogDensity) -> Guide:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,12 @@ from .._checks import check_size
 from .._spec import build, describe
 from ..distributions import FlowMixture
 from ..flows import Flow
+from ..model.density import LogDensity
 from ..model.start import init_to_median
 from ..transforms import Transform
 from .auto import FlowGuide
 from .guide import BaseSpace
 from .whitened import WhitenedFlow
-
-if TYPE_CHECKING:
-    from ..model.density import LogDensity
 
 __all__ = ["AutoMixture"]
 

@@ -94,7 +94,7 @@ def rough() -> Posterior:
     return posterior_of(skewed, loc=0.5, scale=0.9)
 
 
-class MixtureGuide(Guide, torch.nn.Module):
+class MixtureGuide(torch.nn.Module, Guide):
     """A guide with two modes that can be drawn and scored, and nothing else."""
 
     features = 2
