@@ -212,10 +212,3 @@ def from_spec(spec: Mapping[str, Any], density: LogDensity) -> Guide:
             "the user's own; got none. Pass guide=."
         )
     return resolve(spec["guide"]).make(spec, density)
-
-
-def as_guide(guide: Any, density: LogDensity) -> Guide:
-    """Returns a guide that has met its model."""
-    if getattr(guide, "prototype_trace", True) is None:
-        density.introduce(guide)
-    return guide  # type: ignore[no-any-return]

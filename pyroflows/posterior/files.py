@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._files import save_whole
-from ..guides.guide import Guide, as_guide, from_spec
+from ..guides import Guide, as_guide, from_spec
 from ..model.density import LogDensity, check_arguments
 from ..model.minibatch import log_density_of
 from .posterior import Attempt, Posterior

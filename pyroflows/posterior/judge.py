@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from .._checks import check_positive, check_size
 from .._deadline import Deadline
 from .._random import seeded
-from ..guides.guide import as_guide
+from ..guides import as_guide
 from ..model.minibatch import log_density_of
 from .census import find_start, take_census
 from .checks import judge_subject

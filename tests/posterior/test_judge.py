@@ -46,10 +46,16 @@ def trained(guide: Guide, steps: int = 400) -> Guide:
     return guide
 
 
+EXACT: dict[str, Any] = {
+    "init_loc_fn": init_to_value(values={"a": torch.zeros(2), "b": torch.tensor(1.0)}),
+    "init_scale": 1.0,
+}
+
+
 def guide_list() -> Guide:
     guide = AutoGuideList(pair)
-    guide.append(AutoNormal(poutine.block(pair, expose=["a"]), init_scale=1.0))
-    guide.append(AutoDiagonalNormal(poutine.block(pair, expose=["b"]), init_scale=1.0))
+    guide.append(AutoNormal(poutine.block(pair, expose=["a"]), **EXACT))
+    guide.append(AutoDiagonalNormal(poutine.block(pair, expose=["b"]), **EXACT))
     return guide
 
 
@@ -59,13 +65,15 @@ def by_hand(scale: float = 1.0) -> None:
 
 
 GUIDES: dict[str, Callable[[], Guide]] = {
-    "AutoFlow": lambda: pf.AutoFlow(pair, init_scale=1.0),
-    "AutoMixture": lambda: pf.guides.AutoMixture(pair, 2, init_scale=1.0),
-    "AutoNormal": lambda: AutoNormal(pair, init_scale=1.0),
-    "AutoDiagonalNormal": lambda: AutoDiagonalNormal(pair, init_scale=1.0),
-    "AutoMultivariateNormal": lambda: AutoMultivariateNormal(pair, init_scale=1.0),
-    "AutoLowRankMultivariateNormal": lambda: trained(AutoLowRankMultivariateNormal(pair, rank=1)),
-    "AutoIAFNormal": lambda: trained(AutoIAFNormal(pair, hidden_dim=8)),
+    "AutoFlow": lambda: pf.AutoFlow(pair, **EXACT),
+    "AutoMixture": lambda: pf.guides.AutoMixture(pair, 2, **EXACT),
+    "AutoNormal": lambda: AutoNormal(pair, **EXACT),
+    "AutoDiagonalNormal": lambda: AutoDiagonalNormal(pair, **EXACT),
+    "AutoMultivariateNormal": lambda: AutoMultivariateNormal(pair, **EXACT),
+    "AutoLowRankMultivariateNormal": lambda: trained(
+        AutoLowRankMultivariateNormal(pair, rank=1, **EXACT)
+    ),
+    "AutoIAFNormal": lambda: trained(AutoIAFNormal(pair, hidden_dim=[8])),
     "AutoNormalizingFlow": lambda: AutoNormalizingFlow(pair, pf.transforms.LowerTriangularAffine),
     "AutoGuideList": guide_list,
     "by hand": lambda: by_hand,
