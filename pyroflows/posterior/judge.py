@@ -72,7 +72,7 @@ def judge(
         >>> guide = AutoNormal(model, init_scale=0.3)
         >>> posterior = pf.judge(guide, model)
         >>> posterior.verdict.ok, posterior.verdict.failed[0].name
-        (False, 'weights')
+        (False, 'census')
     """
     if not callable(model):
         raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
