@@ -8,30 +8,29 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions import Transform as TorchTransform
 
-__all__ = ["Recorded", "build", "describe", "recorded", "resolve"]
+__all__ = ["Recorded", "build", "describe", "resolve"]
 
 #: Packages whose classes and functions a file may name.
 PACKAGES = ("pyroflows", "torch", "pyro")
-#: Objects of torch and Pyro that are described by their attributes, because they keep no record of their arguments.
+#: Objects of torch and Pyro that are described by their attributes, because they keep no record of
+#: their arguments.
 ATTRIBUTED = (Distribution, TorchTransform, constraints.Constraint)
 #: Modules of functions that a file may name, because they compute and do nothing else.
 FUNCTIONS = ("torch", "torch.nn.functional", "pyro.distributions.transforms")
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 
 class Recorded:
-    """Remembers the arguments of the constructor, so that :func:`describe` can tell how the object was made.
+    """Remembers the arguments of its constructor, for :func:`describe` to tell how it was made.
 
-    Each subclass is covered without a line of its own. A copy and a pickle keep the description in place of the
-    arguments, so that they hold no callable of the user's.
+    Each subclass is covered without a line of its own. A copy and a pickle keep the description in
+    place of the arguments, so that they hold no callable of the user's.
 
     Example:
         >>> class Doubled(Recorded):
@@ -113,28 +112,6 @@ def _recording(init: Any) -> Any:
     return recording
 
 
-def recorded(function: Function) -> Function:
-    """Decorates a function that makes a callable, so that :func:`describe` can tell how that was made.
-
-    Example:
-        >>> @recorded
-        ... def scaled(factor):
-        ...     return lambda x: factor * x
-        >>> scaled(3)._made_by.arguments()
-        {'factor': 3}
-    """
-
-    @functools.wraps(function)
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _read(args, kwargs)
-        made = function(*args, **kwargs)
-        made._made_by = Call(recording, args, kwargs)
-        return made
-
-    recording._recorded = True  # type: ignore[attr-defined]
-    return recording  # type: ignore[return-value]
-
-
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, with lists in the place of iterators, which can be read once only."""
 
@@ -145,15 +122,17 @@ def _read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...
 
 
 def describe(value: Any) -> Any:
-    """Describes a value by plain data: numbers, strings, tensors, and tuples, lists and dictionaries of these.
+    """Describes a value by plain data: numbers, strings, tensors, and collections of these.
 
     Args:
-        value: A value; an object whose class is :class:`Recorded`, a dataclass of this package, a distribution, transform or
-            constraint of torch or Pyro, or one of their classes and functions.
+        value: A value; an object whose class is :class:`Recorded`, a dataclass of this package, a
+            distribution, transform or constraint of torch or Pyro, or one of their classes and
+            functions.
 
     Returns:
-        Plain data from which :func:`build` makes the like, without what it has learned since. Where an object is the user's
-        own, so that no data stand for it, ``{"own": name}`` stands in its place.
+        Plain data from which :func:`build` makes the like, without what it has learned since. Where
+        an object is the user's own, so that no data stand for it, ``{"own": name}`` stands in its
+        place.
 
     Example:
         >>> describe((1, torch.nn.SiLU))
@@ -211,7 +190,8 @@ def build(data: Any) -> Any:
         The object, as new.
 
     Raises:
-        ValueError: If a part of it is the user's own, or if the data name what may not be made from a file.
+        ValueError: If a part of it is the user's own, or if the data name what may not be made from
+            a file.
 
     Example:
         >>> import pyroflows as pf
@@ -223,10 +203,7 @@ def build(data: Any) -> Any:
     if not isinstance(data, Mapping):
         return data
     if "own" in data:
-        raise ValueError(
-            f"Expected a guide made as the one described, because plain data cannot hold {data['own']!r}, which is the "
-            "user's own; got none. Pass guide=."
-        )
+        raise own_error(data["own"])
     if "size" in data:
         return torch.Size(data["size"])
     if "dict" in data:
@@ -234,6 +211,14 @@ def build(data: Any) -> Any:
     if "name" in data:
         return resolve(data["name"])
     return _build_object(data)
+
+
+def own_error(name: str) -> ValueError:
+    """The error for a part that is the user's own, so that plain data cannot hold it."""
+    return ValueError(
+        f"Expected a guide made as the one described, because plain data cannot hold {name!r}, "
+        "which is the user's own; got none. Pass guide=."
+    )
 
 
 def _build_object(data: Mapping[str, Any]) -> Any:
@@ -256,7 +241,7 @@ def _build_all(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(value: Any) -> str | None:
-    """The name by which :func:`resolve` finds a class or function; ``None`` where a file may not name it."""
+    """The name by which :func:`resolve` finds a class or function, or ``None``."""
     module = getattr(value, "__module__", None)
     plain = value.__name__ if module == "torch" else getattr(value, "__qualname__", "")
     name = f"{module}:{plain}"
@@ -295,5 +280,4 @@ def _may_be_named(value: Any, module: str) -> bool:
     if isinstance(value, type):
         return module.startswith("pyroflows") or issubclass(value, (nn.Module, *ATTRIBUTED))
     of_family = module in FUNCTIONS or module.startswith(f"{FUNCTIONS[-1]}.")
-    public = of_family and not value.__name__.startswith("_")
-    return public or getattr(value, "_recorded", False)
+    return of_family and not value.__name__.startswith("_")

@@ -19,8 +19,8 @@ class FlowMixture(dist.TorchDistribution):
 
     .. math:: q(z) = \sum_k \pi_k\, q_k(z).
 
-    A batch of one family can be mixed by ``MixtureSameFamily``; flows with parameters of their own cannot. Draws carry no
-    gradient, for there is none through the choice of a component.
+    A batch of one family can be mixed by ``MixtureSameFamily``; flows with parameters of their own
+    cannot. Draws carry no gradient, for there is none through the choice of a component.
 
     Args:
         components: Distributions with the same batch and event shapes.
@@ -101,7 +101,7 @@ class FlowMixture(dist.TorchDistribution):
         )
 
     def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
-        """The parts of the gradient of an ELBO, so that it is that of the score function estimator, all costs included."""
+        """The parts of the gradient of an ELBO, so that the score has all its costs."""
         parts = super().score_parts(x, *args, **kwargs)
         return (
             parts._replace(entropy_term=parts.log_prob.detach() * parts.log_prob)
@@ -110,7 +110,7 @@ class FlowMixture(dist.TorchDistribution):
         )
 
     def component_log_probs(self, value: Tensor) -> Tensor:
-        """Log density of each component, its weight included, along a last dimension of their number."""
+        """Log density of each component, weight included, along a last dimension."""
         each = torch.stack([c.log_prob(value) for c in self.components], -1)
         return each.masked_fill(each.isnan(), -torch.inf) + self.logits.log_softmax(-1)
 

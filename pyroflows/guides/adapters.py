@@ -33,12 +33,14 @@ class Adapted(NamedTuple):
 def as_guide(guide: Any, density: LogDensity) -> Guide:
     """Adapts a guide of Pyro to the contract of :class:`Guide`.
 
-    A fresh autoguide meets its model first. Its parameters are read in each call, so that later training is seen.
+    A fresh autoguide meets its model first. Its parameters are read in each call, so that later
+    training is seen.
 
     Args:
-        guide: A guide of this library; an autoguide over one vector, such as ``AutoMultivariateNormal`` or
-            ``AutoIAFNormal``; ``AutoNormal``; an ``AutoGuideList`` of these; or a hand-written guide, a function or a module
-            with the arguments of the model, whose ``pyro.sample`` statements are those of the continuous latent sites.
+        guide: A guide of this library; an autoguide over one vector, such as
+            ``AutoMultivariateNormal`` or ``AutoIAFNormal``; ``AutoNormal``; an ``AutoGuideList`` of
+            these; or a hand-written guide, a function or a module with the arguments of the model,
+            whose ``pyro.sample`` statements are those of the continuous latent sites.
         density: The log density of the model.
 
     Returns:
@@ -46,8 +48,8 @@ def as_guide(guide: Any, density: LogDensity) -> Guide:
 
     Raises:
         TypeError: If ``guide`` is no guide, or has no density, such as ``AutoDelta``.
-        ValueError: If its sites are not those of the model, in name, shape or support; if it has auxiliary sites; or if it
-            cannot score a vector that it has not drawn.
+        ValueError: If its sites are not those of the model, in name, shape or support; if it has
+            auxiliary sites; or if it cannot score a vector that it has not drawn.
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -182,7 +184,7 @@ def _(guide: autoguides.AutoGuideList, density: LogDensity) -> Adapted:
 
 
 def _meet(guide: autoguides.AutoGuide, density: LogDensity) -> None:
-    """Runs a fresh autoguide once, so that it is built; it takes over what a loaded param store holds for it."""
+    """Runs a fresh autoguide once, which builds it and reads a param store that was loaded."""
     if guide.prototype_trace is None:
         with density.on_device(), poutine.block():
             guide(*density.args, **density.kwargs)
@@ -199,7 +201,7 @@ def _of_vector(
     distribution: Callable[[], Any],
     space: Callable[[], tuple[Base, Any]] | None,
 ) -> Adapted:
-    """Adapts an autoguide with a distribution of one vector, once it is seen that it can score any vector."""
+    """Adapts an autoguide with a distribution of one vector, if it can score any vector."""
     adapted = VectorGuide(guide, distribution, space)
     with torch.no_grad(), forked(0):
         z, _ = adapted.sample_and_log_prob(1)
@@ -208,8 +210,8 @@ def _of_vector(
         except (NotImplementedError, KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"Expected a guide that can score any vector; got {type(guide).__name__}, whose transform has no "
-                f"inverse here ({reason}). Use AutoFlow, or another transform."
+                f"Expected a guide that can score any vector; got {type(guide).__name__}, whose "
+                f"transform has no inverse here ({reason}). Use AutoFlow, or another transform."
             ) from error
     return Adapted(adapted, sites)
 
@@ -228,7 +230,8 @@ class VectorGuide(Guide):
     Args:
         guide: The autoguide, which has met its model.
         distribution: Makes the distribution of the vector.
-        space: Makes its base, and the transform of torch from there; ``None`` where there is no base.
+        space: Makes its base, and the transform of torch from there; ``None`` where there is no
+            base.
     """
 
     def __init__(
@@ -248,7 +251,8 @@ class VectorGuide(Guide):
 
     def log_prob(self, z: Tensor, rows: Tensor | None = None) -> Tensor:
         """Scores vectors; see :meth:`Guide.log_prob`."""
-        # A tensor that is new to the caches of Pyro's transforms, which do not see that parameters change.
+        # A tensor that is new to the caches of Pyro's transforms, which do not see that parameters
+        # change.
         return self._distribution().log_prob(z.view_as(z))
 
     def base_spaces(self) -> Sequence[BaseSpace]:
@@ -286,7 +290,7 @@ def _spec(guide: autoguides.AutoGuide) -> dict[str, Any]:
 
 @functools.singledispatch
 def _options(guide: Any) -> dict[str, Any] | None:
-    """The options by which an autoguide differs from others of its class; ``None`` if it cannot be made anew."""
+    """The options that an autoguide is made with; ``None`` if it cannot be made anew."""
     return None
 
 

@@ -28,7 +28,7 @@ __all__ = ["AutoFlow"]
 
 
 class FlowGuide(AutoContinuous, Guide):
-    """The part that guides made of flows share: construction once the model has run, quantiles, saving and copying."""
+    """The part that guides made of flows share: construction, quantiles, saving and copying."""
 
     def __init__(
         self,
@@ -40,11 +40,13 @@ class FlowGuide(AutoContinuous, Guide):
         self._init_scale = check_positive("init_scale", init_scale)
         if flow is not None and not callable(flow):
             raise TypeError(
-                f"Expected flow to be a callable from the number of features to a Flow; got {flow!r}."
+                "Expected flow to be a callable from the number of features to a Flow; "
+                f"got {flow!r}."
             )
         if isinstance(flow, torch.nn.Module):
             raise TypeError(
-                f"Expected flow to be a preset or callable such as pf.RealNVP, not a made {type(flow).__name__}."
+                "Expected flow to be a callable such as pf.RealNVP, not a made "
+                f"{type(flow).__name__}."
             )
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._make_flow = flow
@@ -55,7 +57,8 @@ class FlowGuide(AutoContinuous, Guide):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self._model is None:
             raise RuntimeError(
-                "Expected a guide with a model; got one that was pickled before its first call, and pickles hold no model. "
+                "Expected a guide with a model; got one that was pickled before its first call, "
+                "and pickles hold no model. "
                 f"Make a new {type(self).__name__}(model)."
             )
         try:
@@ -121,12 +124,12 @@ class FlowGuide(AutoContinuous, Guide):
         return latent.quantile(0.5, dim=0), latent.std(0)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior medians by Monte Carlo, taken per unconstrained entry and mapped to the support of each site."""
+        """Posterior medians by Monte Carlo, of each unconstrained entry, on the supports."""
         return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles by Monte Carlo, taken per unconstrained entry and mapped to the support of each site.
+        """Posterior quantiles by Monte Carlo, of each unconstrained entry, on the supports.
 
         Args:
             quantiles: Levels between 0 and 1.
@@ -153,7 +156,7 @@ class FlowGuide(AutoContinuous, Guide):
         return self.get_posterior().sample((2 * pairs,))
 
     def _reference_draws(self, pairs: int = 5000) -> Tensor:
-        """Draws with a seed of their own, so that medians and quantiles agree and no random state moves."""
+        """Draws with a seed of their own: medians and quantiles agree, no random state moves."""
         self._check_built("median and quantiles")
         device = next(self.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -163,14 +166,16 @@ class FlowGuide(AutoContinuous, Guide):
     def _check_built(self, what: str) -> None:
         if self.prototype_trace is None:
             raise RuntimeError(
-                f"Expected a guide that has met its model; call guide(*args, **kwargs) before {what}."
+                "Expected a guide that has met its model; "
+                f"call guide(*args, **kwargs) before {what}."
             )
 
     # Saving and copying
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.prototype_trace is None:
-            # The flow is made in the first call, when the model tells its size; the state waits until then.
+            # The flow is made in the first call, when the model tells its size; the state waits
+            # until then.
             named = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
             self._waiting_state = {k: v.detach().clone() for k, v in named.items()}
         else:
@@ -200,36 +205,37 @@ class FlowGuide(AutoContinuous, Guide):
 
 
 class AutoFlow(FlowGuide):
-    r"""A normalizing flow over all continuous latent sites of a model; a drop-in for any autoguide of Pyro.
+    r"""A normalizing flow over all continuous latent sites of a model, as an autoguide of Pyro.
 
     The sites are mapped to one unconstrained vector :math:`z`, and
 
     .. math:: x \sim N(0, I), \qquad z = \mu + L\, f(x),
 
-    with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that starts at
-    ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs of Pyro
-    that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``, ``TraceMeanField_ELBO`` and their jitted
-    kin) get the path gradient.
+    with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that
+    starts at ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs
+    of Pyro that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``,
+    ``TraceMeanField_ELBO`` and their jitted kin) get the path gradient.
 
     Args:
         model: A Pyro model.
-        flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a :class:`Flow` or a
-            :class:`Transform` over the whole space. By default a ``RealNVP`` with ``mixing=None`` and narrow, bounded
-            networks, and for a single latent feature a monotone network.
-        init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default, which knows improper
-            sites too.
+        flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a
+            :class:`Flow` or a :class:`Transform` over the whole space. By default a ``RealNVP``
+            with ``mixing=None`` and narrow, bounded networks, and for a single latent feature a
+            monotone network.
+        init_loc_fn: Where each site starts: an initialisation function of Pyro, or the default,
+            which knows improper sites too.
         init_scale: Standard deviation at the start, in unconstrained units.
 
     Raises:
-        ValueError: If ``init_scale`` is not positive; in the first call, if the flow does not fit the model or a latent
-            site is discrete or inside a subsampled plate.
+        ValueError: If ``init_scale`` is not positive; in the first call, if the flow does not fit
+            the model or a latent site is discrete or inside a subsampled plate.
 
     Reference:
-        Kucukelbir, Tran, Ranganath, Gelman, Blei, "Automatic differentiation variational inference", 2017,
-        https://arxiv.org/abs/1603.00788
+        Kucukelbir, Tran, Ranganath, Gelman, Blei, "Automatic differentiation variational
+        inference", 2017, https://arxiv.org/abs/1603.00788
 
-        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting, and optimization",
-        2020, https://arxiv.org/abs/2006.10343
+        Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting,
+        and optimization", 2020, https://arxiv.org/abs/2006.10343
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -278,7 +284,8 @@ class AutoFlow(FlowGuide):
 
         Args:
             loc: Tensor of shape ``(features,)``.
-            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
 
         Raises:
             RuntimeError: If the guide has not met its model yet.
@@ -312,7 +319,7 @@ class AutoFlow(FlowGuide):
 
 
 def default_flow(features: int) -> Flow | Transform:
-    """The flow of a guide that any optimiser may train: its networks are bounded, so that no draw runs away."""
+    """Makes a flow that any optimiser may train: bounded networks let no draw run away."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
     return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh, mixing=None)
@@ -332,7 +339,8 @@ def _check_flow(made: Any, features: int) -> Flow | Transform:
         )
     if made.event_shape != (features,):
         raise ValueError(
-            f"Expected a flow of {features} features, as the model has; got {tuple(made.event_shape)}."
+            f"Expected a flow of {features} features, as the model has; "
+            f"got {tuple(made.event_shape)}."
         )
     return made
 
@@ -342,14 +350,15 @@ def _refuse_subsampled_latents(trace: Any) -> None:
         for frame in site["cond_indep_stack"]:
             if frame.full_size is not None and frame.full_size != frame.size:
                 raise ValueError(
-                    f"Expected latent sites outside of subsampled plates; got {name!r} in plate {frame.name!r}, of which "
-                    f"each run sees {frame.size} of {frame.full_size}. An AutoFlow learns one vector of latents for all "
+                    f"Expected latent sites outside of subsampled plates; got {name!r} in plate "
+                    f"{frame.name!r}, of which each run sees {frame.size} of {frame.full_size}. "
+                    "An AutoFlow learns one vector of latents for all "
                     "data; use an amortised guide, which reads each mini-batch, for such a site."
                 )
 
 
 class _ScoredDelta(dist.Delta):
-    """A point mass with a log-density, without the Kullback-Leibler divergence of Delta, which leaves that out."""
+    """A point mass with a log-density, which Delta's Kullback-Leibler divergence leaves out."""
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _ScoredDelta:
         return super().expand(batch_shape, self._get_checked_instance(_ScoredDelta, _instance))
@@ -357,12 +366,13 @@ class _ScoredDelta(dist.Delta):
 
 @register_kl(_ScoredDelta, dist.Distribution)
 def _kl_scored_delta(p: _ScoredDelta, q: Any) -> Tensor:
-    # Then TraceMeanField_ELBO takes the log-densities of the sites, with the scale and the mask that each one has.
+    # Then TraceMeanField_ELBO takes the log-densities of the sites, with the scale and the mask
+    # that each one has.
     raise NotImplementedError
 
 
 class _ScoredDeltas(Messenger):
-    """Makes the sites of an AutoContinuous scored deltas, for TraceMeanField_ELBO takes divergences where it can."""
+    """Makes scored deltas of sites, because TraceMeanField_ELBO takes divergences if it can."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]
         if type(msg["fn"]) is dist.Delta:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._spec import resolve
+from .._spec import own_error, resolve
 from ..model.density import LogDensity
 
 __all__ = ["Base", "BaseSpace", "Guide", "Map", "Part", "from_spec"]
@@ -37,16 +37,17 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class BaseSpace:
-    r"""A space in which the posterior is nearly a simple distribution, so that trajectories mix fast.
+    r"""A space in which the posterior is nearly simple, so that trajectories mix fast.
 
-    With the map :math:`f`, the posterior pulled back, :math:`p(f(x))\,|\det J_f(x)|`, is close to the base.
+    With the map :math:`f`, the posterior pulled back, :math:`p(f(x))\,|\det J_f(x)|`, is close to
+    the base.
 
     Attributes:
         transform: The map :math:`f` from the base to the unconstrained vector.
         base: The distribution that :math:`f` maps to the guide, or to a component of it.
         log_share: For one component :math:`k` of a mixture the logarithm of its share
-            :math:`\pi_k q_k(z) / q(z)`, from ``(n, features)`` to ``(n,)``; ``None`` where one space serves the whole
-            guide.
+            :math:`\pi_k q_k(z) / q(z)`, from ``(n, features)`` to ``(n,)``; ``None`` where one
+            space serves the whole guide.
     """
 
     transform: Map
@@ -61,8 +62,8 @@ class Part:
     Attributes:
         entries: Which entries of the vector, of shape ``(k,)``.
         rows: The rows of the data that the block belongs to; ``None`` for one that all rows share.
-        sample_and_log_prob: From the number of draws, and the draws ``(n, features before)`` of the parts before, to the
-            entries ``(n, k)`` and their log-density ``(n,)`` given those.
+        sample_and_log_prob: From the number of draws, and the draws ``(n, features before)`` of the
+            parts before, to the entries ``(n, k)`` and their log-density ``(n,)`` given those.
         log_prob: From whole vectors ``(n, features)`` to the same log-density.
     """
 
@@ -73,14 +74,16 @@ class Part:
 
 
 class Guide:
-    r"""The contract of every guide: a distribution :math:`q(z)` of the unconstrained vector of a model.
+    r"""The contract of every guide, a distribution :math:`q(z)` of unconstrained vectors.
 
-    The vector holds the continuous latent sites in the order of :class:`pyroflows.model.LogDensity`. A subclass writes
-    :meth:`sample_and_log_prob` and :meth:`log_prob`, and whichever of the other methods can say more than the defaults:
-    no base space, a single part, no path gradient, no plain data.
+    A vector holds the continuous latent sites in the order of
+    :class:`pyroflows.model.LogDensity`. A subclass writes :meth:`sample_and_log_prob` and
+    :meth:`log_prob`, and whichever of the other methods can say more than the defaults: no base
+    space, a single part, no path gradient, no plain data.
 
-    ``rows`` are the rows of the data that a guide with blocks for some rows is asked for, as integers of shape ``(m,)``,
-    or ``None`` for all. Where no entry belongs to a row, as in a dense guide, they make no difference.
+    ``rows`` are the rows of the data that a guide with blocks for some rows is asked for, as
+    integers of shape ``(m,)``, or ``None`` for all. Where no entry belongs to a row, as in a dense
+    guide, they make no difference.
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -99,7 +102,9 @@ class Guide:
     has_path_gradient = False
 
     def sample_and_log_prob(self, n: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draws from the guide and scores the draws; with a graph where gradients are on and the guide has them.
+        """Draws from the guide and scores the draws.
+
+        Both carry a graph where gradients are enabled and the guide has them.
 
         Args:
             n: How many draws.
@@ -127,7 +132,8 @@ class Guide:
     ) -> tuple[Tensor, Tensor]:
         r"""Draws from the guide, with log-densities whose gradient runs through the draws alone.
 
-        The gradient of :math:`\log q(z)` leaves out that of the density's own parameters, whose mean is zero.
+        The gradient of :math:`\log q(z)` leaves out that of the density's own parameters, whose
+        mean is zero.
 
         Args:
             n: How many draws.
@@ -137,17 +143,17 @@ class Guide:
             Vectors of shape ``(n, features)`` and log-densities of shape ``(n,)``, with a graph.
 
         Reference:
-            Roeder, Wu, Duvenaud, "Sticking the landing: Simple, lower-variance gradient estimators for variational
-            inference", 2017, https://arxiv.org/abs/1703.09194
+            Roeder, Wu, Duvenaud, "Sticking the landing: Simple, lower-variance gradient estimators
+            for variational inference", 2017, https://arxiv.org/abs/1703.09194
         """
         raise NotImplementedError(f"{type(self).__name__} has no path gradient.")
 
     def base_spaces(self) -> Sequence[BaseSpace]:
-        """The spaces in which trajectories run: none, one for the whole guide, or one for each component."""
+        """The spaces in which trajectories run: none, one for all, or one for each component."""
         return ()
 
     def parts(self, rows: Tensor | None = None) -> Sequence[Part]:
-        """The blocks: first that of the entries which all rows share, then those given them; by default a single one.
+        """The blocks, those that all rows share first; by default a single one.
 
         Args:
             rows: Rows of the data, of shape ``(m,)``.
@@ -162,10 +168,12 @@ class Guide:
         )
 
     def spec(self) -> dict[str, Any]:
-        """Plain data (numbers, strings, lists, dictionaries, tensors) from which :func:`from_spec` makes such a guide.
+        """Plain data from which :func:`from_spec` makes such a guide.
 
-        The numbers that it has learned are not among them; see ``state_dict``. Where the guide is made by a callable of the
-        user's own, which no data can stand for, the data name it, and :func:`from_spec` refuses them.
+        They are numbers, strings and tensors, and tuples, lists and dictionaries of these. The
+        numbers that it has learned are not among them; see ``state_dict``. Where the guide is made
+        by a callable of the user's own, which no data can stand for, the data name it, and
+        :func:`from_spec` refuses them.
         """
         return {"own": type(self).__qualname__}
 
@@ -178,15 +186,16 @@ class Guide:
 
     @classmethod
     def make(cls, spec: Mapping[str, Any], density: LogDensity) -> Guide:
-        """Makes a guide, which has met its model, from what :meth:`spec` has returned; see :func:`from_spec`."""
+        """Makes a guide, which has met its model, of a spec; see :func:`from_spec`."""
         raise NotImplementedError(f"{cls.__name__} does not define make.")
 
 
 def from_spec(spec: Mapping[str, Any], density: LogDensity) -> Guide:
-    """Makes a guide from plain data; its numbers are those of a fresh one until ``load_state_dict``.
+    """Makes a guide from plain data, with the numbers of a fresh one until ``load_state_dict``.
 
     Args:
-        spec: The result of :meth:`Guide.spec`; ``spec["guide"]`` names the class, which needs no entry elsewhere.
+        spec: The result of :meth:`Guide.spec`; ``spec["guide"]`` names the class, which needs no
+            entry elsewhere.
         density: The log density of its model.
 
     Returns:
@@ -197,7 +206,9 @@ def from_spec(spec: Mapping[str, Any], density: LogDensity) -> Guide:
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
-        >>> density = pf.model.LogDensity(lambda: pyro.sample("x", dist.Normal(torch.zeros(2), 1.0)))
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> density = pf.model.LogDensity(model)
         >>> guide = pf.AutoFlow(density.model, flow=lambda n: pf.MAF(n, transforms=2))
         >>> density.introduce(guide)
         >>> copy = from_spec(guide.spec(), density)
@@ -207,8 +218,5 @@ def from_spec(spec: Mapping[str, Any], density: LogDensity) -> Guide:
         True
     """
     if "own" in spec:
-        raise ValueError(
-            f"Expected a guide made as the one described, because a file cannot hold {spec['own']!r}, which is "
-            "the user's own; got none. Pass guide=."
-        )
+        raise own_error(spec["own"])
     return resolve(spec["guide"]).make(spec, density)

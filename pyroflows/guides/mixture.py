@@ -24,14 +24,15 @@ __all__ = ["AutoMixture"]
 
 
 class AutoMixture(FlowGuide):
-    r"""A mixture of flows over all continuous latent sites of a model, for posteriors with several modes.
+    r"""A mixture of flows over all continuous latent sites, for posteriors with several modes.
 
     .. math:: q(z) = \sum_k \pi_k\, q_k(z),
 
-    with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode. :func:`pyroflows.fit_posterior` makes one
-    where it finds separate modes. In an SVI it trains by the score function of ``Trace_ELBO``. All components start at
-    one place; :meth:`whiten` sets them apart. There is no one map from a base to the posterior, so that
-    ``NeuTraReparam`` cannot take this guide; flow Monte Carlo can.
+    with a whitened flow :math:`q_k` as in :class:`AutoFlow` for each mode.
+    :func:`pyroflows.fit_posterior` makes one where it finds separate modes. In an SVI it trains by
+    the score function of ``Trace_ELBO``. All components start at one place; :meth:`whiten` sets
+    them apart. There is no one map from a base to the posterior, so that ``NeuTraReparam`` cannot
+    take this guide; flow Monte Carlo can.
 
     Args:
         model: A Pyro model.
@@ -41,7 +42,8 @@ class AutoMixture(FlowGuide):
         init_scale: Standard deviation at the start, in unconstrained units.
 
     Raises:
-        ValueError: If ``components`` or ``init_scale`` is not positive; in the first call as in :class:`AutoFlow`.
+        ValueError: If ``components`` or ``init_scale`` is not positive; in the first call as in
+            :class:`AutoFlow`.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -106,7 +108,8 @@ class AutoMixture(FlowGuide):
         Args:
             component: Which one.
             loc: Tensor of shape ``(features,)``.
-            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
 
         Raises:
             RuntimeError: If the guide has not met its model yet.
@@ -130,7 +133,8 @@ class AutoMixture(FlowGuide):
             ValueError: Always.
         """
         raise ValueError(
-            "Expected a guide with one transform, such as AutoFlow; got AutoMixture, which has one for each component "
+            "Expected a guide with one transform, such as AutoFlow; got AutoMixture, which has one "
+            "for each component "
             "and none for all. For exact draws use flow Monte Carlo, which needs no transform."
         )
 

@@ -28,8 +28,9 @@ class TracedGuide(Guide):
 
     .. math:: \log q(z) = \sum_s \log q(g_s(z) \mid \text{sites before}) + \log|\det J_g(z)|
 
-    for the map :math:`g` from vectors to values of the sites. Many points are traced at a time by :func:`torch.func.vmap`,
-    or one by one where the guide cannot be batched. There is no base space.
+    for the map :math:`g` from vectors to values of the sites. Many points are traced at a time by
+    :func:`torch.func.vmap`, or one by one where the guide cannot be batched. There is no base
+    space.
 
     Args:
         guide: A function or module with ``pyro.sample`` statements.
@@ -46,7 +47,9 @@ class TracedGuide(Guide):
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
         >>> def model():
         ...     pyro.sample("x", dist.Exponential(1.0))
-        >>> guide = TracedGuide(lambda: pyro.sample("x", dist.LogNormal(0.0, 1.0)), pf.model.LogDensity(model))
+        >>> def guide():
+        ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        >>> guide = TracedGuide(guide, pf.model.LogDensity(model))
         >>> guide.log_prob(torch.zeros(1, 1))
         tensor([-0.9189])
     """
@@ -172,13 +175,13 @@ def _refuse_without_density(nodes: Mapping[str, Any]) -> None:
     for name, node in nodes.items():
         if node["infer"].get("is_auxiliary"):
             raise ValueError(
-                f"Expected a guide without auxiliary sites; got {name!r}, over which the density would have to be "
-                "integrated. Use pyroflows.AutoFlow, or write the guide without it."
+                f"Expected a guide without auxiliary sites; got {name!r}, over which the density "
+                "would have to be integrated. Use AutoFlow, or write the guide without it."
             )
         if isinstance(node["fn"], pyro.distributions.Delta):
             raise TypeError(
-                f"Expected a guide with a density; got site {name!r} with a Delta, which puts all mass on one "
-                "point. Give it a distribution, such as a Normal."
+                f"Expected a guide with a density; got site {name!r} with a Delta, which puts all "
+                "mass on one point. Give it a distribution, such as a Normal."
             )
 
 
@@ -193,14 +196,15 @@ def check_sites(nodes: Mapping[str, Any], density: LogDensity) -> list[LatentSit
         The sites of the model by the names of the nodes, in the order of the nodes.
 
     Raises:
-        ValueError: If a name is not among the continuous latent sites of the model, or if a shape or a support differs.
+        ValueError: If a name is not among the continuous latent sites of the model, or if a shape
+            or a support differs.
     """
     known = {site.name: site for site in density.sites}
     for name, node in nodes.items():
         if name not in known:
             raise ValueError(
-                f"Expected a guide of the continuous latent sites {', '.join(map(repr, known))} of the model; "
-                f"got one with {name!r} too."
+                "Expected a guide of the continuous latent sites of the model, "
+                f"{', '.join(map(repr, known))}; got one with {name!r} too."
             )
         got, expected = tuple(node["value"].shape), tuple(known[name].shape)
         if got != expected:
@@ -209,14 +213,16 @@ def check_sites(nodes: Mapping[str, Any], density: LogDensity) -> list[LatentSit
             )
         if not _has_support(density, known[name], node["fn"]):
             raise ValueError(
-                f"Expected a guide with {name!r} on the support that it has in the model; got {node['fn'].support}."
+                f"Expected a guide with {name!r} on the support that it has in the model; "
+                f"got {node['fn'].support}."
             )
     return [known[name] for name in nodes]
 
 
 def _has_support(density: LogDensity, site: LatentSite, fn: Any) -> bool:
     if isinstance(fn, torch.distributions.TransformedDistribution):
-        # It gives the codomain of its last transform, which may be larger than its support: draws tell more.
+        # It gives the codomain of its last transform, which may be larger than its support: draws
+        # tell more.
         with torch.no_grad(), forked(0):
             draws = fn.sample((SUPPORT_DRAWS,))
         return bool(site.transform.inv(draws).isfinite().all())

@@ -15,11 +15,12 @@ __all__ = ["WhitenedFlow"]
 class WhitenedFlow(Flow):
     r"""A flow :math:`f` and a whitening map :math:`(\mu, L)` after it: :math:`z = \mu + L\, f(x)`.
 
-    The flow keeps all its options: its transform is taken as it is, with its own way to train, and its base and name
-    are those of the whole.
+    The flow keeps all its options: its transform is taken as it is, with its own way to train, and
+    its base and name are those of the whole.
 
     Args:
-        flow: A flow over the whole space without context, or a transform, whose base is then the standard normal.
+        flow: A flow over the whole space without context, or a transform, whose base is then the
+            standard normal.
 
     Raises:
         TypeError: If ``flow`` is neither.
@@ -58,7 +59,8 @@ class WhitenedFlow(Flow):
 
         Args:
             loc: Tensor of shape ``(features,)``.
-            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
 
         Raises:
             ValueError: If the diagonal is not positive.

@@ -1,14 +1,14 @@
 """Markov chains that make a fitted guide exact.
 
-``neutra(posterior)`` runs Hamiltonian Monte Carlo or NUTS in the base space of the guide's flow, and ``flow_mc(posterior)``
-mixes independent proposals from the guide, any guide, with local moves. Both return :class:`Chains`: ``.draws`` by site, of
-shape ``(chains, draws, *shape)``, ``.unconstrained``, ``.rhat``, ``.ess``, ``.summary()``, ``.to_arviz()``.
+``neutra(posterior)`` runs Hamiltonian Monte Carlo or NUTS in the base space of the guide's flow,
+and ``flow_mc(posterior)`` mixes independent proposals from the guide, any guide, with local moves.
+Both return :class:`Chains`: ``.draws`` by site, of shape ``(chains, draws, *shape)``,
+``.unconstrained``, ``.rhat``, ``.ess``, ``.summary()``, ``.to_arviz()``.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import check_choice, check_size
+from .._deadline import Deadline
 from .._random import forked
 from ..guides import BaseSpace, Guide
 from ..guides.guide import Map
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Chains", "flow_mc", "neutra"]
 
 KERNELS = ("hmc", "nuts")
-# Draws of a guide from which its scale is read where it has no transform, and among which a start is sought.
+# Draws of a guide from which its scale is read where it has no transform, and among which a start
+# is sought.
 SCALE_DRAWS = 4000
 START_TRIES = 20
 # Where jumps go far, local moves need not.
@@ -54,9 +56,10 @@ class Chains:
         log_density: Their log joint density, of shape ``(chains, draws)``.
         acceptance: Mean probability that a local move was accepted after the warm-up.
         step_size: The step size of the local moves; the mean over chains where each has its own.
-        divergences: How many trajectories after the warm-up lost their orbit. A few are the longest steps at a steep wall;
-            many, at one place, say that it is not explored.
-        jump_acceptance: Mean probability that an independent proposal was accepted; ``None`` where there were none.
+        divergences: How many trajectories after the warm-up lost their orbit. A few are the longest
+            steps at a steep wall; many, at one place, say that it is not explored.
+        jump_acceptance: Mean probability that an independent proposal was accepted; ``None`` where
+            there were none.
         seconds: Wall-clock time.
 
     Example:
@@ -87,7 +90,7 @@ class Chains:
 
     @cached_property
     def draws(self) -> dict[str, Tensor]:
-        """For each latent and deterministic site a tensor of shape ``(chains, draws, *site_shape)``."""
+        """For each latent and deterministic site a tensor ``(chains, draws, *site_shape)``."""
         rows = self.unconstrained.flatten(0, 1)
         values = {
             **self.density.constrain(rows),
@@ -97,7 +100,7 @@ class Chains:
 
     @property
     def rhat(self) -> dict[str, numpy.ndarray]:
-        """R-hat of every entry of every site, of split and rank-normalised chains; NaN for a constant."""
+        """R-hat of every entry, of split and rank-normalised chains; NaN for a constant."""
         return self._diagnostics["rhat"]
 
     @property
@@ -109,8 +112,8 @@ class Chains:
         """A table with moments, intervals and diagnostics of every scalar parameter.
 
         Returns:
-            A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``, ``mcse_mean``,
-            ``ess_bulk``, ``ess_tail``, ``rhat``.
+            A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``,
+            ``mcse_mean``, ``ess_bulk``, ``ess_tail``, ``rhat``.
         """
         table = arviz.summary(
             {name: values.reshape(-1, *values.shape[2:]) for name, values in self._arrays.items()}
@@ -166,9 +169,9 @@ def neutra(
 
     .. math:: \tilde p(x) \propto p(f(x), \mathrm{data})\, |\det J_f(x)|,
 
-    which is that of the base where the flow is exact, so that they mix fast, and the draws are :math:`z = f(x)`. What the
-    flow misses costs time and not exactness, as long as it reaches all the mass; for modes that lie apart see
-    :func:`flow_mc`.
+    which is that of the base where the flow is exact, so that they mix fast, and the draws are
+    :math:`z = f(x)`. What the flow misses costs time and not exactness, as long as it reaches all
+    the mass; for modes that lie apart see :func:`flow_mc`.
 
     Args:
         posterior: A fitted posterior whose guide has one base space, as an :class:`AutoFlow` has.
@@ -176,7 +179,8 @@ def neutra(
         chains: How many chains.
         warmup: Draws of each chain that are left out, in which the kernel adapts.
         kernel: ``"hmc"``, all chains at a time, with one step size for all; or ``"nuts"``, Pyro's
-            No-U-Turn sampler, one chain after the other, for which few and longer chains are better.
+            No-U-Turn sampler, one chain after the other, for which few and longer chains are
+            better.
         seed: Seed of the draws; ``None`` takes torch's random state.
         progress: Whether to show a progress bar.
 
@@ -185,11 +189,12 @@ def neutra(
 
     Raises:
         TypeError: If ``posterior`` is none, or its guide has no base space or several.
-        ValueError: If a number is out of range, if ``kernel`` is unknown, or if the guide meets no point of finite density.
+        ValueError: If a number is out of range, if ``kernel`` is unknown, or if the guide meets no
+            point of finite density.
 
     Reference:
-        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using
-        neural transport", 2019, https://arxiv.org/abs/1903.03704
+        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in
+        Hamiltonian Monte Carlo using neural transport", 2019, https://arxiv.org/abs/1903.03704
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -208,7 +213,7 @@ def neutra(
             "Expected a posterior whose guide has one base space, such as an AutoFlow; "
             f"got {kind}, which has {len(spaces)}. See flow_mc."
         )
-    begin = time.perf_counter()
+    clock = Deadline()
     (space,) = spaces
     target = latent_target(posterior.density, space.transform)
     with forked(seed):
@@ -217,7 +222,7 @@ def neutra(
             run = _nuts(target, start.position, draws, warmup, progress)
         else:
             run = _run(Kernel(target, start.position.shape[-1]), start, draws, warmup, progress)
-    return _chains(posterior.density, space.transform, run, begin)
+    return _chains(posterior.density, space.transform, run, clock)
 
 
 def flow_mc(
@@ -231,13 +236,15 @@ def flow_mc(
 ) -> Chains:
     r"""Independent proposals from the guide, mixed with local moves (flow Monte Carlo).
 
-    Between two draws each chain makes one trajectory of Hamiltonian Monte Carlo and then ``jumps`` Metropolis moves whose
-    proposals :math:`z' \sim q` come from the guide and do not depend on where the chain is, accepted with probability
+    Between two draws each chain makes one trajectory of Hamiltonian Monte Carlo and then ``jumps``
+    Metropolis moves whose proposals :math:`z' \sim q` come from the guide and do not depend on
+    where the chain is, accepted with probability
 
     .. math:: \min\left(1, \frac{p(z', \mathrm{data})\, q(z)}{p(z, \mathrm{data})\, q(z')}\right).
 
-    The jumps take the chains between modes that the guide knows of, however far apart, and the trajectories go where the
-    guide is thin. They run in the base space of a guide that has one, and for other guides in units of its draws.
+    The jumps take the chains between modes that the guide knows of, however far apart, and the
+    trajectories go where the guide is thin. They run in the base space of a guide that has one, and
+    for other guides in units of its draws.
 
     Args:
         posterior: A fitted posterior.
@@ -256,11 +263,11 @@ def flow_mc(
         ValueError: If a number is out of range, or if the guide meets no point of finite density.
 
     Reference:
-        Gabrié, Rotskoff, Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows", 2022,
-        https://arxiv.org/abs/2105.12603
+        Gabrié, Rotskoff, Vanden-Eijnden, "Adaptive Monte Carlo augmented with normalizing flows",
+        2022, https://arxiv.org/abs/2105.12603
 
-        Samsonov, Lagutin, Gabrié, Durmus, Naumov, Moulines, "Local-global MCMC kernels: the best of both worlds", 2022,
-        https://arxiv.org/abs/2111.02702
+        Samsonov, Lagutin, Gabrié, Durmus, Naumov, Moulines, "Local-global MCMC kernels: the best of
+        both worlds", 2022, https://arxiv.org/abs/2111.02702
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -272,7 +279,7 @@ def flow_mc(
     """
     _check(posterior, draws, chains, warmup)
     check_size("jumps", jumps, least=0)
-    begin = time.perf_counter()
+    clock = Deadline()
     with forked(seed):
         space = _one_space(posterior.guide)
         target = latent_target(posterior.density, space.transform)
@@ -280,7 +287,7 @@ def flow_mc(
         jump = _Jump(target, space, jumps)
         kernel = Kernel(target, start.position.shape[-1], leapfrog=LOCAL_LEAPFROG)
         run = _run(kernel, start, draws, warmup, progress, jump)
-    return _chains(posterior.density, space.transform, run, begin)
+    return _chains(posterior.density, space.transform, run, clock)
 
 
 def _one_space(guide: Guide) -> BaseSpace:
@@ -413,7 +420,7 @@ def _start(target: Target, space: BaseSpace, chains: int) -> Point:
     )
 
 
-def _chains(density: LogDensity, transform: Map, run: _Run, begin: float) -> Chains:
+def _chains(density: LogDensity, transform: Map, run: _Run, clock: Deadline) -> Chains:
     with torch.no_grad():
         z, _ = transform.forward_and_log_det(run.positions.flatten(0, 1))
     shape = run.positions.shape
@@ -425,7 +432,7 @@ def _chains(density: LogDensity, transform: Map, run: _Run, begin: float) -> Cha
         step_size=run.step_size,
         divergences=run.divergences,
         jump_acceptance=run.jump_acceptance,
-        seconds=time.perf_counter() - begin,
+        seconds=clock.elapsed,
     )
 
 

@@ -1,8 +1,9 @@
 r"""Hamiltonian Monte Carlo for many chains at a time.
 
-``hmc(target, start, trajectories)`` moves all rows of ``start`` together; a target maps positions of shape
-``(chains, features)`` to log densities and gradients. ``latent_target(density, transform)`` is the target in the base
-space of a flow, where :math:`x` has the density :math:`p(f(x)) |\det J_f(x)|`, which is close to that of the base.
+``hmc(target, start, trajectories)`` moves all rows of ``start`` together; a target maps positions
+of shape ``(chains, features)`` to log densities and gradients. ``latent_target(density,
+transform)`` is the target in the base space of a flow, where :math:`x` has the density
+:math:`p(f(x)) |\det J_f(x)|`, which is close to that of the base.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from ..transforms.base import vjp
 
 __all__ = ["HMCResult", "Target", "hmc", "latent_target"]
 
-#: From positions of shape ``(chains, features)`` to log densities ``(chains,)`` and gradients ``(chains, features)``.
+#: From positions of shape ``(chains, features)`` to log densities ``(chains,)`` and gradients
+#: ``(chains, features)``.
 Target = Callable[[Tensor], tuple[Tensor, Tensor]]
 LogFactor = Callable[[Tensor], Tensor]
 
 ACCEPTANCE = 0.8
-# The inverse slope of the acceptance in the logarithm of the step size, where eight in ten are accepted.
+# The inverse slope of the acceptance in the logarithm of the step size, where eight in ten are
+# accepted.
 NEWTON_GAIN = 2.5
 # The step sizes of the chains lie between a quarter and seven quarters of their mean.
 SPREAD = 0.75
@@ -43,12 +46,14 @@ class HMCResult(NamedTuple):
 
     Attributes:
         position: Tensor of shape ``(chains, features)``.
-        log_density: Tensor of shape ``(chains,)``; ``-inf`` for a chain that has yet to find the support.
+        log_density: Tensor of shape ``(chains,)``; ``-inf`` for a chain that has yet to find the
+            support.
         acceptance: Mean probability of acceptance; while the step size adapts, of the second half.
         step_size: The last mean step size.
         trajectories: How many were made.
         divergences: How many trajectories, of all chains, lost the orbit.
-        history: Positions after each trajectory, of shape ``(trajectories, chains, features)``, or ``None``.
+        history: Positions after each trajectory, of shape ``(trajectories, chains, features)``, or
+            ``None``.
     """
 
     position: Tensor
@@ -61,7 +66,7 @@ class HMCResult(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Positions with their log densities and slopes; of density zero, and without slope, where these are not finite."""
+    """Positions with log densities and slopes, which are ``-inf`` and 0 where not finite."""
 
     position: Tensor
     log_density: Tensor
@@ -81,27 +86,33 @@ def hmc(
 ) -> HMCResult:
     r"""Hamiltonian Monte Carlo with identity mass, for many chains at a time.
 
-    With momentum :math:`v \sim N(0, I)` each trajectory takes leapfrog steps of size :math:`\epsilon`,
+    With momentum :math:`v \sim N(0, I)` each trajectory takes leapfrog steps of size
+    :math:`\epsilon`,
 
-    .. math:: v \leftarrow v + \tfrac{\epsilon}{2} \nabla \log p(x), \quad x \leftarrow x + \epsilon v, \quad
+    .. math:: v \leftarrow v + \tfrac{\epsilon}{2} \nabla \log p(x), \quad
+        x \leftarrow x + \epsilon v, \quad
         v \leftarrow v + \tfrac{\epsilon}{2} \nabla \log p(x),
 
-    and is accepted with probability :math:`\min(1, e^{-\Delta H})`, :math:`H = |v|^2 / 2 - \log p(x)`. In each trajectory
-    each chain draws its :math:`\epsilon` evenly between a quarter and seven quarters of ``step_size``, so that no orbit
-    closes and a chain in a narrow place comes by small steps. That size is shared by all chains and adapted to an
-    acceptance of 0.8, pooled over them, by stochastic approximation.
+    and is accepted with probability :math:`\min(1, e^{-\Delta H})`, :math:`H = |v|^2 / 2 - \log
+    p(x)`. In each trajectory each chain draws its :math:`\epsilon` evenly between a quarter and
+    seven quarters of ``step_size``, so that no orbit closes and a chain in a narrow place comes by
+    small steps. That size is shared by all chains and adapted to an acceptance of 0.8, pooled over
+    them, by stochastic approximation.
 
-    Where the target is not finite its density counts as zero: chains do not go there, and chains that start there leave
-    it as soon as they meet the support. The draws come from torch's random state.
+    Where the target is not finite its density counts as zero: chains do not go there, and chains
+    that start there leave it as soon as they meet the support. The draws come from torch's random
+    state.
 
     Args:
         target: The log density and its gradient, for all chains in one call.
         start: Positions of shape ``(chains, features)``.
         trajectories: How many to make.
         path_length: Mean length of a trajectory, step size times leapfrog steps.
-        leapfrog: Most leapfrog steps of a trajectory; where the step size is small it ends short of ``path_length``.
+        leapfrog: Most leapfrog steps of a trajectory; where the step size is small it ends short of
+            ``path_length``.
         step_size: The mean step size to begin with; :math:`D^{-1/4}` by default.
-        adapt: Whether the step size adapts. Chains that are to be exact take a fixed one, from an earlier call.
+        adapt: Whether the step size adapts. Chains that are to be exact take a fixed one, from an
+            earlier call.
         keep: Whether to keep the positions after each trajectory.
         deadline: After it has passed no trajectory begins.
 
@@ -110,13 +121,14 @@ def hmc(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a number is out of range, or if ``start`` or what the target returns has another shape.
+        ValueError: If a number is out of range, or if ``start`` or what the target returns has
+            another shape.
 
     Reference:
         Neal, "MCMC using Hamiltonian dynamics", 2011, https://arxiv.org/abs/1206.1901
 
-        Beskos, Pillai, Roberts, Sanz-Serna, Stuart, "Optimal tuning of the hybrid Monte Carlo algorithm", 2013,
-        https://arxiv.org/abs/1001.4460
+        Beskos, Pillai, Roberts, Sanz-Serna, Stuart, "Optimal tuning of the hybrid Monte Carlo
+        algorithm", 2013, https://arxiv.org/abs/1001.4460
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -163,14 +175,17 @@ def latent_target(
     Args:
         density: The density of the model.
         transform: The transform :math:`f` of a guide, from its base to the unconstrained vector.
-        log_factor: The logarithm of a factor of the density, from vectors of shape ``(chains, features)`` to ``(chains,)``.
-            Its gradient is left out: leapfrog steps may follow any slope, for the acceptance makes them exact.
+        log_factor: The logarithm of a factor of the density, from vectors of shape ``(chains,
+            features)`` to ``(chains,)``. Its gradient is left out: leapfrog steps may follow any
+            slope, for the acceptance makes them exact.
 
     Returns:
-        A function from positions of shape ``(chains, features)`` to log densities and gradients, without graph.
+        A function from positions of shape ``(chains, features)`` to log densities and gradients,
+        without graph.
 
     Reference:
-        Parno, Marzouk, "Transport map accelerated Markov chain Monte Carlo", 2018, https://arxiv.org/abs/1412.5492
+        Parno, Marzouk, "Transport map accelerated Markov chain Monte Carlo", 2018,
+        https://arxiv.org/abs/1412.5492
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -204,13 +219,14 @@ class Move(NamedTuple):
 class Kernel:
     r"""The transition of :func:`hmc`, with the step size that it learns.
 
-    The step size is adapted by stochastic approximation of the mean probability of acceptance :math:`\alpha`,
+    The step size is adapted by stochastic approximation of the mean probability of acceptance
+    :math:`\alpha`,
 
     .. math:: \log \epsilon \leftarrow \log \epsilon + \gamma_k (\alpha - 0.8),
 
-    where :math:`k` counts how often :math:`\alpha - 0.8` has changed its sign, so that a start far off is left at full speed
-    and noise is averaged later. The first gain is that of Newton's method: in many dimensions
-    :math:`\alpha = 2 \Phi(-c\, \epsilon^2)`.
+    where :math:`k` counts how often :math:`\alpha - 0.8` has changed its sign, so that a start far
+    off is left at full speed and noise is averaged later. The first gain is that of Newton's
+    method: in many dimensions :math:`\alpha = 2 \Phi(-c\, \epsilon^2)`.
 
     Args:
         target: The target.
@@ -220,7 +236,8 @@ class Kernel:
         leapfrog: Most leapfrog steps of a trajectory.
 
     Reference:
-        Kesten, "Accelerated stochastic approximation", 1958, https://doi.org/10.1214/aoms/1177706705
+        Kesten, "Accelerated stochastic approximation", 1958,
+        https://doi.org/10.1214/aoms/1177706705
     """
 
     def __init__(
@@ -323,7 +340,8 @@ def _stacked(history: list[Tensor], start: Tensor) -> Tensor:
 def _check_start(start: Any) -> None:
     if not isinstance(start, Tensor):
         raise TypeError(
-            f"Expected start to be a tensor of shape (chains, features); got {type(start).__name__}."
+            "Expected start to be a tensor of shape (chains, features); "
+            f"got {type(start).__name__}."
         )
     if not start.is_floating_point():
         raise TypeError(f"Expected start of a floating-point dtype; got {start.dtype}.")

@@ -1,4 +1,4 @@
-"""Hamiltonian trajectories in the base space of a guide: they correct its draws, and how far they drift is its error."""
+"""Hamiltonian trajectories in the base spaces of a guide, which correct its draws."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def polish(
 ) -> Tensor:
     r"""Moves draws towards the posterior by Hamiltonian Monte Carlo in the base space of a guide.
 
-    The posterior pulled back to the base of a good guide is nearly a standard normal, which a few trajectories of all
-    draws at once cross from end to end. They leave the posterior as it is, whatever the guide. Draws of a mixture
-    :math:`q = \sum_k \pi_k q_k` move in the base space of a component drawn by its share :math:`r_k = \pi_k q_k / q`, and by
-    trajectories on :math:`p\, r_k`, so that the joint distribution of draw and component stays as it is. Draws of a guide
+    The posterior pulled back to the base of a good guide is nearly a standard normal, which a few
+    trajectories of all draws at once cross from end to end. They leave the posterior as it is,
+    whatever the guide. Draws of a mixture :math:`q = \sum_k \pi_k q_k` move in the base space of a
+    component drawn by its share :math:`r_k = \pi_k q_k / q`, and by trajectories on :math:`p\,
+    r_k`, so that the joint distribution of draw and component stays as it is. Draws of a guide
     without a base space move in the unconstrained space, in units of their own covariance.
 
     Args:
@@ -44,8 +45,8 @@ def polish(
         The moved draws, of shape ``(n, features)``.
 
     Reference:
-        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in Hamiltonian Monte Carlo using
-        neural transport", 2019, https://arxiv.org/abs/1903.03704
+        Hoffman, Sountsov, Dillon, Langmore, Tran, Vasudevan, "NeuTra-lizing bad geometry in
+        Hamiltonian Monte Carlo using neural transport", 2019, https://arxiv.org/abs/1903.03704
     """
     spaces = guide.base_spaces() or (plain_space(guide, z),)
     owner = _draw_spaces(spaces, z)
@@ -68,7 +69,7 @@ def _draw_spaces(spaces: Sequence[BaseSpace], z: Tensor) -> Tensor:
 
 
 def drift(before: Tensor, after: Tensor, effective: float) -> Tensor:
-    """How far each mean, and the logarithm of each central 90 % width, has moved beyond two standard errors.
+    """Measures how far means and log of central 90 % widths, move beyond two standard errors.
 
     Args:
         before: Draws of shape ``(n, features)``.
@@ -89,7 +90,7 @@ def drift(before: Tensor, after: Tensor, effective: float) -> Tensor:
 
 
 def autocorrelation(before: Tensor, after: Tensor) -> Tensor:
-    """Correlates each entry with its value before the trajectories; chains in which it stays high do not mix.
+    """Correlates each entry with its value before; where it stays high, chains do not mix.
 
     Args:
         before: Draws of shape ``(n, features)``.
@@ -123,7 +124,7 @@ def _move(
 
 
 def _width(z: Tensor, effective: float) -> tuple[Tensor, Tensor]:
-    """Central 90 % widths, and their relative standard errors, from quantiles as far apart as their ranks err."""
+    """Central 90 % widths, and their relative standard errors by those of the ranks."""
     levels = torch.tensor([0.05, 0.95], dtype=torch.float64, device=z.device)
     spread = (0.05 * 0.95 / effective) ** 0.5
     low, ends, high = (

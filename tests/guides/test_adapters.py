@@ -1,4 +1,4 @@
-"""Guides of Pyro as guides of this library: for each kind the density is that of Pyro's own trace."""
+"""Guides of Pyro as guides of this library: their density is that of Pyro's own trace."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parts_of(*kinds: tuple[Any, list[str]]) -> Callable[[Model], Any]:
 
 
 def function(y: Tensor) -> None:
-    """Sites in another order than that of the model, one given another, with parameters in the store."""
+    """Sites in an order of its own, one given another, with parameters in the store."""
     new = functools.partial(torch.tensor, dtype=y.dtype, device=y.device)
     loc = pyro.param("loc", new([0.1, -0.4, 0.9]))
     scale = pyro.param("scale", new(0.4), constraint=constraints.positive)
@@ -154,7 +154,7 @@ def near(z: Tensor) -> dict[str, float]:
 
 
 def log_jacobian(density: LogDensity, z: Tensor) -> Tensor:
-    """Of the map to the values of the sites, by automatic differentiation; the simplex without its last entry."""
+    """Of the map to the sites, by autograd; the simplex without its last entry."""
 
     def flat(z: Tensor) -> Tensor:
         values = density.constrain(z)

@@ -100,7 +100,7 @@ def test_a_guide_without_a_base_space_is_polished_in_the_plain_space(
 
 @pytest.mark.parametrize("n", [1, 15, 200])
 def test_a_plain_space_has_the_units_of_its_draws(n: int, device: torch.device) -> None:
-    """Of few draws the scales alone, of one draw nothing; an entry that is constant has the unit one."""
+    """Of few draws the scales alone, of one draw nothing; a constant entry keeps its unit."""
     torch.manual_seed(0)
     draws = torch.randn(n, 3, device=device) * torch.tensor([1e3, 1e-3, 0.0], device=device)
     draws[:, 1] += 1e-6 * draws[:, 0]
