@@ -44,3 +44,23 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the time is over."""
         return self.seconds is not None and self.elapsed >= self.seconds
+
+    def fraction_since(self, start: float) -> float:
+        """The share of the time between a reading of :attr:`elapsed` and the limit that is over.
+
+        Args:
+            start: An earlier reading of :attr:`elapsed`; negative for work that began before, in a
+                process that was killed.
+
+        Returns:
+            A number from 0 to 1; 0 without a limit.
+
+        Example:
+            >>> times = iter([0.0, 6.0])
+            >>> Deadline(10.0, clock=lambda: next(times)).fraction_since(2.0)
+            0.5
+        """
+        if self.seconds is None:
+            return 0.0
+        now = self.elapsed
+        return 1.0 if now >= self.seconds else (now - start) / (self.seconds - start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,15 +18,28 @@ from ..model.density import LogDensity, check_arguments
 from ..model.minibatch import log_density_of
 from ..train import processes
 from ..train.checkpoint import Checkpoint
+from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
 from .judge import outside_of_handlers
 from .ladder import LADDER, Climb, climb_ladder, make_own_rung
 from .posterior import Posterior
 
-__all__ = ["fit_posterior"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["TrainOptions", "fit_posterior"]
 
 #: Most gradient steps of a fit.
 STEPS = 6000
+
+
+class TrainOptions(TypedDict, total=False):
+    """Options of the training of each flow; see :func:`fit_posterior`."""
+
+    progress: bool
+    compile: bool
+    checkpoint: str | PathLike[str] | None
+    objective: Objective | None
 
 
 def fit_posterior(
@@ -37,11 +50,9 @@ def fit_posterior(
     guide: str | AutoFlow | Callable[[int], Any] = "auto",
     seed: int | None = 0,
     time_limit: float | None = None,
-    progress: bool = True,
     device: str | torch.device | None = None,
     steps: int = STEPS,
-    compile: bool = False,
-    checkpoint: str | PathLike[str] | None = None,
+    **training: Unpack[TrainOptions],
 ) -> Posterior:
     r"""Finds the posterior of a model by a ladder of flow guides, and says whether to trust it.
 
@@ -79,13 +90,18 @@ def fit_posterior(
         seed: Seed of all that is random here; the same seed gives the same posterior. The random
             state outside is left as it was. ``None`` draws from that state.
         time_limit: Seconds of wall-clock time for the fit; the step size then decays with the time.
-        progress: Whether to show a progress bar.
         device: Where to run: tensors in ``args`` and ``kwargs`` and a module model are moved there.
         steps: Most gradient steps to take in all.
-        compile: Whether to compile the flow's part of a step by ``torch.compile``: half a minute at
-            first, then steps in two thirds of the time.
-        checkpoint: A file that is written as the training goes on, and from which a fit that was
-            killed goes on to the same result.
+        training: Options of the training of each flow:
+
+            - ``progress`` (True): Whether to show a progress bar.
+            - ``compile`` (False): Whether to compile the flow's part of a step by
+              ``torch.compile``: half a minute at first, then steps in two thirds of the time.
+            - ``checkpoint`` (None): A file that is written as the training goes on, and from which
+              a fit that was killed goes on to the same result.
+            - ``objective`` (``PathELBO(num_particles=256)``): What flows are trained for: any of
+              :mod:`pyroflows.train.objectives`. ``ForwardKL`` and ``MMD`` need draws of the
+              posterior. The verdict does not depend on it.
 
     Returns:
         The posterior, with its verdict.
@@ -120,17 +136,32 @@ def fit_posterior(
     check_size("steps", steps, least=0)
     deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
     args, kwargs = _move_arguments(device, model, args, kwargs)
-    settings: dict[str, Any] = {"progress": progress, "compile": compile}
-    if checkpoint is not None:
-        settings["checkpoint"] = Checkpoint(checkpoint, {"seed": seed, "steps": steps})
+    settings = _train_settings(training, {"seed": seed, "steps": steps})
     with seeded(processes.agree(seed)), outside_of_handlers():
-        particles = processes.share(PARTICLES)
+        particles = processes.share(settings["objective"].num_particles)
         density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)
         climb = Climb(density, steps, deadline, own, **settings)
         return climb_ladder(climb, [make_own_rung(own, fresh, steps)])
+
+
+def _train_settings(training: Mapping[str, Any], fit: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks the options of the training, and fills in the others; a checkpoint knows its fit."""
+    names = list(TrainOptions.__annotations__)
+    for name in training:
+        if name not in names:
+            raise TypeError(f"Expected the options {', '.join(names)} of a fit; got {name!r}.")
+    settings = {"progress": True, **training}
+    if settings.get("objective") is None:
+        settings["objective"] = PathELBO(PARTICLES)
+    if not isinstance(settings["objective"], Objective):
+        got = repr(settings["objective"])
+        raise TypeError(f"Expected objective to be one of pyroflows.train.objectives; got {got}.")
+    if settings.get("checkpoint") is not None:
+        settings["checkpoint"] = Checkpoint(settings["checkpoint"], fit)
+    return settings
 
 
 def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:

@@ -3,11 +3,13 @@
 from . import objectives, processes
 from .checkpoint import Checkpoint
 from .likelihood import DensityReport, fit_density
-from .training import TrainingReport, train
+from .loop import LoopOptions, TrainingReport
+from .training import train
 
 __all__ = [
     "Checkpoint",
     "DensityReport",
+    "LoopOptions",
     "TrainingReport",
     "fit_density",
     "objectives",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._deadline import Deadline
 from .._files import save_whole, temporary_for
 from . import processes as distributed
 
@@ -69,7 +69,7 @@ class Checkpoint:
             raise content
         self._stages: list[dict[str, Any]] = content
         self._stage = -1
-        self._saved_at = time.perf_counter()
+        self._due = Deadline(self.every)
 
     def begin(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """Begins the next training.
@@ -94,7 +94,7 @@ class Checkpoint:
 
     def save_if_due(self, make_state: Callable[[], Mapping[str, Any]]) -> None:
         """Saves what a callable returns if the last time was long enough ago; see :meth:`save`."""
-        if time.perf_counter() - self._saved_at >= self.every:
+        if self._due.passed:
             self.save(make_state())
 
     def save(self, state: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ class Checkpoint:
                     f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}",
                     stacklevel=2,
                 )
-        self._saved_at = time.perf_counter()
+        self._due = Deadline(self.every)
 
     def _read_or_error(self) -> Any:
         try:

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .._checks import check_positive, check_size, check_tensor
+from .._checks import caller_level, check_positive, check_size
+from .._deadline import Deadline
 from .._random import seeded
 from ..distributions.flow import bijection_onto
 from ..flows import Flow
 from ..transforms.standardize import Standardize
+from . import processes
+from .averaging import Best, copy_tensors, tensors_of
+from .checkpoint import Checkpoint
+from .compiled import compiled_log_prob
+from .loop import INTERRUPTED, TIME_OVER, Group, Loop, LoopOptions, Task
+from .points import Points, batches, log_prob, log_probs, mean_log_prob, split
 
 __all__ = ["DensityReport", "fit_density"]
 
-WARM_UP = 20
 GRADIENT_NORM = 5.0
 # An improvement of less than this many nats per point does not keep the training going.
 IMPROVEMENT = 1e-4
 # The step size falls to this fraction whenever a third of the patience has passed without improvement.
 DECAY = 0.4
-INTERRUPTED = "it was interrupted"
 # Latent points beyond this mean or, up or down, this standard deviation are worth a word.
 FAR, WIDE = 3.0, 5.0
 
@@ -102,6 +105,10 @@ def fit_density(
     seed: int | None = 0,
     time_limit: float | None = None,
     progress: bool = True,
+    checkpoint: str | PathLike[str] | None = None,
+    compile: bool = False,
+    average: float | None = None,
+    mixed_precision: bool = False,
 ) -> DensityReport:
     r"""Fits a flow to data by maximum likelihood.
 
@@ -110,7 +117,9 @@ def fit_density(
     by Adam on shuffled batches, with clipped gradients and a step size that falls along a cosine over the epochs (or over
     the time, whichever is shorter) and whenever the log-likelihood of held-out points stands still. The training ends
     when that has not improved for ``patience`` epochs, and the flow keeps the parameters that were best by it, also after
-    Ctrl-C. The flow is left in ``eval()`` mode.
+    Ctrl-C. The flow is left in ``eval()`` mode. Under an initialised ``torch.distributed`` group all processes call this
+    alike; the points of a batch are shared out among them, and the result is that of one process. (Layers that look at
+    a whole batch, such as ``BatchNorm``, see the share of their process.)
 
     A last layer :class:`pyroflows.transforms.Standardize` that was not fitted before is fitted to the training points.
 
@@ -130,6 +139,13 @@ def fit_density(
             was. ``None`` draws from that state.
         time_limit: Seconds of wall-clock time.
         progress: Whether to show a progress bar.
+        checkpoint: A file that is written as the training goes on, and from which a fit that was killed goes on to the
+            same result.
+        compile: Whether to compile the flow's density by ``torch.compile``: half a minute at first, then faster steps.
+        average: Weight of the past in a moving average of the parameters, such as 0.999; the averages are what is
+            validated and kept then. ``None`` for the parameters themselves.
+        mixed_precision: Whether networks run in bfloat16 during training; the maps whose parameters they give, with their
+            log-determinants, stay in the flow's dtype.
 
     Returns:
         How it went; printed, a sentence.
@@ -152,32 +168,59 @@ def fit_density(
         >>> report.epochs, len(report.validation)
         (5, 6)
     """
-    start = time.perf_counter()
-    options = _check_options(
-        _Options(batch_size, learning_rate, max_epochs, patience, weight_decay, time_limit)
+    options = _Options(batch_size, learning_rate, max_epochs, patience, weight_decay)
+    _check_options(options)
+    if time_limit is not None:
+        check_positive("time_limit", time_limit)
+    deadline = Deadline(time_limit)
+    stepping = LoopOptions(
+        gradient_norm=GRADIENT_NORM,
+        weight_decay=weight_decay,
+        average=average,
+        mixed_precision=mixed_precision,
     )
     if not isinstance(flow, nn.Module):
         raise TypeError(
             f"Expected flow to be a module whose call returns a distribution; got {flow!r}."
         )
-    before = {name: value.clone() for name, value in _tensors(flow).items()}
+    file = None if checkpoint is None else Checkpoint(checkpoint, {"seed": seed})
+    with seeded(processes.agree(seed)), torch.enable_grad():
+        task = _prepare(flow, x, context, validation, options)
+        _warn_if_far(flow, task.train)
+        if compile:
+            first = task.train.rows(slice(task.options.batch_size))
+            task.log_prob = compiled_log_prob(flow, first) or task.log_prob
+        return _run(task, Loop(task, stepping), deadline, progress, file)
+
+
+def _prepare(
+    flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any, options: _Options
+) -> _DataTask:
+    """Checks everything and sets out the points; leaves the flow as it was if something is wrong."""
+    before = copy_tensors(flow)
     modes = [(module, module.training) for module in flow.modules()]
-    with seeded(seed), torch.enable_grad():
-        try:
-            flow.eval()
-            train, held_out = _split(flow, x, context, validation)
-            _fit_standardize(flow, train.x)
-            history = (
-                [_first_log_prob("x", flow, train, options)],
-                [_first_log_prob("validation", flow, held_out, options)],
+    processes.agree_on_random_state(torch.device("cpu"))
+    processes.take_from_main(tensors_of(flow).values())
+    try:
+        flow.eval()
+        train, held_out = split(flow, x, context, validation)
+        smallest = len(train.x) // batches(len(train.x), options.batch_size)
+        if smallest < processes.world_size():
+            raise ValueError(
+                f"Expected batches with a point for each process; got {smallest} points for "
+                f"{processes.world_size()} processes."
             )
-        except BaseException:
-            flow.load_state_dict(before, strict=False)
-            for module, mode in modes:
-                module.training = mode
-            raise
-        _warn_if_far(flow, train)
-        return _Fit(flow, train, held_out, options, history, start).run(progress)
+        _fit_standardize(flow, train.x)
+        history = (
+            _first_log_prob("x", flow, train, options),
+            _first_log_prob("validation", flow, held_out, options),
+        )
+    except BaseException:
+        flow.load_state_dict(before, strict=False)
+        for module, mode in modes:
+            module.training = mode
+        raise
+    return _DataTask(flow, train, held_out, options, history)
 
 
 class _Options(NamedTuple):
@@ -186,174 +229,153 @@ class _Options(NamedTuple):
     max_epochs: int
     patience: int
     weight_decay: float
-    time_limit: float | None
 
 
-class _Points(NamedTuple):
-    """Points with their contexts."""
-
-    x: Tensor
-    context: Tensor | None
-
-    def rows(self, index: Any) -> _Points:
-        return _Points(self.x[index], None if self.context is None else self.context[index])
-
-    def batches(self, size: int, shuffled: bool = False) -> Iterator[_Points]:
-        """Batches of equal size, at most ``size``: a small remainder would weigh as much as a batch."""
-        n = len(self.x)
-        order = (torch.randperm if shuffled else torch.arange)(n, device="cpu").to(self.x.device)
-        for part in order.tensor_split(math.ceil(n / size)):
-            yield self.rows(part)
-
-
-class _Fit:
-    """The training loop and what it remembers."""
+class _DataTask(Task):
+    """A flow trained on shuffled batches, and judged by the points held out after each epoch."""
 
     def __init__(
         self,
         flow: nn.Module,
-        train: _Points,
-        held_out: _Points,
+        train: Points,
+        held_out: Points,
         options: _Options,
-        history: tuple[list[float], list[float]],
-        start: float,
+        history: tuple[float, float],
     ) -> None:
-        self.flow, self.train, self.held_out, self.options, self.start = (
-            flow,
-            train,
-            held_out,
-            options,
-            start,
-        )
-        self.parameters = [p for p in flow.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            weight_decay=options.weight_decay,
-            fused=train.x.device.type in ("cpu", "cuda"),
-        )
-        self.train_history, self.history = history
-        self.batches = math.ceil(len(train.x) / options.batch_size)
-        self.steps = self.skipped = self.best_epoch = self.stale = 0
-        self.goal = self.history[0]
-        self.shrunk = 1.0
-        self.best = {name: value.clone() for name, value in _tensors(flow).items()}
+        self.module, self.train, self.held_out, self.options = flow, train, held_out, options
+        parameters = [p for p in flow.parameters() if p.requires_grad]
+        self.groups = [Group(parameters, options.learning_rate)]
+        self.look_every = batches(len(train.x), options.batch_size)
+        self.log_prob: Callable[[Points], Tensor] = functools.partial(log_prob, flow)
+        self.history = {"train": [history[0]], "validation": [history[1]]}
+        self._batches: list[Tensor] = []
+        self._taken = 0
+        self._seen: list[Tensor] = []
+        self._goal, self._stale, self._shrunk = history[1], 0, 1.0
 
-    def run(self, progress: bool) -> DensityReport:
-        reason = None
-        try:
-            with tqdm(total=self.options.max_epochs, disable=not progress, desc="Fitting") as bar:
-                while reason is None:
-                    reason = self.epoch()
-                    bar.update()
-                    bar.set_postfix_str(
-                        f"validation {self.history[-1]:.3f}, best {self.history[self.best_epoch]:.3f}"
-                    )
-        except KeyboardInterrupt:
-            reason = INTERRUPTED
-        finally:
-            self.flow.load_state_dict(self.best, strict=False)
-            self.flow.eval()
-        return DensityReport(
-            train=tuple(self.train_history),
-            validation=tuple(self.history),
-            best_epoch=self.best_epoch,
-            steps=self.steps,
-            skipped=self.skipped,
-            seconds=time.perf_counter() - self.start,
-            reason=reason,
-            train_size=len(self.train.x),
-            validation_size=len(self.held_out.x),
-        )
+    @property
+    def looked(self) -> bool:
+        """Whether the last epoch that was begun has been judged."""
+        return self._taken == 0
 
-    def epoch(self) -> str | None:
-        """Passes through the training points once; says why the training should end, if it should."""
-        self.flow.train()
-        seen: list[Tensor] = []
-        reason = None
-        try:
-            for batch in self.train.batches(self.options.batch_size, shuffled=True):
-                if self.fraction_done() >= 1:
-                    reason = f"the time limit of {self.options.time_limit:g} s was reached"
-                    break
-                seen.append(self.step(batch))
-        except KeyboardInterrupt:
-            reason = INTERRUPTED
-        # What a pass that was cut short has learnt counts too.
-        self.see(float(torch.stack(seen).nanmean()) if seen else math.nan)
-        if reason is None and self.stale >= self.options.patience:
-            reason = f"validation had not improved for {_count(self.options.patience, 'epoch')}"
-        if reason is None and len(self.history) > self.options.max_epochs:
-            reason = f"all {_count(self.options.max_epochs, 'epoch')} were done"
-        return reason
+    def backward(self) -> Tensor:
+        if self._taken == 0:
+            self._begin_epoch()
+        batch = self._batches[self._taken]
+        self._taken += 1
+        mine = batch[processes.rows(len(batch))]
+        value = self.log_prob(self.train.rows(mine)).sum() / len(batch)
+        (-value).backward()
+        return value.detach()
 
-    def step(self, batch: _Points) -> Tensor:
-        """Takes one gradient step unless it is not finite; returns the mean log-likelihood of the batch."""
-        warm_up = min(1.0, (self.steps + 1) / WARM_UP)
-        rate = warm_up * self.shrunk * 0.5 * (1 + math.cos(math.pi * self.fraction_done()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * self.options.learning_rate
-        self.steps += 1
-        self.optimizer.zero_grad()
-        log_prob = _log_prob(self.flow, batch).mean()
-        (-log_prob).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
-        if bool((norm + log_prob).isfinite()):
-            self.optimizer.step()
-            return log_prob.detach()
-        self.skipped += 1
-        return torch.full_like(log_prob.detach(), math.nan)
+    def _begin_epoch(self) -> None:
+        order = torch.randperm(len(self.train.x), device="cpu").to(self.train.x.device)
+        # A flow may draw random numbers, of which processes with other shares draw others.
+        processes.take_from_main([order])
+        self._shuffle(order)
 
-    def see(self, train: float) -> None:
-        """Judges the parameters by the validation points and keeps them if they are the best so far."""
-        self.flow.eval()
-        value = float(_log_probs(self.flow, self.held_out, self.options.batch_size).mean())
-        if value > self.history[self.best_epoch]:
-            self.best_epoch = len(self.history)
-            self.best = {name: value.clone() for name, value in _tensors(self.flow).items()}
-        self.train_history.append(train)
-        self.history.append(value)
-        if value > self.goal + IMPROVEMENT:
-            self.goal, self.stale = value, 0
-            return
-        self.stale += 1
-        if self.stale % max(1, self.options.patience // 3) == 0:
-            self.shrunk *= DECAY
+    def _shuffle(self, order: Tensor) -> None:
+        """Begins a pass in a given order, in batches of equal size: a small remainder would weigh much."""
+        self._batches = list(order.tensor_split(self.look_every))
+        self.module.train()
 
-    def fraction_done(self) -> float:
-        limit = self.options.time_limit
-        by_steps = self.steps / (self.batches * self.options.max_epochs)
-        return (
-            by_steps if limit is None else max(by_steps, (time.perf_counter() - self.start) / limit)
-        )
+    def note(self, value: Tensor) -> None:
+        self._seen.append(value)
+
+    def look(self) -> float:
+        """The log-likelihood of the points held out; ends the epoch, complete or not."""
+        self.module.eval()
+        value = mean_log_prob(self.module, self.held_out, self.options.batch_size)
+        seen = float(torch.stack(self._seen).mean()) if self._seen else math.nan
+        self.history["train"].append(seen)
+        self.history["validation"].append(value)
+        self._taken = 0
+        self._seen.clear()
+        return value
+
+    def conclude(self, best: Best) -> str | None:
+        validation, options = self.history["validation"], self.options
+        if validation[-1] > self._goal + IMPROVEMENT:
+            self._goal, self._stale = validation[-1], 0
+        else:
+            self._stale += 1
+            if self._stale % max(1, options.patience // 3) == 0:
+                self._shrunk *= DECAY
+        if self._stale >= options.patience:
+            return f"validation had not improved for {_count(options.patience, 'epoch')}"
+        if len(validation) > options.max_epochs:
+            return f"all {_count(options.max_epochs, 'epoch')} were done"
+        return None
+
+    @property
+    def rate(self) -> float:
+        """The step size falls where validation stands still."""
+        return self._shrunk
+
+    def describe(self, best: Best) -> str:
+        return f"validation {self.history['validation'][-1]:.3f}, best {best.value:.3f}"
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.options.batch_size,
+            "patience": self.options.patience,
+            "the number of training points": len(self.train.x),
+            "the mean of the training points": float(self.train.x.double().mean()),
+            "the mean of the points held out": float(self.held_out.x.double().mean()),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "order": torch.cat(self._batches) if self._taken else torch.zeros(0),
+            "taken": self._taken,
+            "seen": torch.stack(self._seen) if self._seen else torch.zeros(0),
+            "patience": [self._goal, self._stale, self._shrunk],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        device = self.train.x.device
+        self.history = {name: list(values) for name, values in state["history"].items()}
+        self._seen = list(state["seen"].to(device).unbind())
+        self._goal, self._stale, self._shrunk = state["patience"]
+        self._taken = state["taken"]
+        if self._taken:
+            self._shuffle(state["order"].to(device))
+
+
+def _run(
+    task: _DataTask, loop: Loop, deadline: Deadline, progress: bool, checkpoint: Checkpoint | None
+) -> DensityReport:
+    """Trains to the end, judges an epoch that was cut short, and brings the best parameters back."""
+    steps = task.look_every * task.options.max_epochs
+    loop.best.see(task.history["validation"][0])
+    try:
+        done = loop.run(steps, deadline=deadline, progress=progress, checkpoint=checkpoint)
+        if not task.looked:
+            loop.look()
+        reason = done.reason
+    except KeyboardInterrupt:  # a second time
+        reason = INTERRUPTED
+    finally:
+        loop.best.restore()
+        task.module.eval()
+    if reason == TIME_OVER:
+        reason = f"the time limit of {deadline.seconds:g} s was reached"
+    return DensityReport(
+        train=tuple(task.history["train"]),
+        validation=tuple(task.history["validation"]),
+        best_epoch=task.history["validation"].index(loop.best.value),
+        steps=loop.steps,
+        skipped=loop.skipped,
+        seconds=deadline.elapsed,
+        reason=reason,
+        train_size=len(task.train.x),
+        validation_size=len(task.held_out.x),
+    )
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _tensors(flow: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: value.detach()
-        for name, value in flow.state_dict().items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _distribution(flow: nn.Module, context: Tensor | None) -> Any:
-    return flow() if context is None else flow(context)
-
-
-def _log_prob(flow: nn.Module, points: _Points) -> Tensor:
-    return _distribution(flow, points.context).log_prob(points.x)
-
-
-@torch.no_grad()
-def _log_probs(flow: nn.Module, points: _Points, batch_size: int) -> Tensor:
-    """Log-density of each point, on the host."""
-    parts = [
-        _log_prob(flow, batch).to("cpu", torch.float64) for batch in points.batches(4 * batch_size)
-    ]
-    return torch.cat(parts)
 
 
 # What is checked before anything changes
@@ -365,116 +387,11 @@ def _check_options(options: _Options) -> _Options:
     check_positive("learning_rate", options.learning_rate)
     if options.weight_decay != 0:
         check_positive("weight_decay", options.weight_decay)
-    if options.time_limit is not None:
-        check_positive("time_limit", options.time_limit)
     return options
 
 
-def _split(
-    flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any
-) -> tuple[_Points, _Points]:
-    """The training points and those held out."""
-    trained = next((p for p in flow.parameters() if p.requires_grad), None)
-    if trained is None:
-        raise ValueError(
-            f"Expected a flow with parameters to train; got {type(flow).__name__} without any."
-        )
-    points = _points("x", flow, x, context, like=trained)
-    if isinstance(validation, Real) and not isinstance(validation, bool):
-        train, held_out = _hold_out(points, float(validation))
-    else:
-        given: Any = (validation,) if isinstance(validation, Tensor) else validation
-        if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 2:
-            raise TypeError(
-                "Expected validation to be a fraction, held-out points, or a pair of points and contexts; "
-                f"got {validation!r}."
-            )
-        if (len(given) == 1) != (context is None):
-            raise ValueError(
-                "Expected validation to be a pair of points and contexts where there is a context, and points alone "
-                f"where there is none; got {'no contexts' if len(given) == 1 else 'a pair'}."
-            )
-        train, held_out = points, _points("validation", flow, *given, like=trained)
-        if len(train.x) < 2:
-            raise ValueError(f"Expected at least 2 points to train on; got {len(train.x)}.")
-    return train, held_out
-
-
-def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Tensor) -> _Points:
-    """Points that a flow can be fitted to, where it is and of its dtype."""
-    check_tensor(name, x, ())
-    if x.dim() == 0 or len(x) == 0:
-        raise ValueError(
-            f"Expected {name} to hold points along its first dimension; got shape {tuple(x.shape)}."
-        )
-    if context is not None:
-        check_tensor("context", context, ())
-        if context.dim() == 0 or len(context) != len(x):
-            raise ValueError(
-                f"Expected one context for each of the {len(x)} points; got shape {tuple(context.shape)}."
-            )
-    for what, value in ((name, x), ("context", context)):
-        if value is not None:
-            _check_rows(
-                f"finite numbers in {what}", value.isfinite().reshape(len(value), -1).all(-1)
-            )
-
-    def placed(value: Tensor) -> Tensor:
-        return value.detach().to(like.device, like.dtype)
-
-    points = _Points(placed(x), None if context is None else placed(context))
-    _check_event(name, flow, points)
-    return points
-
-
-def _hold_out(points: _Points, fraction: float) -> tuple[_Points, _Points]:
-    if not 0 < fraction < 1:
-        raise ValueError(
-            f"Expected validation between 0 and 1, the fraction of points to hold out; got {fraction:g}."
-        )
-    n = len(points.x)
-    held_out = max(1, round(fraction * n))
-    if n - held_out < 2:
-        raise ValueError(
-            f"Expected at least 2 points to train on besides those held out; got {n} points in all."
-        )
-    order = torch.randperm(n, device="cpu").to(points.x.device)
-    return points.rows(order[held_out:]), points.rows(order[:held_out])
-
-
-def _check_event(name: str, flow: nn.Module, points: _Points) -> None:
-    """Checks points against what the flow is a distribution of."""
-    one = points.rows(slice(1))
-    with torch.no_grad():
-        distribution = _distribution(flow, one.context)
-    if not isinstance(distribution, torch.distributions.Distribution):
-        raise TypeError(
-            f"Expected flow to return a distribution when called; got {type(distribution).__name__}."
-        )
-    batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
-    if batch not in ((), (1,)) or (batch == (1,) and points.context is None):
-        raise ValueError(
-            f"Expected flow to return a distribution over single points; got one of batch shape {batch}."
-        )
-    if tuple(points.x.shape[1:]) != event:
-        sizes = ", ".join(["N", *map(str, event)])
-        raise ValueError(f"Expected {name} of shape ({sizes}); got {tuple(points.x.shape)}.")
-    with contextlib.suppress(NotImplementedError):
-        support: Any = distribution.support
-        inside = support.check(points.x).reshape(len(points.x), -1).all(-1)
-        _check_rows(f"{name} within the support {support}", inside)
-
-
-def _check_rows(expected: str, good: Tensor) -> None:
-    if not bool(good.all()):
-        bad = (~good).nonzero().flatten()
-        raise ValueError(
-            f"Expected {expected}; {len(bad)} of {len(good)} rows are not so, the first is row {int(bad[0])}."
-        )
-
-
-def _first_log_prob(name: str, flow: nn.Module, points: _Points, options: _Options) -> float:
-    values = _log_probs(flow, points, options.batch_size)
+def _first_log_prob(name: str, flow: nn.Module, points: Points, options: _Options) -> float:
+    values = log_probs(flow, points, options.batch_size)
     if not bool(values.isfinite().all()):
         raise ValueError(
             f"Expected a finite density at every point of {name} before training; {int((~values.isfinite()).sum())} of "
@@ -496,7 +413,7 @@ def _unconstrained(flow: Flow, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _warn_if_far(flow: nn.Module, points: _Points) -> None:
+def _warn_if_far(flow: nn.Module, points: Points) -> None:
     """Warns if the flow takes the points far from its base, the standard normal."""
     some = points.rows(slice(1000))
     if not isinstance(flow, Flow) or flow._base is not None or len(some.x) < 100:
@@ -508,5 +425,5 @@ def _warn_if_far(flow: nn.Module, points: _Points) -> None:
             f"The flow starts far from the points: it takes them to means up to {float(mean):.3g} and standard deviations "
             f"from {float(sd.min()):.3g} to {float(sd.max()):.3g}, which training has to mend first. Standardise the "
             "points, or end the flow with Standardize.",
-            stacklevel=3,
+            stacklevel=caller_level(),
         )

@@ -25,12 +25,15 @@ from .._random import random_state, set_random_state
 
 __all__ = [
     "agree",
+    "agree_on_random_state",
+    "gather",
     "initialize_from_environment",
     "is_main",
     "rank",
-    "shard",
+    "rows",
     "share",
     "sum_over_ranks",
+    "take_from_main",
     "world_size",
 ]
 
@@ -58,16 +61,23 @@ def share(count: int) -> int:
     return -(-count // world_size())
 
 
-def shard(rows: Tensor) -> Tensor:
-    """This process's rows of a tensor that is the same in all of them.
+def rows(count: int) -> slice:
+    """Which of ``count`` rows that all processes have are this one's; those of all make them all.
 
     Args:
-        rows: Tensor of shape ``(n, *)``.
+        count: How many rows there are.
 
     Returns:
-        Tensor of shape ``(m, *)``; those of all processes make ``rows``.
+        A slice of at most :func:`share` rows.
+
+    Example:
+        >>> rows(7)
+        slice(0, 7, None)
     """
-    return rows.tensor_split(world_size())[rank()]
+    parts, number = world_size(), rank()
+    least, more = divmod(count, parts)
+    start = number * least + min(number, more)
+    return slice(start, start + least + (number < more))
 
 
 @torch.no_grad()
@@ -78,6 +88,25 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
         tensors: Tensors on one device, in the same order in every process.
     """
     _exchange(tensors, dist.all_reduce)
+
+
+@torch.no_grad()
+def gather(part: Tensor, count: int) -> Tensor:
+    """The values of all processes, of which each has its :func:`rows`.
+
+    Args:
+        part: Tensor of shape ``(m,)``.
+        count: How many there are in all.
+
+    Returns:
+        Tensor of shape ``(count,)``, the same in all processes.
+    """
+    if world_size() == 1:
+        return part
+    everyone = part.new_zeros(count)
+    everyone[rows(count)] = part
+    dist.all_reduce(everyone)
+    return everyone
 
 
 @torch.no_grad()

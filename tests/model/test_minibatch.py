@@ -21,6 +21,7 @@ from pyroflows.model import minibatch
 from pyroflows.model.minibatch import LoadedDensity, SubsampledDensity, log_density_of
 from pyroflows.posterior.gaussian import fit_gaussians
 from pyroflows.train.checkpoint import Checkpoint
+from pyroflows.train.objectives import PathELBO
 from pyroflows.train.training import train
 
 ROWS = 53
@@ -347,7 +348,7 @@ def test_a_killed_training_on_mini_batches_goes_on_to_the_same_result(
         density._evaluate = killed
         flow = pf.Flow([pf.transforms.LowerTriangularAffine(3)]).double()
         torch.manual_seed(3)
-        train(flow, density, [], 20, particles=8, checkpoint=checkpoint)
+        train(flow, density, [], 20, objective=PathELBO(8), checkpoint=checkpoint)
         return torch.cat([p.detach().flatten() for p in flow.parameters()])
 
     path = tmp_path / "fit.pt"

@@ -23,7 +23,7 @@ import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior
 from pyroflows.examples import load_example
 from pyroflows.posterior import ladder as ladder_module
-from pyroflows.train import training as training_module
+from pyroflows.train import loop as loop_module
 
 Model = Callable[..., Any]
 
@@ -540,7 +540,9 @@ class Bar:
     def set_postfix_str(self, text: str) -> None:
         pass
 
-    def update(self) -> None:
+    def update(self, steps: int = 1) -> None:
+        if not steps:
+            return
         self.step += 1
         type(self).act(self.step)
         if self.step == self.at:
@@ -551,7 +553,7 @@ class Bar:
 def test_an_interruption_returns_the_posterior_so_far(
     at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": at}))
+    monkeypatch.setattr(loop_module, "tqdm", type("Pressed", (Bar,), {"at": at}))
     posterior = quickly(correlated, steps=1000)
     assert posterior.interrupted
     assert "interrupted" in repr(posterior)
@@ -576,7 +578,7 @@ def test_an_interruption_brings_the_best_parameters_back(monkeypatch: pytest.Mon
                     p += 1.0
 
     monkeypatch.setattr(
-        training_module, "tqdm", type("Pressed", (Bar,), {"at": 75, "act": staticmethod(spoil)})
+        loop_module, "tqdm", type("Pressed", (Bar,), {"at": 75, "act": staticmethod(spoil)})
     )
     posterior = quickly(correlated, guide=guide, steps=1000)
     assert posterior.interrupted
@@ -1080,7 +1082,7 @@ def test_an_improper_posterior_is_named_and_ends_the_ladder() -> None:
 def test_a_fit_goes_on_from_its_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = quickly(correlated, guide=pf.RealNVP, steps=40)
     path = tmp_path / "fit.pt"
-    monkeypatch.setattr(training_module, "tqdm", type("Pressed", (Bar,), {"at": 25}))
+    monkeypatch.setattr(loop_module, "tqdm", type("Pressed", (Bar,), {"at": 25}))
     from pyroflows.train.checkpoint import Checkpoint
 
     monkeypatch.setattr(Checkpoint, "save_if_due", lambda self, state: self.save(state()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,8 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 import pyroflows as pf
-from pyroflows.train import DensityReport, fit_density
-from pyroflows.train import likelihood as density_module
+from pyroflows._deadline import Deadline
+from pyroflows.train import DensityReport, fit_density, likelihood
 from pyroflows.transforms.standardize import Standardize
 
 NET: dict[str, Any] = {"transforms": 2, "hidden_features": (8,)}
@@ -264,7 +265,8 @@ def test_a_failure_in_training_restores_the_best_and_is_raised() -> None:
 
 def test_the_time_limit_ends_the_training_within_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(density_module.time, "perf_counter", lambda: clock[0])
+    timed = functools.partial(Deadline, clock=lambda: clock[0])
+    monkeypatch.setattr(likelihood, "Deadline", timed)
 
     def tick(call: int) -> float:
         clock[0] += 1.0

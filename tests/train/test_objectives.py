@@ -36,8 +36,8 @@ from pyroflows.train.objectives import (
     ImportanceWeightedBound,
     PathELBO,
     RenyiBound,
-    _Particles,
 )
+from pyroflows.train.objectives.bounds import Particles
 
 Y = torch.tensor([1.0, -0.5], dtype=torch.float64)
 # The posterior of z ~ N(0, 1), y ~ N(z, 1/2), by hand.
@@ -178,7 +178,7 @@ def test_gradients_of_two_particles_by_quadrature(alpha: float) -> None:
     point = z.detach().requires_grad_()
     (slope,) = torch.autograd.grad(log_weight(point, loc.detach(), scale.detach()).sum(), point)
     path = (z - z.detach()) * slope
-    losses = torch.func.vmap(lambda w, p: objective._loss(_Particles(w, p)))(log_w.detach(), path)
+    losses = torch.func.vmap(lambda w, p: objective._loss(Particles(w, p)))(log_w.detach(), path)
     estimate = (mass * losses).sum()
     torch.testing.assert_close(-estimate, bound, atol=1e-9, rtol=0)
     for mine, other in zip(torch.autograd.grad(estimate, (loc, scale)), exact, strict=True):

@@ -14,8 +14,10 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.model.minibatch import log_density_of
+from pyroflows.train import fit_density
 from pyroflows.train import processes as distributed
 from pyroflows.train.checkpoint import Checkpoint
+from pyroflows.train.objectives import FAB, Objective, PathELBO, RenyiBound
 from pyroflows.train.training import train
 
 DATA = torch.linspace(-1, 1, 12, dtype=torch.float64)
@@ -27,7 +29,7 @@ def model() -> None:
         pyro.sample("y", dist.Normal(loc[0] * loc[1], 1.0), obs=DATA[rows])
 
 
-def trained(folder: Path) -> tuple[Tensor, Tensor]:
+def trained(folder: Path, objective: Objective) -> tuple[Tensor, Tensor]:
     """Parameters and ELBOs; ranks begin with different parameters and random states, of which the first rank's count."""
     torch.set_num_threads(1)
     torch.manual_seed(distributed.rank())
@@ -42,8 +44,8 @@ def trained(folder: Path) -> tuple[Tensor, Tensor]:
         density,
         history,
         25,
-        particles=65,
-        checkpoint=Checkpoint(folder / "fit.pt", every=0),
+        objective=objective,
+        checkpoint=Checkpoint(folder / f"{type(objective).__name__}.pt", every=0),
         progress=True,
     )
     if distributed.world_size() > 1:
@@ -52,11 +54,39 @@ def trained(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.cat([p.detach().flatten() for p in flow.parameters()]), torch.stack(history)
 
 
+def fitted(folder: Path) -> tuple[Tensor, Tensor]:
+    """A density: parameters, and log-likelihoods of each epoch; ranks begin as in :func:`trained`."""
+    torch.manual_seed(distributed.rank())
+    flow = pf.RealNVP(2, transforms=2, hidden_features=(8,)).double()
+    x = torch.randn(141, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    report = fit_density(
+        flow,
+        2.0 + x @ torch.tensor([[1.0, 0.5], [0.0, 0.5]], dtype=torch.float64),
+        batch_size=33,
+        max_epochs=5,
+        average=0.9,
+        checkpoint=folder / "density.pt",
+        progress=False,
+    )
+    likelihoods = torch.tensor([report.train, report.validation])
+    return torch.cat([p.detach().flatten() for p in flow.parameters()]), likelihoods
+
+
+def everything(folder: Path) -> tuple[Tensor, ...]:
+    """The same for each objective that shares its particles out, for one that does not, and a density."""
+    objectives = (PathELBO(65), RenyiBound(0.5, 65), PathELBO(65, path=False), FAB(65))
+    results = [trained(folder, objectives[0])]
+    for objective in objectives[1:]:
+        (folder / f"{type(objective).__name__}.pt").unlink(missing_ok=True)
+        results.append(trained(folder, objective))
+    return tuple(tensor for result in (*results, fitted(folder)) for tensor in result)
+
+
 def main(folder: Path) -> None:
     with distributed.initialize_from_environment() as device:
         assert device is None or device == f"cuda:{distributed.rank()}"
         torch.save(
-            trained(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt"
+            everything(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt"
         )
     assert distributed.world_size() == 1
     # Threads of the group that outlive it can bring the interpreter down as it ends.
@@ -70,7 +100,7 @@ def thread_names() -> list[str]:
 
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
-    alone = trained(tmp_path / "alone")
+    alone = everything(tmp_path / "alone")
     run = subprocess.run(
         [
             sys.executable,
@@ -93,20 +123,16 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stderr.count("Fitting:   0%") == 1  # one process shows its progress
+    assert run.stderr.count("Fitting:   0%") == 4  # one process shows its progress
     for rank in range(2):
         together = torch.load(tmp_path / f"rank{rank}of2.pt")
         for found, expected in zip(together, alone, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "alone",
-        "fit.pt",
-        "rank0of2.pt",
-        "rank1of2.pt",
-    ]
-    # The file of two processes is one from which a single one goes on: here, from its end.
-    resumed = trained(tmp_path)
-    torch.testing.assert_close(resumed, alone, rtol=1e-5, atol=1e-9)
+    # A file of two processes is one from which a single one goes on: here, from its end.
+    resumed = trained(tmp_path, FAB(65))
+    torch.testing.assert_close(resumed, alone[6:8], rtol=1e-5, atol=1e-9)
+    density = fitted(tmp_path)
+    torch.testing.assert_close(density, alone[8:], rtol=1e-5, atol=1e-9)
 
 
 def test_without_a_group_there_is_one_process() -> None:
@@ -114,7 +140,8 @@ def test_without_a_group_there_is_one_process() -> None:
         assert device is None
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
     rows = torch.arange(6.0).reshape(3, 2)
-    assert torch.equal(distributed.shard(rows), rows)
+    assert torch.equal(rows[distributed.rows(3)], rows)
+    assert torch.equal(distributed.gather(rows[:, 0], 3), rows[:, 0])
     assert distributed.share(7) == 7
     before = rows.clone()
     distributed.sum_over_ranks([rows])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,11 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.train import compiled, training
+from pyroflows._deadline import Deadline
+from pyroflows.distributions import FlowDistribution
+from pyroflows.train import LoopOptions, TrainingReport, compiled, loop, train
 from pyroflows.train.checkpoint import Checkpoint
-from pyroflows.train.training import TrainingReport, path_gradient, train
+from pyroflows.train.objectives import FAB, PathELBO
 
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 ROOT = torch.tensor([[2.0, 0.0, 0.0], [0.6, 0.5, 0.0], [-0.3, 0.2, 1.0]], dtype=torch.float64)
@@ -80,23 +81,22 @@ def test_the_path_gradient_is_that_of_the_sample_path() -> None:
     with torch.no_grad():
         for p in flow.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    base = flow().base_dist.expand((64,))
+    distribution = FlowDistribution(flow.base, flow.transform)
     torch.manual_seed(1)
-    total, count = path_gradient(flow.transform, base, density, beta=0.7)
+    loss = PathELBO(64).backward(distribution, density)  # type: ignore[arg-type]
     found = [p.grad for p in flow.parameters()]
 
     torch.manual_seed(1)
-    x = base.sample()
+    x = flow.base.sample((64,))
     z, log_det = flow.transform.forward_and_log_det(x)
     point = z.detach().requires_grad_()
     (score,) = torch.autograd.grad(flow().log_prob(point).sum(), point)
     value, slope = density.value_and_grad(z.detach())
-    loss = ((score - 0.7 * slope) * z).sum() / 64
+    by_hand = ((score - slope) * z).sum() / 64
     for p, grad in zip(flow.parameters(), found, strict=True):
-        (expected,) = torch.autograd.grad(loss, p, retain_graph=True)
+        (expected,) = torch.autograd.grad(by_hand, p, retain_graph=True)
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(total, (value - base.log_prob(x) + log_det).sum())
-    assert count == 64
+    torch.testing.assert_close(-loss, (value - flow.base.log_prob(x) + log_det).mean())
 
 
 def test_a_gaussian_guide_becomes_the_normal_it_is_trained_on() -> None:
@@ -109,16 +109,8 @@ def test_a_gaussian_guide_becomes_the_normal_it_is_trained_on() -> None:
     torch.testing.assert_close(covariance, ROOT @ ROOT.mT, rtol=1e-2, atol=1e-2)
     log_evidence = 0.5 * (ROOT @ ROOT.mT * 2 * torch.pi).logdet()
     torch.testing.assert_close(history[-1], log_evidence, rtol=0, atol=1e-4)
-    assert report == TrainingReport(steps=600, skipped=0, restored=0)
+    assert report == TrainingReport(600, 0, 0, "all steps were taken")
     assert len(history) == 600
-
-
-def test_at_an_inverse_temperature_the_target_is_wider() -> None:
-    flow = gaussian()
-    train(flow, Normal(), [], 600, whitening_step_size=5e-2, anneal=lambda done: 0.25)
-    loc, covariance = law(flow)
-    torch.testing.assert_close(loc, MEAN, rtol=0, atol=2e-2)
-    torch.testing.assert_close(covariance, 4 * ROOT @ ROOT.mT, rtol=2e-2, atol=2e-2)
 
 
 def test_the_same_seed_gives_the_same_flow_and_the_whitening_map_goes_on_training() -> None:
@@ -130,12 +122,73 @@ def test_the_same_seed_gives_the_same_flow_and_the_whitening_map_goes_on_trainin
     assert all(p.requires_grad for p in flows[0].parameters())
 
 
+class Clock:
+    """A clock that moves by a second for each evaluation of a density."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, call: int, value: Tensor, grad: Tensor) -> None:
+        self.now += 1.0
+
+
 def test_a_deadline_that_is_over_ends_the_training_before_it_begins() -> None:
-    flow = gaussian()
-    before = parameters(flow)
-    assert train(flow, Normal(), [], 100, deadline=time.perf_counter() - 1).steps == 0
+    flow, clock = gaussian(), Clock()
+    before, deadline = parameters(flow), Deadline(3.0, clock)
+    clock.now = 3.0
+    report = train(flow, Normal(), [], 100, deadline=deadline)
+    assert (report.steps, report.reason) == (0, "the time limit was reached")
     assert torch.equal(parameters(flow), before)
-    assert 0 < train(flow, Normal(), [], 10**6, deadline=time.perf_counter() + 0.2).steps < 10**6
+
+
+def test_the_step_size_falls_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a fit that begins at 4 s of 12 s, and takes a second for each step."""
+    clock, rates = Clock(), []
+    deadline = Deadline(12.0, clock)
+    clock.now = 4.0
+    step = loop.Loop.step
+
+    def watched(self: Any, done: float) -> None:
+        rates.append(done)
+        step(self, done)
+
+    monkeypatch.setattr(loop.Loop, "step", watched)
+    report = train(gaussian(), Normal(clock.tick), [], 10**6, deadline=deadline)
+    # One second went by as the training asked for the density at zero only if it had a checkpoint.
+    assert report.steps == 8
+    assert rates == [k / 8 for k in range(8)]
+
+
+def test_a_resumed_training_goes_on_in_the_time_that_it_had(tmp_path: Path) -> None:
+    """Killed after 5 steps of a second each; 10 s more make 15 in all, a third of them over."""
+    path, clock, seen = tmp_path / "fit.pt", Clock(), []
+
+    def killed(call: int, value: Tensor, grad: Tensor) -> None:
+        clock.now += 1.0
+        if call == 5:
+            raise Killed
+
+    deadline = Deadline(100.0, clock)
+    with pytest.raises(Killed):
+        train(gaussian(), Normal(killed), [], 10**6, deadline=deadline, checkpoint=every_step(path))
+    clock.now = 0.0
+
+    def watch(call: int, value: Tensor, grad: Tensor) -> None:
+        clock.now += 1.0
+        seen.append(clock.now)
+
+    deadline = Deadline(10.0, clock)
+    resumed = train(
+        gaussian(), Normal(watch), [], 10**6, deadline=deadline, checkpoint=Checkpoint(path)
+    )
+    assert resumed.steps == 5 + 10 and len(seen) == 10
+
+
+def every_step(path: Path) -> Checkpoint:
+    return Checkpoint(path, every=0)
 
 
 class Bar:
@@ -186,10 +239,12 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
     history: list[Tensor] = []
     with pytest.warns(
         UserWarning,
-        match="^3 of 10 training steps were skipped, for their ELBO or gradient was not finite\\.$",
-    ):
+        match="^3 of 10 training steps were skipped because the loss or its gradient was not "
+        "finite\\.$",
+    ) as warned:
         report = train(flow, Normal(spoil), history, 10)
-    assert report == TrainingReport(steps=10, skipped=3, restored=0)
+    assert [warning.filename for warning in warned] == [__file__]  # it points at the user's call
+    assert report == TrainingReport(10, 3, 0, "all steps were taken")
     assert len(history) == 7
     assert bool(torch.stack(history).isfinite().all())
     assert bool(parameters(flow).isfinite().all())
@@ -216,16 +271,16 @@ def test_after_too_many_the_best_parameters_come_back_with_half_the_step(
 
     flow = gaussian()
     density = Normal(spoil)
-    step = training._Training.step
+    step = loop.Loop.step
 
-    def watched(self: Any, done: float, beta: float) -> None:
-        step(self, done, beta)
-        seen.append(self.adjustment.loc.detach().clone())
+    def watched(self: Any, done: float) -> None:
+        step(self, done)
+        seen.append(self.task.adjustment.loc.detach().clone())
 
-    monkeypatch.setattr(training._Training, "step", watched)
-    with pytest.warns(UserWarning, match="the last good parameters were restored 1 times"):
+    monkeypatch.setattr(loop.Loop, "step", watched)
+    with pytest.warns(UserWarning, match="the best parameters so far were restored once"):
         report = train(flow, density, [], 81, whitening_step_size=1e-3)
-    assert report == TrainingReport(steps=81, skipped=20, restored=1)
+    assert report == TrainingReport(81, 20, 1, "all steps were taken")
     best = seen[49]
     assert torch.equal(seen[79], best)
     # Adam's first step after the restoration is one of the present size in every entry.
@@ -245,7 +300,8 @@ def test_a_training_that_does_not_recover_ends_with_the_best_parameters() -> Non
         match=r"120 of 175 .* restored 5 times, and the training ended early, with them\.",
     ):
         report = train(flow, Normal(spoil), [], 10_000)
-    assert report == TrainingReport(steps=175, skipped=120, restored=5)
+    assert (report.steps, report.skipped, report.restored) == (175, 120, 5)
+    assert report.reason == "it did not recover from steps that were not finite"
     torch.manual_seed(0)
     good_best: list[Tensor] = []
 
@@ -319,7 +375,7 @@ def test_a_finished_training_is_not_run_again_and_the_next_one_goes_on(tmp_path:
         flow = realnvp()
         torch.manual_seed(0)
         train(flow, density, [], 30, checkpoint=checkpoint)
-        train(flow, density, [], 20, particles=64, checkpoint=checkpoint)
+        train(flow, density, [], 20, objective=PathELBO(64), checkpoint=checkpoint)
         return parameters(flow)
 
     path = tmp_path / "fit.pt"
@@ -362,18 +418,24 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "has steps 3, and this fit has steps 4",
     ),
     "particles": (
-        lambda p: train(realnvp(), Normal(), [], 3, particles=32, checkpoint=Checkpoint(p)),
+        lambda p: train(
+            realnvp(), Normal(), [], 3, objective=PathELBO(32), checkpoint=Checkpoint(p)
+        ),
         "has particles 256, and this fit has particles 32",
     ),
     "step size": (
         lambda p: train(realnvp(), Normal(), [], 3, step_size=0.1, checkpoint=Checkpoint(p)),
-        "has step_size 0.02, and this fit has step_size 0.1",
+        "has step_sizes [0.02, 0.005], and this fit has step_sizes [0.1, 0.005]",
     ),
-    "annealing": (
+    "objective": (
+        lambda p: train(realnvp(), Normal(), [], 3, objective=FAB(256), checkpoint=Checkpoint(p)),
+        "has objective PathELBO, and this fit has objective FAB",
+    ),
+    "average": (
         lambda p: train(
-            realnvp(), Normal(), [], 3, anneal=lambda done: done, checkpoint=Checkpoint(p)
+            realnvp(), Normal(), [], 3, options=LoopOptions(average=0.9), checkpoint=Checkpoint(p)
         ),
-        "has annealing [1.0, 1.0, 1.0, 1.0], and this fit has annealing [0.0,",
+        "has average None, and this fit has average 0.9",
     ),
     "data": (
         lambda p: train(realnvp(), Normal(mean=MEAN + 1), [], 3, checkpoint=Checkpoint(p)),
@@ -464,7 +526,7 @@ def test_a_compiled_training_gives_the_same_flow() -> None:
         for flow, compile in zip(flows, (False, True), strict=True):
             torch.manual_seed(0)
             for _ in range(2):
-                train(flow, Normal(), [], 15, particles=16, compile=compile)
+                train(flow, Normal(), [], 15, objective=PathELBO(16), compile=compile)
     torch.testing.assert_close(*map(parameters, flows), rtol=1e-9, atol=1e-9)
     assert len(compiled._COMPILED[flows[1]]) == 1  # the second round compiled nothing
 

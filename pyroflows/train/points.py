@@ -1,0 +1,176 @@
+"""Points to fit a density to: their checks, the part that is held out, batches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_tensor
+from . import processes
+
+__all__ = [
+    "Points",
+    "batches",
+    "distribution_of",
+    "log_prob",
+    "log_probs",
+    "mean_log_prob",
+    "split",
+]
+
+
+class Points(NamedTuple):
+    """Points with their contexts.
+
+    Attributes:
+        x: Of shape ``(n, *event_shape)``.
+        context: Of shape ``(n, *context_shape)``, or ``None``.
+    """
+
+    x: Tensor
+    context: Tensor | None
+
+    def rows(self, index: Any) -> Points:
+        """Some of them."""
+        return Points(self.x[index], None if self.context is None else self.context[index])
+
+
+def batches(count: int, size: int) -> int:
+    """Into how many batches of at most ``size`` points to part ``count`` of them."""
+    return math.ceil(count / size)
+
+
+def distribution_of(flow: nn.Module, context: Tensor | None) -> Any:
+    """The distribution of points given their contexts."""
+    return flow() if context is None else flow(context)
+
+
+def log_prob(flow: nn.Module, points: Points) -> Tensor:
+    """The log density of each point, of shape ``(n,)``."""
+    return distribution_of(flow, points.context).log_prob(points.x)
+
+
+@torch.no_grad()
+def log_probs(flow: nn.Module, points: Points, batch_size: int) -> Tensor:
+    """The log density of each point, batch by batch; in double precision, on the host."""
+    order = torch.arange(len(points.x), device=points.x.device)
+    parts = order.tensor_split(batches(len(order), 4 * batch_size))
+    values = [log_prob(flow, points.rows(part)).to("cpu", torch.float64) for part in parts]
+    return torch.cat(values)
+
+
+def mean_log_prob(flow: nn.Module, points: Points, batch_size: int) -> float:
+    """The mean log density of all points, of which each process evaluates its share."""
+    mine = points.rows(processes.rows(len(points.x)))
+    total = log_probs(flow, mine, batch_size).sum().to(points.x.device)
+    processes.sum_over_ranks([total])
+    return float(total) / len(points.x)
+
+
+def split(
+    flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any
+) -> tuple[Points, Points]:
+    """The training points and those held out."""
+    trained = next((p for p in flow.parameters() if p.requires_grad), None)
+    if trained is None:
+        raise ValueError(
+            f"Expected a flow with parameters to train; got {type(flow).__name__} without any."
+        )
+    points = _points("x", flow, x, context, like=trained)
+    if isinstance(validation, Real) and not isinstance(validation, bool):
+        train, held_out = _hold_out(points, float(validation))
+    else:
+        given: Any = (validation,) if isinstance(validation, Tensor) else validation
+        if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 2:
+            raise TypeError(
+                "Expected validation to be a fraction, held-out points, or a pair of points and contexts; "
+                f"got {validation!r}."
+            )
+        if (len(given) == 1) != (context is None):
+            raise ValueError(
+                "Expected validation to be a pair of points and contexts where there is a context, and points alone "
+                f"where there is none; got {'no contexts' if len(given) == 1 else 'a pair'}."
+            )
+        train, held_out = points, _points("validation", flow, *given, like=trained)
+        if len(train.x) < 2:
+            raise ValueError(f"Expected at least 2 points to train on; got {len(train.x)}.")
+    return train, held_out
+
+
+def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Tensor) -> Points:
+    """Points that a flow can be fitted to, where it is and of its dtype."""
+    check_tensor(name, x, ())
+    if x.dim() == 0 or len(x) == 0:
+        raise ValueError(
+            f"Expected {name} to hold points along its first dimension; got shape {tuple(x.shape)}."
+        )
+    if context is not None:
+        check_tensor("context", context, ())
+        if context.dim() == 0 or len(context) != len(x):
+            raise ValueError(
+                f"Expected one context for each of the {len(x)} points; got shape {tuple(context.shape)}."
+            )
+    for what, value in ((name, x), ("context", context)):
+        if value is not None:
+            _check_rows(
+                f"finite numbers in {what}", value.isfinite().reshape(len(value), -1).all(-1)
+            )
+
+    def placed(value: Tensor) -> Tensor:
+        return value.detach().to(like.device, like.dtype)
+
+    points = Points(placed(x), None if context is None else placed(context))
+    _check_event(name, flow, points)
+    return points
+
+
+def _hold_out(points: Points, fraction: float) -> tuple[Points, Points]:
+    if not 0 < fraction < 1:
+        raise ValueError(
+            f"Expected validation between 0 and 1, the fraction of points to hold out; got {fraction:g}."
+        )
+    n = len(points.x)
+    held_out = max(1, round(fraction * n))
+    if n - held_out < 2:
+        raise ValueError(
+            f"Expected at least 2 points to train on besides those held out; got {n} points in all."
+        )
+    order = torch.randperm(n, device="cpu").to(points.x.device)
+    return points.rows(order[held_out:]), points.rows(order[:held_out])
+
+
+def _check_event(name: str, flow: nn.Module, points: Points) -> None:
+    """Checks points against what the flow is a distribution of."""
+    one = points.rows(slice(1))
+    with torch.no_grad():
+        distribution = distribution_of(flow, one.context)
+    if not isinstance(distribution, torch.distributions.Distribution):
+        raise TypeError(
+            f"Expected flow to return a distribution when called; got {type(distribution).__name__}."
+        )
+    batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
+    if batch not in ((), (1,)) or (batch == (1,) and points.context is None):
+        raise ValueError(
+            f"Expected flow to return a distribution over single points; got one of batch shape {batch}."
+        )
+    if tuple(points.x.shape[1:]) != event:
+        sizes = ", ".join(["N", *map(str, event)])
+        raise ValueError(f"Expected {name} of shape ({sizes}); got {tuple(points.x.shape)}.")
+    with contextlib.suppress(NotImplementedError):
+        support: Any = distribution.support
+        inside = support.check(points.x).reshape(len(points.x), -1).all(-1)
+        _check_rows(f"{name} within the support {support}", inside)
+
+
+def _check_rows(expected: str, good: Tensor) -> None:
+    if not bool(good.all()):
+        bad = (~good).nonzero().flatten()
+        raise ValueError(
+            f"Expected {expected}; {len(bad)} of {len(good)} rows are not so, the first is row {int(bad[0])}."
+        )
