@@ -488,6 +488,24 @@ def test_training_improves_on_the_gaussian() -> None:
     assert sum(trained.history[-20:]) / 20 == pytest.approx(trained.verdict.elbo, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pf.train.objectives.PathELBO(num_particles=32),
+        pf.train.objectives.ImportanceWeightedBound(num_particles=64),
+    ],
+    ids=["PathELBO", "ImportanceWeightedBound"],
+)
+def test_flows_are_trained_for_the_objective_that_is_asked_for(objective: Any) -> None:
+    before, after = (
+        quickly(correlated, steps=steps, guide=pf.RealNVP, objective=objective)
+        for steps in (0, 150)
+    )
+    assert len(after.history) == 150
+    assert sum(after.history[-20:]) > sum(after.history[:20])
+    assert after.verdict.ess > before.verdict.ess
+
+
 # Progress, time, interruption
 
 
@@ -883,6 +901,20 @@ FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         "Expected device to be one of this machine",
     ),
     ("device is a number", fine, {"device": 3.5}, (TypeError, ValueError), "Expected device"),
+    (
+        "an option that is none",
+        fine,
+        {"progres": True},
+        TypeError,
+        "Expected the options progress, compile, checkpoint, objective of a fit; got 'progres'",
+    ),
+    (
+        "objective is a word",
+        fine,
+        {"objective": "elbo"},
+        TypeError,
+        "Expected objective to be one of pyroflows.train.objectives; got 'elbo'",
+    ),
     (
         "guide is a word",
         fine,
