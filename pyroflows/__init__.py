@@ -36,7 +36,7 @@ from .flows import (
     SylvesterFlow,
 )
 from .guides import AutoFlow
-from .posterior import Posterior, compare, evidence, fit_posterior, load_posterior
+from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
 from .testing import check
 from .train import fit_density
 
@@ -70,6 +70,7 @@ __all__ = [
     "fit_posterior",
     "flows",
     "guides",
+    "judge",
     "load_posterior",
     "model",
     "nn",

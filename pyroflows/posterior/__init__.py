@@ -1,14 +1,20 @@
 """From a model to a posterior, and whether to trust it."""
 
 from .chains import Chains, flow_mc, neutra
-from .comparison import Evidence, compare, evidence
+from .comparison import compare
+from .evidence import Evidence, evidence
 from .fit import fit_posterior
-from .posterior import Posterior, Rung, load_posterior
-from .verdict import Verdict
+from .judge import judge
+from .ladder import Rung
+from .loading import load_posterior
+from .posterior import Attempt, Posterior
+from .verdict import Finding, Verdict
 
 __all__ = [
+    "Attempt",
     "Chains",
     "Evidence",
+    "Finding",
     "Posterior",
     "Rung",
     "Verdict",
@@ -16,6 +22,7 @@ __all__ = [
     "evidence",
     "fit_posterior",
     "flow_mc",
+    "judge",
     "load_posterior",
     "neutra",
 ]

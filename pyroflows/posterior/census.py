@@ -9,14 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._deadline import Deadline
 from ..model import prediction as simulate
 from ..model.density import LogDensity
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 
-__all__ = ["Census", "missed_mass", "take_census", "widened", "without_end"]
+__all__ = [
+    "Census",
+    "find_flat_direction",
+    "find_start",
+    "missed_mass",
+    "take_census",
+    "widen_census",
+]
 
 STARTS = 64
-# The cost of a Hessian by differences grows with the features; so many gradients an iteration of all ascents may take.
+# Gradient evaluations per iteration, over all ascents; a finite-difference Hessian costs 2D of
+# them.
 GRADIENTS = 16_384
 # Draws for the evidence of a local fit.
 DRAWS = 256
@@ -29,9 +38,9 @@ UNIFORM = 2.0
 FLAT = 0.1
 # Nats by which the density dips on the line between two modes.
 DIP = 1.0
-# What a region must weigh to be told of, as a share of the evidence.
+# Smallest share of the evidence at which a mode is reported.
 LEAST_MASS = 0.01
-# How far out a density is looked at for its fall, in widths of a fit.
+# How far out a density must have fallen off, in widths of a fit.
 FAR = 1e6
 # A region is missed where the guide's density is below the posterior's by this factor.
 MISSED = 20.0
@@ -42,13 +51,17 @@ class Census(NamedTuple):
 
     Attributes:
         fits: All that differ, best ELBO first.
-        modes: Those at separate maxima of the density that carry mass, heaviest first; there may be none.
+        modes: Those at separate maxima of the density that carry mass, heaviest first; there may be
+            none.
         weights: Shares of their masses, of shape ``(modes,)``.
+        flat_direction: A direction in which the density does not fall off, of shape
+            ``(features,)``; ``None`` if the search has found none.
     """
 
     fits: Gaussians
     modes: Gaussians
     weights: Tensor
+    flat_direction: Tensor | None = None
 
     @property
     def best(self) -> Gaussian:
@@ -56,53 +69,98 @@ class Census(NamedTuple):
         return self.fits.one(0)
 
 
-def take_census(density: LogDensity, start: Tensor, starts: int = STARTS, seed: int = 0) -> Census:
+def take_census(
+    density: LogDensity,
+    start: Tensor,
+    starts: int = STARTS,
+    seed: int = 0,
+    deadline: Deadline | None = None,
+) -> Census:
     """Fits Gaussians from many starts and tells which of them are separate modes.
 
-    Starts are the given one, draws from the prior, uniform numbers, and points far around the first fit.
+    The starts are the given one, draws from the prior, uniform numbers, and points far around the
+    first fit.
 
     Args:
         density: The log density.
         start: A point of shape ``(features,)`` with a finite log density.
         starts: How many starts; fewer where there are many features.
         seed: Seed of the starts and of the draws that weigh the fits.
+        deadline: When the ascents stop where they are.
 
     Returns:
         The census.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        first, first_end = fit_gaussians(density, start.unsqueeze(0))
-        others = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
-        best, end = fit_gaussians(
-            density, _starts(density, first.one(0), others), draws=_few_draws(density)
-        )
-        fits = _rescored(density, _distinct(_joined(first, first_end, best, end)))
-        modes, weights = _modes(density, _distinct(_joined(first_end, end)))
-    return Census(fits, modes, weights)
+        first, first_end = fit_gaussians(density, start.unsqueeze(0), deadline=deadline)
+        count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
+        others = _spread_starts(density, first.one(0), count)
+        draws = _count_draws(density)
+        best, end = fit_gaussians(density, others, draws=draws, deadline=deadline)
+        fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
+        modes, weights = _find_modes(density, _drop_duplicates(_join(first_end, end)))
+    return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
-def widened(density: LogDensity, census: Census, points: Tensor) -> Census:
-    """The census with ascents from more points, such as those at which a guide is surprised.
+def widen_census(
+    density: LogDensity, census: Census, points: Tensor, deadline: Deadline | None = None
+) -> Census:
+    """Adds ascents from more points, such as draws of a guide whose weights are large.
 
     Args:
         density: The log density.
-        census: What is known.
+        census: The census so far.
         points: Where to start, of shape ``(count, features)``, with finite log densities.
+        deadline: When the ascents stop where they are.
 
     Returns:
-        The census of both.
+        The census of all ascents.
     """
-    best, end = fit_gaussians(density, points, draws=_few_draws(density))
-    fits = _rescored(density, _distinct(_joined(census.fits, best, end)))
-    return Census(fits, *_modes(density, _distinct(_joined(census.modes, end))))
+    best, end = fit_gaussians(density, points, draws=_count_draws(density), deadline=deadline)
+    fits = _score(density, _drop_duplicates(_join(census.fits, best, end)))
+    modes, weights = _find_modes(density, _drop_duplicates(_join(census.modes, end)))
+    return Census(fits, modes, weights, census.flat_direction)
 
 
-def without_end(density: LogDensity, fit: Gaussian) -> Tensor | None:
-    r"""A direction in which a density does not fall off, if one of the axes of a fit is such.
+def find_start(density: LogDensity, tries: int = 256) -> Tensor:
+    """Finds a point of finite density: the initial one, or the densest of some random ones.
 
-    Along each axis, :math:`t =` a million widths out, a proper density has fallen to less than :math:`1 / t`, unless it has
-    a horn that narrow.
+    Args:
+        density: The log density.
+        tries: How many random points to try.
+
+    Returns:
+        A point of shape ``(features,)`` with a finite log density and gradient.
+
+    Raises:
+        ValueError: If there is none; the sentence names the site at fault.
+    """
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(tries, density.features, generator=generator, device="cpu")
+    spread = UNIFORM * (2 * uniform - 1)
+    for points in (density.initial.unsqueeze(0), spread.to(density.initial)):
+        values, slopes = density.value_and_grad(points)
+        usable = values.isfinite() & slopes.isfinite().all(-1)
+        if bool(usable.any()):
+            return points[values.masked_fill(~usable, -math.inf).argmax()]
+    at_fault = [
+        f"site {name!r} gives {float(value):g}"
+        for name, value in density.site_log_probs(density.initial).items()
+        if not bool(value.isfinite())
+    ]
+    where = ", ".join(at_fault) or "its gradient is not finite"
+    raise ValueError(
+        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the "
+        "data, and for data outside of a support."
+    )
+
+
+def find_flat_direction(density: LogDensity, fit: Gaussian) -> Tensor | None:
+    r"""Looks along the axes of a fit for a direction in which a density does not fall off.
+
+    Along each axis, :math:`t =` a million widths out, a proper density has fallen to less than
+    :math:`1 / t`, unless it has a horn that narrow.
 
     Args:
         density: The log density.
@@ -112,13 +170,12 @@ def without_end(density: LogDensity, fit: Gaussian) -> Tensor | None:
         The direction, of shape ``(features,)``, or ``None``.
     """
     axes = torch.cat([fit.scale_tril.mT, -fit.scale_tril.mT])
-    # What is no number so far out counts as zero density.
+    # A point so far out at which the density is not a number counts as zero density.
     far = density.log_prob(fit.loc + FAR * axes).nan_to_num(nan=-math.inf, posinf=-math.inf)
-    # Newton's steps widen a fit without end where there is no curvature; there rounding hides what the density does.
-    endless = (density.log_prob(fit.loc) - far < math.log(FAR)) | (
-        axes.abs().amax(-1) > WIDEST / FAR
-    )
-    return axes[endless.nonzero()[0, 0]] if bool(endless.any()) else None
+    hardly_falls = density.log_prob(fit.loc) - far < math.log(FAR)
+    # Without curvature Newton's steps widen a fit until rounding hides the density.
+    flat = hardly_falls | (axes.abs().amax(-1) > WIDEST / FAR)
+    return axes[flat.nonzero()[0, 0]] if bool(flat.any()) else None
 
 
 def missed_mass(
@@ -139,7 +196,7 @@ def missed_mass(
     Returns:
         For each fit the mass in units of the evidence, of shape ``(count,)``.
     """
-    z, log_p, log_c = _weighed(density, fits)
+    z, log_p, log_c = _weigh(density, fits)
     with torch.no_grad():
         log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape).nan_to_num(nan=-math.inf)
     missed = log_p - log_evidence - log_guide > math.log(MISSED)
@@ -147,12 +204,12 @@ def missed_mass(
     return torch.where(missed, ratio, 0.0).mean(-1).nan_to_num(nan=0.0)
 
 
-def _few_draws(density: LogDensity) -> int:
-    """As few draws as tell the ELBO of a normal density exactly."""
+def _count_draws(density: LogDensity) -> int:
+    """Returns the fewest draws that give the ELBO of a normal density exactly."""
     return max(16, 2 * density.features)
 
 
-def _starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
+def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     n, like = density.features, fit.loc
     quarter = count // 4
     prior = simulate.prior_draws(density, quarter)
@@ -171,22 +228,26 @@ def _starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     return torch.cat([fit.loc.unsqueeze(0), candidates[usable]])
 
 
-def _joined(*groups: Gaussians) -> Gaussians:
+def _join(*groups: Gaussians) -> Gaussians:
     loc, root, elbo = (torch.cat(parts) for parts in zip(*groups, strict=True))
     sound = elbo.isfinite() & loc.isfinite().all(-1) & root.isfinite().all(-1).all(-1)
     return Gaussians(loc, root, elbo).pick(sound)
 
 
-def _distinct(fits: Gaussians) -> Gaussians:
-    """Those that differ by half a width in place, two in all, or a quarter in widths or axes; best ELBO first."""
+def _drop_duplicates(fits: Gaussians) -> Gaussians:
+    """Drops near-duplicates, best ELBO first.
+
+    Kept fits differ by half a width per entry (two in total) in their centres, or by a quarter in
+    their scales.
+    """
     fits = fits.pick(fits.elbo.argsort(descending=True))
     n = fits.loc.shape[-1]
-    left = torch.ones_like(fits.elbo, dtype=torch.bool)
+    waiting = torch.ones_like(fits.elbo, dtype=torch.bool)
     kept: list[int] = []
-    for i in range(len(left)):
+    for i in range(len(waiting)):
         if len(kept) == MOST_FITS:
             break
-        if not bool(left[i]):
+        if not bool(waiting[i]):
             continue
         kept.append(i)
         offset = torch.linalg.solve(fits.root[i], (fits.loc - fits.loc[i]).mT).mT
@@ -196,8 +257,8 @@ def _distinct(fits: Gaussians) -> Gaussians:
             < 1.5
         )
         near = alike & (offset.square().sum(-1) < min(0.25 * n, 4.0))
-        left &= ~near
-    return fits.pick(torch.tensor(kept, device=left.device, dtype=torch.long))
+        waiting &= ~near
+    return fits.pick(torch.tensor(kept, device=waiting.device, dtype=torch.long))
 
 
 def _mean_square(matrices: Tensor) -> Tensor:
@@ -205,20 +266,20 @@ def _mean_square(matrices: Tensor) -> Tensor:
     return matrices.square().sum((-2, -1)) / matrices.shape[-1]
 
 
-def _rescored(density: LogDensity, fits: Gaussians) -> Gaussians:
-    """With ELBOs of many draws, best first."""
-    _, log_p, log_c = _weighed(density, fits)
+def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
+    """Estimates the ELBOs again, by many draws, and sorts by them."""
+    _, log_p, log_c = _weigh(density, fits)
     elbo = (log_p - log_c).mean(-1)
     return fits._replace(elbo=elbo).pick(elbo.argsort(descending=True))
 
 
-def _modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
+def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
     slope = density.value_and_grad(fits.loc)[1]
     flat = (fits.root.mT @ slope.unsqueeze(-1)).squeeze(-1).abs().amax(-1) < FLAT
     fits = fits.pick(flat)
     if not len(fits.loc):
         return fits, fits.elbo
-    _, log_p, log_c = _weighed(density, fits)
+    _, log_p, log_c = _weigh(density, fits)
     log_weights = log_p - log_c
     fits = fits._replace(elbo=log_weights.mean(-1))
     evidence = log_weights.logsumexp(-1) - math.log(DRAWS)
@@ -240,8 +301,13 @@ def _dips(density: LogDensity, a: Tensor, b: Tensor) -> bool:
     return bool(values.min() < torch.minimum(values[0], values[-1]) - DIP)
 
 
-def _weighed(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws of each fit, ``(count, draws, features)``, and log densities of the model and of the fit, ``(count, draws)``."""
+def _weigh(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws from each fit.
+
+    Returns:
+        Draws ``(count, draws, features)``, and log densities of the model and of the fit, ``(count,
+        draws)``.
+    """
     n = fits.loc.shape[-1]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(DRAWS, n, generator=generator, device="cpu", dtype=fits.loc.dtype).to(

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._deadline import Deadline
 from ..model.density import LogDensity
 
-__all__ = ["Gaussian", "Gaussians", "fit_gaussian", "fit_gaussians"]
+__all__ = ["Gaussian", "Gaussians", "fit_gaussians"]
 
 
 # Where a density does not fall off, the widths grow until they overflow.
@@ -18,7 +19,7 @@ WIDEST = 1e15
 
 
 class Gaussian(NamedTuple):
-    """A normal law and its ELBO.
+    """A normal distribution and its ELBO.
 
     Attributes:
         loc: Mean, of shape ``(features,)``.
@@ -32,7 +33,7 @@ class Gaussian(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """Several normal laws and their ELBOs.
+    """Several normal distributions and their ELBOs.
 
     Attributes:
         loc: Means, of shape ``(count, features)``.
@@ -45,52 +46,40 @@ class Gaussians(NamedTuple):
     elbo: Tensor
 
     def where(self, condition: Tensor, other: Gaussians) -> Gaussians:
-        """Those of ``self`` where the condition of shape ``(count,)`` holds, else those of ``other``."""
+        """Takes ``self`` where a condition of shape ``(count,)`` holds, else ``other``."""
         loc = torch.where(condition[:, None], self.loc, other.loc)
         root = torch.where(condition[:, None, None], self.root, other.root)
         return Gaussians(loc, root, torch.where(condition, self.elbo, other.elbo))
 
     def pick(self, index: Tensor) -> Gaussians:
-        """Some of them, by their indices or a mask."""
+        """Picks some of them, by indices or a mask."""
         return Gaussians(self.loc[index], self.root[index], self.elbo[index])
 
     def one(self, index: int) -> Gaussian:
-        """One of them."""
+        """Picks one of them."""
         return Gaussian(self.loc[index], _lower_root(self.root[index]), float(self.elbo[index]))
 
 
-def fit_gaussian(
-    density: LogDensity, start: Tensor, steps: int = 30, draws: int = 256, seed: int = 0
-) -> Gaussian:
-    """Fits a Gaussian by saddle-free Newton steps in whitened units; see :func:`fit_gaussians`.
-
-    Args:
-        density: The log density.
-        start: Where to start, of shape ``(features,)``, with a finite log density.
-        steps: Most steps to take.
-        draws: Draws for each ELBO; the same for all of them.
-        seed: Seed of these draws.
-
-    Returns:
-        The Gaussian with the best ELBO.
-    """
-    best, _ = fit_gaussians(density, start.unsqueeze(0), steps, draws, seed)
-    return best.one(0)
-
-
 def fit_gaussians(
-    density: LogDensity, starts: Tensor, steps: int = 30, draws: int = 256, seed: int = 0
+    density: LogDensity,
+    starts: Tensor,
+    steps: int = 30,
+    draws: int = 256,
+    seed: int = 0,
+    deadline: Deadline | None = None,
 ) -> tuple[Gaussians, Gaussians]:
-    r"""Fits a Gaussian from each of many starts at once, by saddle-free Newton steps in whitened units.
+    r"""Fits Gaussians from many starts at once, by saddle-free Newton steps in whitened units.
 
-    Each step takes the Hessian of :math:`\log p` along the columns of the current root :math:`L`, by central differences
-    of the gradient,
+    Each step takes the Hessian of :math:`\log p` along the columns of the current root :math:`L`,
+    by central differences of the gradient,
 
-    .. math:: H = \tfrac{1}{2h} L^\top [\nabla \log p(z + h L) - \nabla \log p(z - h L)] = V \operatorname{diag}(w) V^\top,
+    .. math:: H = \tfrac{1}{2h} L^\top [\nabla \log p(z + h L) - \nabla \log p(z - h L)]
+        = V \operatorname{diag}(w) V^\top,
 
-    renews the root, :math:`L \leftarrow L V |w|^{-1/2}`, and moves along :math:`L L^\top \nabla \log p` by the best of a
-    geometric series of lengths. In whitened units neither the scale nor the correlation of the parameters matters, and
-    with :math:`|w|` a saddle repels. Where the density has no finite mode, the ELBO says which point on the way to take.
+    renews the root, :math:`L \leftarrow L V |w|^{-1/2}`, and moves along :math:`L L^\top \nabla
+    \log p` by the best of a geometric series of lengths. In whitened units neither the scale nor
+    the correlation of the parameters matters, and with :math:`|w|` a saddle repels. Where the
+    density has no finite mode, the ELBO says which point on the way to take.
 
     Args:
         density: The log density.
@@ -98,13 +87,15 @@ def fit_gaussians(
         steps: Most steps to take.
         draws: Draws for each ELBO; the same for all of them.
         seed: Seed of these draws.
+        deadline: When to stop.
 
     Returns:
-        For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a mode if there is one.
+        For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a
+        mode if there is one.
 
     Reference:
-        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle point problem in
-        high-dimensional non-convex optimization", 2014,
+        Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle
+        point problem in high-dimensional non-convex optimization", 2014,
         https://arxiv.org/abs/1406.2572
     """
     n = density.features
@@ -113,7 +104,8 @@ def fit_gaussians(
         starts.device
     )
     if len(noise) >= n:
-        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no sampling error.
+        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no
+        # sampling error.
         noise = torch.linalg.solve_triangular(
             torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False
         ).mT
@@ -123,7 +115,7 @@ def fit_gaussians(
     unimproved = torch.zeros_like(best.elbo)
     going = unimproved == 0
     for _ in range(steps):
-        if not bool(going.any()):
+        if not bool(going.any()) or (deadline is not None and deadline.passed):
             break
         index = going.nonzero().squeeze(-1)
         now = last.pick(index)
@@ -160,7 +152,8 @@ def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, 
     eigenvalues, vectors = torch.linalg.eigh(
         torch.where(finite, change, torch.eye(n, dtype=z.dtype, device=z.device))
     )
-    # One step changes a width by at most a factor of 30: the Hessian is known only within the present ones.
+    # One step changes a width by at most a factor of 30: the Hessian is known only within the
+    # present ones.
     renewed = root @ (vectors * eigenvalues.abs().clamp(1e-3, 1e3).rsqrt().unsqueeze(-2))
     return torch.where(finite, renewed, root), gradients[:, -1].nan_to_num(0.0, 0.0, 0.0)
 

@@ -20,7 +20,7 @@ from pyroflows import _spec
 from pyroflows.distributions import StudentTBase
 from pyroflows.guides import Guide, WhitenedFlow, from_spec
 from pyroflows.model import LogDensity
-from pyroflows.posterior.rungs import flow_of_fit, wide_flow_of_fit
+from pyroflows.posterior.ladder import make_narrow_flow, make_wide_flow
 
 FEATURES = 3
 
@@ -72,8 +72,8 @@ OPTIONS: dict[str, Callable[[int], Any]] = {
     "nested": lambda n: pf.transforms.Compose(
         [pf.transforms.Permute(n), pf.transforms.Compose([pf.transforms.AffineCoupling(n)])]
     ),
-    "of the ladder": flow_of_fit,
-    "wide, of the ladder": wide_flow_of_fit,
+    "of the ladder": make_narrow_flow,
+    "wide, of the ladder": make_wide_flow,
 }
 MADE = {**FLOWS, **OPTIONS}
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pyroflows as pf
 from pyroflows.model import data as model_data
 from pyroflows.model.minibatch import LoadedDensity, SubsampledDensity, log_density_of
-from pyroflows.posterior.gaussian import fit_gaussian
+from pyroflows.posterior.gaussian import fit_gaussians
 from pyroflows.train.checkpoint import Checkpoint
 from pyroflows.train.objectives import PathELBO
 from pyroflows.train.training import train
@@ -197,7 +197,7 @@ def test_an_anchor_takes_most_of_the_variance_away(kind: str) -> None:
         if kind == "plate"
         else log_density_of(loaded(), loader())
     )
-    gaussian = fit_gaussian(density.full, density.initial)
+    gaussian = fit_gaussians(density.full, density.initial.unsqueeze(0))[0].one(0)
     z = gaussian.loc + torch.randn(50, 3) @ gaussian.scale_tril.mT
 
     def variance() -> Tensor:

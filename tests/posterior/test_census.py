@@ -12,7 +12,12 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyroflows.model import LogDensity
-from pyroflows.posterior.census import missed_mass, take_census, widened, without_end
+from pyroflows.posterior.census import (
+    find_flat_direction,
+    missed_mass,
+    take_census,
+    widen_census,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +120,7 @@ def test_a_narrow_mode_is_found_from_a_point_within_it() -> None:
     weights, locs = torch.tensor([0.7, 0.3]), torch.tensor([[0.0, 0.0], [1.8, 1.8]])
     density = mixture_density(weights, locs, torch.tensor([1.0, 0.01]))
     census = take_census(density, torch.zeros(2))
-    wider = widened(density, census, torch.tensor([[1.81, 1.79]]))
+    wider = widen_census(density, census, torch.tensor([[1.81, 1.79]]))
     # The wide normal has a little mass within the narrow one's width, and neither fit is exact there.
     torch.testing.assert_close(wider.weights, weights, rtol=0, atol=0.01)
 
@@ -124,7 +129,7 @@ def test_a_narrow_mode_is_found_from_a_point_within_it() -> None:
 def test_a_proper_density_has_an_end(scale: float) -> None:
     for law in (dist.Normal(0.0, scale), dist.StudentT(1.5, 0.0, scale), dist.Cauchy(0.0, scale)):
         density = LogDensity(lambda law=law: pyro.sample("x", law))
-        assert without_end(density, take_census(density, torch.zeros(1)).best) is None
+        assert find_flat_direction(density, take_census(density, torch.zeros(1)).best) is None
 
 
 def test_an_improper_density_has_none() -> None:
@@ -134,7 +139,7 @@ def test_an_improper_density_has_none() -> None:
         pyro.sample("y", dist.Normal(a + b, 1.0), obs=torch.tensor(2.0))
 
     density = LogDensity(model)
-    direction = without_end(density, take_census(density, density.initial).best)
+    direction = find_flat_direction(density, take_census(density, density.initial).best)
     assert direction is not None
     assert float((direction[0] + direction[1]) / direction.abs().amax()) == pytest.approx(
         0.0, abs=1e-6

@@ -140,7 +140,7 @@ def assert_moments(chains: Chains, site: str, mean: float, variance: float) -> N
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_whatever_the_guide(method: str) -> None:
-    assert rough().verdict.ess < 0.9
+    assert rough().propose(4000, seed=0).ess < 0.9
     chains = METHODS[method](rough(), progress=False)
     for site, (mean, variance) in MOMENTS.items():
         assert_moments(chains, site, mean, variance)

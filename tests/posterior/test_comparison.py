@@ -20,8 +20,11 @@ from pyroflows.guides import AutoMixture
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Posterior
 from pyroflows.posterior.chains import flow_mc
-from pyroflows.posterior.comparison import Evidence, bridge, compare, evidence
-from pyroflows.posterior.gaussian import fit_gaussian
+from pyroflows.posterior.checks import judge_subject
+from pyroflows.posterior.comparison import compare
+from pyroflows.posterior.evidence import Evidence, bridge, evidence
+from pyroflows.posterior.gaussian import fit_gaussians
+from pyroflows.posterior.subject import Subject
 from pyroflows.transforms import Transform
 
 DOUBLE = torch.float64
@@ -34,6 +37,13 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def number(value: float) -> Tensor:
     return torch.tensor(value, dtype=DOUBLE)
+
+
+def judged(guide: Any, density: LogDensity) -> Posterior:
+    """A posterior with the verdict of its weights and of a drift."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Posterior(guide, density, judge_subject(Subject(guide, density)))
 
 
 def posterior_of(
@@ -49,12 +59,12 @@ def posterior_of(
     loc, scale = (torch.as_tensor(value, dtype=DOUBLE) for value in (loc, scale))
     root = scale if scale.dim() == 2 else torch.diag(scale.expand(density.features))
     guide.whiten(*(value.to(density.initial) for value in (loc.expand(density.features), root)))
-    return Posterior(guide, density)
+    return judged(guide, density)
 
 
 def gaussian_fit(model: Model) -> Posterior:
     density = LogDensity(model)
-    fit = fit_gaussian(density, density.initial)
+    fit = fit_gaussians(density, density.initial.unsqueeze(0))[0].one(0)
     return posterior_of(model, fit.loc, fit.scale_tril)
 
 
@@ -367,7 +377,7 @@ def test_two_modes_that_the_guide_knows() -> None:
         guide.whiten(
             component, torch.tensor([loc], dtype=DOUBLE), torch.tensor([[1.1]], dtype=DOUBLE)
         )
-    posterior = Posterior(guide, density)
+    posterior = judged(guide, density)
     for method in ("importance", "bridge"):
         found = evidence(posterior, method)
         assert abs(found.log_evidence - math.log(2)) < 4 * found.log_evidence_error < 0.1

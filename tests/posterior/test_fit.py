@@ -22,8 +22,7 @@ from torch import Tensor
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior
 from pyroflows.examples import load_example
-from pyroflows.posterior import fit as fit_module
-from pyroflows.posterior import posterior as posterior_module
+from pyroflows.posterior import ladder as ladder_module
 from pyroflows.train import loop as loop_module
 
 Model = Callable[..., Any]
@@ -349,7 +348,7 @@ def test_a_start_of_zero_density_is_left() -> None:
 
 
 def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posterior_module, "JUDGE_DRAWS", 300)
+    monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 300)
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -489,6 +488,24 @@ def test_training_improves_on_the_gaussian() -> None:
     assert sum(trained.history[-20:]) / 20 == pytest.approx(trained.verdict.elbo, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pf.train.objectives.PathELBO(num_particles=32),
+        pf.train.objectives.ImportanceWeightedBound(num_particles=64),
+    ],
+    ids=["PathELBO", "ImportanceWeightedBound"],
+)
+def test_flows_are_trained_for_the_objective_that_is_asked_for(objective: Any) -> None:
+    before, after = (
+        quickly(correlated, steps=steps, guide=pf.RealNVP, objective=objective)
+        for steps in (0, 150)
+    )
+    assert len(after.history) == 150
+    assert sum(after.history[-20:]) > sum(after.history[:20])
+    assert after.verdict.ess > before.verdict.ess
+
+
 # Progress, time, interruption
 
 
@@ -592,7 +609,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(
     def pressed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fit_module, "take_census", pressed)
+    monkeypatch.setattr(ladder_module, "take_census", pressed)
     posterior = quickly(correlated)
     assert posterior.interrupted
     assert posterior.history == []
@@ -601,7 +618,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(
 
 @pytest.mark.filterwarnings("ignore:This model cannot be evaluated")
 def test_an_interruption_within_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(posterior_module, "JUDGE_DRAWS", 100)
+    monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 100)
     calls = 0
 
     def model() -> None:
@@ -884,6 +901,20 @@ FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         "Cannot compute on device cuda:97",
     ),
     ("device is a number", fine, {"device": 3.5}, (TypeError, ValueError), "Expected device"),
+    (
+        "an option that is none",
+        fine,
+        {"progres": True},
+        TypeError,
+        "Expected the options progress, compile, checkpoint, objective of a fit; got 'progres'",
+    ),
+    (
+        "objective is a word",
+        fine,
+        {"objective": "elbo"},
+        TypeError,
+        "Expected objective to be one of pyroflows.train.objectives; got 'elbo'",
+    ),
     (
         "guide is a word",
         fine,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroflows.examples import load_example
 from pyroflows.model import LogDensity
-from pyroflows.posterior.gaussian import Gaussian, fit_gaussian
+from pyroflows.posterior.gaussian import Gaussian, fit_gaussians
 
 
 @pytest.fixture
@@ -38,6 +38,11 @@ def equicorrelated(scales: Tensor, correlation: float) -> Tensor:
 def monte_carlo_error(features: int, draws: int = 256) -> float:
     """Four standard errors of the bound of a normal law on itself: the draws are antithetic pairs."""
     return 4 * math.sqrt(0.5 * features / (draws / 2))
+
+
+def fit_gaussian(density: LogDensity, start: Tensor, **options: int) -> Gaussian:
+    """The best fit from one start."""
+    return fit_gaussians(density, start.unsqueeze(0), **options)[0].one(0)
 
 
 def assert_exact(fit: Gaussian, loc: Tensor, covariance: Tensor, tolerance: float) -> None:

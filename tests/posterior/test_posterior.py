@@ -25,7 +25,9 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior, load_posterior
-from pyroflows.posterior import posterior as posterior_module
+from pyroflows.posterior import importance
+from pyroflows.posterior.files import FIELDS
+from pyroflows.posterior.subject import JUDGE_DRAWS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
@@ -205,7 +207,7 @@ def test_resampled_draws_are_seldom_the_same() -> None:
 def test_the_verdict_and_its_sentence(posterior: pf.Posterior) -> None:
     verdict = posterior.verdict
     assert posterior.log_evidence == verdict.log_evidence
-    assert verdict.draws == posterior_module.JUDGE_DRAWS
+    assert verdict.draws == JUDGE_DRAWS
     assert str(verdict) in repr(posterior)
     assert "eta[3]" in repr(posterior)
 
@@ -370,6 +372,9 @@ def test_attributes_say_how_far_to_trust_it(exported: Any, posterior: pf.Posteri
     assert attrs["khat"] == posterior.verdict.khat
     assert attrs["log_evidence"] == posterior.log_evidence
     assert attrs["importance_resampled"] == int(posterior.corrects)
+    for finding in posterior.verdict.findings:
+        assert attrs[f"check_{finding.name}"] == finding.status
+        assert attrs.get(f"check_{finding.name}_value") == finding.value
 
 
 def test_the_seed_of_an_export(posterior: pf.Posterior) -> None:
@@ -534,8 +539,12 @@ def test_a_loaded_posterior_can_do_what_a_fitted_one_can(
     assert further.verdict.elbo == pytest.approx(posterior.verdict.elbo, abs=0.2)
 
 
-@pytest.mark.parametrize("flow", [pf.RealNVP, pf.NICE])
-def test_a_preset_is_remembered(flow: Any, tmp_path: Path) -> None:
+def changed_realnvp(features: int) -> pf.Flow:
+    return pf.RealNVP(features, transforms=2, hidden_features=(8,), reversible=True)
+
+
+@pytest.mark.parametrize("flow", [pf.RealNVP, pf.NICE, pf.NSF, changed_realnvp])
+def test_a_flow_is_remembered_with_its_options(flow: Any, tmp_path: Path) -> None:
     posterior = fit_posterior(skewed, guide=flow, steps=5, progress=False)
     posterior.save(tmp_path / "p.pt")
     assert_same(posterior, load_posterior(tmp_path / "p.pt", skewed))
@@ -596,13 +605,17 @@ def test_loaded_in_a_fresh_process(posterior: pf.Posterior, tmp_path: Path) -> N
     )
 
 
+class OwnTransform(pf.transforms.Elementwise):
+    """A transform of a user's own, which no file can name."""
+
+
 def test_a_flow_of_ones_own_needs_a_guide_to_load_into(tmp_path: Path) -> None:
-    def flow(features: int) -> pf.Flow:
-        return pf.RealNVP(features, transforms=2, hidden_features=(8,))
+    def flow(features: int) -> pf.transforms.Transform:
+        return OwnTransform(pf.univariate.MonotoneNetwork(), features)
 
     posterior = fit_posterior(skewed, guide=flow, steps=5, progress=False)
     posterior.save(tmp_path / "p.pt")
-    with pytest.raises(ValueError, match="Expected a guide made as the one saved"):
+    with pytest.raises(ValueError, match="Expected a guide made as the one"):
         load_posterior(tmp_path / "p.pt", skewed)
     assert_same(posterior, load_posterior(tmp_path / "p.pt", skewed, guide=AutoFlow(skewed, flow)))
     with pytest.raises(ValueError, match="Expected a guide made as the one saved") as caught:
@@ -640,23 +653,6 @@ def test_the_wrong_model_is_refused(model: Model, posterior: pf.Posterior, tmp_p
         ValueError, match=r"Expected the model of the saved posterior, with latent sites .*'mu'"
     ):
         load_posterior(tmp_path / "p.pt", model)
-
-
-@pytest.mark.parametrize("preset", [pf.RealNVP, pf.MAF])
-def test_a_file_of_before_linear_maps_is_read(
-    preset: Callable[..., pf.Flow], tmp_path: Path
-) -> None:
-    """Up to format 2 these presets had nothing between their layers, and were saved by their names."""
-    path = tmp_path / "p.pt"
-    made = fit_posterior(
-        hierarchy, (SIGMA, Y), guide=lambda n: preset(n, mixing=None), steps=3, progress=False
-    )
-    made.save(path)
-    torch.save({**torch.load(path), "format": 2, "flow": preset.__name__}, path)
-    loaded = load_posterior(path, hierarchy)
-    loaded.save(path)
-    for posterior in (loaded, load_posterior(path, hierarchy)):
-        torch.testing.assert_close(posterior.guide.state_dict(), made.guide.state_dict())
 
 
 def _pickled_code(path: Path) -> None:
@@ -702,20 +698,34 @@ def test_a_truncated_file_is_refused(posterior: pf.Posterior, tmp_path: Path) ->
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     torch.save({"format": 99}, tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"of format 3; .* has format 99"):
+    with pytest.raises(ValueError, match=r"of format 4; .* has format 99"):
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 
-def test_a_file_of_which_a_part_is_missing_is_refused(
-    posterior: pf.Posterior, tmp_path: Path
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_file_that_lacks_a_field_is_refused(
+    name: str, posterior: pf.Posterior, tmp_path: Path
 ) -> None:
     path = tmp_path / "p.pt"
     posterior.save(path)
     state = torch.load(path, weights_only=True)
-    del state["parameters"]
+    del state[name]
     torch.save(state, path)
-    with pytest.raises(ValueError, match="Expected the file of a saved posterior"):
+    with pytest.raises(
+        ValueError, match=rf"Expected the file of a saved posterior; .* lacks {name}"
+    ):
         load_posterior(path, hierarchy)
+
+
+def test_loading_judges_nothing(
+    posterior: pf.Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    posterior.save(tmp_path / "p.pt")
+    monkeypatch.setattr(importance, "psis", None)
+    loaded = load_posterior(tmp_path / "p.pt", hierarchy)
+    assert loaded.verdict == posterior.verdict
+    assert loaded.rungs == posterior.rungs
+    assert loaded.name == posterior.name == "flow, 60 steps"
 
 
 @pytest.mark.parametrize("where", ["missing.pt", "folder/missing.pt", "."])

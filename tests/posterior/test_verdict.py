@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, StudentT
 
-from pyroflows.posterior import Verdict
-from pyroflows.posterior.verdict import judge
+from pyroflows._deadline import Deadline
+from pyroflows.posterior import Finding, Posterior, Verdict
+from pyroflows.posterior.checks import CHECKS, Check, Drift, Polish, judge_subject
+from pyroflows.posterior.importance import ImportanceSample
+from pyroflows.posterior.subject import Subject
+from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
 
 DRAWS = 10_000
 CONSTANT = -12.5
@@ -20,12 +25,20 @@ CONSTANT = -12.5
 def normal_on_normal(
     loc: float = 0.0, scale: float = 1.0, features: int = 1, seed: int = 0, draws: int = DRAWS
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Weights and draws of a guide N(loc, scale^2) in every entry of a posterior N(0, 1) of log evidence CONSTANT."""
+    """Weights and draws of a guide N(loc, scale^2) in every entry of a posterior N(0, 1) of log
+    evidence CONSTANT.
+    """
     generator = torch.Generator().manual_seed(seed)
     z = loc + scale * torch.randn(draws, features, generator=generator, dtype=torch.float64)
     log_p = Normal(0.0, 1.0).log_prob(z).sum(-1) + CONSTANT
     log_q = Normal(loc, scale).log_prob(z).sum(-1)
     return log_p - log_q, z, [f"x[{i}]" for i in range(features)]
+
+
+def judge(log_weights: Tensor, z: Tensor, names: list[str]) -> tuple[Verdict, Tensor]:
+    """The verdict on a guide of which only weighted draws are known, and the smoothed weights."""
+    sample = ImportanceSample(z, log_weights)
+    return judge_subject(Subject.of_sample(sample, names)), sample.weights
 
 
 def verdict_of(*args: float, **kwargs: float) -> Verdict:
@@ -37,7 +50,7 @@ def verdict_of(*args: float, **kwargs: float) -> Verdict:
 
 @pytest.mark.parametrize("features", [1, 5])
 def test_an_exact_guide_is_trusted(features: int) -> None:
-    verdict, smoothed = judge(*normal_on_normal(features=features))
+    verdict, weights = judge(*normal_on_normal(features=features))
     assert verdict.ok
     assert verdict.khat < 0.7
     assert verdict.ess == pytest.approx(1.0)
@@ -46,9 +59,7 @@ def test_an_exact_guide_is_trusted(features: int) -> None:
     assert verdict.log_evidence_error == pytest.approx(0.0, abs=1e-6)
     assert verdict.shift < 0.01
     assert verdict.draws == DRAWS
-    torch.testing.assert_close(
-        smoothed, torch.full((DRAWS,), -math.log(DRAWS), dtype=torch.float64)
-    )
+    torch.testing.assert_close(weights.log(), torch.full_like(weights, -math.log(DRAWS)))
 
 
 @pytest.mark.parametrize(("loc", "scale"), [(0.02, 1.0), (0.0, 1.03), (0.0, 0.97), (-0.02, 1.02)])
@@ -94,7 +105,8 @@ def test_a_guide_with_heavy_tails_has_bounded_weights() -> None:
     assert verdict.khat < 0.3
     assert abs(verdict.log_evidence) < 4 * verdict.log_evidence_error
     assert not verdict.ok
-    # The central 90 % of a t with 3 degrees of freedom lie within 2.353, those of a normal within 1.645.
+    # The central 90 % of a t with 3 degrees of freedom lie within 2.353, those of a normal within
+    # 1.645.
     assert verdict.shift == pytest.approx(math.log(2.353 / 1.645), abs=0.1)
 
 
@@ -133,14 +145,14 @@ def truncated(at: float) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def test_a_region_of_zero_density_is_not_trusted_and_leaves_the_evidence_right() -> None:
-    verdict, smoothed = judge(*truncated(-1.5))
+    verdict, weights = judge(*truncated(-1.5))
     assert not verdict.ok
     assert "zero density" in verdict.reason
     assert "7%" in verdict.reason
     expected = CONSTANT + math.log(float(Normal(0.0, 1.0).cdf(torch.tensor(1.5))))
     assert abs(verdict.log_evidence - expected) < 4 * verdict.log_evidence_error
     assert verdict.elbo == -math.inf
-    assert float(smoothed.exp().sum()) == pytest.approx(1.0)
+    assert float(weights.sum()) == pytest.approx(1.0)
 
 
 def test_a_few_draws_of_zero_density_do_no_harm() -> None:
@@ -159,12 +171,12 @@ def test_weights_that_are_no_number_count_as_zero_density(bad: float) -> None:
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_a_model_that_forbids_every_draw(bad: float) -> None:
     _, z, names = normal_on_normal()
-    verdict, smoothed = judge(torch.full((DRAWS,), bad), z, names)
+    verdict, weights = judge(torch.full((DRAWS,), bad), z, names)
     assert not verdict.ok
     assert "every draw" in verdict.reason
     assert verdict.log_evidence == -math.inf
     assert verdict.ess == 0.0
-    assert bool(smoothed.isfinite().all())
+    assert bool(weights.isfinite().all())
 
 
 @pytest.mark.parametrize("share", [0.005, 0.2])
@@ -234,9 +246,9 @@ def test_what_is_given_is_not_changed() -> None:
 
 @pytest.mark.parametrize("draws", [2, 10, 40])
 def test_few_draws_are_judged_without_an_error(draws: int) -> None:
-    verdict, smoothed = judge(*normal_on_normal(scale=1.2, draws=draws))
+    verdict, weights = judge(*normal_on_normal(scale=1.2, draws=draws))
     assert verdict.draws == draws
-    assert float(smoothed.exp().sum()) == pytest.approx(1.0)
+    assert float(weights.sum()) == pytest.approx(1.0)
     assert math.isfinite(verdict.log_evidence)
 
 
@@ -256,17 +268,198 @@ def test_the_verdict_reads_as_one_paragraph(case: tuple[Tensor, Tensor, list[str
     assert f"{verdict.ess:.0%}" in text
 
 
-def test_its_fields_are_those_of_the_documentation_and_cannot_be_set() -> None:
-    names = [field.name for field in fields(Verdict)]
-    assert set(names) >= {
-        "ok",
-        "reason",
-        "khat",
-        "ess",
-        "elbo",
-        "log_evidence",
-        "log_evidence_error",
-        "draws",
-    }
+def test_a_verdict_cannot_be_set() -> None:
     with pytest.raises(FrozenInstanceError):
         verdict_of().ok = False  # type: ignore[misc]
+
+
+# Findings
+
+
+def statuses(verdict: Verdict) -> dict[str, str]:
+    return {finding.name: finding.status for finding in verdict.findings}
+
+
+def test_each_check_has_one_finding_in_order() -> None:
+    verdict = verdict_of()
+    assert [finding.name for finding in verdict.findings] == [check.name for check in CHECKS]
+    assert statuses(verdict) == {
+        "proper": NOT_JUDGED,
+        "census": NOT_JUDGED,
+        "supports": HELD,
+        "weights": HELD,
+        "outliers": HELD,
+        "shift": HELD,
+        "drift": NOT_JUDGED,
+        "polish": NOT_JUDGED,
+    }
+    for finding in verdict.findings:
+        assert finding.sentence.endswith(".")
+        assert (finding.value is None) == (finding.status == NOT_JUDGED)
+
+
+def test_the_first_failure_gives_the_reason() -> None:
+    verdict = verdict_of(scale=0.2)
+    assert verdict.failed[0].name == "weights"
+    assert verdict.reason == verdict.failed[0].sentence
+    assert verdict.failed[0].value == verdict.khat > verdict.failed[0].limit  # type: ignore[operator]
+
+
+def test_a_model_that_forbids_every_draw_has_no_weights_to_judge() -> None:
+    _, z, names = normal_on_normal()
+    verdict = judge(torch.full((DRAWS,), -math.inf), z, names)[0]
+    assert statuses(verdict)["supports"] == FAILED
+    assert statuses(verdict)["weights"] == statuses(verdict)["shift"] == NOT_JUDGED
+
+
+class Moved(Drift):
+    """A drift that runs no trajectories."""
+
+    needs = ()
+
+    def measure(self, subject: Subject) -> float:
+        return 0.01
+
+    def explain(self, subject: Subject, value: float, held: bool) -> str:
+        return "nothing moves."
+
+
+def subject_of(*args: float, **kwargs: float) -> Subject:
+    log_weights, z, names = normal_on_normal(*args, **kwargs)  # type: ignore[arg-type]
+    return Subject.of_sample(ImportanceSample(z, log_weights), names)
+
+
+def test_a_costly_check_is_left_out_once_another_has_failed() -> None:
+    checks = [*CHECKS[:-2], Moved()]
+    assert statuses(judge_subject(subject_of(), checks))["drift"] == HELD
+    failed = judge_subject(subject_of(scale=0.2), checks).finding("drift")
+    assert failed is not None
+    assert (failed.status, failed.sentence) == (NOT_JUDGED, "a check before it has failed.")
+
+
+@pytest.mark.parametrize(("time", "expected"), [(5.0, HELD), (11.0, NOT_JUDGED)])
+def test_a_costly_check_is_left_out_when_the_time_is_over(time: float, expected: str) -> None:
+    subject = subject_of()
+    times = iter([0.0])
+    subject.deadline = Deadline(10.0, clock=lambda: next(times, time))
+    verdict = judge_subject(subject, [*CHECKS[:-2], Moved()])
+    assert statuses(verdict)["drift"] == expected
+    assert verdict.ok
+    assert ("There was no time to check: drift." in str(verdict)) == (expected == NOT_JUDGED)
+
+
+def test_a_check_that_outlasts_the_time_is_not_judged() -> None:
+    subject = subject_of()
+    times = iter([0.0, 5.0])
+    subject.deadline = Deadline(10.0, clock=lambda: next(times, 11.0))
+    verdict = judge_subject(subject, [*CHECKS[:-2], Moved()])
+    assert verdict.finding("drift") == Finding("drift", NOT_JUDGED, None, 0.1, TIME_OVER)
+
+
+def test_the_weights_of_a_guide_whose_draws_are_polished_do_not_decide() -> None:
+    subject = subject_of(scale=0.2)
+    subject.trajectories = 30
+    verdict = judge_subject(subject, CHECKS[:-2])
+    assert set(statuses(verdict).values()) == {NOT_JUDGED}
+    assert verdict.value("weights") == verdict.khat > 0.7
+    assert verdict.shift > 0.1
+    assert not verdict.ok
+
+
+def test_polished_draws_are_trusted_only_if_they_forget_where_they_began() -> None:
+    class Forgets(Polish):
+        needs = ()
+
+        def measure(self, subject: Subject) -> float:
+            return 0.4
+
+        def explain(self, subject: Subject, value: float, held: bool) -> str:
+            return "the draws are mixed."
+
+    class Remembers(Forgets):
+        def measure(self, subject: Subject) -> float:
+            return math.nan
+
+    subject = subject_of(scale=0.2)
+    subject.trajectories = 30
+    good, bad = (judge_subject(subject, [*CHECKS[:-2], last]) for last in (Forgets(), Remembers()))
+    assert good.ok and good.reason == "the draws are mixed."
+    assert not bad.ok and bad.failed[0].name == "polish"
+
+
+def test_findings_of_blocks_stand_beside_those_of_the_whole() -> None:
+    whole = verdict_of()
+    log_weights, z, names = normal_on_normal(0.3)
+    block = judge_subject(
+        Subject.of_sample(ImportanceSample(z, log_weights), names, block="school 3")
+    )
+    both = Verdict((*whole.findings, *block.findings), whole.importance)
+    assert whole.ok and not both.ok
+    assert both.reason.startswith("school 3: ")
+    assert both.shift == whole.shift
+    assert both.finding("shift", "school 3").value > 0.2  # type: ignore[union-attr, operator]
+    assert "check_school 3_shift_value" in both.attributes()
+
+
+class Vector:
+    """A guide whose model is not known."""
+
+    features = 2
+
+    def sample_and_log_prob(self, n: int, rows: Any = None) -> tuple[Tensor, Tensor]:
+        z = torch.randn(n, 2)
+        return z, Normal(0.0, 1.0).log_prob(z).sum(-1)
+
+
+def test_a_posterior_whose_density_is_not_known_is_drawn_and_says_that_it_was_not_judged() -> None:
+    guide: Any = Vector()
+    verdict = judge_subject(Subject(guide, None))
+    assert set(statuses(verdict).values()) == {NOT_JUDGED}
+    assert not verdict.ok
+    assert str(verdict) == (
+        "Do not trust this posterior: it has not been judged, because the density of the model is not known."
+    )
+    posterior = Posterior(guide, None, verdict)
+    assert posterior.sample(5, seed=0)["latent"].shape == (5, 2)
+    assert math.isnan(posterior.log_evidence)
+    assert "2 features" in repr(posterior)
+    for call in (posterior.to_arviz, lambda: posterior.save("p.pt"), lambda: posterior.propose(5)):
+        with pytest.raises(
+            ValueError, match="Expected a posterior of a model whose density is known"
+        ):
+            call()
+
+
+def test_making_a_posterior_computes_nothing() -> None:
+    guide: Any = object()
+    posterior = Posterior(guide)
+    assert not posterior.verdict.ok
+    assert str(posterior.verdict) == "Do not trust this posterior: it has not been judged."
+
+
+def test_a_verdict_as_plain_data() -> None:
+    for verdict in (verdict_of(), verdict_of(scale=0.4), Verdict()):
+        assert Verdict.from_plain(verdict.to_plain()) == verdict
+
+
+class EvenDraws(Check):
+    """A check of a user's own."""
+
+    name, limit = "even draws", 0.1
+
+    def measure(self, subject: Subject) -> float:
+        return abs(float((subject.sample.z > 0).double().mean()) - 0.5)
+
+    def explain(self, subject: Subject, value: float, held: bool) -> str:
+        return f"{value:.0%} too many draws are on one side."
+
+
+def test_a_check_of_ones_own_is_among_the_findings() -> None:
+    even, uneven = (judge_subject(subject_of(loc), [*CHECKS, EvenDraws()]) for loc in (0.0, 9.0))
+    assert even.ok and statuses(even)["even draws"] == HELD
+    finding = uneven.finding("even draws")
+    assert finding is not None
+    assert (finding.status, finding.sentence) == (
+        FAILED,
+        "50% too many draws are on one side.",
+    )

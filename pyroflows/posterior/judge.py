@@ -1,0 +1,86 @@
+"""A verdict on any guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from .._checks import check_positive, check_size
+from .._compat import without_handlers
+from .._deadline import Deadline
+from .._random import seeded
+from ..guides import as_guide
+from ..model.minibatch import log_density_of
+from .census import find_start, take_census
+from .checks import judge_subject
+from .posterior import Posterior
+from .subject import JUDGE_DRAWS, Subject
+
+__all__ = ["judge"]
+
+
+def judge(
+    guide: Any,
+    model: Callable[..., Any],
+    args: Sequence[Any] | DataLoader = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    draws: int = JUDGE_DRAWS,
+    seed: int | None = 0,
+    time_limit: float | None = None,
+) -> Posterior:
+    r"""Judges a guide that was trained in any way, and makes a posterior of it.
+
+    The weights :math:`p(z_i, \mathrm{data}) / q(z_i)` of draws of the guide are looked at, a census
+    of the modes is taken to find any that the guide misses, and Hamiltonian trajectories from its
+    draws must leave their moments as they are. The posterior that is returned corrects its draws
+    where the weights are reliable.
+
+    Args:
+        guide: A guide of pyroflows; an autoguide of Pyro whose draws can be scored, such as
+            ``AutoNormal``, ``AutoMultivariateNormal`` or an ``AutoGuideList`` of such; or a guide
+            written by hand that samples all continuous latent sites of the model.
+        model: The Pyro model.
+        args: Its positional arguments; or a ``DataLoader`` whose batches are its arguments, as in
+            :func:`fit_posterior`.
+        kwargs: Its keyword arguments.
+        draws: How many draws of the guide to weigh.
+        seed: Seed of all that is random in the checks; ``None`` takes torch's random state.
+        time_limit: Seconds after which checks that run trajectories are left out.
+
+    Returns:
+        The posterior; its ``verdict`` says whether to trust it, and ``verdict.findings`` has the
+        result of each check.
+
+    Raises:
+        TypeError: If an argument is of the wrong type, or if the guide has no density, as
+            ``AutoDelta``.
+        ValueError: If the guide is one of another model, or if the model cannot be evaluated.
+
+    Reference:
+        Yao, Vehtari, Simpson, Gelman, "Yes, but did it work? Evaluating variational inference",
+        2018, https://arxiv.org/abs/1802.02538
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist, pyroflows as pf
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> guide = AutoNormal(model, init_scale=0.3)
+        >>> posterior = pf.judge(guide, model)
+        >>> posterior.verdict.ok, posterior.verdict.failed[0].name
+        (False, 'census')
+    """
+    if not callable(model):
+        raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+    check_size("draws", draws)
+    deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
+    with seeded(seed), without_handlers():
+        density = log_density_of(model, args, kwargs).full
+        adapted = as_guide(guide, density)
+        census = take_census(density, find_start(density), deadline=deadline)
+        subject = Subject(adapted, density, census, draws=draws, deadline=deadline)
+        verdict = judge_subject(subject)
+    return Posterior(adapted, density, verdict, seconds=deadline.elapsed)

@@ -1,0 +1,381 @@
+"""The ladder: attempts from the cheapest to the most expensive, until one is trusted.
+
+A new rung is an entry of :data:`LADDER`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._deadline import Deadline
+from .._random import forked
+from ..flows import Flow, RealNVP
+from ..guides import AutoFlow, AutoMixture
+from ..guides.guide import Guide
+from ..model.density import LogDensity
+from ..model.minibatch import MiniBatchDensity
+from ..train import processes
+from ..train.training import train
+from ..transforms import Elementwise, Transform
+from ..univariate import MonotoneNetwork, SumOfSquares
+from .census import Census, find_start, take_census, widen_census
+from .checks import judge_subject
+from .importance import ImportanceSample
+from .posterior import Attempt, Posterior
+from .subject import JUDGE_DRAWS, Subject
+from .verdict import FAILED, Verdict
+
+__all__ = ["LADDER", "Climb", "Rung", "climb_ladder", "make_own_rung"]
+
+# Most posteriors need the first few steps only. Longer training starts with a fresh flow, because
+# raising a step size that has decayed once loses a quarter of the effective draws on funnels.
+SHORT, LONG, WIDE = 150, 1500, 2500
+# Steps between two verdicts on a guide that is trained on.
+ROUNDS = (150, 1350)
+MIXTURE_ROUNDS = (0, 150, 450)
+# Draws of each component from which the weights of a mixture are found.
+WEIGHING_DRAWS = 2000
+POLISH_TRAJECTORIES = 30
+REMEDY = "give the guide more steps or a wider flow"
+# With so many effective draws, trajectories in the base space cost less than more training.
+POLISH_ESS = 0.5
+
+
+class Climb:
+    """A fit under way: its census, its attempts so far, and the steps and time that are left.
+
+    Args:
+        density: The log density that flows are trained on, of all data or of mini-batches.
+        steps: Most steps of training.
+        deadline: The time that is left.
+        own: A guide that the user has chosen; ``None`` for those of the ladder.
+        settings: Further keyword arguments of :func:`pyroflows.train.train`.
+
+    Attributes:
+        density: The log density of all data.
+        census: The census of the modes; ``None`` until it is taken.
+        guide: The guide of the attempt under way.
+        sample: The weighted draws by which the last attempt was judged.
+        best: The best attempt so far.
+    """
+
+    def __init__(
+        self,
+        density: LogDensity | MiniBatchDensity,
+        steps: int,
+        deadline: Deadline,
+        own: AutoFlow | None = None,
+        **settings: Any,
+    ) -> None:
+        self.trained, self.density = density, density.full
+        self.start = find_start(self.density)
+        self.steps_left, self.deadline, self.settings = steps, deadline, settings
+        self.own = own
+        self.census: Census | None = None
+        self.guide: Guide | None = own
+        self.sample: ImportanceSample | None = None
+        self.best: Posterior | None = None
+        self.attempts: list[Attempt] = []
+        self.history: list[Tensor] = []
+        self.interrupted = False
+
+    @cached_property
+    def first_flow(self) -> AutoFlow:
+        """The flow of the first rungs, a Gaussian until it is trained."""
+        return self.make_flow(make_narrow_flow)
+
+    def make_flow(self, flow: Callable[[int], Flow | Transform]) -> AutoFlow:
+        """Makes a guide that starts at the best Gaussian of the census.
+
+        Args:
+            flow: Makes a flow or transform from the number of features.
+        """
+        guide = AutoFlow(self.density.continuous_model, flow=flow)
+        self.density.introduce(guide)
+        if self.census is not None:
+            guide.whiten(self.census.best.loc, self.census.best.scale_tril)
+        return guide
+
+    def train(self, flow: Flow, steps: int) -> int:
+        """Trains a flow for as many steps as are left, and returns how many it took."""
+        steps = min(steps, self.steps_left)
+        settings = {"deadline": self.deadline, **self.settings}
+        report = train(flow, self.trained, self.history, steps, **settings)
+        self.steps_left -= report.steps
+        return report.steps
+
+    def attempt(self, rung: Rung) -> bool:
+        """Makes, trains and judges the guide of a rung.
+
+        Args:
+            rung: The rung.
+
+        Returns:
+            Whether the fit is over: a guide is trusted, none can be, or the time is over.
+        """
+        guide = rung.make(self)
+        if guide is None:
+            return False
+        self.guide, taken = guide, 0
+        for steps in rung.rounds:
+            if steps and not self.steps_left:
+                break
+            taken += rung.train(self, guide, steps) if steps else 0
+            verdict = self.judge(rung.label(taken), guide, rung.trajectories)
+            if self._is_over(verdict):
+                return True
+        return False
+
+    def judge(self, name: str, guide: Guide, trajectories: int = 0) -> Verdict:
+        """Judges a guide as it is now, and keeps it if it is the best so far.
+
+        Args:
+            name: Name of the attempt.
+            guide: The guide.
+            trajectories: Trajectories by which its draws are polished.
+        """
+        guide = copy.deepcopy(guide)
+        subject = Subject(
+            guide,
+            self.density,
+            self.census,
+            trajectories,
+            automatic=self.own is None,
+            remedy=REMEDY,
+            draws=JUDGE_DRAWS,
+            deadline=self.deadline,
+        )
+        # The same draws of the base for each attempt, so that attempts differ by their guides only.
+        with forked(0):
+            verdict = judge_subject(subject)
+        self.sample = subject.sample
+        self.attempts.append(Attempt(name, self.deadline.elapsed, verdict))
+        posterior = Posterior(guide, self.density, verdict, trajectories, name)
+        self.best = posterior if self.best is None else choose_better(self.best, posterior)
+        return verdict
+
+    def _is_over(self, verdict: Verdict) -> bool:
+        """Whether to stop. All processes use the main one's answer, because their clocks differ."""
+        over = verdict.ok or _has_failed(verdict, "proper") or self.deadline.passed
+        return bool(processes.agree(over))
+
+    def result(self) -> Posterior:
+        """Returns the best attempt, with the record of the whole fit."""
+        best = self.best
+        if best is None:
+            raise RuntimeError("Expected at least one attempt; got none.")
+        guide = best.guide
+        if self.own is not None:
+            # A guide of the user is trained in place, and keeps its best numbers.
+            self.own.load_state_dict(guide.state_dict())
+            guide = self.own
+        return Posterior(
+            guide,
+            self.density,
+            best.verdict,
+            best.trajectories,
+            best.name,
+            rungs=self.attempts,
+            history=torch.stack(self.history).tolist() if self.history else [],
+            seconds=self.deadline.elapsed,
+            interrupted=self.interrupted,
+        )
+
+
+def train_flow(climb: Climb, guide: AutoFlow, steps: int) -> int:
+    """Trains the flow of a guide, and returns how many steps it took."""
+    return climb.train(guide.flow, steps)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to find a posterior.
+
+    Attributes:
+        name: A word for it; the name of an attempt adds the steps that were taken.
+        make: Makes the guide from the fit so far; returns ``None`` where the rung is of no use.
+        rounds: Steps of training before each verdict; 0 for a verdict on the guide as it was made.
+        train: Trains the guide for some steps, and returns how many it took.
+        trajectories: Trajectories by which draws of the guide are polished.
+    """
+
+    name: str
+    make: Callable[[Climb], Any]
+    rounds: tuple[int, ...] = (0,)
+    train: Callable[[Climb, Any, int], int] = train_flow
+    trajectories: int = 0
+
+    def label(self, steps: int) -> str:
+        """Returns the name of an attempt.
+
+        Args:
+            steps: The steps of training that the rung has taken.
+        """
+        if self.trajectories:
+            return f"{self.name}, {self.trajectories} trajectories"
+        return f"{self.name}, {steps} steps" if steps else self.name
+
+
+def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
+    """Tries one rung after the other until the fit is over, or until Ctrl-C.
+
+    Args:
+        climb: The fit.
+        ladder: The rungs.
+
+    Returns:
+        The posterior.
+    """
+    try:
+        climb.census = take_census(climb.density, climb.start, deadline=climb.deadline)
+        for rung in ladder:
+            if climb.attempt(rung):
+                break
+    except KeyboardInterrupt:
+        climb.interrupted = True
+        climb.judge("interrupted", climb.guide or climb.first_flow)
+    return climb.result()
+
+
+def choose_better(first: Posterior, second: Posterior) -> Posterior:
+    """Returns the posterior that is trusted, misses no mode, or has more effective draws."""
+
+    def merit(posterior: Posterior) -> tuple[bool, bool, float]:
+        verdict = posterior.verdict
+        return verdict.ok, not _has_failed(verdict, "census"), verdict.ess
+
+    return second if merit(second) >= merit(first) else first
+
+
+def _has_failed(verdict: Verdict, name: str) -> bool:
+    finding = verdict.finding(name)
+    return finding is not None and finding.status == FAILED
+
+
+# The guides of the rungs
+
+
+def make_narrow_flow(features: int) -> Flow | Transform:
+    """Makes the flow for most posteriors; its networks grow linearly, to follow a funnel."""
+    if features == 1:
+        return Elementwise(SumOfSquares(), features)
+    return RealNVP(features, hidden_features=(32, 32), mixing=None)
+
+
+def make_wide_flow(features: int) -> Flow | Transform:
+    """Makes the flow for posteriors that a narrow flow does not fit."""
+    if features == 1:
+        return Elementwise(MonotoneNetwork(), features)
+    return RealNVP(features, transforms=12, hidden_features=(64, 64), mixing=None)
+
+
+def make_mixture(climb: Climb) -> AutoMixture | None:
+    """Makes a mixture with a flow for each mode; ``None`` if there is one mode."""
+    if climb.census is not None and climb.sample is not None and not climb.sample.empty:
+        # Ascents from draws of great weight find modes that are too narrow for the census to hit.
+        points = climb.sample.heaviest()
+        climb.census = widen_census(climb.density, climb.census, points, climb.deadline)
+    if climb.census is None or len(climb.census.weights) < 2:
+        return None
+    modes = climb.census.modes
+    count = len(modes.elbo)
+    mixture = AutoMixture(climb.density.continuous_model, count, flow=make_narrow_flow)
+    climb.density.introduce(mixture)
+    for k in range(count):
+        mode = modes.one(k)
+        mixture.whiten(k, mode.loc, mode.scale_tril)
+    weigh_components(climb.density, mixture)
+    return mixture
+
+
+def train_mixture(climb: Climb, mixture: AutoMixture, steps: int) -> int:
+    """Trains each flow of a mixture for some steps, and weighs them anew."""
+    for flow in mixture.flows:
+        climb.train(flow, steps)
+    weigh_components(climb.density, mixture)
+    return steps
+
+
+def find_polishable(climb: Climb, least_ess: float = 0.0) -> Guide | None:
+    """Returns the best guide so far, unless it misses a mode or has too few effective draws."""
+    best = climb.best
+    if best is None or best.verdict.ess < least_ess or _has_failed(best.verdict, "census"):
+        return None
+    return best.guide
+
+
+@torch.no_grad()
+def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 200) -> None:
+    r"""Sets the weights of a mixture that minimise the forward divergence from the posterior.
+
+    With draws of all components and weights :math:`w = p / q` the divergence is least at the fixed
+    point of
+
+    .. math:: \pi_k \leftarrow
+        \mathbb{E}_q \left[ w(z)\, \frac{\pi_k q_k(z)}{q(z)} \right] / \mathbb{E}_q [w(z)].
+
+    Where components do not overlap, these are their shares of the evidence.
+
+    Args:
+        density: The log density.
+        mixture: The mixture.
+        rounds: How often to apply the update.
+    """
+    count = len(mixture.flows)
+    guide = mixture.get_posterior()
+    z = torch.cat([component.sample((WEIGHING_DRAWS,)) for component in guide.components])
+    each = guide.component_log_probs(z) - mixture.logits.log_softmax(-1)
+    # The draws come from all components in equal numbers, whatever the weights.
+    log_q = each.logsumexp(-1) - math.log(count)
+    ratio = density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf) - log_q
+    # Draws that no component can invert get zero weight.
+    ratio = ratio.masked_fill((each == -math.inf).all(-1), torch.finfo(ratio.dtype).min)
+    weights = ratio.softmax(0)
+    log_pi = torch.full_like(mixture.logits, -math.log(count))
+    for _ in range(rounds):
+        shares = (each + log_pi).softmax(-1).nan_to_num(nan=0.0)
+        log_pi = (weights @ shares).clamp(min=1e-12).log()
+    mixture.logits.copy_(log_pi.log_softmax(-1))
+
+
+#: The rungs of ``guide="auto"``, from the cheapest to the most expensive.
+LADDER: list[Rung] = [
+    Rung("Gaussian", make=lambda climb: climb.first_flow),
+    Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
+    Rung("flow", make=lambda climb: climb.first_flow, rounds=(SHORT,)),
+    Rung("flow", make=lambda climb: climb.make_flow(make_narrow_flow), rounds=(LONG,)),
+    Rung(
+        "polish",
+        make=functools.partial(find_polishable, least_ess=POLISH_ESS),
+        trajectories=POLISH_TRAJECTORIES,
+    ),
+    Rung("wide flow", make=lambda climb: climb.make_flow(make_wide_flow), rounds=(WIDE,)),
+    Rung("polish", make=find_polishable, trajectories=POLISH_TRAJECTORIES),
+]
+
+
+def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
+    """Makes the only rung of a guide that the user has chosen.
+
+    Args:
+        guide: The guide.
+        fresh: Whether it has never been trained, so that it starts at the best Gaussian of the
+            census.
+        steps: Most steps of training.
+    """
+
+    def make(climb: Climb) -> AutoFlow:
+        if fresh and climb.census is not None:
+            guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)
+        return guide
+
+    return Rung("guide", make, rounds=(*ROUNDS, steps) if steps else (0,))

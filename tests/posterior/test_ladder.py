@@ -1,0 +1,151 @@
+"""The loop over rungs: what is tried, what is kept, and when it ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyroflows as pf
+from pyroflows._deadline import Deadline
+from pyroflows.model import LogDensity
+from pyroflows.posterior import Finding, Posterior, Rung, Verdict
+from pyroflows.posterior.importance import ImportanceSummary
+from pyroflows.posterior.ladder import LADDER, Climb, choose_better, climb_ladder
+from pyroflows.posterior.verdict import FAILED, HELD
+
+
+def banana() -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x[0] + (2 * x[1]).exp(), 0.2), obs=torch.tensor(1.0))
+
+
+def new_climb(steps: int = 10, deadline: Deadline | None = None, own: Any = None) -> Climb:
+    torch.manual_seed(0)
+    return Climb(LogDensity(banana), steps, deadline or Deadline(), own)
+
+
+def names(posterior: Posterior) -> list[str]:
+    return [attempt.name for attempt in posterior.rungs]
+
+
+GAUSSIAN = LADDER[0]
+
+
+def test_rungs_are_tried_in_order_until_the_steps_are_used_up() -> None:
+    posterior = climb_ladder(new_climb(steps=10), LADDER)
+    assert names(posterior)[:2] == ["Gaussian", "flow, 10 steps"]
+    assert not [name for name in names(posterior) if name.startswith("wide flow")]
+    assert len(posterior.history) == 10
+    seconds = [attempt.seconds for attempt in posterior.rungs]
+    assert seconds == sorted(seconds)
+
+
+def test_a_rung_that_is_of_no_use_is_passed_over() -> None:
+    useless = Rung("useless", make=lambda climb: None)
+    assert names(climb_ladder(new_climb(), [GAUSSIAN, useless])) == ["Gaussian"]
+
+
+def test_a_trusted_guide_ends_the_climb() -> None:
+    def fine() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    climb = Climb(LogDensity(fine), 10, Deadline())
+    assert names(climb_ladder(climb, LADDER)) == ["Gaussian"]
+
+
+@pytest.mark.parametrize(("limit", "tried"), [(None, 3), (1000.0, 3), (10.0, 1)])
+def test_the_time_limit_ends_the_climb(limit: float | None, tried: int) -> None:
+    """By a clock that jumps while the first rung makes its guide."""
+    now = 0.0
+
+    def make(climb: Climb) -> Any:
+        nonlocal now
+        now += 20.0
+        return climb.first_flow
+
+    rung = Rung("slow", make)
+    posterior = climb_ladder(new_climb(0, Deadline(limit, clock=lambda: now)), [rung] * 3)
+    assert len(posterior.rungs) == tried
+    assert posterior.rungs[0].seconds == 20.0
+    assert posterior.seconds == 20.0 * tried
+
+
+def test_a_guide_of_the_users_keeps_its_best_numbers() -> None:
+    guide = pf.AutoFlow(banana)
+    climb = new_climb(own=guide)
+    climb.density.introduce(guide)
+
+    def make(climb: Climb) -> pf.AutoFlow:
+        guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)  # type: ignore[union-attr]
+        return guide
+
+    kept: dict[str, torch.Tensor] = {}
+
+    def spoil(climb: Climb, guide: pf.AutoFlow, steps: int) -> int:
+        kept.update({name: value.clone() for name, value in guide.state_dict().items()})
+        guide.whiten(torch.full((2,), 9.0), torch.eye(2))
+        return steps
+
+    posterior = climb_ladder(climb, [Rung("guide", make, rounds=(0, 5), train=spoil)])
+    assert names(posterior) == ["guide", "guide, 5 steps"]
+    assert posterior.name == "guide"
+    assert posterior.guide is guide
+    torch.testing.assert_close(dict(guide.state_dict()), kept)
+
+
+def test_attempts_are_judged_on_copies() -> None:
+    def spoil(climb: Climb, guide: pf.AutoFlow, steps: int) -> int:
+        guide.whiten(torch.full((2,), 9.0), torch.eye(2))
+        return steps
+
+    rung = Rung("flow", make=lambda climb: climb.first_flow, rounds=(0, 5), train=spoil)
+    posterior = climb_ladder(new_climb(), [rung])
+    assert posterior.name == "flow"
+    best, last = posterior.rungs[0].verdict, posterior.rungs[1].verdict
+    assert best.ess > last.ess
+    assert float(posterior.sample_unconstrained(100, seed=0).mean()) < 5
+
+
+def test_ctrl_c_in_a_rung_returns_the_best_so_far() -> None:
+    def press(climb: Climb) -> Any:
+        raise KeyboardInterrupt
+
+    posterior = climb_ladder(new_climb(), [GAUSSIAN, Rung("pressed", press)])
+    assert posterior.interrupted
+    assert names(posterior) == ["Gaussian", "interrupted"]
+
+
+def posterior_with(ok: bool, missed: bool, ess: float) -> Posterior:
+    guide: Any = object()
+    summary = ImportanceSummary(1000, 0.5, ess, 0.0, 0.0, 0.0)
+    status = FAILED if missed else HELD
+    findings = (
+        Finding("census", status, None, None, "a mode."),
+        Finding("shift", HELD if ok else FAILED, None, None, "a shift.", grounds=True),
+    )
+    return Posterior(guide, None, Verdict(findings, summary))
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ((True, False, 0.5), (False, False, 0.9)),
+        ((False, False, 0.1), (False, True, 0.9)),
+        ((False, False, 0.3), (False, False, 0.2)),
+    ],
+)
+def test_the_better_of_two(
+    better: tuple[bool, bool, float], worse: tuple[bool, bool, float]
+) -> None:
+    a, b = posterior_with(*better), posterior_with(*worse)
+    assert choose_better(a, b) is a
+    assert choose_better(b, a) is a
+
+
+def test_of_equals_the_later_one_is_kept() -> None:
+    first, second = (posterior_with(True, False, 0.5) for _ in range(2))
+    assert choose_better(first, second) is second
