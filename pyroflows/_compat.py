@@ -16,6 +16,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
@@ -43,8 +44,10 @@ __all__ = [
     "definition_of",
     "full_name",
     "in_forward_mode",
+    "init_transform_of",
     "interpolate_all",
     "is_mutating",
+    "location_and_scale",
     "make_fx",
     "mask_of",
     "module_name",
@@ -145,6 +148,19 @@ def build_guide(guide: Any, args: Any, kwargs: Any) -> None:
     """Builds an autoguide for a model's arguments, without the draw of its first public call."""
     guide._setup_prototype(*args, **kwargs)
     guide._create_plates(*args, **kwargs)
+
+
+def location_and_scale(guide: AutoNormal, site: str) -> tuple[Tensor, Tensor]:
+    """Returns mean and sd of an unconstrained site of an ``AutoNormal``, whatever its module is."""
+    return guide._get_loc_and_scale(site)
+
+
+def init_transform_of(guide: AutoNormalizingFlow) -> Callable[[int], Any]:
+    """Returns the callable that made the transform of an ``AutoNormalizingFlow``.
+
+    The guide keeps it under no public name, and cannot be made anew without it.
+    """
+    return guide._init_transform_fn
 
 
 def packed_dims(term: Tensor) -> str:

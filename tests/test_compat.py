@@ -113,6 +113,25 @@ def test_build_guide_makes_the_parameters_of_an_autoguide():
     assert set(guide.plates) == {"rows"}
 
 
+def test_location_and_scale_of_a_site_of_a_fresh_guide():
+    def model() -> None:
+        pyro.sample("x", dist.Normal(torch.full((2,), 3.0), 1.0).to_event(1))
+
+    guide = AutoNormal(model, init_loc_fn=pyro.infer.autoguide.init_to_mean, init_scale=0.5)
+    guide()
+    loc, scale = _compat.location_and_scale(guide, "x")
+    torch.testing.assert_close(loc, torch.full((2,), 3.0))
+    torch.testing.assert_close(scale, torch.full((2,), 0.5))
+
+
+def test_init_transform_is_the_callable_that_was_given():
+    def make(features: int) -> Any:
+        return dist.transforms.affine_autoregressive(features)
+
+    guide = pyro.infer.autoguide.AutoNormalizingFlow(lambda: None, make)
+    assert _compat.init_transform_of(guide) is make
+
+
 def test_dimensions_of_packed_tensors_have_names():
     term = packed.pack(torch.zeros(3, 1, 2), {-1: "a", -3: "b"})
     assert _compat.packed_dims(term) == "ba"

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer import autoguide as autoguides
 from torch import Tensor
 
+from .._compat import init_transform_of, location_and_scale
 from .._random import forked
 from .._spec import build, describe, name_of, resolve
 from ..model.density import LatentSite, LogDensity
@@ -163,7 +164,7 @@ def _(guide: autoguides.AutoNormal, density: LogDensity) -> Adapted:
     sites = _sites(guide, density)
 
     def loc_and_scale() -> tuple[Tensor, Tensor]:
-        locs, scales = zip(*(guide._get_loc_and_scale(site.name) for site in sites), strict=True)
+        locs, scales = zip(*(location_and_scale(guide, site.name) for site in sites), strict=True)
         return _concatenated(locs), _concatenated(scales)
 
     def space() -> tuple[Base, Any]:
@@ -308,7 +309,7 @@ def _(guide: autoguides.AutoLowRankMultivariateNormal) -> dict[str, Any]:
 
 @_options.register
 def _(guide: autoguides.AutoNormalizingFlow) -> dict[str, Any]:
-    return {"init_transform_fn": guide._init_transform_fn}
+    return {"init_transform_fn": init_transform_of(guide)}
 
 
 def _describe(guide: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor
 
+from .._compat import module_name
 from ..flows import Flow
 from ..transforms import LowerTriangularAffine, Transform
 
@@ -37,7 +38,7 @@ class WhitenedFlow(Flow):
         made = flow if isinstance(flow, Flow) else Flow([flow])
         whitening = LowerTriangularAffine(made.event_shape[0])
         base = made._base if made.learned_base is None else made.learned_base
-        super().__init__([made.transform, whitening], base, name=made._pyro_name)
+        super().__init__([made.transform, whitening], base, name=module_name(made))
 
     @property
     def body(self) -> Transform:
