@@ -1,6 +1,7 @@
 """From a model to a posterior, and whether to trust it."""
 
 from .chains import Chains, flow_mc, neutra
+from .checks import Check
 from .comparison import compare
 from .evidence import Evidence, evidence
 from .fit import fit_posterior
@@ -13,6 +14,7 @@ from .verdict import Finding, Verdict
 __all__ = [
     "Attempt",
     "Chains",
+    "Check",
     "Evidence",
     "Finding",
     "Posterior",

@@ -203,8 +203,9 @@ def resample(z: Tensor, weights: Tensor, n: int) -> Tensor:
     Returns:
         Tensor of shape ``(n, features)``.
     """
-    offset, order = torch.rand((), dtype=weights.dtype), torch.randperm(n)
-    positions = (torch.arange(n, dtype=weights.dtype) + offset) / n
+    offset = torch.rand((), dtype=weights.dtype, device=weights.device)
+    order = torch.randperm(n, device=weights.device)
+    positions = (torch.arange(n, dtype=weights.dtype, device=weights.device) + offset) / n
     index = torch.searchsorted(weights.cumsum(0), positions).clamp(max=len(weights) - 1)
     return z[index[order].to(z.device)]
 

@@ -249,9 +249,10 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
     """Returns the posterior that is trusted, misses no mode, or has more effective draws."""
 
-    def merit(posterior: Posterior) -> tuple[bool, bool, float]:
+    def merit(posterior: Posterior) -> tuple[bool, bool, float, bool]:
         verdict = posterior.verdict
-        return verdict.ok, not _has_failed(verdict, "census"), verdict.ess
+        judged = verdict.ok or bool(verdict.failed)
+        return verdict.ok, not _has_failed(verdict, "census"), verdict.ess, judged
 
     return second if merit(second) >= merit(first) else first
 

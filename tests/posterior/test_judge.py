@@ -152,6 +152,17 @@ def test_a_guide_that_has_lost_a_mode_is_not_trusted(name: str) -> None:
     assert "20%" in verdict.reason
 
 
+def test_it_judges_where_the_model_is(device: torch.device) -> None:
+    def located(zero: torch.Tensor) -> None:
+        pyro.sample("x", dist.Normal(zero, 1.0).to_event(1))
+
+    zero = torch.zeros(2, device=device)
+    start = init_to_value(values={"x": zero})
+    posterior = pf.judge(AutoNormal(located, init_loc_fn=start, init_scale=1.0), located, (zero,))
+    assert posterior.verdict.ok, posterior
+    assert posterior.sample(10)["x"].device.type == device.type
+
+
 def test_a_guide_without_a_density_is_refused() -> None:
     with pytest.raises((TypeError, ValueError), match="AutoDelta"):
         pf.judge(AutoDelta(pair), pair)
@@ -192,6 +203,7 @@ def test_a_bad_argument_is_refused(
 def test_a_judged_posterior_is_saved_and_loaded(name: str, tmp_path: Any) -> None:
     posterior = pf.judge(made(name), pair, draws=1000)
     posterior.save(tmp_path / "p.pt")
-    loaded = pf.load_posterior(tmp_path / "p.pt", pair, guide=GUIDES[name]())
-    assert loaded.verdict == posterior.verdict
-    torch.testing.assert_close(loaded.sample(10, seed=0), posterior.sample(10, seed=0))
+    for guide in (None, GUIDES[name]()):
+        loaded = pf.load_posterior(tmp_path / "p.pt", pair, guide=guide)
+        assert loaded.verdict == posterior.verdict
+        torch.testing.assert_close(loaded.sample(10, seed=0), posterior.sample(10, seed=0))

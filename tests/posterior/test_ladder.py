@@ -15,7 +15,7 @@ from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
 from pyroflows.posterior.importance import ImportanceSummary
 from pyroflows.posterior.ladder import LADDER, Climb, choose_better, climb_ladder
-from pyroflows.posterior.verdict import FAILED, HELD
+from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
 
 
 def banana() -> None:
@@ -149,3 +149,11 @@ def test_the_better_of_two(
 def test_of_equals_the_later_one_is_kept() -> None:
     first, second = (posterior_with(True, False, 0.5) for _ in range(2))
     assert choose_better(first, second) is second
+
+
+def test_an_attempt_that_was_judged_is_kept_before_one_for_which_there_was_no_time() -> None:
+    judged, late = (posterior_with(False, False, 0.5) for _ in range(2))
+    shift = Finding("shift", NOT_JUDGED, None, None, TIME_OVER, grounds=True)
+    late.verdict = Verdict((shift,), judged.verdict.importance)
+    assert choose_better(judged, late) is judged
+    assert str(late.verdict).endswith("not been judged, because the time limit was reached.")
