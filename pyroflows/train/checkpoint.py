@@ -23,14 +23,15 @@ FORMAT = 1
 class Checkpoint:
     """A file that holds how far a fit has come: every training in it, finished or under way.
 
-    A fit that is run again with the same file takes the finished trainings from there and goes on in the one that was under
-    way, with the parameters, the state of the optimiser and the random state that it had, so that the result is the one
-    of a fit without interruption. The file holds numbers and names only, and is replaced at once, so that a kill leaves the
-    one before.
+    A fit that is run again with the same file takes the finished trainings from there and goes on
+    in the one that was under way, with the parameters, the state of the optimiser and the random
+    state that it had, so that the result is the one of a fit without interruption. The file holds
+    numbers and names only, and is replaced at once, so that a kill leaves the one before.
 
     Args:
         path: The file; it need not exist.
-        settings: What the fit depends on, as numbers, strings and lists of them by name; a file with others is refused.
+        settings: What the fit depends on, as numbers, strings and lists of them by name; a file
+            with others is refused.
         every: Seconds between two saves.
 
     Raises:
@@ -48,7 +49,8 @@ class Checkpoint:
         {'step': 7}
         >>> Checkpoint(path, {"seed": 1})  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: Expected a checkpoint of this fit; the one in ... has seed 0, and this fit has seed 1.
+        ValueError: Expected a checkpoint of this fit; the one in ... has seed 0, and this fit has
+        seed 1.
     """
 
     def __init__(
@@ -159,7 +161,8 @@ class Checkpoint:
             ) from error
         if not known:
             raise ValueError(
-                f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has {content['format']}."
+                f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has "
+                f"{content['format']}."
             )
         self._compare(settings, self.settings)
         return stages
@@ -169,7 +172,8 @@ class Checkpoint:
             was, now = saved.get(name), here.get(name)
             if not _alike(was, now):
                 raise ValueError(
-                    f"Expected a checkpoint of this fit; the one in {self.path!r} has {name} {was}, and this fit has {name} "
+                    f"Expected a checkpoint of this fit; the one in {self.path!r} has {name} "
+                    f"{was}, and this fit has {name} "
                     f"{now}."
                 )
 

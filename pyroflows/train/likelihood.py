@@ -31,7 +31,8 @@ __all__ = ["DensityReport", "fit_density"]
 GRADIENT_NORM = 5.0
 # An improvement of less than this many nats per point does not keep the training going.
 IMPROVEMENT = 1e-4
-# The step size falls to this fraction whenever a third of the patience has passed without improvement.
+# The step size falls to this fraction whenever a third of the patience has passed without
+# improvement.
 DECAY = 0.4
 # Latent points beyond this mean or, up or down, this standard deviation are worth a word.
 FAR, WIDE = 3.0, 5.0
@@ -42,8 +43,10 @@ class DensityReport:
     """How a maximum-likelihood fit went.
 
     Attributes:
-        train: Mean log-likelihood of the training points in nats, before training and during each epoch.
-        validation: Mean log-likelihood of the validation points in nats, before training and after each epoch.
+        train: Mean log-likelihood of the training points in nats, before training and during each
+            epoch.
+        validation: Mean log-likelihood of the validation points in nats, before training and after
+            each epoch.
         best_epoch: The epoch whose parameters the flow has; 0 stands for those that it came with.
         steps: Gradient steps tried.
         skipped: How many of them were left out because the loss or its gradient was not finite.
@@ -85,8 +88,10 @@ class DensityReport:
             else ""
         )
         return (
-            f"The validation log-likelihood is {self.log_likelihood:.3f} nats per point ({self.validation_size} points), "
-            f"{best}; training ended after {_count(self.epochs, 'epoch')} and {self.seconds:.0f} s because "
+            f"The validation log-likelihood is {self.log_likelihood:.3f} nats per point "
+            f"({self.validation_size} points), "
+            f"{best}; training ended after {_count(self.epochs, 'epoch')} and {self.seconds:.0f} s "
+            "because "
             f"{self.reason}{skipped}."
         )
 
@@ -114,55 +119,64 @@ def fit_density(
 
     .. math:: \max_\phi \; \frac{1}{N} \sum_{n=1}^{N} \log p_\phi(x_n \mid c_n),
 
-    by Adam on shuffled batches, with clipped gradients and a step size that falls along a cosine over the epochs (or over
-    the time, whichever is shorter) and whenever the log-likelihood of held-out points stands still. The training ends
-    when that has not improved for ``patience`` epochs, and the flow keeps the parameters that were best by it, also after
-    Ctrl-C. The flow is left in ``eval()`` mode. Under an initialised ``torch.distributed`` group all processes call this
-    alike; the points of a batch are shared out among them, and the result is that of one process. (Layers that look at
-    a whole batch, such as ``BatchNorm``, see the share of their process.)
+    by Adam on shuffled batches, with clipped gradients and a step size that falls along a cosine
+    over the epochs (or over the time, whichever is shorter) and whenever the log-likelihood of
+    held-out points stands still. The training ends when that has not improved for ``patience``
+    epochs, and the flow keeps the parameters that were best by it, also after Ctrl-C. The flow is
+    left in ``eval()`` mode. Under an initialised ``torch.distributed`` group all processes call
+    this alike; the points of a batch are shared out among them, and the result is that of one
+    process. (Layers that look at a whole batch, such as ``BatchNorm``, see the share of their
+    process.)
 
-    A last layer :class:`pyroflows.transforms.Standardize` that was not fitted before is fitted to the training points.
+    A last layer :class:`pyroflows.transforms.Standardize` that was not fitted before is fitted to
+    the training points.
 
     Args:
-        flow: A flow, or any module whose call, with the context if there is one, returns a distribution over single
-            points. Its parameters change in place; points are moved to its device and dtype.
+        flow: A flow, or any module whose call, with the context if there is one, returns a
+            distribution over single points. Its parameters change in place; points are moved to
+            its device and dtype.
         x: Points of shape ``(N, *event_shape)``.
-        context: Their contexts, of shape ``(N, context_features)``; ``None`` for a flow without context.
-        validation: Fraction of the points to hold out, chosen at random; or the held-out points themselves, of shape
-            ``(M, *event_shape)``, with their contexts as a pair ``(x, context)`` where the flow has a context.
-        batch_size: Points per step; the points of an epoch are split into batches of equal size, at most this.
+        context: Their contexts, of shape ``(N, context_features)``; ``None`` for a flow without
+            context.
+        validation: Fraction of the points to hold out, chosen at random; or the held-out points
+            themselves, of shape ``(M, *event_shape)``, with their contexts as a pair
+            ``(x, context)`` where the flow has a context.
+        batch_size: Points per step; the points of an epoch are split into batches of equal size,
+            at most this.
         learning_rate: Largest step size.
         max_epochs: Most passes through the training points.
         patience: Epochs without improvement of the validation log-likelihood after which to stop.
         weight_decay: Decoupled weight decay.
-        seed: Seed of the split, the batches and all else that is random here. The random state outside is left as it
-            was. ``None`` draws from that state.
+        seed: Seed of the split, the batches and all else that is random here. The random state
+            outside is left as it was. ``None`` draws from that state.
         time_limit: Seconds of wall-clock time.
         progress: Whether to show a progress bar.
-        checkpoint: A file that is written as the training goes on, and from which a fit that was killed goes on to the
-            same result.
-        compile: Whether to compile the flow's density by ``torch.compile``: half a minute at first, then faster steps.
-        average: Weight of the past in a moving average of the parameters, such as 0.999; the averages are what is
-            validated and kept then. ``None`` for the parameters themselves.
-        mixed_precision: Whether networks run in bfloat16 during training; the maps whose parameters they give, with their
-            log-determinants, stay in the flow's dtype.
+        checkpoint: A file that is written as the training goes on, and from which a fit that was
+            killed goes on to the same result.
+        compile: Whether to compile the flow's density by ``torch.compile``: half a minute at
+            first, then faster steps.
+        average: Weight of the past in a moving average of the parameters, such as 0.999; the
+            averages are what is validated and kept then. ``None`` for the parameters themselves.
+        mixed_precision: Whether networks run in bfloat16 during training; the maps whose
+            parameters they give, with their log-determinants, stay in the flow's dtype.
 
     Returns:
         How it went; printed, a sentence.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the shapes do not fit the flow, there are too few points, points or contexts are not finite, are
-            outside of the support or have no finite density to begin with, or an option is out of its range. The flow is
-            then as it was.
+        ValueError: If the shapes do not fit the flow, there are too few points, points or contexts
+            are not finite, are outside of the support or have no finite density to begin with, or
+            an option is out of its range. The flow is then as it was.
 
     Reference:
-        Papamakarios, Nalisnick, Rezende, Mohamed, Lakshminarayanan, "Normalizing flows for probabilistic modeling and
-        inference", 2021, https://arxiv.org/abs/1912.02762
+        Papamakarios, Nalisnick, Rezende, Mohamed, Lakshminarayanan, "Normalizing flows for
+        probabilistic modeling and inference", 2021, https://arxiv.org/abs/1912.02762
 
     Example:
         >>> import pyroflows as pf
-        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.5, 2.0])
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = torch.randn(500, 2, generator=generator) * torch.tensor([0.5, 2.0])
         >>> flow = pf.RealNVP(features=2)
         >>> report = fit_density(flow, x, max_epochs=5, progress=False)
         >>> report.epochs, len(report.validation)
@@ -196,7 +210,7 @@ def fit_density(
 def _prepare(
     flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any, options: _Options
 ) -> _DataTask:
-    """Checks everything and sets out the points; leaves the flow as it was if something is wrong."""
+    """Checks everything and sets out the points; an error leaves the flow as it was."""
     before = copy_tensors(flow)
     modes = [(module, module.training) for module in flow.modules()]
     processes.agree_on_random_state(torch.device("cpu"))
@@ -275,7 +289,10 @@ class _DataTask(Task):
         self._shuffle(order)
 
     def _shuffle(self, order: Tensor) -> None:
-        """Begins a pass in a given order, in batches of equal size: a small remainder would weigh much."""
+        """Begins a pass in a given order.
+
+        Batches have equal size, because a small remainder would weigh as much as a batch.
+        """
         self._batches = list(order.tensor_split(self.look_every))
         self.module.train()
 
@@ -346,7 +363,7 @@ class _DataTask(Task):
 def _run(
     task: _DataTask, loop: Loop, deadline: Deadline, progress: bool, checkpoint: Checkpoint | None
 ) -> DensityReport:
-    """Trains to the end, judges an epoch that was cut short, and brings the best parameters back."""
+    """Trains to the end, judges an epoch that was cut short, and restores the best parameters."""
     steps = task.look_every * task.options.max_epochs
     loop.best.see(task.history["validation"][0])
     try:
@@ -394,8 +411,10 @@ def _first_log_prob(name: str, flow: nn.Module, points: Points, options: _Option
     values = log_probs(flow, points, options.batch_size)
     if not bool(values.isfinite().all()):
         raise ValueError(
-            f"Expected a finite density at every point of {name} before training; {int((~values.isfinite()).sum())} of "
-            f"{len(values)} points have none. Standardise the points, or end the flow with Standardize."
+            f"Expected a finite density at every point of {name} before training; "
+            f"{int((~values.isfinite()).sum())} of "
+            f"{len(values)} points have none. Standardise the points, or end the flow with "
+            "Standardize."
         )
     return float(values.mean())
 
@@ -422,8 +441,10 @@ def _warn_if_far(flow: nn.Module, points: Points) -> None:
     mean, sd = latent.mean(0).abs().max(), latent.std(0)
     if bool((mean > FAR) | (sd.max() > WIDE) | (sd.min() < 1 / WIDE)):
         warnings.warn(
-            f"The flow starts far from the points: it takes them to means up to {float(mean):.3g} and standard deviations "
-            f"from {float(sd.min()):.3g} to {float(sd.max()):.3g}, which training has to mend first. Standardise the "
+            f"The flow starts far from the points: it takes them to means up to {float(mean):.3g} "
+            "and standard deviations "
+            f"from {float(sd.min()):.3g} to {float(sd.max()):.3g}, which training has to mend "
+            "first. Standardise the "
             "points, or end the flow with Standardize.",
             stacklevel=caller_level(),
         )

@@ -147,7 +147,8 @@ class TrainingReport:
     Attributes:
         steps: Steps tried.
         skipped: How many of them were left out because the loss or its gradient was not finite.
-        restored: How often the best parameters were restored, with half the step size from there on.
+        restored: How often the best parameters were restored, with half the step size from there
+            on.
         reason: Why it ended.
     """
 
@@ -175,8 +176,8 @@ class Loop:
 
     A step whose value or gradient is not finite is skipped; after twenty in a row the best
     parameters so far come back and the step size is halved, and after five of these the training
-    ends. In an initialised :mod:`torch.distributed` group the gradients of all processes are summed,
-    and all begin with the parameters and the random state of the main one.
+    ends. In an initialised :mod:`torch.distributed` group the gradients of all processes are
+    summed, and all begin with the parameters and the random state of the main one.
 
     Args:
         task: What to train.

@@ -89,12 +89,14 @@ def split(
         given: Any = (validation,) if isinstance(validation, Tensor) else validation
         if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 2:
             raise TypeError(
-                "Expected validation to be a fraction, held-out points, or a pair of points and contexts; "
+                "Expected validation to be a fraction, held-out points, or a pair of points and "
+                "contexts; "
                 f"got {validation!r}."
             )
         if (len(given) == 1) != (context is None):
             raise ValueError(
-                "Expected validation to be a pair of points and contexts where there is a context, and points alone "
+                "Expected validation to be a pair of points and contexts where there is a context, "
+                "and points alone "
                 f"where there is none; got {'no contexts' if len(given) == 1 else 'a pair'}."
             )
         train, held_out = points, _points("validation", flow, *given, like=trained)
@@ -114,7 +116,8 @@ def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Te
         check_tensor("context", context, ())
         if context.dim() == 0 or len(context) != len(x):
             raise ValueError(
-                f"Expected one context for each of the {len(x)} points; got shape {tuple(context.shape)}."
+                f"Expected one context for each of the {len(x)} points; got shape "
+                f"{tuple(context.shape)}."
             )
     for what, value in ((name, x), ("context", context)):
         if value is not None:
@@ -133,7 +136,8 @@ def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Te
 def _hold_out(points: Points, fraction: float) -> tuple[Points, Points]:
     if not 0 < fraction < 1:
         raise ValueError(
-            f"Expected validation between 0 and 1, the fraction of points to hold out; got {fraction:g}."
+            "Expected validation between 0 and 1, the fraction of points to hold out; got "
+            f"{fraction:g}."
         )
     n = len(points.x)
     held_out = max(1, round(fraction * n))
@@ -152,12 +156,14 @@ def _check_event(name: str, flow: nn.Module, points: Points) -> None:
         distribution = distribution_of(flow, one.context)
     if not isinstance(distribution, torch.distributions.Distribution):
         raise TypeError(
-            f"Expected flow to return a distribution when called; got {type(distribution).__name__}."
+            "Expected flow to return a distribution when called; got "
+            f"{type(distribution).__name__}."
         )
     batch, event = tuple(distribution.batch_shape), tuple(distribution.event_shape)
     if batch not in ((), (1,)) or (batch == (1,) and points.context is None):
         raise ValueError(
-            f"Expected flow to return a distribution over single points; got one of batch shape {batch}."
+            "Expected flow to return a distribution over single points; got one of batch shape "
+            f"{batch}."
         )
     if tuple(points.x.shape[1:]) != event:
         sizes = ", ".join(["N", *map(str, event)])
@@ -172,5 +178,6 @@ def _check_rows(expected: str, good: Tensor) -> None:
     if not bool(good.all()):
         bad = (~good).nonzero().flatten()
         raise ValueError(
-            f"Expected {expected}; {len(bad)} of {len(good)} rows are not so, the first is row {int(bad[0])}."
+            f"Expected {expected}; {len(bad)} of {len(good)} rows are not so, the first is row "
+            f"{int(bad[0])}."
         )

@@ -1,11 +1,13 @@
-r"""A fit on several processes: each works on its share of the particles, and they add up their gradients.
+r"""A fit on several processes: each works on its share of the particles, and they add up their
+gradients.
 
-Every process draws the same particles from the same random state and takes its share of them, so that the sum over the
-processes is what one process with all particles computes, up to rounding:
+Every process draws the same particles from the same random state and takes its share of them, so
+that the sum over the processes is what one process with all particles computes, up to rounding:
 
 .. math:: \nabla_\phi \mathcal{L} = \frac1N \sum_{r} \sum_{i \in \text{share } r} g_i(\phi).
 
-Without an initialised :mod:`torch.distributed` group there is one process, and everything here does nothing.
+Without an initialised :mod:`torch.distributed` group there is one process, and everything here
+does nothing.
 """
 
 from __future__ import annotations
@@ -120,7 +122,8 @@ def take_from_main(tensors: Iterable[Tensor]) -> None:
 
 
 def agree(value: T) -> T:
-    """What the main process has, in all of them; for what decides how the program goes on, such as a reading of the clock.
+    """What the main process has, in all of them; for what decides how the program goes on, such as
+    a reading of the clock.
 
     Args:
         value: Anything that pickles.
@@ -144,10 +147,12 @@ def agree_on_random_state(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def initialize_from_environment() -> Iterator[str | None]:
-    """Joins the processes that ``torchrun`` started, by its environment variables, and leaves them at the end.
+    """Joins the processes that ``torchrun`` started, by its environment variables, and leaves them
+    at the end.
 
     Yields:
-        The GPU of this process, as ``"cuda:0"``; ``None`` where there is none, and where ``torchrun`` started nothing.
+        The GPU of this process, as ``"cuda:0"``; ``None`` where there is none, and where
+        ``torchrun`` started nothing.
 
     Raises:
         ValueError: If there are more processes on this machine than GPUs.
@@ -165,12 +170,14 @@ def initialize_from_environment() -> Iterator[str | None]:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise ValueError(
-                f"Expected at most one process per GPU; got process {local} on a machine with {gpus} of them."
+                f"Expected at most one process per GPU; got process {local} on a machine with "
+                f"{gpus} of them."
             )
         torch.cuda.set_device(local)
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
-    # Its functions hold the group that stands while they are defined, and torch.compile's machinery imports them at a
-    # moment of its own: a group that they held would outlive destroy_process_group, and its threads the interpreter.
+    # Its functions hold the group that stands while they are defined, and torch.compile's
+    # machinery imports them at a moment of its own: a group that they held would outlive
+    # destroy_process_group, and its threads the interpreter.
     importlib.import_module("torch.distributed.nn")
     dist.init_process_group(backend)
     try:

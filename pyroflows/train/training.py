@@ -29,7 +29,8 @@ __all__ = ["train"]
 
 PARTICLES = 256
 STEP_SIZE = 2e-2
-# The whitening map moves all of the guide at once, so it is stepped more carefully than the networks.
+# The whitening map moves all of the guide at once, so it is stepped more carefully than the
+# networks.
 WHITENING_STEP_SIZE = 5e-3
 # Steps over which the ELBO is averaged to tell which parameters were the best.
 WINDOW = 50
@@ -88,14 +89,14 @@ def train(
         flow: A flow whose last layer is a :class:`LowerTriangularAffine`; a Gaussian where that is
             the only one.
         density: The log density.
-        history: A list to which the ELBO of each step that was not skipped is appended; with another
-            objective its loss with the opposite sign.
+        history: A list to which the ELBO of each step that was not skipped is appended; with
+            another objective its loss with the opposite sign.
         steps: Most steps to take.
         deadline: The time limit; the step size then decays with the time.
         progress: Whether to show a progress bar, or a bar to move on.
         compile: Whether to compile the flow's part of a step, which then takes about half as long.
-            To compile it takes as long as some ten thousand steps, so that this pays for the longest
-            trainings only.
+            To compile it takes as long as some ten thousand steps, so that this pays for the
+            longest trainings only.
         checkpoint: Where to save the state every so often, and from where to go on.
         objective: What to minimise, with its number of particles; by default
             ``PathELBO(num_particles=256)``.

@@ -147,7 +147,7 @@ def test_networks_run_in_bfloat16_and_all_else_in_float32(device: torch.device) 
     # Parameters of maps have 8 bits; log-determinants are exact for these.
     torch.testing.assert_close(values, exact, rtol=0.05, atol=0.05)
     assert not torch.equal(values, exact)
-    back, log_det = made.transform.forward_and_log_det(x)
+    back, _ = made.transform.forward_and_log_det(x)
     torch.testing.assert_close(made().log_prob(x), exact)  # outside of the block nothing changes
     precision.remove()
     assert torch.equal(made.transform.forward_and_log_det(x)[0], back)

@@ -844,7 +844,7 @@ def test_the_table_names_every_option():
             "context",
             "event_shape",
         ),
-        *("path_gradient", "validate_args", "args", "kwargs", *OPTIONS, *SWITCHES),
+        *("path_gradient", "auxiliary", "validate_args", "args", "kwargs", *OPTIONS, *SWITCHES),
     }
     for owner in PUBLIC:
         unknown = set(inspect.signature(owner.__init__).parameters) - known

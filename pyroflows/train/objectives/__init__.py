@@ -1,8 +1,8 @@
 """What flows are trained for: losses of ``SVI``, of ``fit_posterior`` and of any distribution.
 
 Bounds on the evidence need the model only: :class:`PathELBO`, :class:`ImportanceWeightedBound`,
-:class:`RenyiBound`, :class:`ChiSquareBound`. :class:`FAB` makes draws of the posterior by annealing;
-:class:`ForwardKL` and :class:`MMD` are given such draws, by MCMC, say.
+:class:`RenyiBound`, :class:`ChiSquareBound`. :class:`FAB` makes draws of the posterior by
+annealing; :class:`ForwardKL` and :class:`MMD` are given such draws, by MCMC, say.
 """
 
 from .bounds import ChiSquareBound, ImportanceWeightedBound, PathELBO, RenyiBound

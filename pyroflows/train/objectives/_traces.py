@@ -25,7 +25,7 @@ def latent_draws(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def fix_draws(trace: poutine.Trace, points: Mapping[str, Tensor]) -> poutine.Trace:
-    """A trace to replay: with these points for draws, and without the point masses, which follow from them."""
+    """A trace to replay, with these points for draws; point masses follow from them."""
     fixed = poutine.Trace()
     for name, node in trace.nodes.items():
         if node["type"] == "sample" and not node["is_observed"] and not _is_point_mass(node):

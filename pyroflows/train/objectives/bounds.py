@@ -7,11 +7,11 @@ They share one way down. Particles :math:`z_i \sim q_\phi` are drawn once, with 
     \nabla_\phi \mathcal{L}_s = \sum_i v_i \,(1 - s + s v_i)\, \nabla_z \log w_i^\top
     \frac{\partial z_i}{\partial \phi}, \qquad v_i = \frac{w_i^s}{\sum_j w_j^s},
 
-is the ELBO for :math:`s \to 0`, the importance-weighted bound for :math:`s = 1`, and a Renyi bound for
-:math:`s = 1 - \alpha`. No term of the gradient is a score of :math:`q`, so that it has no noise where
-the guide is exact. With ``path=False`` the gradient is the total one,
-:math:`\sum_i v_i \nabla_\phi \log w_i(z_i(\phi))`, in which :math:`q_\phi` depends on its parameters
-too.
+is the ELBO for :math:`s \to 0`, the importance-weighted bound for :math:`s = 1`, and a Renyi bound
+for :math:`s = 1 - \alpha`. No term of the gradient is a score of :math:`q`, so that it has no
+noise where the guide is exact. With ``path=False`` the gradient is the total one,
+:math:`\sum_i v_i \nabla_\phi \log w_i(z_i(\phi))`, in which :math:`q_\phi` depends on its
+parameters too.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Draws(NamedTuple):
         z: Of shape ``(K, features)``, with the graph of their paths.
         log_guide: Their log densities, with a graph if the gradient is the total one.
         log_weight: Log weights without graph, minus infinity where the slope is not finite.
-        slope: Slopes of the log weights, or of the log joint alone if the gradient is the total one.
+        slope: Slopes of the log weights, or of the log joint alone if the gradient is the total
+            one.
     """
 
     z: Tensor
@@ -103,15 +104,14 @@ class Bound(Objective):
         mine = processes.rows(self.num_particles)
         z, log_guide, log_weight, slope = self._draw(distribution, density, mine)
         bound, share = self._shares(processes.gather(log_weight, self.num_particles))
-        weight = self._path_share(share) if self.path else share
-        sign = 1.0 if self.upper else -1.0
-        weight = sign * weight[mine]
+        weight = (self._path_share(share) if self.path else share)[mine]
+        weight, bound = (weight, bound) if self.upper else (-weight, -bound)
         pull = weight.unsqueeze(-1) * slope
         if self.path:
             z.backward(pull)
         else:
             torch.autograd.backward([z, log_guide], [pull, -weight])
-        return sign * bound / processes.world_size()
+        return bound / processes.world_size()
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "power": self.power, "path": self.path}
@@ -146,7 +146,7 @@ class Bound(Objective):
 
     def _draw(self, distribution: Any, density: LogDensity, keep: slice = slice(None)) -> Draws:
         shape = (self.num_particles,)
-        score: Tensor | float = 0.0
+        score = None
         if not self.path:
             z, log_guide = _rsample_and_log_prob(distribution, shape, keep)
         elif isinstance(distribution, FlowDistribution):
@@ -156,7 +156,7 @@ class Bound(Objective):
             log_guide, score = log_prob_and_score(distribution.log_prob, z)
         with torch.no_grad():
             log_joint, slope = density.value_and_grad(z)
-            slope = slope - score
+            slope = slope if score is None else slope - score
             sound = slope.isfinite().all(-1)
             log_weight = (log_joint - log_guide).where(sound, -math.inf)
             return Draws(z, log_guide, log_weight, slope.where(sound.unsqueeze(-1), 0.0))
@@ -246,7 +246,8 @@ class Bound(Objective):
         if self.upper and any(node["type"] == "param" for node in model_trace.nodes.values()):
             raise ValueError(
                 f"Expected a model without parameters of its own in {type(self).__name__}; got one "
-                "with some. To minimise an upper bound on the evidence would fit them away from the "
+                "with some. To minimise an upper bound on the evidence would fit them away from "
+                "the "
                 "data."
             )
         if is_validation_enabled():
@@ -254,15 +255,17 @@ class Bound(Objective):
 
 
 class PathELBO(Bound):
-    r"""The evidence lower bound with path gradients (sticking the landing), for every reparametrised guide.
+    r"""The evidence lower bound with path gradients (sticking the landing), for every
+    reparametrised guide.
 
     .. math:: \mathcal{L}(\phi) = \mathbb{E}_{z \sim q_\phi}\left[\log \frac{p(z)}{q_\phi(z)}\right], \qquad
-        \nabla_\phi \mathcal{L} = \mathbb{E}\left[\left(\nabla_z \log p(z) - \nabla_z \log q_\phi(z)\right)^\top
-        \frac{\partial z}{\partial \phi}\right].
+        \nabla_\phi \mathcal{L} = \mathbb{E}\left[\left(\nabla_z \log p(z) - \nabla_z \log
+        q_\phi(z)\right)^\top \frac{\partial z}{\partial \phi}\right].
 
-    The score of mean zero, :math:`\nabla_\phi \log q_\phi(z)` at a fixed :math:`z`, is left out, so that the gradient has no
-    noise where the guide is exact. A flow carries :math:`\nabla_z \log q` along its sampling pass, without an inversion.
-    Particles whose density or slope is not finite are left out.
+    The score of mean zero, :math:`\nabla_\phi \log q_\phi(z)` at a fixed :math:`z`, is left out,
+    so that the gradient has no noise where the guide is exact. A flow carries :math:`\nabla_z \log
+    q` along its sampling pass, without an inversion. Particles whose density or slope is not
+    finite are left out.
 
     Args:
         num_particles: Draws for each step.
@@ -273,15 +276,15 @@ class PathELBO(Bound):
 
     Raises:
         TypeError: If ``num_particles`` is not an integer.
-        ValueError: If it is not positive; in a step, if a site of the guide is not reparametrised, or the guide lacks a
-            latent site of the model.
+        ValueError: If it is not positive; in a step, if a site of the guide is not reparametrised,
+            or the guide lacks a latent site of the model.
 
     Reference:
-        Roeder, Wu, Duvenaud, "Sticking the landing: Simple, lower-variance gradient estimators for variational inference",
-        2017, https://arxiv.org/abs/1703.09194
+        Roeder, Wu, Duvenaud, "Sticking the landing: Simple, lower-variance gradient estimators for
+        variational inference", 2017, https://arxiv.org/abs/1703.09194
 
-        Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
-        https://arxiv.org/abs/2403.15881
+        Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing
+        flows", 2024, https://arxiv.org/abs/2403.15881
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -289,7 +292,8 @@ class PathELBO(Bound):
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor(1.0))
-        >>> svi = SVI(model, pf.AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), loss=PathELBO(num_particles=32))
+        >>> adam = pyro.optim.Adam({"lr": 0.01})
+        >>> svi = SVI(model, pf.AutoFlow(model), adam, loss=PathELBO(num_particles=32))
         >>> loss = svi.step()
     """
 
@@ -304,9 +308,10 @@ class ImportanceWeightedBound(Bound):
         \nabla_\phi \mathcal{L}_K = \mathbb{E}\left[\sum_i v_i^2\, \nabla_z \log w_i^\top
         \frac{\partial z_i}{\partial \phi}\right], \quad v_i = \frac{w_i}{\sum_j w_j}.
 
-    It rises with :math:`K` from the ELBO to the log evidence. Unlike the plain gradient, this one gains from more particles
-    and has no noise where the guide is exact. The parameters :math:`\theta` of the model get
-    :math:`\sum_i v_i \nabla_\theta \log p_\theta(z_i)`. A density of zero is a weight of zero.
+    It rises with :math:`K` from the ELBO to the log evidence. Unlike the plain gradient, this one
+    gains from more particles and has no noise where the guide is exact. The parameters
+    :math:`\theta` of the model get :math:`\sum_i v_i \nabla_\theta \log p_\theta(z_i)`. A density
+    of zero is a weight of zero.
 
     Args:
         num_particles: Particles :math:`K` of the bound.
@@ -317,12 +322,14 @@ class ImportanceWeightedBound(Bound):
         TypeError, ValueError: As :class:`PathELBO`.
 
     Reference:
-        Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", 2016, https://arxiv.org/abs/1509.00519
+        Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", 2016,
+        https://arxiv.org/abs/1509.00519
 
-        Tucker, Lawson, Gu, Maddison, "Doubly reparameterized gradient estimators for Monte Carlo objectives", 2019,
-        https://arxiv.org/abs/1810.04152
+        Tucker, Lawson, Gu, Maddison, "Doubly reparameterized gradient estimators for Monte Carlo
+        objectives", 2019, https://arxiv.org/abs/1810.04152
 
-        Bauer, Mnih, "Generalized doubly reparameterized gradient estimators", 2021, https://arxiv.org/abs/2101.11046
+        Bauer, Mnih, "Generalized doubly reparameterized gradient estimators", 2021,
+        https://arxiv.org/abs/2101.11046
 
     Example:
         >>> import pyro.distributions as dist
@@ -342,16 +349,18 @@ class RenyiBound(Bound):
     r"""The variational Renyi bound, from the ELBO to the importance-weighted bound and beyond.
 
     .. math:: \mathcal{L}_\alpha(\phi) = \frac{1}{1 - \alpha} \log \mathbb{E}_{z \sim q_\phi}\left[
-        \left(\frac{p(z)}{q_\phi(z)}\right)^{1 - \alpha}\right] = \log Z - D_\alpha(q_\phi \| p / Z),
+        \left(\frac{p(z)}{q_\phi(z)}\right)^{1 - \alpha}\right] = \log Z - D_\alpha(q_\phi \| p /
+        Z),
 
-    with the Renyi divergence :math:`D_\alpha`, estimated by the mean over :math:`K` particles. The gradient is doubly
-    reparametrised,
+    with the Renyi divergence :math:`D_\alpha`, estimated by the mean over :math:`K` particles. The
+    gradient is doubly reparametrised,
 
     .. math:: \nabla_\phi \mathcal{L} = \sum_i \left(\alpha v_i + (1 - \alpha) v_i^2\right) \nabla_z \log w_i^\top
         \frac{\partial z_i}{\partial \phi}, \qquad v_i \propto w_i^{1 - \alpha},
 
-    which is unbiased for the expected estimate. A small :math:`\alpha` covers the mass of the posterior, a large one seeks
-    a mode. The order 1 is :class:`PathELBO`, 0 is :class:`ImportanceWeightedBound`, and a negative one bounds from above, as
+    which is unbiased for the expected estimate. A small :math:`\alpha` covers the mass of the
+    posterior, a large one seeks a mode. The order 1 is :class:`PathELBO`, 0 is
+    :class:`ImportanceWeightedBound`, and a negative one bounds from above, as
     :class:`ChiSquareBound` does.
 
     Args:
@@ -366,8 +375,8 @@ class RenyiBound(Bound):
     Reference:
         Li, Turner, "Renyi divergence variational inference", 2016, https://arxiv.org/abs/1602.02311
 
-        Daudel, Benton, Shi, Doucet, "Alpha-divergence variational inference meets importance weighted auto-encoders:
-        Methodology and asymptotics", 2023, https://arxiv.org/abs/2210.06226
+        Daudel, Benton, Shi, Doucet, "Alpha-divergence variational inference meets importance
+        weighted auto-encoders: Methodology and asymptotics", 2023, https://arxiv.org/abs/2210.06226
 
     Example:
         >>> RenyiBound(alpha=0.5, num_particles=64).alpha
@@ -392,12 +401,13 @@ class ChiSquareBound(Bound):
 
     .. math:: \mathcal{U}_n(\phi) = \frac{1}{n} \log \mathbb{E}_{z \sim q_\phi}\left[
         \left(\frac{p(z)}{q_\phi(z)}\right)^n\right] \ge \log Z, \qquad
-        \nabla_\phi \mathcal{U}_n = (1 - n) \sum_i v_i \nabla_z \log w_i^\top \frac{\partial z_i}{\partial \phi},
-        \quad v_i = \frac{w_i^n}{\sum_j w_j^n}.
+        \nabla_\phi \mathcal{U}_n = (1 - n) \sum_i v_i \nabla_z \log w_i^\top \frac{\partial
+        z_i}{\partial \phi}, \quad v_i = \frac{w_i^n}{\sum_j w_j^n}.
 
-    For :math:`n = 2` it is :math:`\log Z + \frac{1}{2} \log(1 + \chi^2(p / Z \| q))`. The gradient is that of
-    :math:`\mathbb{E}[w^n]`, doubly reparametrised and divided by its own estimate, with a bias of order :math:`1 / K`.
-    It punishes a guide that is narrower than the posterior. The mean over few particles lies below the bound.
+    For :math:`n = 2` it is :math:`\log Z + \frac{1}{2} \log(1 + \chi^2(p / Z \| q))`. The gradient
+    is that of :math:`\mathbb{E}[w^n]`, doubly reparametrised and divided by its own estimate, with
+    a bias of order :math:`1 / K`. It punishes a guide that is narrower than the posterior. The
+    mean over few particles lies below the bound.
 
     Args:
         order: The power :math:`n`, above 1.
@@ -406,12 +416,13 @@ class ChiSquareBound(Bound):
         path: As in :class:`ImportanceWeightedBound`.
 
     Raises:
-        TypeError, ValueError: As :class:`PathELBO`; if ``order`` is not a number above 1; in a step of ``SVI``, if the model
-            has parameters of its own, which an upper bound cannot fit.
+        TypeError, ValueError: As :class:`PathELBO`; if ``order`` is not a number above 1; in a
+            step of ``SVI``, if the model has parameters of its own, which an upper bound cannot
+            fit.
 
     Reference:
-        Dieng, Tran, Ranganath, Paisley, Blei, "Variational inference via chi upper bound minimization", 2017,
-        https://arxiv.org/abs/1611.00328
+        Dieng, Tran, Ranganath, Paisley, Blei, "Variational inference via chi upper bound
+        minimization", 2017, https://arxiv.org/abs/1611.00328
 
     Example:
         >>> ChiSquareBound(num_particles=64).order
@@ -431,7 +442,8 @@ class ChiSquareBound(Bound):
         self.power = self.order = check_positive("order", order)
         if self.order <= 1:
             raise ValueError(
-                f"Expected order > 1; got {order}. Up to 1 the bound is a lower one: use RenyiBound."
+                f"Expected order > 1; got {order}. Up to 1 the bound is a lower one: use "
+                "RenyiBound."
             )
         super().__init__(num_particles, vectorize_particles, path=path)
 
@@ -469,7 +481,7 @@ def _rsample_and_log_prob(
 
 
 def _gradients(values: Tensor, points: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients with respect to points, zero where the values do not depend on them; keeps the graph."""
+    """Gradients with respect to points, zero where values do not depend on them; keeps the graph."""
     if not points or not values.requires_grad:
         return {name: torch.zeros_like(point) for name, point in points.items()}
     gradients = torch.autograd.grad(

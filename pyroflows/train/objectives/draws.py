@@ -51,7 +51,8 @@ class VectorObjective(Objective):
             sources = latent_draws(poutine.trace(guide).get_trace(*args, **kwargs))
         if len(sources) != 1:
             raise TypeError(
-                f"Expected a guide with one distribution over an unconstrained vector, such as pyroflows.AutoFlow, in "
+                "Expected a guide with one distribution over an unconstrained vector, such as "
+                "pyroflows.AutoFlow, in "
                 f"{type(self).__name__}; got {type(guide).__name__}."
             )
         return next(iter(sources.values()))["fn"]
@@ -93,13 +94,15 @@ class _DrawsObjective(VectorObjective):
             if values.shape[1:] != site.shape:
                 expected = tuple(site.shape)
                 raise ValueError(
-                    f"Expected draws of {site.name!r}, each of shape {expected}; got {tuple(values.shape)}."
+                    f"Expected draws of {site.name!r}, each of shape {expected}; got "
+                    f"{tuple(values.shape)}."
                 )
             part = site.transform.inv(values).reshape(len(values), -1)
             outside = int((~part.isfinite()).any(-1).sum())
             if outside:
                 raise ValueError(
-                    f"Expected draws of {site.name!r} inside of its support; got {outside} of {len(values)} that are not."
+                    f"Expected draws of {site.name!r} inside of its support; got {outside} of "
+                    f"{len(values)} that are not."
                 )
             parts.append(part)
         return torch.cat(parts, -1)
@@ -112,26 +115,31 @@ class _DrawsObjective(VectorObjective):
 
 
 class ForwardKL(_DrawsObjective):
-    r"""The forward Kullback-Leibler divergence on given draws of the posterior, that is maximum likelihood.
+    r"""The forward Kullback-Leibler divergence on given draws of the posterior, that is maximum
+    likelihood.
 
     .. math:: \mathrm{KL}(p \| q_\phi) = \mathbb{E}_{z \sim p}[\log p(z) - \log q_\phi(z)], \qquad
         \ell(\phi) = -\frac{1}{K} \sum_i \log q_\phi(z_i), \quad z_i \sim p,
 
-    in unconstrained units; the loss lacks the entropy of the posterior, which does not depend on :math:`\phi`. It covers all
-    modes of the draws. The guide is one over an unconstrained vector, such as an ``AutoFlow`` or any ``AutoContinuous``; a
-    flow that is fast to score trains fast.
+    in unconstrained units; the loss lacks the entropy of the posterior, which does not depend on
+    :math:`\phi`. It covers all modes of the draws. The guide is one over an unconstrained vector,
+    such as an ``AutoFlow`` or any ``AutoContinuous``; a flow that is fast to score trains fast.
 
     Args:
-        draws: For each latent site of the model a tensor of shape ``(n, *site_shape)``, from MCMC, say.
+        draws: For each latent site of the model a tensor of shape ``(n, *site_shape)``, from MCMC,
+            say.
         num_particles: Draws for each step, at random; all if there are fewer.
 
     Raises:
-        TypeError: If ``draws`` is not a mapping to tensors; in a step, if the guide is of another kind.
-        ValueError: If the tensors differ in length; in a step, if a site is missing or of another shape.
+        TypeError: If ``draws`` is not a mapping to tensors; in a step, if the guide is of another
+            kind.
+        ValueError: If the tensors differ in length; in a step, if a site is missing or of another
+            shape.
 
     Reference:
-        Jerfel, Wang, Wong-Fannjiang, Heller, Ma, Jordan, "Variational refinement for importance sampling using the forward
-        Kullback-Leibler divergence", 2021, https://arxiv.org/abs/2106.15980
+        Jerfel, Wang, Wong-Fannjiang, Heller, Ma, Jordan, "Variational refinement for importance
+        sampling using the forward Kullback-Leibler divergence", 2021,
+        https://arxiv.org/abs/2106.15980
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -139,7 +147,8 @@ class ForwardKL(_DrawsObjective):
         >>> def model():
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> objective = ForwardKL({"x": torch.randn(1000).exp()})
-        >>> loss = SVI(model, pf.AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), loss=objective).step()
+        >>> adam = pyro.optim.Adam({"lr": 0.01})
+        >>> loss = SVI(model, pf.AutoFlow(model), adam, loss=objective).step()
     """
 
     def __init__(self, draws: Mapping[str, Tensor], num_particles: int = 256) -> None:
@@ -155,21 +164,24 @@ class MMD(_DrawsObjective):
     .. math:: \mathrm{MMD}^2 = \mathbb{E}\,k(z, z') - 2\, \mathbb{E}\,k(z, y) + \mathbb{E}\,k(y, y'), \qquad
         k(z, y) = \exp\Big(-\frac{1}{2} \sum_j \frac{(z_j - y_j)^2}{h_j^2}\Big),
 
-    with independent :math:`z, z' \sim q_\phi` and draws :math:`y, y'`, in unconstrained units, by unbiased means over all
-    pairs. It sees differences of the scale of :math:`h`, and needs no density, so that it trains flows that are slow to
-    score.
+    with independent :math:`z, z' \sim q_\phi` and draws :math:`y, y'`, in unconstrained units, by
+    unbiased means over all pairs. It sees differences of the scale of :math:`h`, and needs no
+    density, so that it trains flows that are slow to score.
 
     Args:
-        draws: For each latent site of the model a tensor of shape ``(n, *site_shape)``, with ``n`` of at least 2.
-        bandwidth: The widths :math:`h`: a number, a tensor of shape ``(features,)``, or ``None`` for the standard deviations
-            of the draws times :math:`\sqrt{2 D}`, the typical distance of two draws.
-        num_particles: Draws of the guide for each step, and of the given ones, at random; all if there are fewer.
+        draws: For each latent site of the model a tensor of shape ``(n, *site_shape)``, with ``n``
+            of at least 2.
+        bandwidth: The widths :math:`h`: a number, a tensor of shape ``(features,)``, or ``None``
+            for the standard deviations of the draws times :math:`\sqrt{2 D}`, the typical distance
+            of two draws.
+        num_particles: Draws of the guide for each step, and of the given ones, at random; all if
+            there are fewer.
 
     Raises:
-        TypeError: If an argument is of the wrong type; in a step, if the guide is of another kind than that of
-            :class:`ForwardKL`.
-        ValueError: If the tensors differ in length, or a bandwidth or a number of draws is too small; in a step, if a site
-            is missing or of another shape.
+        TypeError: If an argument is of the wrong type; in a step, if the guide is of another kind
+            than that of :class:`ForwardKL`.
+        ValueError: If the tensors differ in length, or a bandwidth or a number of draws is too
+            small; in a step, if a site is missing or of another shape.
 
     Reference:
         Gretton, Borgwardt, Rasch, Schoelkopf, Smola, "A kernel two-sample test", 2012,
@@ -181,7 +193,8 @@ class MMD(_DrawsObjective):
         >>> def model():
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> objective = MMD({"x": torch.randn(1000).exp()})
-        >>> loss = SVI(model, pf.AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), loss=objective).step()
+        >>> adam = pyro.optim.Adam({"lr": 0.01})
+        >>> loss = SVI(model, pf.AutoFlow(model), adam, loss=objective).step()
     """
 
     def __init__(
@@ -212,7 +225,8 @@ class MMD(_DrawsObjective):
             width = vectors.std(0) * math.sqrt(2 * vectors.shape[-1])
             if not bool((width > 0).all()):
                 raise ValueError(
-                    "Expected draws that differ in every coordinate, or a bandwidth; got a constant one."
+                    "Expected draws that differ in every coordinate, or a bandwidth; got a "
+                    "constant one."
                 )
         # About their mean, for the squares of large numbers would drown their differences.
         y = (self._batch(vectors) - vectors.mean(0)) / width

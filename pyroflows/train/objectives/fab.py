@@ -25,23 +25,26 @@ STEP_SIZE = 0.5
 
 
 class FAB(VectorObjective):
-    r"""Flow annealed importance sampling bootstrap: a forward divergence on annealed draws from a replay buffer.
+    r"""Flow annealed importance sampling bootstrap: a forward divergence on annealed draws from a
+    replay buffer.
 
-    Draws of the guide :math:`q` are carried by annealed importance sampling, with Hamiltonian Monte Carlo, over
-    :math:`g_\beta \propto q\,(p / q)^{\alpha \beta}` to :math:`g_1 \propto p^\alpha q^{1 - \alpha}`, get weights :math:`w_i`
-    there, and train the guide by
+    Draws of the guide :math:`q` are carried by annealed importance sampling, with Hamiltonian
+    Monte Carlo, over :math:`g_\beta \propto q\,(p / q)^{\alpha \beta}` to :math:`g_1 \propto
+    p^\alpha q^{1 - \alpha}`, get weights :math:`w_i` there, and train the guide by
 
     .. math:: \nabla_\phi \ell = -\sum_i \bar w_i \nabla_\phi \log q_\phi(z_i) \approx
         -\mathbb{E}_{g_1}[\nabla_\phi \log q_\phi(z)],
 
-    the gradient of the forward :math:`\mathrm{KL}(p \| q)` for :math:`\alpha = 1`, and of :math:`\log \int p^2 / q` for
-    :math:`\alpha = 2`, which seeks what the guide lacks. A mode outside of the guide is found by the annealing and kept by
-    the buffer, where a reverse divergence would not miss it.
+    the gradient of the forward :math:`\mathrm{KL}(p \| q)` for :math:`\alpha = 1`, and of
+    :math:`\log \int p^2 / q` for :math:`\alpha = 2`, which seeks what the guide lacks. A mode
+    outside of the guide is found by the annealing and kept by the buffer, where a reverse
+    divergence would not miss it.
 
-    Each step takes draws from the buffer with probability :math:`\propto w_i`, corrects for what the guide has become
-    since, :math:`(q_\mathrm{old} / q)^{\alpha - 1}`, clipped at 10, and updates their weights; every ``reuse`` steps the
-    buffer gets new draws. The guide is one over an unconstrained vector, as for :class:`ForwardKL`. Data and parameters of
-    the model stay what they were in the first step. The loss is a cross-entropy.
+    Each step takes draws from the buffer with probability :math:`\propto w_i`, corrects for what
+    the guide has become since, :math:`(q_\mathrm{old} / q)^{\alpha - 1}`, clipped at 10, and
+    updates their weights; every ``reuse`` steps the buffer gets new draws. The guide is one over
+    an unconstrained vector, as for :class:`ForwardKL`. Data and parameters of the model stay what
+    they were in the first step. The loss is a cross-entropy.
 
     Args:
         num_particles: Draws for each step, and chains of the annealing.
@@ -53,18 +56,20 @@ class FAB(VectorObjective):
 
     Raises:
         TypeError: If an argument is of the wrong type; in a step, if the guide is of another kind.
-        ValueError: If an argument is out of range; in a step, if model or arguments are others than in the first.
+        ValueError: If an argument is out of range; in a step, if model or arguments are others
+            than in the first.
 
     Reference:
-        Midgley, Stimper, Simm, Schoelkopf, Hernandez-Lobato, "Flow annealed importance sampling bootstrap", 2023,
-        https://arxiv.org/abs/2208.01893
+        Midgley, Stimper, Simm, Schoelkopf, Hernandez-Lobato, "Flow annealed importance sampling
+        bootstrap", 2023, https://arxiv.org/abs/2208.01893
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
         >>> from pyro.infer import SVI
         >>> def model():
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
-        >>> loss = SVI(model, pf.AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), loss=FAB(32)).step()
+        >>> adam = pyro.optim.Adam({"lr": 0.01})
+        >>> loss = SVI(model, pf.AutoFlow(model), adam, loss=FAB(32)).step()
     """
 
     def __init__(
@@ -112,7 +117,8 @@ class FAB(VectorObjective):
             self._begin(LogDensity(model, args, kwargs))
         elif not (known.model is model and _same(known.args, args) and _same(known.kwargs, kwargs)):
             raise ValueError(
-                "Expected the model and arguments of the first step, to which the draws in the buffer belong; got others. "
+                "Expected the model and arguments of the first step, to which the draws in the "
+                "buffer belong; got others. "
                 "Make another FAB() for them."
             )
         assert self._density is not None
@@ -167,7 +173,7 @@ class FAB(VectorObjective):
 
 
 class _Annealed(NamedTuple):
-    """Annealed draws ``(n, features)``, their log weights and what the log density of the guide was there, ``(n,)``."""
+    """Annealed draws ``(n, features)``, their log weights and the guide's log densities then, ``(n,)``."""
 
     z: Tensor
     log_weight: Tensor

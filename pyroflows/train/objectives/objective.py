@@ -23,7 +23,8 @@ class Objective(ELBO):
 
     Args:
         num_particles: Draws for each step.
-        vectorize_particles: Whether model and guide run once for all particles, in an outermost plate.
+        vectorize_particles: Whether model and guide run once for all particles, in an outermost
+            plate.
 
     Raises:
         TypeError: If ``num_particles`` is not an integer.
@@ -57,7 +58,8 @@ class Objective(ELBO):
         """The loss of a distribution, to differentiate.
 
         Args:
-            distribution: Over vectors of shape ``(features,)``, such as ``flow()`` or ``guide.get_posterior()``.
+            distribution: Over vectors of shape ``(features,)``, such as ``flow()`` or
+                ``guide.get_posterior()``.
             density: The log density.
 
         Returns:
@@ -131,13 +133,15 @@ def check_distribution(distribution: Any, density: LogDensity) -> None:
     shape = tuple(distribution.batch_shape + distribution.event_shape)
     if tuple(distribution.event_shape) != (density.features,) or distribution.batch_shape:
         raise ValueError(
-            f"Expected a distribution of one vector of {density.features} features; got one of shape {shape}."
+            f"Expected a distribution of one vector of {density.features} features; got one of "
+            f"shape {shape}."
         )
 
 
 def check_reparametrised(distribution: Any, where: str = "") -> None:
     if not distribution.has_rsample:
         raise ValueError(
-            f"Expected a reparametrised distribution, with rsample; got {type(distribution).__name__}{where}. "
+            "Expected a reparametrised distribution, with rsample; got "
+            f"{type(distribution).__name__}{where}. "
             "pyro.infer.TraceGraph_ELBO trains such a guide."
         )
