@@ -80,7 +80,8 @@ def test_a_guide_of_the_users_keeps_its_best_numbers() -> None:
     climb.density.introduce(guide)
 
     def make(climb: Climb) -> pf.AutoFlow:
-        guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)  # type: ignore[union-attr]
+        assert climb.census is not None
+        guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)
         return guide
 
     kept: dict[str, torch.Tensor] = {}
