@@ -160,9 +160,12 @@ class Supports(Check):
                 "the model gives every draw of the guide zero density; look at its priors and "
                 "supports."
             )
-        share = f"{value:.0%} of the guide's draws have zero density under the model"
-        facts = _facts(subject)
-        return f"{share}{'' if held else '; look at its supports'}. {_capitalise(facts)}."
+        if held:
+            return f"the model gives {1 - value:.0%} of the guide's draws a density."
+        return (
+            f"{value:.0%} of the guide's draws have zero density under the model; look at its "
+            f"supports. {_capitalise(_facts(subject))}."
+        )
 
 
 class Weights(Check):

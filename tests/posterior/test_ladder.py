@@ -80,7 +80,8 @@ def test_a_guide_of_the_users_keeps_its_best_numbers() -> None:
     climb.density.introduce(guide)
 
     def make(climb: Climb) -> pf.AutoFlow:
-        guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)  # type: ignore[union-attr]
+        assert climb.census is not None
+        guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)
         return guide
 
     kept: dict[str, torch.Tensor] = {}
@@ -157,3 +158,26 @@ def test_an_attempt_that_was_judged_is_kept_before_one_for_which_there_was_no_ti
     late.verdict = Verdict((shift,), judged.verdict.importance)
     assert choose_better(judged, late) is judged
     assert str(late.verdict).endswith("not been judged, because the time limit was reached.")
+
+
+def test_polished_draws_of_a_guide_that_is_a_little_off_are_trusted() -> None:
+    def fine() -> None:
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def make(climb: Climb) -> pf.AutoFlow:
+        climb.first_flow.whiten(torch.full((2,), 0.5), 0.9 * torch.eye(2))
+        return climb.first_flow
+
+    climb = Climb(LogDensity(fine), 0, Deadline())
+    posterior = climb_ladder(climb, [Rung("off", make), Rung("polish", make, trajectories=30)])
+    assert names(posterior) == ["off", "polish, 30 trajectories"]
+    before, after = (attempt.verdict for attempt in posterior.rungs)
+    assert not before.ok
+    assert after.ok
+    assert "polished by 30 Hamiltonian trajectories" in after.reason
+    statuses = {finding.name: finding.status for finding in after.findings}
+    assert statuses["drift"] == statuses["polish"] == statuses["census"] == HELD
+    assert statuses["weights"] == statuses["shift"] == NOT_JUDGED
+    assert after.shift == before.shift > 0.1
+    x = posterior.sample(4000, seed=0)["x"]
+    assert float(x.mean(0).abs().max()) < 5 / 4000**0.5
