@@ -82,7 +82,7 @@ class Flow(PyroModule):
             [transforms] if isinstance(transforms, Transform) else transforms, reversible
         )
         if standardize:
-            last = Standardize(self.transform.image_shape[0])
+            last = Standardize(self.transform.image_shape)
             self.transform = Compose([*self.transform.layers, last], reversible)  # type: ignore[list-item]
         # Copies, for they move with the module.
         self.support = (
@@ -97,6 +97,11 @@ class Flow(PyroModule):
     def event_shape(self) -> torch.Size:
         """Shape of one point before it is mapped onto the support."""
         return self._modules["transform"].event_shape  # type: ignore[union-attr,return-value]
+
+    @property
+    def context_shape(self) -> torch.Size | None:
+        """Shape of the context, or ``None``."""
+        return self._modules["transform"].context_shape  # type: ignore[union-attr,return-value]
 
     @property
     def context_features(self) -> int | None:
@@ -120,15 +125,15 @@ class Flow(PyroModule):
         """Returns the distribution given a context.
 
         Args:
-            context: Tensor of shape ``(*, context_features)``, or ``None`` for a flow without context.
+            context: Tensor of shape ``(*, *context_shape)``, or ``None`` for a flow without context.
 
         Returns:
             A distribution of batch shape ``(*)``.
 
         Raises:
-            ValueError: If the context is missing, unwanted or of another width.
+            ValueError: If the context is missing, unwanted or of another shape.
         """
-        given = check_context(context, self.context_features, type(self).__name__)
+        given = check_context(context, self.context_shape, type(self).__name__)
         if am_i_wrapped():
             register_parameters(self)
         transform = self._modules["transform"]

@@ -47,7 +47,7 @@ class MADE(nn.Module):
     Args:
         features: Entries of the vector.
         parameters: Outputs per entry.
-        hidden_features: Widths of the hidden layers, equal ones for a residual network.
+        hidden: Widths of the hidden layers, equal ones for a residual network.
         context_features: Entries of the context, or ``None``.
         activation: A callable without arguments that makes the activation module, which acts on each unit by itself.
         order: The entries from first to last; each may depend on those before it. Their natural order by default.
@@ -69,7 +69,7 @@ class MADE(nn.Module):
         Wehenkel, Louppe, "Graphical normalizing flows", 2020, https://arxiv.org/abs/2006.02548
 
     Example:
-        >>> net = MADE(3, 2, hidden_features=(8,), context_features=1, order=[2, 0, 1])
+        >>> net = MADE(3, 2, hidden=(8,), context_features=1, order=[2, 0, 1])
         >>> net(torch.zeros(5, 3), torch.zeros(1)).shape
         torch.Size([5, 2, 3])
     """
@@ -83,7 +83,7 @@ class MADE(nn.Module):
         self,
         features: int,
         parameters: int,
-        hidden_features: Sequence[int] = (64, 64),
+        hidden: Sequence[int] = (64, 64),
         context_features: int | None = None,
         activation: Callable[[], nn.Module] = nn.SiLU,
         order: Sequence[int] | Tensor | None = None,
@@ -95,13 +95,11 @@ class MADE(nn.Module):
         self.features = check_size("features", features)
         self.codes = check_size("codes", codes)
         self.outputs = check_size("parameters", parameters)
-        widths = check_hidden(hidden_features)
+        widths = check_hidden(hidden)
         if context_features is not None:
             check_size("context_features", context_features)
         if residual and len(set(widths)) > 1:
-            raise ValueError(
-                f"Expected hidden_features of one width for a residual network; got {widths}."
-            )
+            raise ValueError(f"Expected hidden of one width for a residual network; got {widths}.")
         if adjacency is None:
             graph = _chain(check_order(order, features))
         elif order is None:
@@ -413,17 +411,16 @@ def _lay_out_again(net: MADE, _: Any) -> None:
         net._lay_out(net.adjacency.cpu())
 
 
-def check_order(order: Any, features: int) -> list[int]:
+def check_order(order: Any, features: int, name: str = "order") -> list[int]:
+    """Returns a permutation of ``0 .. features - 1``; the natural one where ``order`` is ``None``."""
     if order is None:
         return list(range(features))
     if isinstance(order, str) or not isinstance(order, (Sequence, Tensor)):
-        raise TypeError(f"Expected order to be a sequence of integers; got {order!r}.")
-    given = [
-        check_size("order", i, least=0)
-        for i in (order.tolist() if isinstance(order, Tensor) else order)
-    ]
+        raise TypeError(f"Expected {name} to be a sequence of integers; got {order!r}.")
+    numbers = order.tolist() if isinstance(order, Tensor) else order
+    given = [check_size(name, number, least=0) for number in numbers]
     if sorted(given) != list(range(features)):
-        raise ValueError(f"Expected order to hold each of 0 .. {features - 1} once; got {given}.")
+        raise ValueError(f"Expected {name} to hold each of 0 .. {features - 1} once; got {given}.")
     return given
 
 
@@ -491,7 +488,7 @@ def _share(sets: int, width: int, even: bool) -> Tensor:
     """The set of each unit of a layer, shared evenly and without going back."""
     if width < sets and not even:
         raise ValueError(
-            f"Expected hidden_features of at least {sets}, one for each set that entries depend on in this adjacency; "
+            f"Expected hidden of at least {sets}, one for each set that entries depend on in this adjacency; "
             f"got {width}."
         )
     return (2 * torch.arange(width, device="cpu") + 1) * sets // (2 * width)

@@ -22,13 +22,13 @@ class Step(nn.Module):
         self.inverted = inverted
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = None if self.layer.context_features is None else context
+        given = None if self.layer.context_shape is None else context
         return (
             self.layer.inverse_and_log_det if self.inverted else self.layer.forward_and_log_det
         )(x, given)
 
     def back(self, y: Tensor, context: Tensor | None) -> Tensor:
-        given = None if self.layer.context_features is None else context
+        given = None if self.layer.context_shape is None else context
         return (
             self.layer.forward_and_log_det if self.inverted else self.layer.inverse_and_log_det
         )(y, given)[0]

@@ -57,7 +57,8 @@ class Autoregressive(Transform):
         univariate: A monotone map, such as ``Affine()``; its forward direction is what the fast direction evaluates.
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Widths of the network; see :class:`pyroflows.nn.MADE`.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        hidden: Widths of the network; see :class:`pyroflows.nn.MADE`.
         activation: Its activation, a callable without arguments that makes a module.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         residual: Whether the network is residual, with layers of one width.
@@ -89,6 +90,7 @@ class Autoregressive(Transform):
         ('inverse', torch.Size([5, 3]))
     """
 
+    vectors_only = True
     univariate: Univariate
 
     def __init__(
@@ -96,7 +98,9 @@ class Autoregressive(Transform):
         univariate: Univariate,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         order: Order = "natural",
         residual: bool = False,
@@ -104,21 +108,21 @@ class Autoregressive(Transform):
         fast: str = "inverse",
         seed: int = 0,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, context_shape=context_shape)
         if fast not in ("inverse", "forward"):
             raise ValueError(
                 f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}."
             )
         self.fast = fast
         self.univariate = univariate
-        table = identity_table(univariate, features)
+        table = identity_table(univariate, self.features)
         self.conditioner = MADE(
-            features,
+            self.features,
             len(table),
-            hidden_features,
-            context_features,
+            hidden,
+            self.context_features,
             activation,
-            named_order(order, features, seed),
+            named_order(order, self.features, seed),
             residual,
             adjacency,
             codes_of(univariate),
@@ -147,6 +151,7 @@ class Autoregressive(Transform):
         if self.fast == "inverse":
             return super().push_score(x, score, context)
         # The Jacobian at x is at hand, and triangular: no need to find x again.
+        context = self.read_context(context)
         shape = broadcast_batch(x.shape, 1, context)
         with torch.enable_grad():
             x = (x if x.requires_grad else x.detach().requires_grad_()).expand(shape)
@@ -158,6 +163,7 @@ class Autoregressive(Transform):
 
     def _move(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The fast direction, by one evaluation of the network."""
+        context = self.read_context(context)
         u, log_slope = self.univariate.forward_and_log_det(
             v, self._raw(v, context, self.conditioner.weights())
         )
@@ -176,6 +182,7 @@ class Autoregressive(Transform):
 
     def _solve(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Finds what the fast direction maps to ``u``."""
+        context = self.read_context(context)
         u = u.expand(broadcast_batch(u.shape, 1, context))
         weights = self.conditioner.weights()
         if self.conditioner.stages == 1:
@@ -263,7 +270,8 @@ class AffineAutoregressive(Autoregressive):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        hidden: Widths of the network.
         activation: Its activation.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         residual: Whether the network is residual, with layers of one width.
@@ -292,7 +300,9 @@ class AffineAutoregressive(Autoregressive):
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         order: Order = "natural",
         residual: bool = False,
@@ -307,13 +317,14 @@ class AffineAutoregressive(Autoregressive):
             univariate,
             features,
             context_features,
-            hidden_features,
-            activation,
-            order,
-            residual,
-            adjacency,
-            fast,
-            seed,
+            context_shape=context_shape,
+            hidden=hidden,
+            activation=activation,
+            order=order,
+            residual=residual,
+            adjacency=adjacency,
+            fast=fast,
+            seed=seed,
         )
 
 

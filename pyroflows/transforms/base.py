@@ -12,7 +12,13 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._checks import broadcast_batch, check_context, check_size, check_tensor
+from .._checks import (
+    broadcast_batch,
+    check_context,
+    check_context_shape,
+    check_shape,
+    check_tensor,
+)
 from .._memory import Memory, transforming
 from ._recompute import Step, recomputed
 
@@ -44,6 +50,14 @@ def vjp(outputs: Iterable[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
     return torch.zeros_like(at) if product is None else product
 
 
+def channels_last(x: Tensor, event_shape: torch.Size) -> Tensor:
+    """All values of each channel, the first dimension of an event, of shape ``(values, channels)``."""
+    channels = event_shape[:1].numel()
+    if len(event_shape) < 2:
+        return x.reshape(-1, channels)
+    return x.reshape(-1, channels, event_shape[1:].numel()).transpose(-1, -2).flatten(0, 1)
+
+
 class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     r"""Base class of all transforms: an invertible map :math:`y = f(x; c)` from base to event with a known Jacobian.
 
@@ -61,11 +75,14 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     relative error that its method leaves; :mod:`pyroflows.testing` judges by them.
 
     Args:
-        event_shape: Shape of one point; an integer stands for a vector.
+        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``, ``(channels, time)``.
         context_features: Entries of the context, or ``None`` for a transform without one.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
 
     Raises:
-        ValueError: If a size is not positive.
+        TypeError: If a size is not an integer.
+        ValueError: If a size is not positive, if both forms of the context's shape are given and differ, or if a map of
+            vectors is given another shape.
 
     Example:
         >>> class Double(Transform):
@@ -86,15 +103,24 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
     fast: str = "both"
 
+    #: Whether events can only be vectors, because the map mixes their entries.
+    vectors_only: ClassVar[bool] = False
+
     def __init__(
-        self, event_shape: int | Sequence[int], context_features: int | None = None
+        self,
+        features: int | Sequence[int],
+        context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        sizes = [event_shape] if not isinstance(event_shape, Sequence) else event_shape
-        self.event_shape = torch.Size([check_size("features", size) for size in sizes])
-        self.context_features = (
-            None if context_features is None else check_size("context_features", context_features)
-        )
+        self.event_shape = check_shape("features", features)
+        if self.vectors_only and len(self.event_shape) != 1:
+            raise ValueError(
+                f"Expected features to be the entries of a vector, because {type(self).__name__} maps "
+                f"vectors only; got the shape {tuple(self.event_shape)}."
+            )
+        self.context_shape = check_context_shape(context_features, context_shape)
         self._memory = Memory()
         self._inverse_ref: weakref.ref[Inverse] | None = None
 
@@ -107,7 +133,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
 
         Args:
             x: Points of shape ``(*, *event_shape)``.
-            context: Context of shape ``(*, context_features)``, broadcast against the batch of ``x``.
+            context: Context of shape ``(*, *context_shape)``, broadcast against the batch of ``x``.
 
         Returns:
             :math:`y` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial y / \partial x|` of shape ``(*)``.
@@ -121,7 +147,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
 
         Args:
             y: Points of shape ``(*, *event_shape)``.
-            context: Context of shape ``(*, context_features)``, broadcast against the batch of ``y``.
+            context: Context of shape ``(*, *context_shape)``, broadcast against the batch of ``y``.
 
         Returns:
             :math:`x` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial x / \partial y|` of shape ``(*)``.
@@ -140,7 +166,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         Args:
             x: Points of shape ``(*, *event_shape)``, with gradients enabled.
             score: Score at ``x``, of the same shape, without gradient.
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
             :math:`y`, the log-determinant (both with gradients), and the score :math:`s_y` (without).
@@ -159,12 +185,45 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         Args:
             y: Points of shape ``(*, *event_shape)``, with gradients enabled.
             score: Score at ``y``, of the same shape, without gradient.
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
             :math:`x`, the log-determinant (both with gradients), and the score :math:`s_x` (without).
         """
         return _carry_score(self.inverse_and_log_det, self.forward_and_log_det, y, score, context)
+
+    # Shapes
+
+    @property
+    def features(self) -> int:
+        """Entries of an event, whatever its shape."""
+        return self.event_shape.numel()
+
+    @property
+    def context_features(self) -> int | None:
+        """Entries of the context, whatever its shape; ``None`` without one."""
+        return None if self.context_shape is None else self.context_shape.numel()
+
+    def read_context(self, context: Tensor | None) -> Tensor | None:
+        """The context as a vector, of shape ``(*, context_features)``."""
+        dims = len(self.context_shape or ())
+        return context if context is None or dims < 2 else context.flatten(-dims)
+
+    def broadcast(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Points with the batch dimensions that they share with their contexts."""
+        dims = len(self.context_shape or ())
+        return x.expand(broadcast_batch(x.shape, len(self.event_shape), context, dims))
+
+    def entries(self, x: Tensor) -> Tensor:
+        """The entries of events in one dimension, of shape ``(*, features)``."""
+        dims = len(self.event_shape)
+        return x if dims == 1 else x.reshape(*x.shape[: x.dim() - dims], self.features)
+
+    def event(self, entries: Tensor) -> Tensor:
+        """Events, of shape ``(*, *event_shape)``, from their entries in one dimension."""
+        if len(self.event_shape) == 1:
+            return entries
+        return entries.reshape(*entries.shape[:-1], *self.event_shape)
 
     # What torch and Pyro ask for
 
@@ -207,10 +266,10 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         return self._inv_call(y)
 
     def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
-        if self.context_features is not None:
+        if self.context_shape is not None:
             check_context(
                 None,
-                self.context_features,
+                self.context_shape,
                 f"{type(self).__name__} (give it by condition(context))",
             )
         memory = self._memory.recall(given, self._definition)
@@ -247,15 +306,15 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """Fixes the context.
 
         Args:
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
             A transform that shares these parameters and takes no context; this very transform where it takes none.
 
         Raises:
-            ValueError: If the context has another width.
+            ValueError: If the context has another shape.
         """
-        if self.context_features is None:
+        if self.context_shape is None:
             return self
         return Conditioned(self, context)
 
@@ -274,14 +333,16 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        shape = (
-            f"{self.event_shape[0]}" if len(self.event_shape) == 1 else f"{tuple(self.event_shape)}"
-        )
-        context = (
-            "" if self.context_features is None else f", context_features={self.context_features}"
-        )
-        fast = _FAST[self.fast]
-        return f"{shape}{context}, fast: {fast}"
+        shape, context = self.event_shape, self.context_shape
+        described = f"{shape[0]}" if len(shape) == 1 else f"{tuple(shape)}"
+        if context is not None:
+            vector = len(context) == 1
+            described += (
+                f", context_features={context[0]}"
+                if vector
+                else f", context_shape={tuple(context)}"
+            )
+        return f"{described}, fast: {_FAST[self.fast]}"
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
@@ -368,7 +429,7 @@ class Inverse(Transform):
 
     def __init__(self, transform: Transform) -> None:
         check_transform("transform", transform)
-        super().__init__(transform.image_shape, transform.context_features)
+        super().__init__(transform.image_shape, context_shape=transform.context_shape)
         self.transform = transform
 
     @property
@@ -434,11 +495,11 @@ class Conditioned(Transform):
 
     Args:
         transform: A transform with a context.
-        context: Context of shape ``(*, context_features)``; a buffer, saved and moved with the module.
+        context: Context of shape ``(*, *context_shape)``; a buffer, saved and moved with the module.
 
     Raises:
         TypeError: If ``transform`` is not a :class:`Transform`.
-        ValueError: If the context has another width.
+        ValueError: If the context has another shape.
     """
 
     context: Tensor
@@ -448,7 +509,7 @@ class Conditioned(Transform):
         super().__init__(transform.event_shape)
         self.transform = transform
         self.register_buffer(
-            "context", check_context(context, transform.context_features, type(transform).__name__)
+            "context", check_context(context, transform.context_shape, type(transform).__name__)
         )
 
     @property
@@ -479,14 +540,14 @@ class Conditioned(Transform):
         return self.transform.pull_score(y, score, self.context)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return broadcast_batch(
-            self.transform.forward_shape(shape), self.codomain.event_dim, self.context
-        )
+        return self._broadcast_shape(self.transform.forward_shape(shape), self.codomain.event_dim)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return broadcast_batch(
-            self.transform.inverse_shape(shape), self.domain.event_dim, self.context
-        )
+        return self._broadcast_shape(self.transform.inverse_shape(shape), self.domain.event_dim)
+
+    def _broadcast_shape(self, shape: torch.Size, event_dim: int) -> torch.Size:
+        dims = len(self.transform.context_shape or ())
+        return broadcast_batch(shape, event_dim, self.context, dims)
 
     def extra_repr(self) -> str:
         return f"context of shape {tuple(self.context.shape)}"
@@ -502,7 +563,7 @@ class Compose(Transform):
 
     Raises:
         TypeError: If one of them is not a :class:`Transform`.
-        ValueError: If there is none, if event shapes or context widths do not fit together, or if ``reversible`` is asked of
+        ValueError: If there is none, if the shapes of events or contexts do not fit together, or if ``reversible`` is asked of
             transforms that are slow in one direction or do not repeat themselves.
 
     Reference:
@@ -536,10 +597,13 @@ class Compose(Transform):
                     f"got {tuple(layer.event_shape)}."
                 )
             shape = layer.image_shape
-        widths = sorted({layer.context_features for layer in layers} - {None})  # type: ignore[type-var]
-        if len(widths) > 1:
-            raise ValueError(f"Expected one width of context in all transforms; got {widths}.")
-        super().__init__(layers[0].event_shape, widths[0] if widths else None)
+        contexts = {
+            layer.context_shape: None for layer in layers if layer.context_shape is not None
+        }
+        if len(contexts) > 1:
+            described = ", ".join(str(tuple(context)) for context in contexts)
+            raise ValueError(f"Expected one shape of context in all transforms; got {described}.")
+        super().__init__(layers[0].event_shape, context_shape=next(iter(contexts), None))
         self.layers = nn.ModuleList(layers)
         # Torch asks a dozen times per distribution.
         self._domain, self._codomain = layers[0].domain, layers[-1].codomain
@@ -619,4 +683,4 @@ class Compose(Transform):
     def _with_context(self, context: Tensor | None) -> Iterator[tuple[Transform, Tensor | None]]:
         for layer in self.layers:
             assert isinstance(layer, Transform)
-            yield layer, None if layer.context_features is None else context
+            yield layer, None if layer.context_shape is None else context

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import broadcast_batch, check_hidden
+from .._checks import check_hidden
 from ..nn.made import check_order
 from ..univariate._numeric import invert
 from .autoregressive import Order, named_order
@@ -50,7 +50,8 @@ class BlockAutoregressive(Transform):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Units that every entry owns in each hidden layer.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        hidden: Units that every entry owns in each hidden layer.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
         seed: Seed of the random order.
@@ -63,36 +64,39 @@ class BlockAutoregressive(Transform):
         De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019, https://arxiv.org/abs/1904.04676
 
     Example:
-        >>> t = BlockAutoregressive(3, hidden_features=(4,))
+        >>> t = BlockAutoregressive(3, hidden=(4,))
         >>> t.fast, t.inv(torch.ones(5, 3)).shape
         ('inverse', torch.Size([5, 3]))
     """
 
-    entries: Tensor
+    vectors_only = True
+    order: Tensor
     places: Tensor
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (8, 8),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (8, 8),
         order: Order = "natural",
         fast: str = "inverse",
         seed: int = 0,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, context_shape=context_shape)
         if fast not in ("inverse", "forward"):
             raise ValueError(
                 f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}."
             )
         self.fast = fast
-        entries = check_order(named_order(order, features, seed), features)
-        self.register_buffer("entries", torch.tensor(entries))
+        entries = check_order(named_order(order, self.features, seed), self.features)
+        self.register_buffer("order", torch.tensor(entries))
         self.register_buffer("places", torch.tensor(inverse_permutation(entries)))
-        widths = (1, *check_hidden(hidden_features), 1)
+        widths = (1, *check_hidden(hidden), 1)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
-            _Layer(features, i, o, context_features, layer == last)
+            _Layer(self.features, i, o, self.context_features, layer == last)
             for layer, (i, o) in enumerate(pairwise(widths))
         )
 
@@ -117,7 +121,7 @@ class BlockAutoregressive(Transform):
             return super().push_score(x, score, context)
         # The point is known, so a step of Newton's from it, which does not move, takes the place of the search.
         y, log_det = self.forward_and_log_det(x, context)
-        known = x.detach().expand(y.shape).index_select(-1, self.entries)
+        known = x.detach().expand(y.shape).index_select(-1, self.order)
         with torch.enable_grad():
             point = y.detach().requires_grad_()
             back, inverse_log_det = self._solve(point, context, partial(_stay, known))
@@ -132,7 +136,8 @@ class BlockAutoregressive(Transform):
 
     def _move(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The direction in which the network sees all entries at once."""
-        h = seen = v.index_select(-1, self.entries).unsqueeze(-1)
+        context = self.read_context(context)
+        h = seen = v.index_select(-1, self.order).unsqueeze(-1)
         slope = torch.ones_like(h)
         for layer in self._layers():
             h, slope, seen = _step(
@@ -143,7 +148,8 @@ class BlockAutoregressive(Transform):
 
     def _solve(self, u: Tensor, context: Tensor | None, solve: Solver) -> tuple[Tensor, Tensor]:
         """The other direction, entry by entry, in which every unit is settled once."""
-        u = u.expand(broadcast_batch(u.shape, 1, context)).index_select(-1, self.entries)
+        u = self.broadcast(u, context).index_select(-1, self.order)
+        context = self.read_context(context)
         readers = [_Reader(layer, context) for layer in self._layers()]
         found, log_det = [], u.new_zeros(())
         for entry, value in enumerate(u.unbind(-1)):
@@ -182,6 +188,7 @@ class _Layer(nn.Module):
         inputs: Units per entry that the layer reads.
         outputs: Units per entry that it has.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
         last: Whether it is the last layer, which is linear.
     """
 

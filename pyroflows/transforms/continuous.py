@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import broadcast_batch, check_positive, check_size
+from .._checks import check_positive, check_size
 from ..nn import MLP
 from ._jacobian import Feedforward, Jacobian, check_trace, trace_rule
 from .base import Transform
@@ -55,7 +55,8 @@ class ContinuousFlow(Transform):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Widths of the network of the velocity, to which time is one more input.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        hidden: Widths of the network of the velocity, to which time is one more input.
         activation: Its activation, a callable without arguments that makes a smooth elementwise module. ``Tanh`` bounds the
             velocity, so that no path escapes, however large the weights.
         trace: ``"exact"``, ``"hutchinson"`` or ``"auto"``: exact up to two hidden layers or 32 entries.
@@ -83,13 +84,16 @@ class ContinuousFlow(Transform):
         torch.Size([5, 3])
     """
 
+    vectors_only = True
     fast = "neither"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.Tanh,
         trace: str = "auto",
         solver: str = "dopri5",
@@ -98,9 +102,10 @@ class ContinuousFlow(Transform):
         steps: int | None = None,
         adjoint: bool = False,
     ) -> None:
-        super().__init__(features, context_features)
-        self.network = MLP(features + 1, features, hidden_features, context_features, activation)
-        self.network.start_at(torch.zeros(features))
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        self.network = MLP(n + 1, n, self.context_features, hidden=hidden, activation=activation)
+        self.network.start_at(torch.zeros(n))
         self.trace = check_trace(trace)
         self.solver = _check_solver(solver)
         self.rtol, self.atol = check_positive("rtol", rtol), check_positive("atol", atol)
@@ -121,7 +126,7 @@ class ContinuousFlow(Transform):
 
     @property
     def _exact(self) -> bool:
-        cheap = len(self.network.layers) <= 2 or self.event_shape[0] <= EXACT_FEATURES
+        cheap = len(self.network.layers) <= 2 or self.features <= EXACT_FEATURES
         return self.trace == "exact" or (self.trace == "auto" and cheap) or not self.training
 
     def forward_and_log_det(
@@ -137,7 +142,7 @@ class ContinuousFlow(Transform):
     def _carry(
         self, x: Tensor, context: Tensor | None, start: float, stop: float
     ) -> tuple[Tensor, Tensor]:
-        x = x.expand(broadcast_batch(x.shape, 1, context))
+        x = self.broadcast(x, context)
         rule = _exact_trace if self._exact else _estimated_trace(torch.randn_like(x).sign())
         moved, (log_det,) = self._solve(x, context, start, stop, rule, 1)
         return moved, log_det
@@ -152,7 +157,7 @@ class ContinuousFlow(Transform):
 
         Args:
             y: Points of shape ``(*, features)``, on the side of the event.
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
             Two tensors of shape ``(*)``.
@@ -161,7 +166,7 @@ class ContinuousFlow(Transform):
             Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE: the world of Jacobian and kinetic
             regularization", 2020, https://arxiv.org/abs/2002.02798
         """
-        y = y.expand(broadcast_batch(y.shape, 1, context))
+        y = self.broadcast(y, context)
         _, (kinetic, jacobian) = self._solve(
             y, context, 1.0, 0.0, _energies(torch.randn_like(y).sign()), 2
         )
@@ -171,7 +176,7 @@ class ContinuousFlow(Transform):
 
     def _network(self, context: Tensor | None) -> tuple[Feedforward, Tensor]:
         """The velocity at time zero, and how fast time moves its first layer."""
-        network, n = Feedforward.of(self.network, context), self.event_shape[0]
+        network, n = Feedforward.of(self.network, self.read_context(context)), self.features
         first = network.weights[0]
         return network._replace(weights=(first[:, :n], *network.weights[1:])), first[:, n]
 
@@ -185,7 +190,7 @@ class ContinuousFlow(Transform):
         quantities: int,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Where the path through ``x`` arrives, and the integrals along it."""
-        n = self.event_shape[0]
+        n = self.features
 
         def at_context() -> Derivative:
             network, drift = self._network(context)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from torch import nn
-
+from ..nn.network import Network, mlp
 from .base import Compose
 from .coupling import AffineCoupling, Mask
 from .linear import LULinear
@@ -26,9 +25,9 @@ class GlowStep(Compose):
     Args:
         features: Entries of the vector, at least 2.
         context_features: Entries of the context :math:`c`, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
         mask: See :class:`Coupling`.
-        hidden_features: Widths of the network.
-        activation: Its activation.
+        network: Factory of the network.
         scale: How raw parameters give scales; see :class:`Affine`.
         bound: Bound of the soft clip.
         rotate: Whether the matrix starts at a random rotation, as in the paper.
@@ -52,22 +51,24 @@ class GlowStep(Compose):
         self,
         features: int,
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         mask: Mask = "half",
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
         scale: str = "softclip",
         bound: float = 3.0,
         rotate: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            [
-                AffineCoupling(
-                    features, context_features, mask, hidden_features, activation, scale, bound
-                ),
-                LULinear(
-                    features, bias=False, rotate=rotate, seed=seed
-                ),  # the offset is that of the normalisation
-                ActNorm(features),
-            ]
+        # The offset is that of the normalisation.
+        linear = LULinear(features, bias=False, rotate=rotate, seed=seed)
+        coupling = AffineCoupling(
+            features,
+            context_features,
+            context_shape=context_shape,
+            mask=mask,
+            network=network,
+            scale=scale,
+            bound=bound,
         )
+        super().__init__([coupling, linear, ActNorm(features)])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 
-from .._checks import check_size, check_tensor
-from ..nn import MLP
+from .._checks import check_shape, check_size, check_tensor
+from ..nn.made import check_order
+from ..nn.network import Network, mlp
 from .base import Transform
+from .parametric import Parametric
 
 __all__ = [
     "Householder",
@@ -52,46 +54,13 @@ def solve_triangle(
     ).squeeze(-1)
 
 
-class Parametric(Transform):
-    """Base class of vector maps defined by one table of raw numbers, which is learned or comes from the context.
-
-    Args:
-        features: Entries of the vector.
-        table: The raw numbers to start at.
-        context_features: Entries of the context; with them the table is the output of a network.
-        hidden_features: Widths of that network.
-        activation: Its activation.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        table: Tensor,
-        context_features: int | None,
-        hidden_features: Sequence[int],
-        activation: Callable[[], nn.Module],
-    ) -> None:
-        super().__init__(features, context_features)
-        self._table_shape = table.shape
-        if context_features is None:
-            self.raw = nn.Parameter(table)
-        else:
-            self.conditioner = MLP(0, table.numel(), hidden_features, context_features, activation)
-            self.conditioner.start_at(table.flatten())
-
-    def _raw(self, context: Tensor | None) -> Tensor:
-        if self.context_features is None:
-            return self.raw
-        return self.conditioner(None, context).unflatten(-1, self._table_shape)
-
-
 def composed(inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The offset and the matrix of two affine maps one after the other, each given by its own."""
     (loc, matrix), (outer_loc, outer_matrix) = inner, outer
     return outer_loc + outer_matrix @ loc, outer_matrix @ matrix
 
 
-class LowerTriangularAffine(Transform):
+class LowerTriangularAffine(Parametric):
     r"""Affine map with a lower-triangular matrix, :math:`y = \mu + L x`, :math:`L_{ii} = e^{d_i} > 0`.
 
     From a standard normal base it gives every multivariate normal; a guide uses it to whiten. It starts at the
@@ -100,8 +69,8 @@ class LowerTriangularAffine(Transform):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
@@ -113,22 +82,18 @@ class LowerTriangularAffine(Transform):
         tensor([3., 3.])
     """
 
+    vectors_only = True
+
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        super().__init__(features, context_features)
-        if context_features is None:
-            self.loc = nn.Parameter(torch.zeros(features))
-            self.log_diag = nn.Parameter(torch.zeros(features))
-            self.lower = nn.Parameter(torch.zeros(features, features))
-        else:
-            entries = features * (features + 2)
-            self.conditioner = MLP(0, entries, hidden_features, context_features, activation)
-            self.conditioner.start_at(torch.zeros(entries))
+        super().__init__(features, context_features, context_shape=context_shape)
+        self.start(torch.zeros(self.features + 2, self.features), network)
 
     @torch.no_grad()
     def set(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -146,7 +111,7 @@ class LowerTriangularAffine(Transform):
             raise ValueError(
                 "Expected a LowerTriangularAffine without context; this one is set by its network."
             )
-        n = self.event_shape[0]
+        n = self.features
         for name, given, dim in (("loc", loc, 1), ("scale_tril", scale_tril, 2)):
             if check_tensor(name, given, (n,) * dim).dim() != dim:
                 raise ValueError(
@@ -161,9 +126,9 @@ class LowerTriangularAffine(Transform):
             raise ValueError(
                 "Expected scale_tril to be lower-triangular; got one with entries above the diagonal."
             )
-        self.loc.copy_(loc)
-        self.log_diag.copy_(diagonal.log())
-        self.lower.copy_(scale_tril.tril(-1))
+        self.raw.copy_(
+            torch.cat([loc.unsqueeze(0), diagonal.log().unsqueeze(0), scale_tril.tril(-1)])
+        )
 
     @torch.no_grad()
     def loc_and_scale_tril(self) -> tuple[Tensor, Tensor]:
@@ -180,12 +145,9 @@ class LowerTriangularAffine(Transform):
         return loc.clone(), matrix
 
     def _loc_matrix(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if self.context_features is None:
-            loc, log_diag, lower = self.loc, self.log_diag, self.lower
-        else:
-            n = self.event_shape[0]
-            loc, log_diag, lower = self.conditioner(None, context).split([n, n, n * n], -1)
-            lower = lower.unflatten(-1, (n, n))
+        raw = self.parameters_for(context)
+        loc, log_diag, lower = raw.split([1, 1, self.features], -2)
+        loc, log_diag = loc.squeeze(-2), log_diag.squeeze(-2)
         return loc, log_diag, lower.tril(-1) + torch.diag_embed(log_diag.exp())
 
     def forward_and_log_det(
@@ -220,11 +182,13 @@ def inverse_permutation(permutation: list[int]) -> list[int]:
 
 
 class Permute(Transform):
-    r"""A fixed permutation of the entries, :math:`y_i = x_{\pi(i)}`; it is saved and moved with the module.
+    r"""A fixed permutation, :math:`y_i = x_{\pi(i)}`, of the entries of a vector or the channels of an image or series.
+
+    It is saved and moved with the module.
 
     Args:
-        permutation: The permutation :math:`\pi` as a sequence of ``0 .. features - 1``, or the number of features for a
-            random one.
+        permutation: The permutation :math:`\pi` as a sequence of ``0 .. n - 1``, or the number :math:`n` for a random one.
+        positions: Shape of what each entry holds: ``()`` for vectors, ``(height, width)`` for the channels of an image.
         seed: Seed of the random one. It depends on nothing else, so that a flow made again, to load saved parameters,
             has the permutation that the parameters were trained with.
 
@@ -241,66 +205,81 @@ class Permute(Transform):
     permutation: Tensor
     inverse_permutation: Tensor
 
-    def __init__(self, permutation: int | Sequence[int] | Tensor, seed: int = 0) -> None:
-        check_size("seed", seed, least=0)
-        if isinstance(permutation, str):
-            raise TypeError(
-                f"Expected permutation to be a sequence of integers or their number; got {permutation!r}."
-            )
-        if isinstance(permutation, (Sequence, Tensor)):
-            given = (
-                permutation.tolist()
-                if isinstance(permutation, Tensor) and permutation.dim()
-                else permutation
-            )
-            order = [check_size("permutation", i, least=0) for i in given]
-            if sorted(order) != list(range(len(order))):
-                raise ValueError(
-                    f"Expected permutation to hold each of 0 .. {len(order) - 1} once; got {order}."
-                )
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(
-                check_size("features", permutation), generator=generator, device="cpu"
-            ).tolist()
-        super().__init__(len(order))
-        self.register_buffer("permutation", torch.tensor(order))
-        self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(order)))
+    def __init__(
+        self,
+        permutation: int | Sequence[int] | Tensor,
+        *,
+        positions: Sequence[int] = (),
+        seed: int = 0,
+    ) -> None:
+        chosen = _check_permutation(permutation, check_size("seed", seed, least=0))
+        super().__init__((len(chosen), *check_shape("positions", positions)))
+        self._dim = -len(self.event_shape)
+        self.register_buffer("permutation", torch.tensor(chosen))
+        self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(chosen)))
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return x.index_select(-1, self.permutation), x.new_zeros(()).expand(x.shape[:-1])
+        return self._gather(x, self.permutation), self._no_log_det(x)
 
     def inverse_and_log_det(
         self, y: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return y.index_select(-1, self.inverse_permutation), y.new_zeros(()).expand(y.shape[:-1])
+        return self._gather(y, self.inverse_permutation), self._no_log_det(y)
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x)
-        return y, log_det, score.index_select(-1, self.permutation)
+        return y, log_det, self._gather(score, self.permutation)
+
+    def _gather(self, x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(self._dim, index)
+
+    def _no_log_det(self, x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[: self._dim])
+
+
+def _check_permutation(permutation: Any, seed: int) -> list[int]:
+    if isinstance(permutation, str):
+        raise TypeError(
+            f"Expected permutation to be a sequence of integers or their number; got {permutation!r}."
+        )
+    if isinstance(permutation, Tensor):
+        permutation = permutation.tolist()
+    if not isinstance(permutation, Sequence):
+        generator = torch.Generator().manual_seed(seed)
+        size = check_size("features", permutation)
+        return torch.randperm(size, generator=generator, device="cpu").tolist()
+    check_size("features", len(permutation))
+    return check_order(permutation, len(permutation), "permutation")
 
 
 class Reverse(Permute):
-    r"""Reverses the order of the entries, :math:`y_i = x_{D+1-i}`.
+    r"""Reverses the order of the entries or channels, :math:`y_i = x_{n+1-i}`.
 
     Args:
-        features: Entries of the vector.
+        features: Entries of a vector, or the shape of an event, whose first dimension is reversed.
+
+    Raises:
+        TypeError: If a size is not an integer.
+        ValueError: If a size is not positive.
 
     Example:
         >>> Reverse(3)(torch.tensor([1.0, 2.0, 3.0]))
         tensor([3., 2., 1.])
     """
 
-    def __init__(self, features: int) -> None:
-        super().__init__(list(reversed(range(check_size("features", features)))))
+    def __init__(self, features: int | Sequence[int]) -> None:
+        channels, *positions = check_shape("features", features, least=1)
+        super().__init__(list(reversed(range(channels))), positions=positions)
 
 
 class LinearMap(Parametric):
     """Base class of linear maps, which say how to multiply with their matrix and how to solve, given the raw numbers."""
+
+    vectors_only = True
 
     @abstractmethod
     def _multiply(self, raw: Tensor, x: Tensor) -> Tensor: ...
@@ -317,21 +296,21 @@ class LinearMap(Parametric):
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        raw = self._raw(context)
+        raw = self.parameters_for(context)
         y = self._multiply(raw, x)
         return y, self._log_det(raw).expand(y.shape[:-1])
 
     def inverse_and_log_det(
         self, y: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        raw = self._raw(context)
+        raw = self.parameters_for(context)
         x = self._solve(raw, y)
         return x, -self._log_det(raw).expand(x.shape[:-1])
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raw = self._raw(context)
+        raw = self.parameters_for(context)
         y = self._multiply(raw, x)
         with torch.no_grad():
             pushed = self._solve_transposed(raw, score.expand(y.shape))
@@ -355,12 +334,12 @@ class LULinear(LinearMap):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
         bias: Whether there is an offset :math:`b`.
         rotate: ``True`` to start at a random rotation, as in Glow; a number between :math:`-\pi` and :math:`\pi` to start at
             one by about that angle, in radians, or with a minus at its inverse.
         seed: Seed of that rotation, which depends on nothing else.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        network: Factory of the network that reads the context.
 
     Raises:
         TypeError: If ``rotate`` is neither a boolean nor a number.
@@ -384,25 +363,24 @@ class LULinear(LinearMap):
         self,
         features: int,
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         bias: bool = True,
         rotate: bool | float = False,
         seed: int = 0,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
     ) -> None:
-        check_size("features", features)
+        super().__init__(features, context_features, context_shape=context_shape)
         check_size("seed", seed, least=0)
-        start = _start(features, rotate, seed)
+        start = _start(self.features, rotate, seed)
         factors, pivots = torch.linalg.lu_factor(start)
         permutation = torch.lu_unpack(factors, pivots, unpack_data=False)[0].argmax(-1).tolist()
         diagonal = factors.diagonal()
         table = factors - diagonal.diag() + diagonal.abs().log().diag()
         if bias:
-            table = torch.cat([table, table.new_zeros(1, features)])
+            table = torch.cat([table, table.new_zeros(1, self.features)])
         # By way of lists, so that the tensors are of the default dtype and on the default device.
-        super().__init__(
-            features, torch.tensor(table.tolist()), context_features, hidden_features, activation
-        )
+        self.start(torch.tensor(table.tolist()), network)
         self.register_buffer("permutation", torch.tensor(permutation))
         self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(permutation)))
         self.register_buffer("signs", torch.tensor(diagonal.sign().tolist()))
@@ -492,8 +470,8 @@ class Orthogonal(LinearMap):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
@@ -513,13 +491,12 @@ class Orthogonal(LinearMap):
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        check_size("features", features)
-        super().__init__(
-            features, torch.zeros(features, features), context_features, hidden_features, activation
-        )
+        super().__init__(features, context_features, context_shape=context_shape)
+        self.start(torch.zeros(self.features, self.features), network)
 
     def _matrix(self, raw: Tensor) -> Tensor:
         lower = raw.tril(-1)
@@ -550,9 +527,9 @@ class Householder(LinearMap):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``; with them the vectors are the output of a network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
         reflections: Even number :math:`K` of reflections; by default enough for every rotation.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive or ``reflections`` is odd.
@@ -570,13 +547,14 @@ class Householder(LinearMap):
         self,
         features: int,
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         reflections: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
     ) -> None:
-        check_size("features", features)
+        super().__init__(features, context_features, context_shape=context_shape)
         count = (
-            2 * max(features // 2, 1)
+            2 * max(self.features // 2, 1)
             if reflections is None
             else check_size("reflections", reflections)
         )
@@ -585,8 +563,8 @@ class Householder(LinearMap):
                 f"Expected reflections to be even, so that they can start as equal pairs; got {count}."
             )
         # Along the axes two equal reflections undo each other without a rounding.
-        axes = torch.eye(features)[(torch.arange(count, device="cpu") // 2 % features).tolist()]
-        super().__init__(features, axes, context_features, hidden_features, activation)
+        index = torch.arange(count, device="cpu") // 2 % self.features
+        self.start(torch.eye(self.features)[index.tolist()], network)
 
     def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
         return reflect(raw, x)
@@ -636,8 +614,8 @@ class MatrixExponential(LinearMap):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
@@ -655,13 +633,12 @@ class MatrixExponential(LinearMap):
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        check_size("features", features)
-        super().__init__(
-            features, torch.zeros(features, features), context_features, hidden_features, activation
-        )
+        super().__init__(features, context_features, context_shape=context_shape)
+        self.start(torch.zeros(self.features, self.features), network)
 
     def _log_det(self, raw: Tensor) -> Tensor:
         return raw.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_size
+from ..nn.network import Network, mlp
 from ..univariate._numeric import invert
-from .linear import Parametric, accumulate, multiply, solve_triangle
+from .linear import accumulate, multiply, solve_triangle
+from .parametric import Parametric
 
 __all__ = ["Planar", "Radial", "Sylvester"]
 
@@ -52,8 +54,8 @@ class Planar(Parametric):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
@@ -69,23 +71,27 @@ class Planar(Parametric):
         'forward'
     """
 
+    vectors_only = True
     fast = "forward"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        table = torch.zeros(2 * check_size("features", features) + 1)
-        nn.init.normal_(table[features : 2 * features], std=features**-0.5)
-        super().__init__(features, table, context_features, hidden_features, activation)
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        table = torch.zeros(2 * n + 1)
+        nn.init.normal_(table[n : 2 * n], std=n**-0.5)
+        self.start(table, network)
 
     def _push(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""The direction :math:`\hat u`, the normal :math:`w`, the product :math:`w^\top \hat u`, the offset :math:`b`."""
-        n = self.event_shape[0]
-        u, w, b = self._raw(context).split([n, n, 1], -1)
+        n = self.features
+        u, w, b = self.parameters_for(context).split([n, n, 1], -1)
         product = (w * u).sum(-1, keepdim=True)
         allowed = _above_minus_one(product)
         square = w.square().sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
@@ -140,8 +146,8 @@ class Radial(Parametric):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
@@ -157,25 +163,29 @@ class Radial(Parametric):
         'both'
     """
 
+    vectors_only = True
+
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        table = torch.zeros(check_size("features", features) + 2)
-        nn.init.normal_(table[:features])
-        super().__init__(features, table, context_features, hidden_features, activation)
+        super().__init__(features, context_features, context_shape=context_shape)
+        table = torch.zeros(self.features + 2)
+        nn.init.normal_(table[: self.features])
+        self.start(table, network)
 
     def _centre(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.event_shape[0]
-        centre, alpha, k = self._raw(context).split([n, 1, 1], -1)
+        n = self.features
+        centre, alpha, k = self.parameters_for(context).split([n, 1, 1], -1)
         return centre, _positive(alpha), _above_minus_one(k)
 
     def _log_det(self, k: Tensor, s: Tensor) -> Tensor:
         log_across, log_along = torch.log1p(k / (1 + s)), torch.log1p(k / (1 + s) / (1 + s))
-        return ((self.event_shape[0] - 1) * log_across + log_along).squeeze(-1)
+        return ((self.features - 1) * log_across + log_along).squeeze(-1)
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -230,9 +240,9 @@ class Sylvester(Parametric):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
         units: Number :math:`M` of directions, at most ``features``, which is the default.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive or ``units`` exceeds ``features``.
@@ -249,29 +259,32 @@ class Sylvester(Parametric):
         'forward'
     """
 
+    vectors_only = True
     fast = "forward"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         units: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
     ) -> None:
-        check_size("features", features)
-        m = features if units is None else check_size("units", units)
-        if m > features:
-            raise ValueError(f"Expected units <= features, which are {features}; got {units}.")
-        table = torch.zeros(m * (features + 2 * m + 1))
-        nn.init.normal_(table[: m * features])
-        super().__init__(features, table, context_features, hidden_features, activation)
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        m = n if units is None else check_size("units", units)
+        if m > n:
+            raise ValueError(f"Expected units <= features, which are {n}; got {units}.")
         self.units = m
+        table = torch.zeros(m * (n + 2 * m + 1))
+        nn.init.normal_(table[: m * n])
+        self.start(table, network)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r""":math:`Q` of shape ``(*, features, units)``, :math:`R`, :math:`\tilde R` and :math:`b`."""
-        n, m = self.event_shape[0], self.units
-        vectors, outer, inner, b = self._raw(context).split([m * n, m * m, m * m, m], -1)
+        n, m = self.features, self.units
+        vectors, outer, inner, b = self.parameters_for(context).split([m * n, m * m, m * m, m], -1)
         units, mixing = accumulate(vectors.unflatten(-1, (m, n)))
         weights = torch.linalg.solve_triangular(mixing, units[..., :m], upper=True)
         q = torch.eye(n, m, dtype=b.dtype, device=b.device) - units.mT @ weights

@@ -94,7 +94,8 @@ class Residual(Transform):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Widths of the network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        hidden: Widths of the network.
         activation: Its activation, a callable without arguments that makes a module: one of ``SiLU``, ``GELU``, ``Mish``,
             ``Tanh``, ``ELU``, ``Softplus``, ``Softsign`` and ``Sigmoid`` of :mod:`torch.nn`, or any elementwise module
             with its constant as an attribute ``lipschitz``. ``SiLU``, divided by its constant, is the LipSwish of the paper.
@@ -120,33 +121,35 @@ class Residual(Transform):
         torch.Size([5, 3])
     """
 
+    vectors_only = True
     fast = "inverse"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         lipschitz: float = 0.9,
         trace: str = "auto",
     ) -> None:
-        super().__init__(features, context_features)
-        self.network = MLP(features, features, hidden_features, context_features, activation)
-        self.network.start_at(torch.zeros(features))
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        self.network = MLP(n, n, self.context_features, hidden=hidden, activation=activation)
+        self.network.start_at(torch.zeros(n))
         self.lipschitz = _check_lipschitz(lipschitz)
         self.trace = check_trace(trace)
         self._constant = _activation_constant(self.network.activation, activation)
 
     @property
     def _exact(self) -> bool:
-        exact = self.trace == "exact" or (
-            self.trace == "auto" and self.event_shape[0] <= EXACT_FEATURES
-        )
+        exact = self.trace == "exact" or (self.trace == "auto" and self.features <= EXACT_FEATURES)
         return exact or not self.training
 
     def _contraction(self, context: Tensor | None) -> Feedforward:
-        network = Feedforward.of(self.network, context)
+        network = Feedforward.of(self.network, self.read_context(context))
         slopes = self._constant ** (len(network.weights) - 1)
         bound = torch.stack([spectral_bound(weight) for weight in network.weights]).prod() * slopes
         scale = (bound / self.lipschitz).clamp(min=1.0)

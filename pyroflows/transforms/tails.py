@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_positive
 from ..univariate.polynomial import soft_clip
@@ -212,7 +212,7 @@ class LOFT(Transform):
     :math:`e^{70}`; from there the inverse grows so slowly that it is finite for :math:`|y|` up to 1e30.
 
     Args:
-        features: Entries of the vector.
+        features: Entries of a vector, or the shape of an event.
         bound: Where the logarithm starts, :math:`B`.
 
     Raises:
@@ -231,7 +231,7 @@ class LOFT(Transform):
         "starts_at_identity": "it is the identity within its bound only"
     }
 
-    def __init__(self, features: int, bound: float = 100.0) -> None:
+    def __init__(self, features: int | Sequence[int], *, bound: float = 100.0) -> None:
         super().__init__(features)
         self.bound = check_positive("bound", bound)
 
@@ -239,7 +239,7 @@ class LOFT(Transform):
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         y, log_slope = self._compress(x)
-        return y, log_slope.sum(-1)
+        return y, self.entries(log_slope).sum(-1)
 
     def inverse_and_log_det(
         self, y: Tensor, context: Tensor | None = None
@@ -249,7 +249,7 @@ class LOFT(Transform):
         close, far = torch.where(near, excess, 0.0), torch.where(near, 0.0, excess - _CAP)
         grown = torch.where(near, torch.expm1(close), math.exp(_CAP) * (1 + torch.log1p(far)))
         log_slope = torch.where(near, close, _CAP - torch.log1p(far))
-        return inside + torch.where(y < 0, -grown, grown), log_slope.sum(-1)
+        return inside + torch.where(y < 0, -grown, grown), self.entries(log_slope).sum(-1)
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -258,7 +258,8 @@ class LOFT(Transform):
             x = x if x.requires_grad else x.detach().requires_grad_()
             y, log_slope = self._compress(x)
             curvature = vjp([(log_slope, torch.ones_like(log_slope))], x)
-        return y, log_slope.sum(-1), ((score - curvature) * log_slope.neg().exp()).detach()
+        log_det = self.entries(log_slope).sum(-1)
+        return y, log_det, ((score - curvature) * log_slope.neg().exp()).detach()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bound={self.bound}"
@@ -283,21 +284,12 @@ class LOFT(Transform):
         return inside, torch.where(beyond < 0, -beyond, beyond)
 
 
-def tail_transform(
-    tails: str,
-    features: int,
-    context_features: int | None = None,
-    hidden_features: Sequence[int] = (64, 64),
-    activation: Callable[[], nn.Module] = nn.SiLU,
-) -> Transform:
+def tail_transform(tails: str, features: int | Sequence[int]) -> Transform:
     """The last layer of a flow, which shapes its tails.
 
     Args:
         tails: ``"gpd"`` for :class:`GPDTail`, learned for each entry and side, or ``"loft"`` for :class:`LOFT`.
-        features: Entries of the vector.
-        context_features: Entries of the context; with them a network gives the tails of ``"gpd"``.
-        hidden_features: Widths of that network.
-        activation: Its activation.
+        features: Entries of a vector, or the shape of an event.
 
     Returns:
         A transform.
@@ -310,7 +302,7 @@ def tail_transform(
         Elementwise(GPDTail(start=0.1, bound=3.0), 3, fast: both directions)
     """
     if tails == "gpd":
-        return Elementwise(GPDTail(), features, context_features, hidden_features, activation)
+        return Elementwise(GPDTail(), features)
     if tails == "loft":
         return LOFT(features)
     raise ValueError(f"Expected tails to be gpd or loft; got {tails!r}.")

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.func import jacrev, vmap
 
 import pyroflows as pf
+from pyroflows.nn import mlp
 from pyroflows.transforms import Coupling, Elementwise, coupling_masks
 from pyroflows.univariate import Affine, Univariate
 from pyroflows.univariate.base import codes_of, encode, support_of
@@ -396,9 +397,7 @@ def test_integrates_to_one_in_one_dimension(name, device):
 @pytest.mark.parametrize("name", list(LINES))
 @torch.no_grad()
 def test_integrates_to_one_in_two_dimensions(name, device):
-    layers = [
-        Coupling(LINES[name], 2, mask=[i, not i], hidden_features=(8,)) for i in (True, False)
-    ]
+    layers = [Coupling(LINES[name], 2, mask=[i, not i], network=mlp((8,))) for i in (True, False)]
     flow = perturbed(pf.Flow(layers), 0.5).to(device).double()
     side = midpoints(9.0, 450, device)
     total = flow().log_prob(torch.cartesian_prod(side, side)).exp().mean() * 18**2
@@ -411,7 +410,7 @@ def torus(features: int, spread: float = 0.5) -> pf.Flow:
     if features > 1:
         masks = coupling_masks("half", features, 2)
         layers += [
-            Coupling(CircularSpline(4), features, mask=mask, hidden_features=(8,)) for mask in masks
+            Coupling(CircularSpline(4), features, mask=mask, network=mlp((8,))) for mask in masks
         ]
     return perturbed(pf.Flow(layers, base=flat), spread)
 
@@ -484,7 +483,7 @@ def test_structures_say_where_the_circle_lives(device):
 
 def test_networks_see_cosine_and_sine(device):
     t = perturbed(
-        Coupling(CircularSpline(4), 3, mask=[True, True, False], hidden_features=(8,)).double()
+        Coupling(CircularSpline(4), 3, mask=[True, True, False], network=mlp((8,))).double()
     ).to(device)
     assert t.conditioner.input.in_features == 4
     x = torch.tensor([1.0, -math.pi, 0.3], dtype=torch.float64, device=device)
