@@ -75,10 +75,11 @@ class Elementwise(Parametric):
         channels, positions = shape[:1].numel(), shape[1:]
         self.per_channel = per_channel and len(positions) > 0
         if self.per_channel:
-            self.start(identity_table(univariate, channels).unsqueeze(-1), network)
+            self.start(network, raw=identity_table(univariate, channels).unsqueeze(-1))
             return
         beside = self.context_shape is not None and self.context_shape[1:] == positions
-        self.start(identity_table(univariate, self.features), network, positions if beside else ())
+        table = identity_table(univariate, self.features)
+        self.start(network, positions if beside else (), raw=table)
 
     @property
     def fast(self) -> str:  # type: ignore[override]

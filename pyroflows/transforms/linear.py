@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from .._checks import check_shape, check_size, check_tensor
@@ -83,6 +84,9 @@ class LowerTriangularAffine(Parametric):
     """
 
     vectors_only = True
+    loc: Parameter
+    log_diag: Parameter
+    lower: Parameter
 
     def __init__(
         self,
@@ -93,7 +97,13 @@ class LowerTriangularAffine(Parametric):
         network: Network = mlp(),
     ) -> None:
         super().__init__(features, context_features, context_shape=context_shape)
-        self.start(torch.zeros(self.features + 2, self.features), network)
+        n = self.features
+        self.start(
+            network,
+            loc=torch.zeros(n),
+            log_diag=torch.zeros(n),
+            lower=torch.zeros(n, n),
+        )
 
     @torch.no_grad()
     def set(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -126,9 +136,9 @@ class LowerTriangularAffine(Parametric):
             raise ValueError(
                 "Expected scale_tril to be lower-triangular; got one with entries above the diagonal."
             )
-        self.raw.copy_(
-            torch.cat([loc.unsqueeze(0), diagonal.log().unsqueeze(0), scale_tril.tril(-1)])
-        )
+        self.loc.copy_(loc)
+        self.log_diag.copy_(diagonal.log())
+        self.lower.copy_(scale_tril.tril(-1))
 
     @torch.no_grad()
     def loc_and_scale_tril(self) -> tuple[Tensor, Tensor]:
@@ -145,9 +155,7 @@ class LowerTriangularAffine(Parametric):
         return loc.clone(), matrix
 
     def _loc_matrix(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        raw = self.parameters_for(context)
-        loc, log_diag, lower = raw.split([1, 1, self.features], -2)
-        loc, log_diag = loc.squeeze(-2), log_diag.squeeze(-2)
+        loc, log_diag, lower = self.tables_for(context)
         return loc, log_diag, lower.tril(-1) + torch.diag_embed(log_diag.exp())
 
     def forward_and_log_det(
@@ -380,7 +388,7 @@ class LULinear(LinearMap):
         if bias:
             table = torch.cat([table, table.new_zeros(1, self.features)])
         # By way of lists, so that the tensors are of the default dtype and on the default device.
-        self.start(torch.tensor(table.tolist()), network)
+        self.start(network, raw=torch.tensor(table.tolist()))
         self.register_buffer("permutation", torch.tensor(permutation))
         self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(permutation)))
         self.register_buffer("signs", torch.tensor(diagonal.sign().tolist()))
@@ -482,7 +490,7 @@ class Orthogonal(LinearMap):
 
     Example:
         >>> t = Orthogonal(2)
-        >>> _ = nn.init.ones_(t.raw)
+        >>> _ = torch.nn.init.ones_(t.raw)
         >>> t(torch.tensor([1.0, 0.0])).detach()  # a quarter turn
         tensor([0., 1.])
     """
@@ -496,7 +504,7 @@ class Orthogonal(LinearMap):
         network: Network = mlp(),
     ) -> None:
         super().__init__(features, context_features, context_shape=context_shape)
-        self.start(torch.zeros(self.features, self.features), network)
+        self.start(network, raw=torch.zeros(self.features, self.features))
 
     def _matrix(self, raw: Tensor) -> Tensor:
         lower = raw.tril(-1)
@@ -564,7 +572,7 @@ class Householder(LinearMap):
             )
         # Along the axes two equal reflections undo each other without a rounding.
         index = torch.arange(count, device="cpu") // 2 % self.features
-        self.start(torch.eye(self.features)[index.tolist()], network)
+        self.start(network, raw=torch.eye(self.features)[index.tolist()])
 
     def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
         return reflect(raw, x)
@@ -638,7 +646,7 @@ class MatrixExponential(LinearMap):
         network: Network = mlp(),
     ) -> None:
         super().__init__(features, context_features, context_shape=context_shape)
-        self.start(torch.zeros(self.features, self.features), network)
+        self.start(network, raw=torch.zeros(self.features, self.features))
 
     def _log_det(self, raw: Tensor) -> Tensor:
         return raw.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -86,7 +86,7 @@ class Planar(Parametric):
         n = self.features
         table = torch.zeros(2 * n + 1)
         nn.init.normal_(table[n : 2 * n], std=n**-0.5)
-        self.start(table, network)
+        self.start(network, raw=table)
 
     def _push(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""The direction :math:`\hat u`, the normal :math:`w`, the product :math:`w^\top \hat u`, the offset :math:`b`."""
@@ -176,7 +176,7 @@ class Radial(Parametric):
         super().__init__(features, context_features, context_shape=context_shape)
         table = torch.zeros(self.features + 2)
         nn.init.normal_(table[: self.features])
-        self.start(table, network)
+        self.start(network, raw=table)
 
     def _centre(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         n = self.features
@@ -279,7 +279,7 @@ class Sylvester(Parametric):
         self.units = m
         table = torch.zeros(m * (n + 2 * m + 1))
         nn.init.normal_(table[: m * n])
-        self.start(table, network)
+        self.start(network, raw=table)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r""":math:`Q` of shape ``(*, features, units)``, :math:`R`, :math:`\tilde R` and :math:`b`."""

@@ -489,7 +489,7 @@ def test_mixture_of_flows_learns_clusters() -> None:
     x = truth.sample((400,))
     flow = gaussian_flow(context_features=2)
     with torch.no_grad():
-        flow.transform.layers[0].conditioner.context.weight[0] = torch.tensor([1.0, -1.0])
+        flow.transform.layers[0].conditioner.input.weight[0] = torch.tensor([1.0, -1.0])
 
     def model(x: Tensor) -> None:
         weights = pyro.param("weights", torch.full((2,), 0.5), constraint=constraints.simplex)

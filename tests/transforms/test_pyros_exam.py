@@ -61,7 +61,7 @@ FAMILIES: dict[str, Make] = {
     "batchnorm-inverse": lambda n, c: BatchNorm(n, c, **NET).inv,
     "block_autoregressive": lambda n, c: BlockAutoregressive(n, c, hidden=(4,)),
     "block_autoregressive-forward": lambda n, c: BlockAutoregressive(
-        n, c, (4,), order="reversed", fast="forward"
+        n, c, hidden=(4,), order="reversed", fast="forward"
     ),
     "householder": lambda n, c: Householder(n, c, reflections=2, **NET),
     "lower_cholesky_affine": lambda n, c: LowerTriangularAffine(n, c, **NET),
@@ -289,7 +289,7 @@ def test_stack_of_conditional_transforms(
         free,
         ours[1].inv,
         LeakyReLUTransform(),
-        Permute(features, 1),
+        Permute(features, seed=1),
         ours[2],
     ]
     stack = ConditionalComposeTransformModule(parts, cache_size=cache_size)
