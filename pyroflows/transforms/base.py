@@ -223,7 +223,7 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """Events, of shape ``(*, *event_shape)``, from their entries in one dimension."""
         if len(self.event_shape) == 1:
             return entries
-        return entries.reshape(*entries.shape[:-1], *self.event_shape)
+        return entries.reshape(entries.shape[:-1] + self.event_shape)
 
     # What torch and Pyro ask for
 
@@ -563,8 +563,8 @@ class Compose(Transform):
 
     Raises:
         TypeError: If one of them is not a :class:`Transform`.
-        ValueError: If there is none, if the shapes of events or contexts do not fit together, or if ``reversible`` is asked of
-            transforms that are slow in one direction or do not repeat themselves.
+        ValueError: If there is none, if the shapes of events or contexts do not fit together, or if
+            ``reversible`` is asked of transforms that are slow in one direction or do not repeat themselves.
 
     Reference:
         Gomez, Ren, Urtasun, Grosse, "The reversible residual network: Backpropagation without storing activations", 2017,

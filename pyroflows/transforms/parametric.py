@@ -51,8 +51,7 @@ class Parametric(Transform):
         assert context is not None
         shapes = self._tables.values()
         if self._positions:
-            batch = context.shape[: context.dim() - len(self.context_shape)]
-            out = self.conditioner(context).reshape(*batch, -1)
+            out = self.conditioner(context).flatten(-len(self.context_shape))
         else:
             out = self.conditioner(self.read_context(context))
         parts = [out] if len(shapes) == 1 else out.split([shape.numel() for shape in shapes], -1)
