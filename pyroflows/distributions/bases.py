@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_size
+from ..univariate.base import soft_clip
 
 __all__ = ["NormalMixture", "NormalMixtureBase", "StudentTBase", "mixture_base", "student_t_base"]
 
@@ -206,7 +207,7 @@ class StudentTBase(nn.Module):
 
     def forward(self) -> dist.Independent:
         """Returns the distribution, of event shape ``(features,)``."""
-        return _student_t(self.start * torch.exp(3 * torch.tanh(self.raw / 3)))
+        return _student_t(self.start * soft_clip(self.raw, 3.0).exp())
 
     def extra_repr(self) -> str:
         return f"{self.event_shape[0]}, df={self.start}"
@@ -262,7 +263,7 @@ class NormalMixtureBase(nn.Module):
     def forward(self) -> NormalMixture:
         """Returns the distribution, of event shape ``(features,)``."""
         return _normal_mixture(
-            self.locs, self.start * torch.exp(3 * torch.tanh(self.raw_scales / 3)), self.logits
+            self.locs, self.start * soft_clip(self.raw_scales, 3.0).exp(), self.logits
         )
 
     def extra_repr(self) -> str:

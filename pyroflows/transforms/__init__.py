@@ -20,7 +20,7 @@ from .normalization import ActNorm, BatchNorm
 from .planar import Planar, Radial, Sylvester
 from .residual import Residual
 from .standardize import Standardize
-from .tails import LOFT, GPDTail
+from .tails import LOFT
 
 __all__ = [
     "LOFT",
@@ -36,7 +36,6 @@ __all__ = [
     "ContinuousFlow",
     "Coupling",
     "Elementwise",
-    "GPDTail",
     "GlowStep",
     "Householder",
     "Inverse",

@@ -52,7 +52,7 @@ def recomputed(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tupl
     named = [dict(step.named_parameters()) for step in steps]
     parameters = [parameter for one in named for parameter in one.values()]
     plan = _Plan(list(steps), [list(one) for one in named])
-    return _Recomputed.apply(plan, x, context, *parameters)  # type: ignore[no-untyped-call,no-any-return]
+    return _Recomputed.apply(plan, x, context, *parameters)
 
 
 class _Plan(NamedTuple):

@@ -13,7 +13,7 @@ from .._checks import broadcast_batch, check_size
 from .._memory import transforming
 from ..nn import MADE
 from ..nn.made import Folding, Unfolding, Weights
-from ..univariate.base import Affine, Univariate, codes_of, encode, support_of
+from ..univariate import Affine, Univariate
 from .base import Transform, vjp
 from .elementwise import identity_table
 
@@ -91,6 +91,7 @@ class Autoregressive(Transform):
     """
 
     vectors_only = True
+    fast: str = "inverse"
     univariate: Univariate
 
     def __init__(
@@ -125,15 +126,17 @@ class Autoregressive(Transform):
             named_order(order, self.features, seed),
             residual,
             adjacency,
-            codes_of(univariate),
+            univariate.codes,
         )
         self.conditioner.start_at(table)
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(support_of(self.univariate), 1)
+        return constraints.independent(self.univariate.support, 1)
 
-    codomain = domain  # type: ignore[assignment]
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.domain
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -176,7 +179,7 @@ class Autoregressive(Transform):
         weights: Weights,
         trace: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        return self.conditioner.evaluate(encode(self.univariate, v), context, weights, trace)
+        return self.conditioner.evaluate(self.univariate.encode(v), context, weights, trace)
 
     # The slow direction
 
@@ -198,7 +201,7 @@ class Autoregressive(Transform):
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs if t is not None):
             return solution
         here = _Linearized(self, solution[0].requires_grad_(), context, weights)
-        return _Implicit.apply(here, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return _Implicit.apply(here, *inputs)
 
     def _own_parameters(self) -> list[nn.Parameter]:
         """Parameters beside the weights of the network: of the activation, and of a univariate map that is a module."""
@@ -249,7 +252,7 @@ class Autoregressive(Transform):
             v, log_slope = self.univariate.inverse_and_log_det(
                 columns[low:high], unfolding.parameters()
             )
-            unfolding.reveal(encode(self.univariate, v).unflatten(-1, (net.codes, -1)))
+            unfolding.reveal(self.univariate.encode(v).unflatten(-1, (net.codes, -1)))
             found.append((v, log_slope))
         v, log_slope = (torch.cat(parts) for parts in zip(*found, strict=True))
         return v.index_select(0, net.places).mT.reshape(u.shape), log_slope.sum(0).reshape(batch)
@@ -371,7 +374,7 @@ class _Linearized:
         net = self.transform.conditioner
         by_raw = self._diagonal(self.value, self.raw)
         codes = (
-            encode(self.transform.univariate, self.seen).unflatten(-1, (net.codes, -1)).unbind(-2)
+            self.transform.univariate.encode(self.seen).unflatten(-1, (net.codes, -1)).unbind(-2)
         )
         by_seen = torch.stack([self._diagonal(code, self.seen) for code in codes], -2)
         slopes = [_columns(self._diagonal(h, z)) for z, h in self.activations]
@@ -407,13 +410,13 @@ class _Implicit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, here: _Linearized, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, here: _Linearized, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.here = here
         ctx.save_for_backward(*inputs)
         return here.at.detach(), -here.log_slope.detach().sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, by_v: Tensor, by_log_det: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, by_v: Tensor, by_log_det: Tensor) -> tuple[Tensor | None, ...]:
         here, (u, context, *others) = ctx.here, ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more: by the stages themselves
             found = here.transform._unfold(u, context, here.weights, in_place=False)

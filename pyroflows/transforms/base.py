@@ -58,7 +58,7 @@ def channels_last(x: Tensor, event_shape: torch.Size) -> Tensor:
     return x.reshape(-1, channels, event_shape[1:].numel()).transpose(-1, -2).flatten(0, 1)
 
 
-class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
+class Transform(TransformModule, ConditionalTransform):
     r"""Base class of all transforms: an invertible map :math:`y = f(x; c)` from base to event with a known Jacobian.
 
     A subclass writes two methods, pure mathematics for tensors of shape ``(*batch, *event_shape)``:
@@ -100,8 +100,6 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
     repeatable: bool = True
     #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
     exempt_laws: ClassVar[Mapping[str, str]] = {}
-    #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
-    fast: str = "both"
 
     #: Whether events can only be vectors, because the map mixes their entries.
     vectors_only: ClassVar[bool] = False
@@ -192,6 +190,11 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
         """
         return _carry_score(self.inverse_and_log_det, self.forward_and_log_det, y, score, context)
 
+    @property
+    def fast(self) -> str:
+        """Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``."""
+        return "both"
+
     # Shapes
 
     @property
@@ -229,9 +232,13 @@ class Transform(TransformModule, ConditionalTransform):  # type: ignore[misc]
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The constraint that points satisfy."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    codomain = domain  # type: ignore[assignment]
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The constraint that images satisfy."""
+        return constraints.independent(constraints.real, len(self.event_shape))
 
     @property
     def image_shape(self) -> torch.Size:
@@ -433,12 +440,17 @@ class Inverse(Transform):
         self.transform = transform
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
+    def fast(self) -> str:
         fast = self.transform.fast
         return {"forward": "inverse", "inverse": "forward"}.get(fast, fast)
 
-    domain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
-    codomain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.domain
 
     @property
     def inv(self) -> Transform:
@@ -513,11 +525,16 @@ class Conditioned(Transform):
         )
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
+    def fast(self) -> str:
         return self.transform.fast
 
-    domain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
-    codomain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -612,7 +629,7 @@ class Compose(Transform):
             _check_reversible(layer)
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
+    def fast(self) -> str:
         limits = {layer.fast for layer in self.layers} - {"both"}
         if len(limits) > 1:
             return "neither"
@@ -676,7 +693,7 @@ class Compose(Transform):
         return shape
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        for layer in reversed(self.layers):  # type: ignore[arg-type]
+        for layer in reversed(self.layers):
             shape = layer.inverse_shape(shape)  # type: ignore[operator]
         return shape
 

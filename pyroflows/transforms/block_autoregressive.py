@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .._checks import check_hidden
 from ..nn.made import check_order
 from ..univariate._numeric import invert
+from ..univariate.base import soft_clip
 from .autoregressive import Order, named_order
 from .base import Transform, vjp
 from .linear import inverse_permutation
@@ -70,6 +71,7 @@ class BlockAutoregressive(Transform):
     """
 
     vectors_only = True
+    fast: str = "inverse"
     order: Tensor
     places: Tensor
 
@@ -226,7 +228,7 @@ class _Layer(nn.Module):
 
     def bend(self) -> Tensor | None:
         """The slope in the middle of the activation less one, of shape ``(features, outputs)``."""
-        return None if self.steepness is None else torch.expm1(_softclip(self.steepness, 5.0))
+        return None if self.steepness is None else torch.expm1(soft_clip(self.steepness, 5.0))
 
     def fixed(self, context: Tensor | None) -> Tensor:
         """What the context adds to the bias, of shape ``(*, features, 2 * outputs)``."""
@@ -271,7 +273,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: its units, their derivatives by their own entry, and what later entries see of them."""
     shift, log_gain = free.chunk(2, -1)
-    gain = _softclip(log_gain, 3.0).exp()
+    gain = soft_clip(log_gain, 3.0).exp()
     own, slope = (
         gain * (t if mixture is None else torch.einsum("...ik,iok->...io", t, mixture))
         for t in (h, slope)
@@ -289,7 +291,3 @@ def _through(blocks: list[Block], v: Tensor) -> tuple[Tensor, Tensor]:
     for block in blocks:
         h, slope, _ = _step(h, slope, *block)
     return h.squeeze(-1).squeeze(-1), slope.squeeze(-1).squeeze(-1).log().expand(h.shape[:-2])
-
-
-def _softclip(raw: Tensor, bound: float) -> Tensor:
-    return bound * torch.tanh(raw / bound)

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from .._checks import check_size
 from ..nn.network import Network, make_network, mlp
-from ..univariate.base import Affine, Shift, Univariate, codes_of, encode, fast_of, support_of
+from ..univariate import Affine, Shift, Univariate
 from .base import Transform, vjp
 from .elementwise import identity_table
 from .linear import inverse_permutation
@@ -195,7 +195,7 @@ class Coupling(Transform):
         self.register_buffer("inverse_order", torch.tensor(inverse_permutation(stays + moves)))
         self.conditioner = make_network(
             network,
-            codes_of(univariate) * len(stays),
+            univariate.codes * len(stays),
             identity_table(univariate, len(moves)).flatten(),
             self._context_size(),
             self._positions,
@@ -214,14 +214,16 @@ class Coupling(Transform):
         return shape[0]
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
-        return fast_of(self.univariate)
+    def fast(self) -> str:
+        return self.univariate.fast
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(support_of(self.univariate), len(self.event_shape))
+        return constraints.independent(self.univariate.support, len(self.event_shape))
 
-    codomain = domain  # type: ignore[assignment]
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.domain
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self._contiguous == "moves":
@@ -248,12 +250,12 @@ class Coupling(Transform):
     def _raw(self, stays: Tensor, context: Tensor | None) -> Tensor:
         """Raw parameters as univariate maps take them, of shape ``(*, parameters, features)``."""
         if not self._positions:
-            out = self.conditioner(encode(self.univariate, stays), self.read_context(context))
+            out = self.conditioner(self.univariate.encode(stays), self.read_context(context))
             return out.unflatten(-1, (self.univariate.parameters, -1))
         if context is not None and len(self.context_shape or ()) == 1:
             context = context.reshape(*context.shape, *[1] * len(self._positions))
             context = context.expand(*context.shape[: self._dim + 1], *self._positions)
-        codes = encode(self.univariate, stays.flatten(self._dim))
+        codes = self.univariate.encode(stays.flatten(self._dim))
         out = self.conditioner(codes.unflatten(-1, (-1, *self._positions)), context)
         return out.flatten(self._dim).unflatten(-1, (self.univariate.parameters, -1))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._checks import check_positive
 from .._memory import transforming
 from ..nn.network import Network, mlp
-from ..univariate.base import Affine
+from ..univariate import Affine
 from .base import Transform, channels_last
 from .elementwise import Elementwise
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from .._checks import check_positive, check_size
 from ._numeric import invert
-from .polynomial import gains, soft_clip
+from .base import Univariate, soft_clip
+from .polynomial import gains
 
 __all__ = ["LogisticMixture"]
 
@@ -20,7 +21,7 @@ _NEAR, _FAR = 1e2, 1e4
 
 
 @dataclass(frozen=True)
-class LogisticMixture:
+class LogisticMixture(Univariate):
     r"""Distribution function of a mixture of logistics, taken back to the line, the transformer of Flow++.
 
     .. math:: f(x) = t + e^b \, \operatorname{logit} \Big( \sum_{k=1}^K \pi_k \,
@@ -67,10 +68,6 @@ class LogisticMixture:
     @property
     def parameters(self) -> int:
         return 3 * self.components + 2
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         y, log_slope = _logit_of_mixture(x, *self._mixture(raw))

@@ -11,16 +11,13 @@ from torch.nn import functional as F
 
 from .._checks import check_positive, check_size
 from ._numeric import invert
+from .base import Univariate, soft_clip
 
 __all__ = ["MonotoneIntegral", "MonotoneNetwork"]
 
 
-def _softclip(raw: Tensor, bound: float) -> Tensor:
-    return bound * torch.tanh(raw / bound)
-
-
 @dataclass(frozen=True)
-class MonotoneNetwork:
+class MonotoneNetwork(Univariate):
     r"""The deep sigmoidal flow of NAF, the monotone network whose weights are the raw parameters.
 
     One layer is
@@ -55,7 +52,6 @@ class MonotoneNetwork:
     units: int = 8
     layers: int = 2
 
-    linear = False
     fast = "forward"
 
     def __post_init__(self) -> None:
@@ -66,11 +62,6 @@ class MonotoneNetwork:
     def parameters(self) -> int:
         """Three numbers per unit."""
         return 3 * self.units * self.layers
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        """Zeros."""
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         total: Tensor | None = None
@@ -96,7 +87,7 @@ def _units(raw: Tensor, layers: int, units: int) -> list[tuple[Tensor, Tensor, T
     # two raw numbers turned by an angle and stretched by a factor of the unit's own.
     index = torch.arange(units, dtype=raw.dtype, device=raw.device).unsqueeze(-1)
     angle, stretch = 2 * math.pi * (index + 0.5) / units, 0.5 + 3 * index / max(units - 1, 1)
-    gain = _softclip(angle.cos() * first - angle.sin() * second, _STEEPEST)
+    gain = soft_clip(angle.cos() * first - angle.sin() * second, _STEEPEST)
     shift = stretch * (angle.sin() * first + angle.cos() * second)
     return list(
         zip(weight.log_softmax(-2).unbind(-3), gain.unbind(-3), shift.unbind(-3), strict=True)
@@ -120,7 +111,7 @@ def _sigmoidal(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor) -> tuple[
 
 
 @dataclass(frozen=True)
-class MonotoneIntegral:
+class MonotoneIntegral(Univariate):
     r"""The integral of a positive network, the map of unconstrained monotonic neural networks and autoregressive flows.
 
     .. math:: y = b + e^s \int_0^x g(t)\, dt, \qquad \log \frac{dy}{dx} = s + \log g(x), \qquad
@@ -157,8 +148,6 @@ class MonotoneIntegral:
     nodes: int = 65
     bound: float = 10.0
 
-    linear = False
-
     def __post_init__(self) -> None:
         check_size("units", self.units)
         if check_size("nodes", self.nodes, least=3) % 2 == 0:
@@ -171,11 +160,6 @@ class MonotoneIntegral:
     def parameters(self) -> int:
         """Three numbers per unit, a log-scale and a shift."""
         return 3 * self.units + 2
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        """Zeros."""
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         tables, scale, shift = self._tables(raw)
@@ -206,7 +190,7 @@ class MonotoneIntegral:
         log_slope: Tensor | None = None
         # One unit after the other, which takes less memory than all at once, and less time.
         for unit, (weight, centre, gain) in enumerate(_per_unit(raw[..., :-2, :], self.units)):
-            steep = _softclip(gain, 3.0).exp()
+            steep = soft_clip(gain, 3.0).exp()
             hidden = torch.addcmul(
                 -steep * (centre + (unit - (self.units - 1) / 2)), steep, places
             ).tanh()
@@ -214,13 +198,13 @@ class MonotoneIntegral:
                 weight * hidden if log_slope is None else torch.addcmul(log_slope, weight, hidden)
             )
         assert log_slope is not None
-        slopes = _softclip(log_slope, 7.0).exp()
+        slopes = soft_clip(log_slope, 7.0).exp()
         # Areas add up just as widths do, so that the integral of one is the node itself.
         areas = (0.5 * (slopes[..., 1:] + slopes[..., :-1]) * widths).cumsum(-1)
         nodes = F.pad(widths.cumsum(-1), (1, 0)).expand(2, -1)
         return (
             (nodes, slopes, F.pad(areas, (1, 0))),
-            _softclip(raw.select(-2, -2), 3.0),
+            soft_clip(raw.select(-2, -2), 3.0),
             raw.select(-2, -1),
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_positive, check_size
 from ._numeric import invert
+from .base import Univariate, soft_clip
 
 __all__ = ["Bernstein", "SumOfSquares"]
 
@@ -17,11 +18,6 @@ __all__ = ["Bernstein", "SumOfSquares"]
 _FLOOR = 2.0**-10
 #: Bound of the logarithm of the derivative of a Bernstein polynomial.
 _STEEPEST = 5.0
-
-
-def soft_clip(value: Tensor, bound: float) -> Tensor:
-    """Keeps a value between plus and minus a bound, by a hyperbolic tangent of slope one at zero."""
-    return bound * torch.tanh(value / bound)
 
 
 def gains(count: int, like: Tensor) -> Tensor:
@@ -42,7 +38,7 @@ def polynomial(coefficients: Sequence[Tensor], u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SumOfSquares:
+class SumOfSquares(Univariate):
     r"""Polynomial whose derivative is a sum of squares, the transformer of SOS flows.
 
     .. math:: f(x) = t + \int_0^x \Big( \varepsilon + \frac{1 - \varepsilon}{K} \sum_{k=1}^K p_k(2 s / B)^2 \Big) ds,
@@ -76,7 +72,6 @@ class SumOfSquares:
     degree: int = 4
     bound: float = 4.0
 
-    linear = False
     fast = "forward"
 
     def __post_init__(self) -> None:
@@ -87,10 +82,6 @@ class SumOfSquares:
     @property
     def parameters(self) -> int:
         return self.polynomials * (self.degree + 1) + 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         squared, integral = self._coefficients(raw)
@@ -133,7 +124,7 @@ class SumOfSquares:
 
 
 @dataclass(frozen=True)
-class Bernstein:
+class Bernstein(Univariate):
     r"""Bernstein polynomial of increasing coefficients.
 
     .. math:: f(x) = t + \sum_{j=0}^n \theta_j \binom{n}{j} u^j (1 - u)^{n - j}, \qquad u = \frac{x + B}{2 B}, \qquad
@@ -180,10 +171,6 @@ class Bernstein:
     @property
     def parameters(self) -> int:
         return self.degree + 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         slopes, displacements = self._coefficients(raw)

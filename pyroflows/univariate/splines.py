@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from .._checks import check_positive, check_size
 from .._memory import transforming
+from .base import Univariate, soft_clip
 
 __all__ = ["CircularSpline", "LinearRationalSpline", "RationalQuadraticSpline"]
 
@@ -109,7 +110,7 @@ def find_bin(box: Box, z: Tensor, raw: Tensor, axis: int) -> tuple[Bin, Tensor, 
         Bin(
             corner,
             _pick_pair(shares, j) + box.least,
-            (box.clip * torch.tanh(ends / box.clip)).exp(),
+            soft_clip(ends, box.clip).exp(),
         ),
         j,
         shares,
@@ -210,7 +211,7 @@ def rational_quadratic_root(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Ten
     )
 
 
-class Evaluated(NamedTuple):
+class Mapped(NamedTuple):
     """A map of points, its log-slope, and what its gradient needs."""
 
     y: Tensor
@@ -222,7 +223,7 @@ class Evaluated(NamedTuple):
     shares: Tensor
 
 
-def evaluate(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> Evaluated:
+def map_points(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> Mapped:
     """The spline, or its inverse, in formulas that can be differentiated any number of times."""
     z = box.measure(x)
     bin, j, shares = find_bin(box, z, raw, int(inverse))
@@ -234,7 +235,7 @@ def evaluate(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> Evaluated:
         p = ((z - left) / width).clamp(0.0, 1.0)
     excess, slope = rational_quadratic(p, s, d0, d1)
     y, log_slope = finish(box, x, bottom - left + width * excess, left + width * p, slope, inverse)
-    return Evaluated(y, log_slope, p, slope, bin, j, shares)
+    return Mapped(y, log_slope, p, slope, bin, j, shares)
 
 
 class _RationalQuadratic(torch.autograd.Function):
@@ -242,13 +243,13 @@ class _RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, raw: Tensor, box: Box, inverse: bool) -> tuple[Tensor, Tensor]:
-        done = evaluate(box, x, raw, inverse)
+        done = map_points(box, x, raw, inverse)
         ctx.box, ctx.inverse = box, inverse
         ctx.save_for_backward(x, raw, done.p, done.slope, done.j, done.shares, *done.bin)
         return done.y, done.log_slope
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
         x, raw, p, slope, j, shares, *parts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
@@ -278,7 +279,7 @@ def _differentiable_pull(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     with torch.enable_grad():
-        outputs = evaluate(box, x, raw, inverse)[:2]
+        outputs = map_points(box, x, raw, inverse)[:2]
         inputs = [value for value, asked in zip((x, raw), wanted, strict=True) if asked]
         grads = iter(torch.autograd.grad(outputs, inputs, (grad_y, grad_log), create_graph=True))
     x_grad, raw_grad = (next(grads) if asked else None for asked in wanted)
@@ -347,9 +348,9 @@ def rational_quadratic_spline(
     """The spline, or its inverse, and the logarithm of its slope."""
     # Function transforms, compilers and forward mode see formulas, which they differentiate by themselves.
     if transforming() or torch.jit.is_tracing() or forward_ad._current_level >= 0:
-        y, log_slope = evaluate(box, x, raw, inverse)[:2]
+        y, log_slope = map_points(box, x, raw, inverse)[:2]
         return y, log_slope
-    return _RationalQuadratic.apply(x, raw, box, inverse)  # type: ignore[no-any-return,no-untyped-call]
+    return _RationalQuadratic.apply(x, raw, box, inverse)
 
 
 # The linear-rational spline
@@ -412,7 +413,7 @@ def _check_sizes(bins: Any, min_size: Any, min_slope: Any) -> None:
 
 
 @dataclass(frozen=True)
-class RationalQuadraticSpline:
+class RationalQuadraticSpline(Univariate):
     r"""Rational-quadratic spline on :math:`[-B, B]`, the identity beyond.
 
     The box is cut into :math:`K` bins, whose widths and heights are a softmax of raw parameters; the slopes :math:`d_k` at
@@ -448,8 +449,6 @@ class RationalQuadraticSpline:
     min_size: float = 1e-3
     min_slope: float = 1e-3
 
-    linear = False
-
     def __post_init__(self) -> None:
         _check_sizes(self.bins, self.min_size, self.min_slope)
         check_positive("bound", self.bound)
@@ -457,10 +456,6 @@ class RationalQuadraticSpline:
     @property
     def parameters(self) -> int:
         return 3 * self.bins - 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     @property
     def box(self) -> Box:
@@ -521,7 +516,7 @@ def _as_angle(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CircularSpline:
+class CircularSpline(Univariate):
     r"""Rational-quadratic spline of the circle onto itself, for angles in :math:`[-\pi, \pi)`.
 
     .. math:: y = f(x) + \varphi \mod 2 \pi,
@@ -556,7 +551,6 @@ class CircularSpline:
     min_size: float = 1e-3
     min_slope: float = 1e-3
 
-    linear = False
     support = constraints.interval(-math.pi, math.pi)
     codes = 2
 
@@ -566,10 +560,6 @@ class CircularSpline:
     @property
     def parameters(self) -> int:
         return 3 * self.bins + 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     @property
     def box(self) -> Box:

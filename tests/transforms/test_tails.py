@@ -13,7 +13,8 @@ from torch.func import jacrev, vmap
 
 import pyroflows as pf
 from pyroflows.transforms import Elementwise, LowerTriangularAffine, Transform
-from pyroflows.transforms.tails import LOFT, GPDTail, tail_transform
+from pyroflows.transforms.tails import LOFT, tail_transform
+from pyroflows.univariate import GPDTail
 
 DTYPES = [torch.float32, torch.float64]
 SIZES = (1e-30, 1e-3, 1.0, 5.0, 1e3, 1e10, 1e30)

@@ -186,7 +186,7 @@ def test_affine_is_scale_then_shift():
 
 
 @dataclass(frozen=True)
-class Power:
+class Power(Univariate):
     """``y = sign(x) |x|^p`` with ``p = raw``; its identity is not at zero, and it takes a spare parameter."""
 
     parameters = 2
@@ -233,11 +233,10 @@ def test_structures_take_any_map_and_start_at_its_identity(context_features, hid
             torch.testing.assert_close(of_own, of_default)
 
 
-class Slope(nn.Module):
+class Slope(Univariate, nn.Module):
     """``y = e^s x`` with one learnt ``s`` for all, and no raw parameter that matters."""
 
     parameters = 1
-    identity = (0.0,)
     linear = True
 
     def __init__(self) -> None:
