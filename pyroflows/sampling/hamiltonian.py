@@ -20,7 +20,7 @@ from .._checks import check_positive, check_size
 from ..model.density import LogDensity
 from ..transforms import Compose, LowerTriangularAffine, Transform
 from ..transforms.base import vjp
-from ..transforms.linear import composed
+from ..transforms.triangular import compose_affine
 
 __all__ = ["HMCResult", "Target", "hmc", "latent_target"]
 
@@ -204,7 +204,9 @@ def latent_target(
 
 
 def _affine_target(density: LogDensity, layers: list[Any], log_factor: LogFactor | None) -> Target:
-    loc, scale_tril = functools.reduce(composed, [layer.loc_and_scale_tril() for layer in layers])
+    loc, scale_tril = functools.reduce(
+        compose_affine, [layer.loc_and_scale_tril() for layer in layers]
+    )
     log_det = scale_tril.diagonal().log().sum()
 
     def target(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .._random import random_state, set_random_state
 from ..flows import Flow
 from ..transforms import Compose, LowerTriangularAffine, Transform
-from ..transforms.linear import composed
+from ..transforms.triangular import compose_affine
 from . import processes as distributed
 from .checkpoint import Checkpoint
 from .compiled import compiled_push_score
@@ -260,7 +260,7 @@ class _Training:
             raise
         finally:
             self.whitening.requires_grad_(True)
-            both = composed(
+            both = compose_affine(
                 self.adjustment.loc_and_scale_tril(), self.whitening.loc_and_scale_tril()
             )  # type: ignore[operator]
             self.whitening.set(*both)  # type: ignore[operator]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-__all__ = ["Step", "recomputed"]
+__all__ = ["Step", "recompute"]
 
 
 class Step(nn.Module):
@@ -34,7 +34,7 @@ class Step(nn.Module):
         )(y, given)[0]
 
 
-def recomputed(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def recompute(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Runs a stack and keeps its output alone.
 
     The backward pass walks down the stack: each layer's input is the inverse of its output, from which its own backward pass

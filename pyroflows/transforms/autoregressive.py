@@ -12,7 +12,8 @@ from torch.distributions import constraints
 from .._checks import broadcast_batch, check_size
 from .._memory import transforming
 from ..nn import MADE
-from ..nn.made import Folding, Unfolding, Weights
+from ..nn.made import Weights
+from ..nn.stages import Folding, Unfolding
 from ..univariate import Affine, Univariate
 from .base import Transform, vjp
 from .elementwise import identity_table

@@ -16,7 +16,7 @@ from ..univariate._numeric import invert
 from ..univariate.base import soft_clip
 from .autoregressive import Order, named_order
 from .base import Transform, vjp
-from .linear import inverse_permutation
+from .permute import inverse_permutation
 
 __all__ = ["BlockAutoregressive"]
 

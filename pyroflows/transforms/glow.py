@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..nn.network import Network, mlp
-from .base import Compose
-from .coupling import AffineCoupling, Mask
+from .compose import Compose
+from .coupling import AffineCoupling
 from .linear import LULinear
+from .masks import Mask
 from .normalization import ActNorm
 
 __all__ = ["GlowStep"]

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from .._checks import check_size
 from ..nn.network import Network, mlp
 from ..univariate._numeric import invert
-from .linear import accumulate, multiply, solve_triangle
+from ._linalg import multiply, solve_triangle
+from .orthogonal import accumulate
 from .parametric import Parametric
 
 __all__ = ["Planar", "Radial", "Sylvester"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from pyroflows.nn import MADE
-from pyroflows.nn.made import Unfolding
+from pyroflows.nn.stages import Unfolding
 
 F64 = torch.float64
 #: A diamond with a tail: 0 and 4 stand alone, 1 and 2 depend on 0, 3 on both of them, 5 on 3 and 4.

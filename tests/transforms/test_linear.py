@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 from pyroflows.nn import mlp
-from pyroflows.transforms import Permute, Transform
-from pyroflows.transforms.linear import (
+from pyroflows.transforms import (
     Householder,
     LULinear,
     MatrixExponential,
     Orthogonal,
-    accumulate,
-    reflect,
+    Permute,
+    Transform,
 )
+from pyroflows.transforms.orthogonal import accumulate, reflect
 
 DTYPES = [torch.float32, torch.float64]
 CLASSES: dict[str, Callable[..., Transform]] = {
