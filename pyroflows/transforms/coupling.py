@@ -79,6 +79,7 @@ class Coupling(Transform):
         self.univariate = univariate
         channels, self._positions = self.event_shape[:1].numel(), self.event_shape[1:]
         (chosen,) = coupling_masks(mask, channels, 1)
+        start = identity_table(univariate, int((~chosen).sum())).flatten()
         stays, moves = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
         self._sizes = [len(stays), len(moves)]
         self._dim = -len(self.event_shape)
@@ -89,7 +90,7 @@ class Coupling(Transform):
         self.conditioner = make_network(
             network,
             univariate.codes * len(stays),
-            identity_table(univariate, len(moves)).flatten(),
+            start,
             self._context_size(),
             self._positions,
         )
