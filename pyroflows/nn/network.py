@@ -140,7 +140,7 @@ def make_network(
             f"got {network!r}."
         )
     module = made if isinstance(made, Startable) else StartAt(made, len(start), len(positions))
-    _try_out(module, made, (inputs, len(start), context), positions)
+    _try_out(made, (inputs, len(start), context), positions)
     module.start_at(start)
     return module
 
@@ -151,13 +151,12 @@ def _is_factory(network: Any) -> bool:
 
 def _try_out(
     module: nn.Module,
-    made: nn.Module,
     sizes: tuple[int, int, int | None],
     positions: Sequence[int],
 ) -> None:
     """Demands that a new module can be called and gives what it should."""
     inputs, outputs, context = sizes
-    like = next(made.parameters(), torch.empty(0))
+    like = next(module.parameters(), torch.empty(0))
     given = [
         torch.zeros(2, size, *positions, dtype=like.dtype, device=like.device)
         for size in (inputs, context)
@@ -166,7 +165,7 @@ def _try_out(
     beside = "" if context is None else f" and a context of shape {_shape(context, positions)}"
     wanted = (
         f"Expected network to make a module that takes x of shape {_shape(inputs, positions)}{beside} "
-        f"and gives shape {_shape(outputs, positions)}; got {type(made).__name__}"
+        f"and gives shape {_shape(outputs, positions)}; got {type(module).__name__}"
     )
     training = module.training
     try:
