@@ -23,8 +23,9 @@ class ConvNet(Startable):
     .. math:: h_1 = a(W_0 * x + V * c + b_0), \quad h_{k+1} = a(W_k * h_k + b_k), \quad
         \mathrm{out} = (W_K * h_K + b_K) / \sqrt{n_K}.
 
-    All convolutions are padded by zeros, so that the output has the positions of the input. The root of the last number
-    of hidden channels :math:`n_K` tempers the first steps, as in :class:`MLP`.
+    All convolutions are padded by zeros, so that the output has the positions of the input. The
+    root of the last number of hidden channels :math:`n_K` tempers the first steps, as in
+    :class:`MLP`.
 
     Args:
         inputs: Channels of the input.
@@ -37,7 +38,8 @@ class ConvNet(Startable):
 
     Raises:
         TypeError: If a size is not an integer or ``activation`` does not make modules.
-        ValueError: If a size is not positive, ``kernel`` is even, ``hidden`` is empty or ``dims`` is neither 1 nor 2.
+        ValueError: If a size is not positive, ``kernel`` is even, ``hidden`` is empty or ``dims``
+            is neither 1 nor 2.
 
     Example:
         >>> net = ConvNet(3, 2, context=1, hidden=(8,))

@@ -30,41 +30,48 @@ class Weights(NamedTuple):
 class MADE(nn.Module):
     r"""A network that gives each entry of a vector parameters which depend on some of the other entries alone.
 
-    Entry :math:`i` has a set :math:`A_i` of entries that it may depend on: those before it in an order, or its parents in
-    a graph without cycles. Every hidden unit belongs to one of these sets, sees inputs within its set and hidden units
-    whose sets are subsets of its own, and is seen by the outputs whose set contains its own:
+    Entry :math:`i` has a set :math:`A_i` of entries that it may depend on: those before it in an
+    order, or its parents in a graph without cycles. Every hidden unit belongs to one of these sets,
+    sees inputs within its set and hidden units whose sets are subsets of its own, and is seen by
+    the outputs whose set contains its own:
 
     .. math:: h_1 = a((W_0 \odot M_0)\, x + V c + b_0), \quad h_{k+1} = a((W_k \odot M_k)\, h_k + b_k), \quad
         \mathrm{out} = ((W_K \odot M_K)\, h_K + b_K) / \sqrt{n_K},
 
-    so that :math:`\partial\,\mathrm{out}_i / \partial x_j = 0` unless :math:`j \in A_i`. All outputs see the context
-    :math:`c`, through hidden units of their own where :math:`A_i` is empty. With ``residual`` a hidden layer adds to what
-    went into the one before it, :math:`z_{k+1} = z_k + W_k\, a(z_k) + b_k`.
+    so that :math:`\partial\,\mathrm{out}_i / \partial x_j = 0` unless :math:`j \in A_i`. All
+    outputs see the context :math:`c`, through hidden units of their own where :math:`A_i` is empty.
+    With ``residual`` a hidden layer adds to what went into the one before it,
+    :math:`z_{k+1} = z_k + W_k\, a(z_k) + b_k`.
 
-    The sets of an order share the units of a layer evenly. In a layer with fewer units than sets some are left out, and
-    an entry does not see the last few before it.
+    The sets of an order share the units of a layer evenly. In a layer with fewer units than sets
+    some are left out, and an entry does not see the last few before it.
 
     Args:
         features: Entries of the vector.
         parameters: Outputs per entry.
         hidden: Widths of the hidden layers, equal ones for a residual network.
         context_features: Entries of the context, or ``None``.
-        activation: A callable without arguments that makes the activation module, which acts on each unit by itself.
-        order: The entries from first to last; each may depend on those before it. Their natural order by default.
+        activation: A callable without arguments that makes the activation module, which acts on
+            each unit by itself.
+        order: The entries from first to last; each may depend on those before it. Their natural
+            order by default.
         residual: Whether hidden layers are residual.
-        adjacency: Instead of an order a graph, as a boolean matrix of shape ``(features, features)``: entry ``i`` may depend
-            on entry ``j`` where ``adjacency[i, j]``.
-        codes: How many inputs stand for one entry, as the sine and cosine of an angle do; the first of every entry comes
-            before the second.
+        adjacency: Instead of an order a graph, as a boolean matrix of shape
+            ``(features, features)``: entry ``i`` may depend on entry ``j`` where
+            ``adjacency[i, j]``.
+        codes: How many inputs stand for one entry, as the sine and cosine of an angle do; the first
+            of every entry comes before the second.
 
     Raises:
-        TypeError: If a size is not an integer, ``activation`` does not make modules, or ``adjacency`` is not boolean.
-        ValueError: If a size is not positive, ``order`` is no permutation, ``adjacency`` has another shape, a cycle, or more
-            distinct sets than a layer has units, both are given, or a residual network has layers of different widths.
+        TypeError: If a size is not an integer, ``activation`` does not make modules, or
+            ``adjacency`` is not boolean.
+        ValueError: If a size is not positive, ``order`` is no permutation, ``adjacency`` has
+            another shape, a cycle, or more distinct sets than a layer has units, both are given, or
+            a residual network has layers of different widths.
 
     Reference:
-        Germain, Gregor, Murray, Larochelle, "MADE: Masked autoencoder for distribution estimation", 2015,
-        https://arxiv.org/abs/1502.03509
+        Germain, Gregor, Murray, Larochelle, "MADE: Masked autoencoder for distribution estimation",
+        2015, https://arxiv.org/abs/1502.03509
 
         Wehenkel, Louppe, "Graphical normalizing flows", 2020, https://arxiv.org/abs/2006.02548
 

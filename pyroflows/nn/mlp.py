@@ -22,9 +22,10 @@ class MLP(Startable):
     .. math:: h_1 = a(W_0 x + V c + b_0), \quad h_{k+1} = a(W_k h_k + b_k), \quad
         \mathrm{out} = (W_K h_K + b_K) / \sqrt{n_K}.
 
-    The root of the last hidden width :math:`n_K` tempers the first steps of wide networks: without it one step of Adam
-    moves the output in proportion to the width, with it to its root. The context enters the first layer by a matrix of its
-    own, so that one context serves many inputs by broadcasting and is multiplied once.
+    The root of the last hidden width :math:`n_K` tempers the first steps of wide networks: without
+    it one step of Adam moves the output in proportion to the width, with it to its root. The
+    context enters the first layer by a matrix of its own, so that one context serves many inputs by
+    broadcasting and is multiplied once.
 
     Args:
         inputs: Entries of the input.
@@ -38,8 +39,8 @@ class MLP(Startable):
         ValueError: If a width is not positive.
 
     Reference:
-        Jacot, Gabriel, Hongler, "Neural tangent kernel: Convergence and generalization in neural networks", 2018,
-        https://arxiv.org/abs/1806.07572
+        Jacot, Gabriel, Hongler, "Neural tangent kernel: Convergence and generalization in neural
+        networks", 2018, https://arxiv.org/abs/1806.07572
 
     Example:
         >>> net = MLP(3, 2, context=1, hidden=(8,))

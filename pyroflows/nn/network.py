@@ -130,7 +130,8 @@ def make_network(
         The network, which broadcasts batches.
 
     Raises:
-        TypeError: If ``network`` is no factory of modules, or its module cannot be called as :data:`Network` says.
+        TypeError: If ``network`` is no factory of modules, or its module cannot be called as
+            :data:`Network` says.
         ValueError: If the module gives another shape.
     """
     made = network(inputs, len(start), context) if _is_factory(network) else network

@@ -19,7 +19,8 @@ class ResNet(Startable):
     .. math:: h_0 = W x + V c + b, \quad h_{k+1} = h_k + B_k\, a(A_k\, a(h_k) + a_k) + b_k, \quad
         \mathrm{out} = (W_K\, a(h_K) + b_K) / \sqrt{n}.
 
-    The root of the width :math:`n` tempers the first steps, as in :class:`MLP`. Every block starts as the identity.
+    The root of the width :math:`n` tempers the first steps, as in :class:`MLP`. Every block starts
+    as the identity.
 
     Args:
         inputs: Entries of the input.
@@ -34,7 +35,8 @@ class ResNet(Startable):
         ValueError: If a size is not positive.
 
     Reference:
-        He, Zhang, Ren, Sun, "Identity mappings in deep residual networks", 2016, https://arxiv.org/abs/1603.05027
+        He, Zhang, Ren, Sun, "Identity mappings in deep residual networks", 2016,
+        https://arxiv.org/abs/1603.05027
 
     Example:
         >>> net = ResNet(3, 2, context=1, width=8)

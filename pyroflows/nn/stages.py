@@ -13,16 +13,17 @@ __all__ = ["Folding", "Unfolding"]
 class Unfolding:
     """A network evaluated stage by stage, each of its units once.
 
-    It works on columns, one per point of the batch, so that what is known is a block of rows at the top: the units that
-    depend on entries of earlier stages only. In turn :meth:`parameters` gives the parameters of the next stage's
-    entries, and :meth:`reveal` takes their values.
+    It works on columns, one per point of the batch, so that what is known is a block of rows at the
+    top: the units that depend on entries of earlier stages only. In turn :meth:`parameters` gives
+    the parameters of the next stage's entries, and :meth:`reveal` takes their values.
 
     Args:
         net: The network.
         weights: Its weights.
         context: The context's part of the first layer, of shape ``(units, batch)``.
         like: Values that come in the end, of shape ``(features, batch)``.
-        in_place: Whether to write to tensors, which is faster; not for what is differentiated or mapped.
+        in_place: Whether to write to tensors, which is faster; not for what is differentiated or
+            mapped.
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class Unfolding:
 class Folding:
     """The transpose of the derivative of a network, folded back stage by stage, each of its units once.
 
-    The mirror image of :class:`Unfolding`, from the last stage to the first: in turn :meth:`pulled` gives what the
-    cotangents of later stages' parameters put on the entries of a stage, and :meth:`reveal` takes the cotangents of
-    its parameters.
+    The mirror image of :class:`Unfolding`, from the last stage to the first: in turn :meth:`pulled`
+    gives what the cotangents of later stages' parameters put on the entries of a stage, and
+    :meth:`reveal` takes the cotangents of its parameters.
 
     Args:
         net: The network.

@@ -37,9 +37,9 @@ class Startable(nn.Module, ABC):
 class StartAt(Startable):
     r"""Any module, followed by an affine map that makes it constant at first, :math:`a \odot h(x) + b`.
 
-    The scales :math:`a` start at zero, and the offsets :math:`b` at the given outputs. The module itself sees one batch
-    dimension where its inputs have positions, because convolutions take no more; it is called as ``module(x)``, or as
-    ``module(x, context)`` with both of one batch shape.
+    The scales :math:`a` start at zero, and the offsets :math:`b` at the given outputs. The module
+    itself sees one batch dimension where its inputs have positions, because convolutions take no
+    more; it is called as ``module(x)``, or as ``module(x, context)`` with both of one batch shape.
 
     Args:
         module: The module.

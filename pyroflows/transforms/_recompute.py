@@ -37,9 +37,10 @@ class Step(nn.Module):
 def recompute(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Runs a stack and keeps its output alone.
 
-    The backward pass walks down the stack: each layer's input is the inverse of its output, from which its own backward pass
-    is built and thrown away again. So the memory of a training step does not grow with depth, at the price of one inversion
-    and one more evaluation of each layer. It is differentiable once.
+    The backward pass walks down the stack: each layer's input is the inverse of its output, from
+    which its own backward pass is built and thrown away again. So the memory of a training step
+    does not grow with depth, at the price of one inversion and one more evaluation of each layer.
+    It is differentiable once.
 
     Args:
         steps: The layers in the order in which they run.

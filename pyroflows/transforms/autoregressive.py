@@ -30,58 +30,67 @@ _TRY = 12
 class Autoregressive(Transform):
     r"""Autoregressive layer of any univariate map.
 
-    Let :math:`A_i` be the entries before :math:`i` in an order, or its parents in a graph without cycles. One direction
-    moves every entry as those in its set tell,
+    Let :math:`A_i` be the entries before :math:`i` in an order, or its parents in a graph without
+    cycles. One direction moves every entry as those in its set tell,
 
     .. math:: u_i = f(v_i;\, \theta_i(v_{A_i}, c)), \quad
         \log\Bigl|\det \frac{\partial u}{\partial v}\Bigr| = \sum_i \log \frac{\partial u_i}{\partial v_i},
 
-    by one evaluation of a masked network. With ``fast="inverse"`` it leads from event to base, :math:`v = y, u = x`: fast
-    to score, as the masked autoregressive flow. With ``fast="forward"`` it leads from base to event,
-    :math:`v = x, u = y`: fast to sample, as the inverse autoregressive flow. The layer starts at the identity.
+    by one evaluation of a masked network. With ``fast="inverse"`` it leads from event to base,
+    :math:`v = y, u = x`: fast to score, as the masked autoregressive flow. With ``fast="forward"``
+    it leads from base to event, :math:`v = x, u = y`: fast to sample, as the inverse autoregressive
+    flow. The layer starts at the identity.
 
-    The slow direction finds :math:`v_i` once :math:`v_{A_i}` is known. It is exact, by one of two ways:
+    The slow direction finds :math:`v_i` once :math:`v_{A_i}` is known. It is exact, by one of two
+    ways:
 
-    - *Stage by stage.* Hidden units are sorted by the entry that they wait for, and each is computed once, so that all
-      stages cost little more arithmetic than one evaluation.
-    - *Round by round*, for small networks and batches, where the number of steps is what costs. All entries are
-      solved at once for the network's output at the last guess, :math:`v \leftarrow f^{-1}(u;\, \theta(v))`. Each round
-      settles one more stage at least; the iteration ends when nothing changes, after some ten rounds as a rule.
-      Rounds are taken where one costs no more than a stage, or where twelve or more cost less than half of all stages,
-      and only so many. To see the end they read from the device.
+    - *Stage by stage.* Hidden units are sorted by the entry that they wait for, and each is
+      computed once, so that all stages cost little more arithmetic than one evaluation.
+    - *Round by round*, for small networks and batches, where the number of steps is what costs. All
+      entries are solved at once for the network's output at the last guess,
+      :math:`v \leftarrow f^{-1}(u;\, \theta(v))`. Each round settles one more stage at least; the
+      iteration ends when nothing changes, after some ten rounds as a rule. Rounds are taken where
+      one costs no more than a stage, or where twelve or more cost less than half of all stages, and
+      only so many. To see the end they read from the device.
 
-    Derivatives come from the implicit function theorem: with the triangular Jacobian :math:`J` of the fast direction
-    at the solution, backpropagation solves :math:`J^\top a = \bar v` by either of the two ways, mirrored, at the cost of one
-    more solve. Derivatives of higher order, function transforms and compiled graphs go through the stages themselves.
+    Derivatives come from the implicit function theorem: with the triangular Jacobian :math:`J` of
+    the fast direction at the solution, backpropagation solves :math:`J^\top a = \bar v` by either
+    of the two ways, mirrored, at the cost of one more solve. Derivatives of higher order, function
+    transforms and compiled graphs go through the stages themselves.
 
     Args:
-        univariate: A monotone map, such as ``Affine()``; its forward direction is what the fast direction evaluates.
+        univariate: A monotone map, such as ``Affine()``; its forward direction is what the fast
+            direction evaluates.
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         hidden: Widths of the network; see :class:`pyroflows.nn.MADE`.
         activation: Its activation, a callable without arguments that makes a module.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         residual: Whether the network is residual, with layers of one width.
-        adjacency: Instead of an order a graph, as a boolean matrix of shape ``(features, features)``: entry ``i`` may depend
-            on entry ``j`` where ``adjacency[i, j]``.
-        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
-        seed: Seed of the random order. It depends on nothing else, so that a flow made again, to load saved parameters,
-            has the order that the parameters were trained with.
+        adjacency: Instead of an order a graph, as a boolean matrix of shape
+            ``(features, features)``: entry ``i`` may depend on entry ``j`` where
+            ``adjacency[i, j]``.
+        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to
+            sample.
+        seed: Seed of the random order. It depends on nothing else, so that a flow made again, to
+            load saved parameters, has the order that the parameters were trained with.
 
     Raises:
         TypeError: If a size or an order is not made of integers, or the adjacency is not boolean.
-        ValueError: If a size is not positive, the order is no permutation, the adjacency has a cycle, or a name is unknown.
+        ValueError: If a size is not positive, the order is no permutation, the adjacency has a
+            cycle, or a name is unknown.
 
     Reference:
         Papamakarios, Pavlakou, Murray, "Masked autoregressive flow for density estimation", 2017,
         https://arxiv.org/abs/1705.07057
 
-        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference with inverse autoregressive
-        flow", 2016, https://arxiv.org/abs/1606.04934
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference
+        with inverse autoregressive flow", 2016, https://arxiv.org/abs/1606.04934
 
-        Song, Meng, Liao, Ermon, "Accelerating feedforward computation via parallel nonlinear equation solving", 2020,
-        https://arxiv.org/abs/2002.03629
+        Song, Meng, Liao, Ermon, "Accelerating feedforward computation via parallel nonlinear
+        equation solving", 2020, https://arxiv.org/abs/2002.03629
 
     Example:
         >>> from pyroflows.univariate import Affine
@@ -267,28 +276,32 @@ class AffineAutoregressive(Autoregressive):
 
     .. math:: u_i = e^{s_i} v_i + t_i, \quad (s_i, t_i) = \theta_i(v_{A_i}, c).
 
-    See :class:`Autoregressive` for the two directions. Where scoring is fast (:math:`v = y, u = x`) this is the masked
-    autoregressive flow, whose paper writes the same maps as :math:`x_i = (y_i - \mu_i) e^{-\alpha_i}`; the shift
-    here is in the units of the base, where gradients with respect to it do not grow with the precision.
+    See :class:`Autoregressive` for the two directions. Where scoring is fast (:math:`v = y, u = x`)
+    this is the masked autoregressive flow, whose paper writes the same maps as
+    :math:`x_i = (y_i - \mu_i) e^{-\alpha_i}`; the shift here is in the units of the base, where
+    gradients with respect to it do not grow with the precision.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         hidden: Widths of the network.
         activation: Its activation.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         residual: Whether the network is residual, with layers of one width.
         adjacency: Instead of an order a graph; see :class:`Autoregressive`.
-        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
+        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to
+            sample.
         seed: Seed of the random order.
-        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``; see
-            :class:`Affine`.
+        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or
+            ``"sigmoid"``; see :class:`Affine`.
         bound: Bound of the soft clip on the log-scale.
 
     Raises:
         TypeError: As :class:`Autoregressive`.
-        ValueError: As :class:`Autoregressive`, or if ``scale`` is unknown or ``bound`` is not positive.
+        ValueError: As :class:`Autoregressive`, or if ``scale`` is unknown or ``bound`` is not
+            positive.
 
     Reference:
         Papamakarios, Pavlakou, Murray, "Masked autoregressive flow for density estimation", 2017,
@@ -335,8 +348,8 @@ class AffineAutoregressive(Autoregressive):
 class _Linearized:
     """The fast direction at a point, and the transpose of its Jacobian.
 
-    The graph of one evaluation gives the derivatives of the univariate maps and of the activations, which are diagonal, so
-    that nothing is computed again.
+    The graph of one evaluation gives the derivatives of the univariate maps and of the activations,
+    which are diagonal, so that nothing is computed again.
     """
 
     def __init__(
@@ -406,8 +419,9 @@ class _Linearized:
 class _Implicit(torch.autograd.Function):
     r"""A solution :math:`v` of :math:`g(v, \phi) = u` and its log-determinant, derived by the implicit function theorem.
 
-    With :math:`J = \partial g / \partial v` and :math:`a = J^{-\top} \bar v`, the cotangent :math:`\bar v` of the solution
-    gives :math:`a` for :math:`u` and :math:`-(\partial g / \partial \phi)^\top a` for :math:`\phi`.
+    With :math:`J = \partial g / \partial v` and :math:`a = J^{-\top} \bar v`, the cotangent
+    :math:`\bar v` of the solution gives :math:`a` for :math:`u` and
+    :math:`-(\partial g / \partial \phi)^\top a` for :math:`\phi`.
     """
 
     @staticmethod

@@ -62,27 +62,31 @@ class Transform(TransformModule, ConditionalTransform):
     r"""Base class of all transforms: an invertible map :math:`y = f(x; c)` from base to event with a known Jacobian.
 
     A subclass writes two methods, pure mathematics for tensors of shape ``(*batch, *event_shape)``:
-    :meth:`forward_and_log_det` and :meth:`inverse_and_log_det`. All that torch and Pyro ask of a transform
-    (``t(x)``, ``t.inv``, ``log_abs_det_jacobian``, ``domain``, ``codomain``, shapes, ``condition``) follows from them, so
-    that it works in :class:`pyro.distributions.TransformedDistribution` and, when it takes a context, in
+    :meth:`forward_and_log_det` and :meth:`inverse_and_log_det`. All that torch and Pyro ask of a
+    transform (``t(x)``, ``t.inv``, ``log_abs_det_jacobian``, ``domain``, ``codomain``, shapes,
+    ``condition``) follows from them, so that it works in
+    :class:`pyro.distributions.TransformedDistribution` and, when it takes a context, in
     :class:`pyro.distributions.ConditionalTransformedDistribution`.
 
-    The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a sample just drawn
-    cost nothing more. What is remembered serves once and only while nothing has changed: neither a parameter, nor the
-    tensors, nor the gradient mode.
+    The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a
+    sample just drawn cost nothing more. What is remembered serves once and only while nothing has
+    changed: neither a parameter, nor the tensors, nor the gradient mode.
 
-    What cannot hold for a class, a class says by ``exempt_laws``, from names of laws to reasons, and by ``accuracy``, the
-    relative error that its method leaves; :mod:`pyroflows.testing` judges by them.
+    What cannot hold for a class, a class says by ``exempt_laws``, from names of laws to reasons,
+    and by ``accuracy``, the relative error that its method leaves; :mod:`pyroflows.testing` judges
+    by them.
 
     Args:
-        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``, ``(channels, time)``.
+        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``,
+            ``(channels, time)``.
         context_features: Entries of the context, or ``None`` for a transform without one.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
 
     Raises:
         TypeError: If a size is not an integer.
-        ValueError: If a size is not positive, if both forms of the context's shape are given and differ, or if a map of
-            vectors is given another shape.
+        ValueError: If a size is not positive, if both forms of the context's shape are given and
+            differ, or if a map of vectors is given another shape.
 
     Example:
         >>> class Double(Transform):
@@ -134,7 +138,8 @@ class Transform(TransformModule, ConditionalTransform):
             context: Context of shape ``(*, *context_shape)``, broadcast against the batch of ``x``.
 
         Returns:
-            :math:`y` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial y / \partial x|` of shape ``(*)``.
+            :math:`y` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial y / \partial x|`
+            of shape ``(*)``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward_and_log_det.")
 
@@ -148,7 +153,8 @@ class Transform(TransformModule, ConditionalTransform):
             context: Context of shape ``(*, *context_shape)``, broadcast against the batch of ``y``.
 
         Returns:
-            :math:`x` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial x / \partial y|` of shape ``(*)``.
+            :math:`x` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial x / \partial y|`
+            of shape ``(*)``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det.")
 
@@ -158,8 +164,8 @@ class Transform(TransformModule, ConditionalTransform):
         r"""Maps base to event and carries the score of the density along.
 
         With :math:`s_x = \nabla_x \log q(x)`, the score of the transformed density is
-        :math:`s_y = J^{-\top} (s_x - \nabla_x \log|\det J|)`, which is what a path gradient needs. The default
-        differentiates the inverse; a transform with a cheaper recursion overrides it.
+        :math:`s_y = J^{-\top} (s_x - \nabla_x \log|\det J|)`, which is what a path gradient needs.
+        The default differentiates the inverse; a transform with a cheaper recursion overrides it.
 
         Args:
             x: Points of shape ``(*, *event_shape)``, with gradients enabled.
@@ -167,11 +173,12 @@ class Transform(TransformModule, ConditionalTransform):
             context: Context of shape ``(*, *context_shape)``.
 
         Returns:
-            :math:`y`, the log-determinant (both with gradients), and the score :math:`s_y` (without).
+            :math:`y`, the log-determinant (both with gradients), and the score :math:`s_y`
+            (without).
 
         Reference:
-            Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
-            https://arxiv.org/abs/2403.15881
+            Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for
+            normalizing flows", 2024, https://arxiv.org/abs/2403.15881
         """
         return _carry_score(self.forward_and_log_det, self.inverse_and_log_det, x, score, context)
 
@@ -186,7 +193,8 @@ class Transform(TransformModule, ConditionalTransform):
             context: Context of shape ``(*, *context_shape)``.
 
         Returns:
-            :math:`x`, the log-determinant (both with gradients), and the score :math:`s_x` (without).
+            :math:`x`, the log-determinant (both with gradients), and the score :math:`s_x`
+            (without).
         """
         return _carry_score(self.inverse_and_log_det, self.forward_and_log_det, y, score, context)
 
@@ -316,7 +324,8 @@ class Transform(TransformModule, ConditionalTransform):
             context: Context of shape ``(*, *context_shape)``.
 
         Returns:
-            A transform that shares these parameters and takes no context; this very transform where it takes none.
+            A transform that shares these parameters and takes no context; this very transform where
+            it takes none.
 
         Raises:
             ValueError: If the context has another shape.
@@ -493,7 +502,8 @@ class Conditioned(Transform):
 
     Args:
         transform: A transform with a context.
-        context: Context of shape ``(*, *context_shape)``; a buffer, saved and moved with the module.
+        context: Context of shape ``(*, *context_shape)``; a buffer, saved and moved with the
+            module.
 
     Raises:
         TypeError: If ``transform`` is not a :class:`Transform`.

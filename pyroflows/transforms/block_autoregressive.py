@@ -29,32 +29,36 @@ Solver = Callable[[Increasing, Tensor, int], tuple[Tensor, Tensor]]
 class BlockAutoregressive(Transform):
     r"""The layer of a block neural autoregressive flow, :math:`u = f(v; c)` with a triangular Jacobian.
 
-    Every entry owns a few units of each hidden layer. They read the units of the same entry through positive weights, and
-    those of earlier entries, and the context, through free ones. With :math:`h_i = v_i` and :math:`z_i = v_i` at first, a
-    hidden layer is
+    Every entry owns a few units of each hidden layer. They read the units of the same entry through
+    positive weights, and those of earlier entries, and the context, through free ones. With
+    :math:`h_i = v_i` and :math:`z_i = v_i` at first, a hidden layer is
 
     .. math:: (s_i, g_i) = \sum_{j < i} W_{ij} z_j + V_i c + b_i, \quad d_i = e^{g_i} \odot P_i h_i, \\
         a_i = d_i + s_i, \quad h_i \leftarrow d_i + (e^{r_i} - 1) \odot \tanh a_i, \quad z_i \leftarrow \tanh a_i,
 
-    where the rows of :math:`P_i` are positive and sum to one, and the last layer gives :math:`u_i = a_i`. The derivative by
-    the entry itself goes along by the chain rule; all its factors are positive, that of the activation being
-    :math:`1 + (e^r - 1)(1 - \tanh^2 a)`. This activation is the tanh of the paper beside a line, so that every entry runs
-    over the whole line and the density is normalised, where a network of plain tanh has a bounded range. Earlier entries
-    move its scale as well as its place. The numbers :math:`g` are softly clipped to :math:`\pm 3` and :math:`r` to
-    :math:`\pm 5`, so that no slope overflows or vanishes.
+    where the rows of :math:`P_i` are positive and sum to one, and the last layer gives
+    :math:`u_i = a_i`. The derivative by the entry itself goes along by the chain rule; all its
+    factors are positive, that of the activation being :math:`1 + (e^r - 1)(1 - \tanh^2 a)`. This
+    activation is the tanh of the paper beside a line, so that every entry runs over the whole line
+    and the density is normalised, where a network of plain tanh has a bounded range. Earlier
+    entries move its scale as well as its place. The numbers :math:`g` are softly clipped to
+    :math:`\pm 3` and :math:`r` to :math:`\pm 5`, so that no slope overflows or vanishes.
 
-    With ``fast="inverse"`` the network leads from event to base, :math:`v = y, u = x`: fast to score. With
-    ``fast="forward"`` it leads from base to event: fast to sample. The other direction finds one entry after the other by a
-    numeric inverse of its own units, each hidden unit being settled once, with exact gradients by the implicit function
-    theorem. The layer starts at the identity.
+    With ``fast="inverse"`` the network leads from event to base, :math:`v = y, u = x`: fast to
+    score. With ``fast="forward"`` it leads from base to event: fast to sample. The other direction
+    finds one entry after the other by a numeric inverse of its own units, each hidden unit being
+    settled once, with exact gradients by the implicit function theorem. The layer starts at the
+    identity.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         hidden: Units that every entry owns in each hidden layer.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
-        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
+        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to
+            sample.
         seed: Seed of the random order.
 
     Raises:
@@ -62,7 +66,8 @@ class BlockAutoregressive(Transform):
         ValueError: If a size is not positive, the order is no permutation, or a name is unknown.
 
     Reference:
-        De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019, https://arxiv.org/abs/1904.04676
+        De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019,
+        https://arxiv.org/abs/1904.04676
 
     Example:
         >>> t = BlockAutoregressive(3, hidden=(4,))
@@ -190,7 +195,8 @@ class _Layer(nn.Module):
         inputs: Units per entry that the layer reads.
         outputs: Units per entry that it has.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         last: Whether it is the last layer, which is linear.
     """
 

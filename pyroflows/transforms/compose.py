@@ -34,17 +34,19 @@ class Compose(Transform):
 
     Args:
         transforms: Transforms in generative order. Those that take a context all get the same one.
-        reversible: Whether the backward pass recomputes activations by inversion instead of keeping them, so that the
-            memory of a training step does not grow with depth; see the reference. The result is differentiable once.
+        reversible: Whether the backward pass recomputes activations by inversion instead of keeping
+            them, so that the memory of a training step does not grow with depth; see the reference.
+            The result is differentiable once.
 
     Raises:
         TypeError: If one of them is not a :class:`Transform`.
         ValueError: If there is none, if the shapes of events or contexts do not fit together, or if
-            ``reversible`` is asked of transforms that are slow in one direction or do not repeat themselves.
+            ``reversible`` is asked of transforms that are slow in one direction or do not repeat
+            themselves.
 
     Reference:
-        Gomez, Ren, Urtasun, Grosse, "The reversible residual network: Backpropagation without storing activations", 2017,
-        https://arxiv.org/abs/1707.04585
+        Gomez, Ren, Urtasun, Grosse, "The reversible residual network: Backpropagation without
+        storing activations", 2017, https://arxiv.org/abs/1707.04585
 
     Example:
         >>> from pyroflows.transforms import Compose, Reverse

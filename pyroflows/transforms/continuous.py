@@ -39,44 +39,50 @@ class ContinuousFlow(Transform):
     .. math:: \frac{dz}{dt} = v(z, t; c), \quad x = z(0), \quad y = z(1), \quad
         \log|\det J| = \int_0^1 \operatorname{tr} \frac{\partial v}{\partial z}\, dt.
 
-    Each direction is one solve of the differential equation, so that neither is fast, and one is the inverse of the other to
-    within the solver's tolerance. The flow starts at the identity.
+    Each direction is one solve of the differential equation, so that neither is fast, and one is
+    the inverse of the other to within the solver's tolerance. The flow starts at the identity.
 
-    Up to two hidden layers the exact trace costs no more than a layer of the network, whatever the number of features.
-    With more it costs ``features`` passes, and is replaced for large vectors *in training mode* by Hutchinson's unbiased
-    estimate, with random signs from torch's global generator, fixed over a solve. In evaluation mode the trace is always
-    exact.
+    Up to two hidden layers the exact trace costs no more than a layer of the network, whatever the
+    number of features. With more it costs ``features`` passes, and is replaced for large vectors
+    *in training mode* by Hutchinson's unbiased estimate, with random signs from torch's global
+    generator, fixed over a solve. In evaluation mode the trace is always exact.
 
-    The adaptive solvers are those of torchdiffeq, an optional dependency. They hold *each* point of a batch to the
-    tolerance, and choose their steps on the host, which neither ``vmap`` nor ``torch.compile`` can follow; ``"rk4"`` and
-    ``"gbs"`` (the extrapolation of Gragg, Bulirsch and Stoer, of order ten, near the rounding error on smooth paths) take
-    equal steps, need nothing more and work everywhere; they keep no tolerance, and rough paths ask for more steps.
+    The adaptive solvers are those of torchdiffeq, an optional dependency. They hold *each* point of
+    a batch to the tolerance, and choose their steps on the host, which neither ``vmap`` nor
+    ``torch.compile`` can follow; ``"rk4"`` and ``"gbs"`` (the extrapolation of Gragg, Bulirsch and
+    Stoer, of order ten, near the rounding error on smooth paths) take equal steps, need nothing
+    more and work everywhere; they keep no tolerance, and rough paths ask for more steps.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         hidden: Widths of the network of the velocity, to which time is one more input.
-        activation: Its activation, a callable without arguments that makes a smooth elementwise module. ``Tanh`` bounds the
-            velocity, so that no path escapes, however large the weights.
-        trace: ``"exact"``, ``"hutchinson"`` or ``"auto"``: exact up to two hidden layers or 32 entries.
-        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"`` with steps by tolerance;
-            ``"rk4"`` or ``"gbs"`` with equal steps.
+        activation: Its activation, a callable without arguments that makes a smooth elementwise
+            module. ``Tanh`` bounds the velocity, so that no path escapes, however large the
+            weights.
+        trace: ``"exact"``, ``"hutchinson"`` or ``"auto"``: exact up to two hidden layers or 32
+            entries.
+        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"`` with steps by
+            tolerance; ``"rk4"`` or ``"gbs"`` with equal steps.
         rtol: Relative tolerance of an adaptive solver; not below a few roundings.
         atol: Absolute tolerance.
         steps: Number of equal steps; 16 for ``"rk4"`` and 4 for ``"gbs"`` by default.
-        adjoint: Whether gradients come from solving the adjoint equation backwards, whose memory does not grow with the
-            steps; for adaptive solvers. They are then within the solver's tolerance and of first order only.
+        adjoint: Whether gradients come from solving the adjoint equation backwards, whose memory
+            does not grow with the steps; for adaptive solvers. They are then within the solver's
+            tolerance and of first order only.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size or tolerance is not positive, a word is unknown, or options contradict each other.
+        ValueError: If a size or tolerance is not positive, a word is unknown, or options contradict
+            each other.
         ImportError: If the solver needs torchdiffeq and it is not installed.
         RuntimeError: When called, if an adaptive solver fails.
 
     Reference:
-        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics for scalable reversible
-        generative models", 2019, https://arxiv.org/abs/1810.01367
+        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics
+        for scalable reversible generative models", 2019, https://arxiv.org/abs/1810.01367
 
     Example:
         >>> t = ContinuousFlow(3, context_features=2, solver="rk4")
@@ -152,8 +158,10 @@ class ContinuousFlow(Transform):
 
         .. math:: \int_0^1 \| v \|^2 dt, \qquad \int_0^1 \| \partial v / \partial z \|_F^2 \, dt.
 
-        A loss with a little of their means, ``-log_prob.mean() + 0.01 * kinetic.mean() + 0.01 * jacobian.mean()``, keeps
-        paths straight and solves cheap. The second is an unbiased estimate with random signs from torch's global generator.
+        A loss with a little of their means,
+        ``-log_prob.mean() + 0.01 * kinetic.mean() + 0.01 * jacobian.mean()``, keeps paths straight
+        and solves cheap. The second is an unbiased estimate with random signs from torch's global
+        generator.
 
         Args:
             y: Points of shape ``(*, features)``, on the side of the event.
@@ -163,8 +171,8 @@ class ContinuousFlow(Transform):
             Two tensors of shape ``(*)``.
 
         Reference:
-            Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE: the world of Jacobian and kinetic
-            regularization", 2020, https://arxiv.org/abs/2002.02798
+            Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE: the world of
+            Jacobian and kinetic regularization", 2020, https://arxiv.org/abs/2002.02798
         """
         y = self.broadcast(y, context)
         _, (kinetic, jacobian) = self._solve(
@@ -298,8 +306,8 @@ def _runge_kutta(f: Derivative, t: float, z: Tensor, h: float) -> Tensor:
 def _extrapolated(f: Derivative, t: float, z: Tensor, h: float) -> Tensor:
     r"""The increment of Gragg's midpoint rule, extrapolated to steps of no length.
 
-    For an even number of midpoints its error is a series in even powers of their distance, whose first terms the weights
-    :math:`\prod_{m \ne n} n^2 / (n^2 - m^2)` cancel.
+    For an even number of midpoints its error is a series in even powers of their distance, whose
+    first terms the weights :math:`\prod_{m \ne n} n^2 / (n^2 - m^2)` cancel.
     """
     first = f(t, z)
     total = torch.zeros_like(z)

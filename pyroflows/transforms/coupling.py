@@ -27,28 +27,32 @@ class Coupling(Transform):
     .. math:: y_A = x_A, \quad y_B = f(x_B;\, \theta(x_A, c)), \quad
         \log|\det J| = \sum_{i \in B} \log \partial y_i / \partial x_i,
 
-    where :math:`\theta` is a network. Both directions cost one evaluation of it. The layer starts at the identity.
+    where :math:`\theta` is a network. Both directions cost one evaluation of it. The layer starts
+    at the identity.
 
-    Images and series are split by their channels, and need a network that keeps positions, such as ``convnet()``. Their
-    context has the same positions, or is a vector, which the network then finds at every position.
+    Images and series are split by their channels, and need a network that keeps positions, such as
+    ``convnet()``. Their context has the same positions, or is a vector, which the network then
+    finds at every position.
 
     Args:
         univariate: A monotone map, such as ``Affine()``.
         features: Entries of a vector, at least 2, or the shape of an event with as many channels:
             ``(channels, height, width)``, ``(channels, time)``.
         context_features: Entries of the context :math:`c`, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
-        mask: ``"half"``, ``"checkerboard"``, ``"random"`` or a boolean mask of shape ``(features,)``, or ``(channels,)``;
-            ``True`` stays.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        mask: ``"half"``, ``"checkerboard"``, ``"random"`` or a boolean mask of shape
+            ``(features,)``, or ``(channels,)``; ``True`` stays.
         network: Factory of the network :math:`\theta`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size is not positive, the mask leaves nothing to condition on or to transform, or the network does
-            not fit.
+        ValueError: If a size is not positive, the mask leaves nothing to condition on or to
+            transform, or the network does not fit.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> from pyroflows.univariate import Affine
@@ -220,7 +224,8 @@ class AdditiveCoupling(Coupling):
     Args:
         features: Entries of a vector, or the shape of an event; see :class:`Coupling`.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         mask: See :class:`Coupling`.
         network: Factory of the network.
 
@@ -228,7 +233,8 @@ class AdditiveCoupling(Coupling):
         ValueError: As :class:`Coupling`.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> AdditiveCoupling(3)
@@ -270,18 +276,20 @@ class AffineCoupling(Coupling):
     Args:
         features: Entries of a vector, or the shape of an event; see :class:`Coupling`.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         mask: See :class:`Coupling`.
         network: Factory of the network.
-        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``; see
-            :class:`Affine`.
+        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or
+            ``"sigmoid"``; see :class:`Affine`.
         bound: Bound of the soft clip on the log-scale.
 
     Raises:
         ValueError: As :class:`Coupling`, or if ``scale`` is unknown or ``bound`` is not positive.
 
     Reference:
-        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
+        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016,
+        https://arxiv.org/abs/1605.08803
 
     Example:
         >>> t = AffineCoupling(3, context_features=2)

@@ -36,12 +36,17 @@ class Elementwise(Parametric):
 
     Args:
         univariate: A monotone map, such as ``Affine()``.
-        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``, ``(channels, time)``.
-        context_features: Entries of the context; with them :math:`\theta` is the output of a network.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
-        per_channel: Whether all entries of a channel, the first dimension of an event, share their parameters.
-        network: Factory of the network that reads the context. A context at the positions of the event, such as
-            ``(1, height, width)``, is read by one that keeps positions, such as ``convnet()``, unless channels share.
+        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``,
+            ``(channels, time)``.
+        context_features: Entries of the context; with them :math:`\theta` is the output of a
+            network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        per_channel: Whether all entries of a channel, the first dimension of an event, share their
+            parameters.
+        network: Factory of the network that reads the context. A context at the positions of the
+            event, such as ``(1, height, width)``, is read by one that keeps positions, such as
+            ``convnet()``, unless channels share.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -132,7 +137,8 @@ class Rescale(Elementwise):
     Args:
         features: Entries of a vector, or the shape of an event; see :class:`Elementwise`.
         context_features: Entries of the context; with them :math:`s` is the output of a network.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
         bound: Bound of the soft clip.
         per_channel: Whether all entries of a channel share their scale.
@@ -143,7 +149,8 @@ class Rescale(Elementwise):
         ValueError: If a size is not positive or ``scale`` is unknown.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> Rescale(2)(torch.ones(2))

@@ -19,14 +19,16 @@ class GlowStep(Compose):
 
     .. math:: y = e^s \, P L U f(x; c) + b,
 
-    where :math:`f` is the coupling, the only part that reads the context. Data that are scored pass :class:`ActNorm` first,
-    which starts from the first batch in training mode, then :class:`LULinear`, then :class:`AffineCoupling`. Both directions
-    cost one evaluation of a network. Before data come, it starts at the identity, with ``rotate`` at a random rotation.
+    where :math:`f` is the coupling, the only part that reads the context. Data that are scored pass
+    :class:`ActNorm` first, which starts from the first batch in training mode, then
+    :class:`LULinear`, then :class:`AffineCoupling`. Both directions cost one evaluation of a
+    network. Before data come, it starts at the identity, with ``rotate`` at a random rotation.
 
     Args:
         features: Entries of the vector, at least 2.
         context_features: Entries of the context :math:`c`, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         mask: See :class:`Coupling`.
         network: Factory of the network.
         scale: How raw parameters give scales; see :class:`Affine`.
@@ -38,7 +40,8 @@ class GlowStep(Compose):
         ValueError: As :class:`AffineCoupling` and :class:`LULinear`.
 
     Reference:
-        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018, https://arxiv.org/abs/1807.03039
+        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018,
+        https://arxiv.org/abs/1807.03039
 
     Example:
         >>> import torch

@@ -64,24 +64,29 @@ class LinearMap(Parametric):
 class LULinear(LinearMap):
     r"""An invertible matrix by its factors, :math:`y = P L U x + b`, as the 1 x 1 convolution of Glow.
 
-    :math:`P` is a fixed permutation, :math:`L` lower-triangular with a unit diagonal, :math:`U` upper-triangular with the
-    diagonal :math:`\pm e^{d_i}` of fixed signs, so that :math:`\log|\det W| = \sum_i d_i`. One table of raw numbers holds
-    them as LAPACK does: :math:`L` below the diagonal, :math:`d` on it, :math:`U` above, and :math:`b` in one more row. It
-    starts at the identity, with ``rotate`` at a random rotation. With a context, the table is the output of a network.
+    :math:`P` is a fixed permutation, :math:`L` lower-triangular with a unit diagonal, :math:`U`
+    upper-triangular with the diagonal :math:`\pm e^{d_i}` of fixed signs, so that
+    :math:`\log|\det W| = \sum_i d_i`. One table of raw numbers holds them as LAPACK does: :math:`L`
+    below the diagonal, :math:`d` on it, :math:`U` above, and :math:`b` in one more row. It starts
+    at the identity, with ``rotate`` at a random rotation. With a context, the table is the output
+    of a network.
 
-    Where entries are independent, however far from normal, the identity between two layers is a saddle point: no gradient
-    tells a turn from its opposite. To start a little turned is to start beside it.
+    Where entries are independent, however far from normal, the identity between two layers is a
+    saddle point: no gradient tells a turn from its opposite. To start a little turned is to start
+    beside it.
 
-    Sampling multiplies by the matrix, or by its triangles one after the other where there are fewer points than entries, and
-    scoring solves with the triangles.
+    Sampling multiplies by the matrix, or by its triangles one after the other where there are fewer
+    points than entries, and scoring solves with the triangles.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         bias: Whether there is an offset :math:`b`.
-        rotate: ``True`` to start at a random rotation, as in Glow; a number between :math:`-\pi` and :math:`\pi` to start at
-            one by about that angle, in radians, or with a minus at its inverse.
+        rotate: ``True`` to start at a random rotation, as in Glow; a number between :math:`-\pi`
+            and :math:`\pi` to start at one by about that angle, in radians, or with a minus at its
+            inverse.
         seed: Seed of that rotation, which depends on nothing else.
         network: Factory of the network that reads the context.
 
@@ -90,7 +95,8 @@ class LULinear(LinearMap):
         ValueError: If a size is not positive, ``seed`` is negative or ``rotate`` is no angle.
 
     Reference:
-        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018, https://arxiv.org/abs/1807.03039
+        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018,
+        https://arxiv.org/abs/1807.03039
 
     Example:
         >>> t = LULinear(3, rotate=True)
@@ -209,21 +215,24 @@ class MatrixExponential(LinearMap):
 
     .. math:: y = e^A x, \quad x = e^{-A} y, \quad \log\det e^A = \mathrm{tr} A.
 
-    :math:`A` is any matrix, learned or the output of a network of the context. Volumes and orientation change smoothly and
-    no constraint is needed, but scales grow as :math:`e^{|A|}`. Both directions cost one matrix product, after one
-    exponential per call. It starts at the identity.
+    :math:`A` is any matrix, learned or the output of a network of the context. Volumes and
+    orientation change smoothly and no constraint is needed, but scales grow as :math:`e^{|A|}`.
+    Both directions cost one matrix product, after one exponential per call. It starts at the
+    identity.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Xiao, Liu, "Generative flows with matrix exponential", 2020, https://arxiv.org/abs/2007.09651
+        Xiao, Liu, "Generative flows with matrix exponential", 2020,
+        https://arxiv.org/abs/2007.09651
 
     Example:
         >>> t = MatrixExponential(2)

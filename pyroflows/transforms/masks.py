@@ -20,22 +20,23 @@ def coupling_masks(
     r"""Masks for a stack of couplings; ``True`` marks the entries that stay and condition the others.
 
     Args:
-        mask: ``"half"`` (the first half stays), ``"checkerboard"`` (entries of even index stay), ``"random"`` (a random
-            half stays, a new one for every second layer), each swapped with its complement from layer to layer;
-            ``"alternating"`` (half and checkerboard in turn, then both swapped); one boolean mask of shape
-            ``(features,)``, swapped from layer to layer; or one boolean mask per layer, ``(transforms, features)``.
+        mask: ``"half"`` (the first half stays), ``"checkerboard"`` (entries of even index stay),
+            ``"random"`` (a random half stays, a new one for every second layer), each swapped with
+            its complement from layer to layer; ``"alternating"`` (half and checkerboard in turn,
+            then both swapped); one boolean mask of shape ``(features,)``, swapped from layer to
+            layer; or one boolean mask per layer, ``(transforms, features)``.
         features: Entries of the vector.
         transforms: Number of layers.
-        seed: Seed of the random masks. They depend on nothing else, so that a flow made again, to load saved
-            parameters, has the masks that the parameters were trained with.
+        seed: Seed of the random masks. They depend on nothing else, so that a flow made again, to
+            load saved parameters, has the masks that the parameters were trained with.
 
     Returns:
         One boolean tensor of shape ``(features,)`` per layer.
 
     Raises:
         TypeError: If the mask is neither a name nor boolean.
-        ValueError: If the name is unknown, the shape is wrong, or a mask leaves no entry to condition on or none to
-            transform.
+        ValueError: If the name is unknown, the shape is wrong, or a mask leaves no entry to
+            condition on or none to transform.
 
     Example:
         >>> coupling_masks("half", 3, 2)

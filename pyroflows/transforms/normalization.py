@@ -46,24 +46,29 @@ class _Normalization(Elementwise):
 class ActNorm(_Normalization):
     r"""Scale and shift of each entry, :math:`y = e^s x + b`, that start from data.
 
-    The first batch of data that is scored in training mode sets :math:`b` to its mean and :math:`s` to the logarithm of its
-    standard deviation, so that :math:`x` then has zero mean and unit variance, entry by entry; an entry that is constant is
-    only centred. From then on both are parameters like any other. That they are set is saved, by ``state_dict`` as by
-    pickle, and happens once. It does not happen in evaluation mode, with a batch of fewer than two points, by drawing
-    samples, under ``vmap``, in a compiled graph, or where training has moved the parameters already. Before, the map is the
-    identity. With a context, :math:`s` and :math:`b` are the output of a network, which starts out constant.
+    The first batch of data that is scored in training mode sets :math:`b` to its mean and :math:`s`
+    to the logarithm of its standard deviation, so that :math:`x` then has zero mean and unit
+    variance, entry by entry; an entry that is constant is only centred. From then on both are
+    parameters like any other. That they are set is saved, by ``state_dict`` as by pickle, and
+    happens once. It does not happen in evaluation mode, with a batch of fewer than two points, by
+    drawing samples, under ``vmap``, in a compiled graph, or where training has moved the parameters
+    already. Before, the map is the identity. With a context, :math:`s` and :math:`b` are the output
+    of a network, which starts out constant.
 
     Args:
-        features: Entries of a vector, or the shape of an event, which is normalised channel by channel.
+        features: Entries of a vector, or the shape of an event, which is normalised channel by
+            channel.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018, https://arxiv.org/abs/1807.03039
+        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018,
+        https://arxiv.org/abs/1807.03039
 
     Example:
         >>> t = ActNorm(1)
@@ -158,29 +163,35 @@ class BatchNorm(_Normalization):
 
     .. math:: y = e^\gamma \frac{x - m}{\sqrt{v + \epsilon}} + \beta.
 
-    In training mode each batch of at least two points that is mapped forward, by :meth:`forward_and_log_det`, first moves
-    the running mean :math:`m` and variance :math:`v` towards its own: the :math:`k`-th batch by the larger of
-    ``momentum`` and :math:`1 / k`, so that the first one sets them and what they start from leaves no bias. No inverse
-    moves them, nor anything in evaluation mode, nor under ``vmap``. The map itself always uses the running statistics, as
-    constants, so that it is invertible and its density exact in both modes. Both directions are fast. Before the first
-    batch it is the identity.
+    In training mode each batch of at least two points that is mapped forward, by
+    :meth:`forward_and_log_det`, first moves the running mean :math:`m` and variance :math:`v`
+    towards its own: the :math:`k`-th batch by the larger of ``momentum`` and :math:`1 / k`, so that
+    the first one sets them and what they start from leaves no bias. No inverse moves them, nor
+    anything in evaluation mode, nor under ``vmap``. The map itself always uses the running
+    statistics, as constants, so that it is invertible and its density exact in both modes. Both
+    directions are fast. Before the first batch it is the identity.
 
-    To normalise data in a density flow, use ``BatchNorm(features).inv``: data pass through its forward when they are
-    scored, and samples come back by its inverse.
+    To normalise data in a density flow, use ``BatchNorm(features).inv``: data pass through its
+    forward when they are scored, and samples come back by its inverse.
 
     Args:
-        features: Entries of a vector, or the shape of an event, which is normalised channel by channel.
-        context_features: Entries of the context; with them :math:`\gamma` and :math:`\beta` are the output of a network.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        features: Entries of a vector, or the shape of an event, which is normalised channel by
+            channel.
+        context_features: Entries of the context; with them :math:`\gamma` and :math:`\beta` are the
+            output of a network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         momentum: Weight of a new batch in the running statistics, above 0 and at most 1.
         epsilon: Positive number :math:`\epsilon` that keeps the root away from zero.
         network: Factory of the network that reads the context.
 
     Raises:
-        ValueError: If a size is not positive, or if ``momentum`` or ``epsilon`` is out of its range.
+        ValueError: If a size is not positive, or if ``momentum`` or ``epsilon`` is out of its
+            range.
 
     Reference:
-        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
+        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016,
+        https://arxiv.org/abs/1605.08803
 
     Example:
         >>> t = BatchNorm(1).inv

@@ -18,22 +18,24 @@ __all__ = ["Householder", "Orthogonal"]
 class Orthogonal(LinearMap):
     r"""A rotation by Cayley's map, :math:`y = Q x` with :math:`Q = (I - A)^{-1} (I + A)`.
 
-    :math:`A = R - R^\top` is skew-symmetric, :math:`R` strictly lower-triangular and learned or the output of a network of
-    the context. Every rotation without the eigenvalue -1 is such a :math:`Q`, and the others are limits of them. Volumes
-    are kept. Both directions cost one matrix product, after one solve per call. It starts at the identity.
+    :math:`A = R - R^\top` is skew-symmetric, :math:`R` strictly lower-triangular and learned or the
+    output of a network of the context. Every rotation without the eigenvalue -1 is such a
+    :math:`Q`, and the others are limits of them. Volumes are kept. Both directions cost one matrix
+    product, after one solve per call. It starts at the identity.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Helfrich, Willmott, Ye, "Orthogonal recurrent neural networks with scaled Cayley transform", 2018,
-        https://arxiv.org/abs/1707.09520
+        Helfrich, Willmott, Ye, "Orthogonal recurrent neural networks with scaled Cayley transform",
+        2018, https://arxiv.org/abs/1707.09520
 
     Example:
         >>> t = Orthogonal(2)
@@ -73,16 +75,19 @@ class Orthogonal(LinearMap):
 class Householder(LinearMap):
     r"""A product of reflections, :math:`y = H_1 H_2 \cdots H_K x` with :math:`H_k = I - 2 v_k v_k^\top / |v_k|^2`.
 
-    Its matrix is orthogonal, so volumes are kept, and its inverse is the same product in the opposite order. The product is
-    never formed: with unit vectors as columns of :math:`V` it is :math:`I - V S^{-1} V^\top`, where :math:`S` has the
-    entries of :math:`V^\top V` above its diagonal and one half on it. Both directions cost :math:`2DK` operations per point.
-    An even number of reflections is a rotation, and ``features`` of them give every rotation. It starts at the identity:
-    reflections 1 and 2 are equal, 3 and 4, and so on.
+    Its matrix is orthogonal, so volumes are kept, and its inverse is the same product in the
+    opposite order. The product is never formed: with unit vectors as columns of :math:`V` it is
+    :math:`I - V S^{-1} V^\top`, where :math:`S` has the entries of :math:`V^\top V` above its
+    diagonal and one half on it. Both directions cost :math:`2DK` operations per point. An even
+    number of reflections is a rotation, and ``features`` of them give every rotation. It starts at
+    the identity: reflections 1 and 2 are equal, 3 and 4, and so on.
 
     Args:
         features: Entries of the vector.
-        context_features: Entries of the context, or ``None``; with them the vectors are the output of a network.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_features: Entries of the context, or ``None``; with them the vectors are the output
+            of a network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         reflections: Even number :math:`K` of reflections; by default enough for every rotation.
         network: Factory of the network that reads the context.
 
@@ -145,11 +150,12 @@ def accumulate(vectors: Tensor) -> tuple[Tensor, Tensor]:
         vectors: Tensor of shape ``(*, K, features)``.
 
     Returns:
-        :math:`V^\top` of shape ``(*, K, features)`` and the upper-triangular :math:`S` of shape ``(*, K, K)``.
+        :math:`V^\top` of shape ``(*, K, features)`` and the upper-triangular :math:`S` of shape
+        ``(*, K, K)``.
 
     Reference:
-        Joffrain, Low, Quintana-Ortí, van de Geijn, van Zee, "Accumulating Householder transformations, revisited", 2006,
-        https://doi.org/10.1145/1141885.1141886
+        Joffrain, Low, Quintana-Ortí, van de Geijn, van Zee, "Accumulating Householder
+        transformations, revisited", 2006, https://doi.org/10.1145/1141885.1141886
     """
     norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     units = vectors / norm.clamp(min=torch.finfo(vectors.dtype).tiny)

@@ -17,8 +17,9 @@ __all__ = ["Parametric"]
 class Parametric(Transform):
     """Base class of maps defined by tables of raw parameters, which are learned or come from the context.
 
-    A subclass calls :meth:`start` in its constructor. Then the tables are parameters by their names, or
-    :attr:`conditioner` is the network that gives them, and :meth:`tables_for` asks either.
+    A subclass calls :meth:`start` in its constructor. Then the tables are parameters by their
+    names, or :attr:`conditioner` is the network that gives them, and :meth:`tables_for` asks
+    either.
     """
 
     raw: nn.Parameter
@@ -27,11 +28,11 @@ class Parametric(Transform):
         """Sets where the raw parameters start.
 
         Args:
-            network: Factory of the network that reads the context, if there is one: as a vector, or, with positions, its
-                channels.
+            network: Factory of the network that reads the context, if there is one: as a vector,
+                or, with positions, its channels.
             positions: Shape of the positions at which the network reads and gives channels.
-            tables: The values, of any shape, by name; with positions of shape ``(*, channels * positions)``, the same at
-                all positions.
+            tables: The values, of any shape, by name; with positions of shape
+                ``(*, channels * positions)``, the same at all positions.
         """
         self._tables = {name: table.shape for name, table in tables.items()}
         if self.context_shape is None:

@@ -26,10 +26,12 @@ class Permute(Transform):
     It is saved and moved with the module.
 
     Args:
-        permutation: The permutation :math:`\pi` as a sequence of ``0 .. n - 1``, or the number :math:`n` for a random one.
-        positions: Shape of what each entry holds: ``()`` for vectors, ``(height, width)`` for the channels of an image.
-        seed: Seed of the random one. It depends on nothing else, so that a flow made again, to load saved parameters,
-            has the permutation that the parameters were trained with.
+        permutation: The permutation :math:`\pi` as a sequence of ``0 .. n - 1``, or the number
+            :math:`n` for a random one.
+        positions: Shape of what each entry holds: ``()`` for vectors, ``(height, width)`` for the
+            channels of an image.
+        seed: Seed of the random one. It depends on nothing else, so that a flow made again, to load
+            saved parameters, has the permutation that the parameters were trained with.
 
     Raises:
         TypeError: If an entry is not an integer.

@@ -47,22 +47,25 @@ class Planar(Parametric):
         \log|\det J| = \log\left(1 + \hat u^\top w \, (1 - \tanh^2(w^\top x + b))\right).
 
     It is invertible as long as :math:`w^\top \hat u > -1`. Where :math:`p = w^\top u` is negative,
-    :math:`\hat u = u + (m(p) - p)\, w / |w|^2` with :math:`m(p) = a (e^{p / a} - 1)`, :math:`a = 0.999`; elsewhere
-    :math:`\hat u = u`. Sampling is fast; to score, one increasing function of one number, :math:`w^\top x`, is inverted
-    numerically for every point. The map starts at the identity, :math:`u = 0`, with a random :math:`w`. With a context,
-    :math:`u, w, b` are the output of a network.
+    :math:`\hat u = u + (m(p) - p)\, w / |w|^2` with :math:`m(p) = a (e^{p / a} - 1)`,
+    :math:`a = 0.999`; elsewhere :math:`\hat u = u`. Sampling is fast; to score, one increasing
+    function of one number, :math:`w^\top x`, is inverted numerically for every point. The map
+    starts at the identity, :math:`u = 0`, with a random :math:`w`. With a context, :math:`u, w, b`
+    are the output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> t = Planar(2)
@@ -140,21 +143,24 @@ class Radial(Parametric):
     .. math:: y = x + \frac{k\, (x - x_0)}{1 + s}, \quad s = |x - x_0| / \alpha, \quad
         \log|\det J| = (D - 1) \log\left(1 + \frac{k}{1 + s}\right) + \log\left(1 + \frac{k}{(1 + s)^2}\right),
 
-    with :math:`\alpha > 0` and :math:`k > -1`; the :math:`\beta` of the paper is :math:`k \alpha`. The distance from
-    :math:`x_0` is the root of a quadratic, so both directions are fast. The map starts at the identity, :math:`k = 0`,
-    around a random point. With a context, :math:`x_0, \alpha, k` are the output of a network.
+    with :math:`\alpha > 0` and :math:`k > -1`; the :math:`\beta` of the paper is :math:`k \alpha`.
+    The distance from :math:`x_0` is the root of a quadratic, so both directions are fast. The map
+    starts at the identity, :math:`k = 0`, around a random point. With a context,
+    :math:`x_0, \alpha, k` are the output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> t = Radial(2)
@@ -214,7 +220,8 @@ def _length(x: Tensor) -> Tensor:
 def _radius(target: Tensor, k: Tensor) -> Tensor:
     r"""The root :math:`s \ge 0` of :math:`s + k s / (1 + s) = r`, that is of :math:`s^2 + (1 + k - r) s - r = 0`.
 
-    In units of :math:`1 + k + r > 0` nothing overflows, and the branch of the formula avoids the difference of near numbers.
+    In units of :math:`1 + k + r > 0` nothing overflows, and the branch of the formula avoids the
+    difference of near numbers.
     """
     unit = 1 + k + target
     half, r = (1 + k - target) / unit, target / unit
@@ -231,17 +238,19 @@ class Sylvester(Parametric):
         \log|\det J| = \sum_{i=1}^M \log\left(1 + R_{ii} \tilde R_{ii} (1 - h_i^2)\right), \quad
         h = \tanh(\tilde R Q^\top x + b),
 
-    where the :math:`M` columns of :math:`Q` are orthonormal, a product of :math:`M` reflections, and :math:`R, \tilde R` are
-    upper-triangular with :math:`\tilde R_{ii} > 0` and :math:`R_{ii} \tilde R_{ii} > -1`. Sampling is fast. To score,
-    :math:`Q^\top y = z + R \tanh(\tilde R z + b)` is solved for :math:`z` from the last entry to the first, each by the
-    numeric inverse of an increasing function of one number, so its cost is that of :math:`M` planar flows. The map starts
-    at the identity, :math:`R = 0`, with random :math:`Q`. With a context, :math:`Q, R, \tilde R, b` are the output of a
-    network.
+    where the :math:`M` columns of :math:`Q` are orthonormal, a product of :math:`M` reflections,
+    and :math:`R, \tilde R` are upper-triangular with :math:`\tilde R_{ii} > 0` and
+    :math:`R_{ii} \tilde R_{ii} > -1`. Sampling is fast. To score,
+    :math:`Q^\top y = z + R \tanh(\tilde R z + b)` is solved for :math:`z` from the last entry to
+    the first, each by the numeric inverse of an increasing function of one number, so its cost is
+    that of :math:`M` planar flows. The map starts at the identity, :math:`R = 0`, with random
+    :math:`Q`. With a context, :math:`Q, R, \tilde R, b` are the output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         units: Number :math:`M` of directions, at most ``features``, which is the default.
         network: Factory of the network that reads the context.
 
@@ -249,8 +258,8 @@ class Sylvester(Parametric):
         ValueError: If a size is not positive or ``units`` exceeds ``features``.
 
     Reference:
-        van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational inference", 2018,
-        https://arxiv.org/abs/1803.05649
+        van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational
+        inference", 2018, https://arxiv.org/abs/1803.05649
 
     Example:
         >>> t = Sylvester(3, units=2)

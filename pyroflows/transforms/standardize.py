@@ -16,13 +16,14 @@ __all__ = ["Standardize"]
 class Standardize(Transform):
     r"""Affine map with the means and standard deviations of data, :math:`y_i = \mu_i + \sigma_i x_i`.
 
-    It goes last, next to the data, so that all layers before it see entries of mean zero and variance one. Its numbers
-    are buffers: they are saved and moved with the module, and no optimiser touches them. It is the identity until it is
-    fitted, by :meth:`fit`, :meth:`from_data` or :func:`pyroflows.fit_density`. Images and series are standardised channel
-    by channel.
+    It goes last, next to the data, so that all layers before it see entries of mean zero and
+    variance one. Its numbers are buffers: they are saved and moved with the module, and no
+    optimiser touches them. It is the identity until it is fitted, by :meth:`fit`, :meth:`from_data`
+    or :func:`pyroflows.fit_density`. Images and series are standardised channel by channel.
 
     Args:
-        features: Entries of a vector, or the shape of an event, whose first dimension holds the channels.
+        features: Entries of a vector, or the shape of an event, whose first dimension holds the
+            channels.
 
     Raises:
         TypeError: If a size is not an integer.
@@ -56,7 +57,8 @@ class Standardize(Transform):
 
         Raises:
             TypeError: If ``x`` is not a floating-point tensor.
-            ValueError: If ``x`` has too few points, a number that is not finite, or a channel that never varies.
+            ValueError: If ``x`` has too few points, a number that is not finite, or a channel that
+                never varies.
         """
         if check_tensor("x", x, ()).dim() < 2:
             raise ValueError(f"Expected x of shape (points, *event_shape); got {tuple(x.shape)}.")
@@ -74,7 +76,8 @@ class Standardize(Transform):
 
         Raises:
             TypeError: If ``x`` is not a floating-point tensor.
-            ValueError: If ``x`` has too few points, a number that is not finite, or an entry that never varies.
+            ValueError: If ``x`` has too few points, a number that is not finite, or an entry that
+                never varies.
         """
         # In float64 on the host, which no size of data or of numbers upsets.
         points = check_tensor("x", x, self.event_shape).to("cpu", torch.float64)

@@ -25,10 +25,11 @@ class LOFT(Transform):
 
     .. math:: f(z)_i = \operatorname{sign}(z_i) \big( \log(\max(|z_i| - B, 0) + 1) + \min(|z_i|, B) \big),
 
-    the identity on :math:`|z_i| \le B` and logarithmic beyond, so that the rare huge samples of a deep flow do not make its
-    gradients explode. It is a last layer for variational inference, has no parameters, starts at and stays the identity
-    within the bound, and is fast in both directions. Values beyond :math:`B + 70` stand for samples beyond
-    :math:`e^{70}`; from there the inverse grows so slowly that it is finite for :math:`|y|` up to 1e30.
+    the identity on :math:`|z_i| \le B` and logarithmic beyond, so that the rare huge samples of a
+    deep flow do not make its gradients explode. It is a last layer for variational inference, has
+    no parameters, starts at and stays the identity within the bound, and is fast in both
+    directions. Values beyond :math:`B + 70` stand for samples beyond :math:`e^{70}`; from there the
+    inverse grows so slowly that it is finite for :math:`|y|` up to 1e30.
 
     Args:
         features: Entries of a vector, or the shape of an event.
@@ -38,8 +39,8 @@ class LOFT(Transform):
         ValueError: If ``features`` or ``bound`` is not positive.
 
     Reference:
-        Andrade, "Stable training of normalizing flows for high-dimensional variational inference", 2024,
-        https://arxiv.org/abs/2402.16408
+        Andrade, "Stable training of normalizing flows for high-dimensional variational inference",
+        2024, https://arxiv.org/abs/2402.16408
 
     Example:
         >>> LOFT(3)(torch.tensor([-1.0, 100.0, 1e6]))
@@ -107,7 +108,8 @@ def tail_transform(tails: str, features: int | Sequence[int]) -> Transform:
     """The last layer of a flow, which shapes its tails.
 
     Args:
-        tails: ``"gpd"`` for :class:`GPDTail`, learned for each entry and side, or ``"loft"`` for :class:`LOFT`.
+        tails: ``"gpd"`` for :class:`GPDTail`, learned for each entry and side, or ``"loft"`` for
+            :class:`LOFT`.
         features: Entries of a vector, or the shape of an event.
 
     Returns:

@@ -27,13 +27,15 @@ def compose_affine(
 class LowerTriangularAffine(Parametric):
     r"""Affine map with a lower-triangular matrix, :math:`y = \mu + L x`, :math:`L_{ii} = e^{d_i} > 0`.
 
-    From a standard normal base it gives every multivariate normal; a guide uses it to whiten. It starts at the
-    identity. With a context, :math:`\mu`, :math:`d` and the rest of :math:`L` are the output of a network.
+    From a standard normal base it gives every multivariate normal; a guide uses it to whiten. It
+    starts at the identity. With a context, :math:`\mu`, :math:`d` and the rest of :math:`L` are the
+    output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         network: Factory of the network that reads the context.
 
     Raises:
@@ -74,7 +76,8 @@ class LowerTriangularAffine(Parametric):
 
         Args:
             loc: Tensor of shape ``(features,)``.
-            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive diagonal.
+            scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
+                diagonal.
 
         Raises:
             TypeError: If an argument is not a floating-point tensor.

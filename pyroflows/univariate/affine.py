@@ -20,7 +20,8 @@ class Shift(Univariate):
     r"""Translation, :math:`y = x + t`; its derivative is one.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> Shift().forward_and_log_det(torch.zeros(2), torch.ones(1, 2))
@@ -92,7 +93,8 @@ class Affine(_Scaled):
 
     The raw parameter :math:`a` gives the log-scale by one of
 
-    - ``"softclip"``: :math:`s(a) = B \tanh(a / B)`, so that scales stay within :math:`e^{\pm B}` (the default, B = 3);
+    - ``"softclip"``: :math:`s(a) = B \tanh(a / B)`, so that scales stay within :math:`e^{\pm B}`
+      (the default, B = 3);
     - ``"exp"``: :math:`s(a) = a`, unbounded;
     - ``"softplus"``: :math:`e^{s(a)} = \log(1 + e^{a + a_0})` with :math:`a_0 = \log(e - 1)`;
     - ``"sigmoid"``: :math:`e^{s(a)} = 2 / (1 + e^{-a})`, at most 2.
@@ -107,7 +109,8 @@ class Affine(_Scaled):
         ValueError: If ``scale`` is unknown or ``bound`` is not positive.
 
     Reference:
-        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
+        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016,
+        https://arxiv.org/abs/1605.08803
 
     Example:
         >>> raw = torch.tensor([[0.0], [1.0]])

@@ -16,12 +16,13 @@ __all__ = ["Univariate", "soft_clip"]
 class Univariate(ABC):
     """Base class of monotone maps of the line, which structures apply to many entries at once.
 
-    A subclass says how many raw parameters one entry takes, and how the map runs both ways. Raw parameters are any real
-    numbers; they come from a network or a table as a tensor of shape ``(*, parameters, features)``, where ``features``
-    counts the entries of an event, flattened if it is an image or a series, and entries have the shape ``(*, features)``.
+    A subclass says how many raw parameters one entry takes, and how the map runs both ways. Raw
+    parameters are any real numbers; they come from a network or a table as a tensor of shape
+    ``(*, parameters, features)``, where ``features`` counts the entries of an event, flattened if
+    it is an image or a series, and entries have the shape ``(*, features)``.
 
-    All other members have defaults, to be overridden: :attr:`identity`, :attr:`linear`, :attr:`fast`, :attr:`support`,
-    :attr:`codes` and :meth:`encode`, :attr:`exempt_laws`.
+    All other members have defaults, to be overridden: :attr:`identity`, :attr:`linear`,
+    :attr:`fast`, :attr:`support`, :attr:`codes` and :meth:`encode`, :attr:`exempt_laws`.
 
     Example:
         >>> class Double(Univariate):
@@ -64,7 +65,8 @@ class Univariate(ABC):
         """What networks read of entries of shape ``(*, features)``.
 
         Returns:
-            A tensor of shape ``(*, codes * features)``, the first code of every entry before the second.
+            A tensor of shape ``(*, codes * features)``, the first code of every entry before the
+            second.
         """
         return x
 

@@ -29,10 +29,11 @@ class LogisticMixture(Univariate):
         \pi = \operatorname{softmax}(w), \quad \mu_k = 100 \tanh(g_k m_k / 100), \quad
         \log s_k = B \tanh(g_k r_k / B), \quad b = B \tanh(a / B),
 
-    with soft clips of locations and scales, and fixed factors :math:`g_k \in [1/2, 3/2]` that let components that start
-    alike learn apart. Far out the widest component takes over and the map is linear, from :math:`|x| = 10^4` on exactly
-    so. Everything is computed as a displacement from :math:`x`, and from both tails, so that nothing saturates. It is the
-    identity where all raw parameters are zero.
+    with soft clips of locations and scales, and fixed factors :math:`g_k \in [1/2, 3/2]` that let
+    components that start alike learn apart. Far out the widest component takes over and the map is
+    linear, from :math:`|x| = 10^4` on exactly so. Everything is computed as a displacement from
+    :math:`x`, and from both tails, so that nothing saturates. It is the identity where all raw
+    parameters are zero.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -44,8 +45,8 @@ class LogisticMixture(Univariate):
         ValueError: If an argument is not positive.
 
     Reference:
-        Ho, Chen, Srinivas, Duan, Abbeel, "Flow++: Improving flow-based generative models with variational dequantization
-        and architecture design", 2019, https://arxiv.org/abs/1902.00275
+        Ho, Chen, Srinivas, Duan, Abbeel, "Flow++: Improving flow-based generative models with
+        variational dequantization and architecture design", 2019, https://arxiv.org/abs/1902.00275
 
     Example:
         >>> univariate = LogisticMixture(components=4)
@@ -97,9 +98,10 @@ def _logit_of_mixture(
 ) -> tuple[Tensor, Tensor]:
     r"""The logit of the mixture's distribution function, and the logarithm of its derivative.
 
-    Each component is compared with the standard logistic, whose logit is ``x`` itself: what lies below ``x`` and above it
-    are ratios of probabilities that do not underflow together, and are 1 at the identity. The derivative is a sum over
-    what each component has of either, :math:`\sum_k r_k q_k / (\pi_k s_k)`, in which nothing large cancels.
+    Each component is compared with the standard logistic, whose logit is ``x`` itself: what lies
+    below ``x`` and above it are ratios of probabilities that do not underflow together, and are 1
+    at the identity. The derivative is a sum over what each component has of either,
+    :math:`\sum_k r_k q_k / (\pi_k s_k)`, in which nothing large cancels.
     """
     near = x.clamp(-_FAR, _FAR)
     at = near.unsqueeze(-2)

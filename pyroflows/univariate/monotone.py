@@ -25,12 +25,14 @@ class MonotoneNetwork(Univariate):
     .. math:: x \mapsto (1 - \varepsilon) \operatorname{logit} \sum_j w_j\, \sigma(a_j x + b_j) + \varepsilon x, \quad
         w_j > 0, \quad \sum_j w_j = 1, \quad a_j > 0,
 
-    with :math:`a_j` softly clipped to :math:`e^{\pm 5}` and :math:`\varepsilon = 10^{-3}`. Far out it is a line, so the map
-    takes the whole line onto the whole line, and no slope of a layer is below :math:`\varepsilon`, so that it can be
-    inverted everywhere. With every raw parameter zero all :math:`a_j = 1` and :math:`b_j = 0`, and the map is the identity.
+    with :math:`a_j` softly clipped to :math:`e^{\pm 5}` and :math:`\varepsilon = 10^{-3}`. Far out
+    it is a line, so the map takes the whole line onto the whole line, and no slope of a layer is
+    below :math:`\varepsilon`, so that it can be inverted everywhere. With every raw parameter zero
+    all :math:`a_j = 1` and :math:`b_j = 0`, and the map is the identity.
 
-    Forward is a formula; the inverse is found numerically, with exact gradients. So :class:`Elementwise` and
-    :class:`Coupling` of it are faster to sample than to score; their inverses are the opposite.
+    Forward is a formula; the inverse is found numerically, with exact gradients. So
+    :class:`Elementwise` and :class:`Coupling` of it are faster to sample than to score; their
+    inverses are the opposite.
 
     Args:
         units: Sigmoids per layer.
@@ -41,7 +43,8 @@ class MonotoneNetwork(Univariate):
         ValueError: If a size is not positive.
 
     Reference:
-        Huang, Krueger, Lacoste, Courville, "Neural autoregressive flows", 2018, https://arxiv.org/abs/1804.00779
+        Huang, Krueger, Lacoste, Courville, "Neural autoregressive flows", 2018,
+        https://arxiv.org/abs/1804.00779
 
     Example:
         >>> t = MonotoneNetwork(units=4, layers=1)
@@ -117,14 +120,16 @@ class MonotoneIntegral(Univariate):
     .. math:: y = b + e^s \int_0^x g(t)\, dt, \qquad \log \frac{dy}{dx} = s + \log g(x), \qquad
         \log g(t) = \sum_j v_j \tanh(a_j (\operatorname{asinh} t - c_j)),
 
-    where the weights of the network :math:`\log g`, the log-scale :math:`s` and the shift :math:`b` are the raw parameters.
-    The network is evaluated at fixed nodes from :math:`-B` to :math:`B`, dense around zero and sparse far out, and :math:`g`
-    is the linear interpolant between them, constant beyond. So the trapezoidal rule is no approximation: the map increases
-    strictly, its log-derivative is the exact one, it takes the whole line onto the whole line, and both directions are
-    formulas of the same cost. :math:`\log g` is softly clipped to :math:`\pm 7` and :math:`s` to :math:`\pm 3`.
+    where the weights of the network :math:`\log g`, the log-scale :math:`s` and the shift :math:`b`
+    are the raw parameters. The network is evaluated at fixed nodes from :math:`-B` to :math:`B`,
+    dense around zero and sparse far out, and :math:`g` is the linear interpolant between them,
+    constant beyond. So the trapezoidal rule is no approximation: the map increases strictly, its
+    log-derivative is the exact one, it takes the whole line onto the whole line, and both
+    directions are formulas of the same cost. :math:`\log g` is softly clipped to :math:`\pm 7` and
+    :math:`s` to :math:`\pm 3`.
 
-    With every raw parameter zero all :math:`v_j = 0`, the centres :math:`c_j` lie spread over the nodes, and the map is the
-    identity.
+    With every raw parameter zero all :math:`v_j = 0`, the centres :math:`c_j` lie spread over the
+    nodes, and the map is the identity.
 
     Args:
         units: Hidden units of the network.
@@ -136,7 +141,8 @@ class MonotoneIntegral(Univariate):
         ValueError: If ``units`` or ``bound`` is not positive, or ``nodes`` is even or below 3.
 
     Reference:
-        Wehenkel, Louppe, "Unconstrained monotonic neural networks", 2019, https://arxiv.org/abs/1908.05164
+        Wehenkel, Louppe, "Unconstrained monotonic neural networks", 2019,
+        https://arxiv.org/abs/1908.05164
 
     Example:
         >>> t = MonotoneIntegral(units=4)
@@ -221,8 +227,8 @@ def _cell(
     r"""Finds the cell that values lie in by one of the tables.
 
     Returns:
-        The side of zero, :math:`\pm 1`; the entries of the tables at the two ends of the cell; how far the value lies past
-        the inner end, and how far past the last node.
+        The side of zero, :math:`\pm 1`; the entries of the tables at the two ends of the cell; how
+        far the value lies past the inner end, and how far past the last node.
     """
     left, right = tables[knots].unbind(-2)
     negative = value < 0

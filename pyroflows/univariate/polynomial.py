@@ -23,8 +23,8 @@ _STEEPEST = 5.0
 def gains(count: int, like: Tensor) -> Tensor:
     """Fixed factors between 1/2 and 3/2, no two alike.
 
-    Parts that start alike must not learn alike, or they stay alike for ever; Adam would even out gradients of different
-    sizes, but not factors of the parameters.
+    Parts that start alike must not learn alike, or they stay alike for ever; Adam would even out
+    gradients of different sizes, but not factors of the parameters.
     """
     return 1 + 0.5 * torch.cos(torch.arange(1, count + 1, device=like.device, dtype=like.dtype))
 
@@ -44,10 +44,10 @@ class SumOfSquares(Univariate):
     .. math:: f(x) = t + \int_0^x \Big( \varepsilon + \frac{1 - \varepsilon}{K} \sum_{k=1}^K p_k(2 s / B)^2 \Big) ds,
         \qquad p_k(u) = 1 + \sum_{j=0}^d g_{kj} a_{kj} u^j,
 
-    on :math:`|x| \le B`, with the line of the same value and slope beyond, where powers would overflow. The integral is a
-    polynomial of degree :math:`2d + 1`, in closed form. The floor is :math:`\varepsilon = 2^{-10}`, and the fixed factors
-    :math:`g_{kj} \in [1/2, 3/2]` let polynomials that start alike learn apart. It is the identity at
-    :math:`a_{kj} = t = 0`.
+    on :math:`|x| \le B`, with the line of the same value and slope beyond, where powers would
+    overflow. The integral is a polynomial of degree :math:`2d + 1`, in closed form. The floor is
+    :math:`\varepsilon = 2^{-10}`, and the fixed factors :math:`g_{kj} \in [1/2, 3/2]` let
+    polynomials that start alike learn apart. It is the identity at :math:`a_{kj} = t = 0`.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -130,10 +130,10 @@ class Bernstein(Univariate):
     .. math:: f(x) = t + \sum_{j=0}^n \theta_j \binom{n}{j} u^j (1 - u)^{n - j}, \qquad u = \frac{x + B}{2 B}, \qquad
         \theta_{j+1} - \theta_j = \frac{2 B}{n} h_j, \quad \log h_j = 5 \tanh(a_j / 5),
 
-    on :math:`|x| \le B`, with the line of the same value and slope beyond, and :math:`\theta_0 = -\theta_n`. The derivative
-    is the Bernstein polynomial of the :math:`h_j > 0`. Both are evaluated by de Casteljau's algorithm, a cascade of
-    averages, the value as a displacement from :math:`x`, so that nothing cancels. It is the identity at
-    :math:`a_j = t = 0`.
+    on :math:`|x| \le B`, with the line of the same value and slope beyond, and
+    :math:`\theta_0 = -\theta_n`. The derivative is the Bernstein polynomial of the :math:`h_j > 0`.
+    Both are evaluated by de Casteljau's algorithm, a cascade of averages, the value as a
+    displacement from :math:`x`, so that nothing cancels. It is the identity at :math:`a_j = t = 0`.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -145,11 +145,11 @@ class Bernstein(Univariate):
         ValueError: If an argument is not positive.
 
     Reference:
-        Sick, Hothorn, Dürr, "Deep transformation models: Tackling complex regression problems with neural network based
-        transformation models", 2021, https://arxiv.org/abs/2004.00464
+        Sick, Hothorn, Dürr, "Deep transformation models: Tackling complex regression problems with
+        neural network based transformation models", 2021, https://arxiv.org/abs/2004.00464
 
-        Ramasinghe, Fernando, Khan, Barnes, "Robust normalizing flows using Bernstein-type polynomials", 2021,
-        https://arxiv.org/abs/2102.03509
+        Ramasinghe, Fernando, Khan, Barnes, "Robust normalizing flows using Bernstein-type
+        polynomials", 2021, https://arxiv.org/abs/2102.03509
 
     Example:
         >>> univariate = Bernstein(degree=8)

@@ -27,15 +27,17 @@ class GPDTail(Univariate):
     .. math:: f(z) = \mu + \sigma \, \frac{s}{\lambda_s} \Big( \operatorname{erfc}\big( |z| / \sqrt 2 \big)^{-\lambda_s} - 1
         \Big), \qquad s = \operatorname{sign} z.
 
-    For a standard normal :math:`z` the tail of :math:`f(z)` falls like :math:`y^{-1 / \lambda_s}`: moments of order
-    :math:`1 / \lambda_s` and above are infinite, a Student-t of :math:`\nu` degrees has :math:`\lambda = 1 / \nu`. As
-    :math:`\lambda \to 0` the tails become exponential. It is the last layer of a flow, after a body that keeps normal tails.
-    Both directions are fast, and finite for :math:`|z|` and :math:`|y|` up to 1e30: where
-    :math:`\operatorname{erfc}^{-\lambda}` would pass :math:`e^{70}` the map goes on in the logarithm of the exponent.
+    For a standard normal :math:`z` the tail of :math:`f(z)` falls like :math:`y^{-1 / \lambda_s}`:
+    moments of order :math:`1 / \lambda_s` and above are infinite, a Student-t of :math:`\nu`
+    degrees has :math:`\lambda = 1 / \nu`. As :math:`\lambda \to 0` the tails become exponential. It
+    is the last layer of a flow, after a body that keeps normal tails. Both directions are fast, and
+    finite for :math:`|z|` and :math:`|y|` up to 1e30: where :math:`\operatorname{erfc}^{-\lambda}`
+    would pass :math:`e^{70}` the map goes on in the logarithm of the exponent.
 
     No map of this family is the identity, for all of them lengthen the tails. It starts at
-    :math:`\mu = 0`, :math:`\lambda_\pm` as given and the :math:`\sigma` that keeps the quartiles of the base; from there
-    :math:`\log \sigma` and :math:`\log \lambda_\pm` move by at most :math:`B`, as :math:`B \tanh(a / B)`.
+    :math:`\mu = 0`, :math:`\lambda_\pm` as given and the :math:`\sigma` that keeps the quartiles of
+    the base; from there :math:`\log \sigma` and :math:`\log \lambda_\pm` move by at most :math:`B`,
+    as :math:`B \tanh(a / B)`.
 
     Args:
         start: The :math:`\lambda` that both sides start with.
@@ -45,7 +47,8 @@ class GPDTail(Univariate):
         ValueError: If an argument is not positive.
 
     Reference:
-        Hickling, Prangle, "Flexible tails for normalizing flows", 2025, https://arxiv.org/abs/2406.16971
+        Hickling, Prangle, "Flexible tails for normalizing flows", 2025,
+        https://arxiv.org/abs/2406.16971
 
     Example:
         >>> tail = GPDTail(start=0.5)
