@@ -1,4 +1,4 @@
-"""Factories of networks: how a transform is told which network to read its input and its context with."""
+"""Factories of networks, by which a transform is told which network to use."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from .startable import Startable, StartAt
 
 __all__ = ["Network", "convnet", "make_network", "mlp", "resnet"]
 
-#: A factory of networks. Called with the sizes ``(inputs, outputs, context)``, the last ``None`` where there is no context
-#: beside the input, it makes a module, which is called as ``module(x)`` or as ``module(x, context)``:
+#: A factory of networks. Called with the sizes ``(inputs, outputs, context)``, the last ``None``
+#: where there is no context beside the input, it makes a module, which is called as ``module(x)``
+#: or as ``module(x, context)``:
 #:
-#: - for vectors ``x`` has the shape ``(*, inputs)``, the context ``(*, context)`` and the result ``(*, outputs)``;
+#: - for vectors ``x`` has the shape ``(*, inputs)``, the context ``(*, context)`` and the result
+#:   ``(*, outputs)``;
 #: - for images and series sizes count channels, and the shapes are ``(*, inputs, *positions)``,
 #:   ``(*, context, *positions)`` and ``(*, outputs, *positions)``.
 #:
-#: Where a context is all that there is to read, it is the input. A module that is no :class:`Startable` is followed by an
-#: affine map with scales of zero, so that a fresh transform starts where it should; it gets ``x`` and the context with
-#: the same batch shape, and with one batch dimension where there are positions. So ``lambda i, o, c: nn.Linear(i, o)`` is
-#: a network for everything without a context beside the input.
+#: Where a context is all that there is to read, it is the input. A module that is no
+#: :class:`Startable` is followed by an affine map with scales of zero, so that a fresh transform
+#: starts where it should; it gets ``x`` and the context with the same batch shape, and with one
+#: batch dimension where there are positions. So ``lambda i, o, c: nn.Linear(i, o)`` is a network
+#: for everything without a context beside the input.
 Network = Callable[[int, int, "int | None"], nn.Module]
 
 
@@ -165,8 +168,8 @@ def _try_out(
     ]
     beside = "" if context is None else f" and a context of shape {_shape(context, positions)}"
     wanted = (
-        f"Expected network to make a module that takes x of shape {_shape(inputs, positions)}{beside} "
-        f"and gives shape {_shape(outputs, positions)}; got {type(module).__name__}"
+        f"Expected network to make a module that takes x of shape {_shape(inputs, positions)}"
+        f"{beside} and gives shape {_shape(outputs, positions)}; got {type(module).__name__}"
     )
     training = module.training
     try:

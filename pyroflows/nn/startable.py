@@ -11,7 +11,7 @@ __all__ = ["StartAt", "Startable"]
 
 
 class Startable(nn.Module, ABC):
-    """A network that can be made constant, and that broadcasts the batches of its input and its context."""
+    """A network that can be made constant, and that broadcasts its input against its context."""
 
     @abstractmethod
     def start_at(self, values: Tensor) -> None:
@@ -35,7 +35,9 @@ class Startable(nn.Module, ABC):
 
 
 class StartAt(Startable):
-    r"""Any module, followed by an affine map that makes it constant at first, :math:`a \odot h(x) + b`.
+    r"""Any module, followed by an affine map that makes it constant at first.
+
+    .. math:: y = a \odot h(x) + b.
 
     The scales :math:`a` start at zero, and the offsets :math:`b` at the given outputs. The module
     itself sees one batch dimension where its inputs have positions, because convolutions take no

@@ -30,7 +30,9 @@ def identity_table(univariate: Univariate, features: int) -> Tensor:
 
 
 class Elementwise(Parametric):
-    r"""One univariate map per entry, :math:`y_i = f(x_i; \theta_i)`, with :math:`\theta_i` learned or given by the context.
+    r"""One univariate map per entry, with parameters that are learned or given by the context.
+
+    .. math:: y_i = f(x_i; \theta_i).
 
     Events have any shape. It starts at the identity.
 

@@ -15,7 +15,7 @@ __all__ = ["Parametric"]
 
 
 class Parametric(Transform):
-    """Base class of maps defined by tables of raw parameters, which are learned or come from the context.
+    """Base class of maps whose tables of raw parameters are learned or come from the context.
 
     A subclass calls :meth:`start` in its constructor. Then the tables are parameters by their
     names, or :attr:`conditioner` is the network that gives them, and :meth:`tables_for` asks

@@ -21,7 +21,9 @@ def inverse_permutation(permutation: list[int]) -> list[int]:
 
 
 class Permute(Transform):
-    r"""A fixed permutation, :math:`y_i = x_{\pi(i)}`, of the entries of a vector or the channels of an image or series.
+    r"""A fixed permutation of the entries of a vector, or the channels of an image or series.
+
+    .. math:: y_i = x_{\pi(i)}.
 
     It is saved and moved with the module.
 
@@ -85,7 +87,8 @@ class Permute(Transform):
 def _check_permutation(permutation: Any, seed: int) -> list[int]:
     if isinstance(permutation, str):
         raise TypeError(
-            f"Expected permutation to be a sequence of integers or their number; got {permutation!r}."
+            "Expected permutation to be a sequence of integers or their number; "
+            f"got {permutation!r}."
         )
     if isinstance(permutation, Tensor):
         permutation = permutation.tolist()

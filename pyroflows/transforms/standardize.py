@@ -14,7 +14,9 @@ __all__ = ["Standardize"]
 
 
 class Standardize(Transform):
-    r"""Affine map with the means and standard deviations of data, :math:`y_i = \mu_i + \sigma_i x_i`.
+    r"""Affine map with the means and standard deviations of data.
+
+    .. math:: y_i = \mu_i + \sigma_i x_i.
 
     It goes last, next to the data, so that all layers before it see entries of mean zero and
     variance one. Its numbers are buffers: they are saved and moved with the module, and no
@@ -94,8 +96,9 @@ class Standardize(Transform):
         tiny = scale.to(self.scale.dtype) < torch.finfo(self.scale.dtype).tiny
         constant = tiny | (values == values[0]).all(0)
         if bool(constant.any()):
+            places = constant.nonzero().flatten().tolist()
             raise ValueError(
-                f"Expected every entry of x to vary; got one value only in {constant.nonzero().flatten().tolist()}. "
+                f"Expected every entry of x to vary; got one value only in {places}. "
                 "Leave constant entries out."
             )
         self.loc.copy_(loc.reshape(self.loc.shape))

@@ -1,4 +1,4 @@
-"""The contract of a monotone map of one real number, written once and put to use by every structure."""
+"""The contract of a monotone map of one real number, which every structure puts to use."""
 
 from __future__ import annotations
 
