@@ -24,7 +24,7 @@ import pyroflows as pf
 from pyroflows.nn import mlp
 from pyroflows.testing import LAWS, LawError, LawResult, Report, check, laws
 from pyroflows.transforms import AffineCoupling, Elementwise, Transform
-from pyroflows.univariate import Affine
+from pyroflows.univariate import Affine, Univariate
 
 # A zoo of faults. Each is a scaling, right but for one mistake.
 
@@ -958,10 +958,10 @@ class Roulette(Random):
 
 
 @dataclasses.dataclass(frozen=True)
-class RoughScale:
+class RoughScale(Univariate):
     """A univariate map that is no module, and of finite accuracy."""
 
-    parameters, identity, linear, accuracy = 1, (0.0,), True, 1e-6
+    parameters, linear, accuracy = 1, True, 1e-6
 
     def forward_and_log_det(self, x, raw):
         s = raw.select(-2, 0)

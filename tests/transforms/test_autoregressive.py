@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyroflows as pf
 from pyroflows.transforms import Compose, Elementwise, Transform
 from pyroflows.transforms.autoregressive import AffineAutoregressive, Autoregressive
-from pyroflows.univariate import Affine, Shift
+from pyroflows.univariate import Affine, Shift, Univariate
 from pyroflows.univariate.splines import CircularSpline, RationalQuadraticSpline
 
 F64 = torch.float64
@@ -26,7 +26,7 @@ F64 = torch.float64
 GRAPH = [[False] * 4, [True] + [False] * 3, [True] + [False] * 3, [False, True, False, False]]
 
 
-class Sinh:
+class Sinh(Univariate):
     """A map that is not linear: :math:`y = \\sinh(e^a x) e^{-a}`, moved by a shift."""
 
     parameters = 2
@@ -44,7 +44,7 @@ class Sinh:
         return z * a.neg().exp(), -z.cosh().log()
 
 
-class Learnt(nn.Module):
+class Learnt(Univariate, nn.Module):
     """An affine map with a weight of its own."""
 
     parameters = 2
