@@ -65,9 +65,9 @@ def check_hidden(value: Any) -> tuple[int, ...]:
     """Returns the widths of hidden layers as a tuple."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise TypeError(
-            f"Expected hidden_features to be a sequence of integers such as (64, 64); got {value!r}."
+            f"Expected hidden to be a sequence of integers such as (64, 64); got {value!r}."
         )
-    return tuple(check_size("hidden_features", width) for width in value)
+    return tuple(check_size("hidden", width) for width in value)
 
 
 def check_activation(value: Any) -> nn.Module:
@@ -99,27 +99,51 @@ def check_tensor(name: str, value: Any, shape: Sequence[int]) -> Tensor:
     return value
 
 
-def check_context(context: Any, context_features: int | None, owner: str) -> Tensor | None:
-    """Returns ``context`` if it is what a transform or flow with ``context_features`` takes."""
-    if context_features is None:
+def check_shape(name: str, value: Any, least: int = 0) -> torch.Size:
+    """Returns a shape of at least some dimensions; an integer stands for a vector."""
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    sizes = value if is_sequence else [value]
+    if len(sizes) < least:
+        raise ValueError(f"Expected {name} with {least} dimension at least; got {tuple(sizes)}.")
+    return torch.Size([check_size(name, size) for size in sizes])
+
+
+def check_context_shape(features: Any, shape: Any) -> torch.Size | None:
+    """Returns the shape of one context, given in short as the entries of a vector, in full, or not at all."""
+    short = None if features is None else torch.Size([check_size("context_features", features)])
+    if shape is None:
+        return short
+    full = check_shape("context_shape", shape, least=1)
+    if short is not None and short != full:
+        raise ValueError(
+            f"Expected context_features or context_shape, of which the former is the short form of "
+            f"({features},); got context_shape={tuple(full)} beside it."
+        )
+    return full
+
+
+def check_context(context: Any, shape: torch.Size | None, owner: str) -> Tensor | None:
+    """Returns ``context`` if it is what a transform or flow with contexts of that shape takes."""
+    if shape is None:
         if context is not None:
             raise ValueError(
                 f"Expected no context, for {owner} was made without context_features; got {_describe(context)}."
             )
         return None
     if context is None:
-        raise ValueError(
-            f"Expected context of shape (*, {context_features}) for {owner}; got None."
-        )
-    return check_tensor("context", context, (context_features,))
+        raise ValueError(f"Expected context of shape {_pattern(shape)} for {owner}; got None.")
+    return check_tensor("context", context, shape)
 
 
-def broadcast_batch(shape: torch.Size, event_dim: int, context: Tensor | None) -> torch.Size:
+def broadcast_batch(
+    shape: torch.Size, event_dim: int, context: Tensor | None, context_dim: int = 1
+) -> torch.Size:
     """The shape of an event tensor after its batch dimensions are broadcast against the context's."""
     if context is None:
         return shape
     cut = len(shape) - event_dim
-    return torch.broadcast_shapes(shape[:cut], context.shape[:-1]) + shape[cut:]
+    batch = context.shape[: context.dim() - context_dim]
+    return torch.broadcast_shapes(shape[:cut], batch) + shape[cut:]
 
 
 def _describe(value: Any) -> str:

@@ -23,11 +23,12 @@ from families import (
     splines,
     tails,
 )
-from families.sizes import NET, C, D
+from families.sizes import NET, PRESET, C, D
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
 import pyroflows as pf
+from pyroflows.nn import mlp
 from pyroflows.transforms import (
     AdditiveCoupling,
     AffineCoupling,
@@ -122,9 +123,9 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
         f"affine-coupling-{n}": (lambda m=m: AffineCoupling(D, mask=m, **NET))
         for n, m in MASKS.items()
     },
-    "affine-coupling-2": lambda: AffineCoupling(2, hidden_features=(), bound=1.0),
-    "affine-coupling-context": lambda: AffineCoupling(D, C, activation=nn.Tanh, **NET),
-    "affine-coupling-context-linear": lambda: AffineCoupling(D, C, hidden_features=()),
+    "affine-coupling-2": lambda: AffineCoupling(2, network=mlp(()), bound=1.0),
+    "affine-coupling-context": lambda: AffineCoupling(D, C, network=mlp((8, 8), nn.Tanh)),
+    "affine-coupling-context-linear": lambda: AffineCoupling(D, C, network=mlp(())),
     "inverse-permute": lambda: Permute([1, 2, 0]).inv,
     "inverse-lower-triangular": lambda: LowerTriangularAffine(D).inv,
     "inverse-coupling": lambda: AffineCoupling(D, **NET).inv,
@@ -177,7 +178,7 @@ BASES: dict[str, Callable[[], Any]] = {
         [dist.transforms.AffineTransform(torch.ones(D), 2.0 * torch.ones(D), event_dim=1)],
     ),
 }
-SMALL: dict[str, Any] = {"transforms": 2, **NET}
+SMALL: dict[str, Any] = {"transforms": 2, **PRESET}
 
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "nice": lambda: pf.NICE(D, **SMALL),
@@ -187,7 +188,7 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "realnvp-positive-context": lambda: pf.RealNVP(D, C, support=constraints.positive, **SMALL),
     **{f"realnvp-{s}": (lambda s=s: pf.RealNVP(D, scale=s, **SMALL)) for s in SCALES},
     **{f"nice-{n}": (lambda m=m: pf.NICE(D, mask=m, **SMALL)) for n, m in MASKS.items()},
-    "realnvp-masks": lambda: pf.RealNVP(D, mask=torch.eye(D).bool(), transforms=3, **NET),
+    "realnvp-masks": lambda: pf.RealNVP(D, mask=torch.eye(D).bool(), transforms=3, **PRESET),
     **{
         f"realnvp-{n}": (lambda s=s: pf.RealNVP(D, support=s, **SMALL)) for n, s in SUPPORTS.items()
     },

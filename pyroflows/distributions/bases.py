@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_size
 from .._spec import Recorded
+from ..univariate.base import soft_clip
 
 __all__ = ["NormalMixture", "NormalMixtureBase", "StudentTBase", "mixture_base", "student_t_base"]
 
@@ -207,7 +208,7 @@ class StudentTBase(Recorded, nn.Module):
 
     def forward(self) -> dist.Independent:
         """Returns the distribution, of event shape ``(features,)``."""
-        return _student_t(self.start * torch.exp(3 * torch.tanh(self.raw / 3)))
+        return _student_t(self.start * soft_clip(self.raw, 3.0).exp())
 
     def extra_repr(self) -> str:
         return f"{self.event_shape[0]}, df={self.start}"
@@ -263,7 +264,7 @@ class NormalMixtureBase(Recorded, nn.Module):
     def forward(self) -> NormalMixture:
         """Returns the distribution, of event shape ``(features,)``."""
         return _normal_mixture(
-            self.locs, self.start * torch.exp(3 * torch.tanh(self.raw_scales / 3)), self.logits
+            self.locs, self.start * soft_clip(self.raw_scales, 3.0).exp(), self.logits
         )
 
     def extra_repr(self) -> str:

@@ -75,9 +75,9 @@ class FlowDistribution(dist.TransformedDistribution):
         path_gradient: bool = False,
         validate_args: bool | None = None,
     ) -> None:
-        if check_transform("transform", transform).context_features is not None:
+        if check_transform("transform", transform).context_shape is not None:
             owner = f"{type(transform).__name__} (give it by condition(context))"
-            check_context(None, transform.context_features, owner)
+            check_context(None, transform.context_shape, owner)
         self.transform = transform
         self.path_gradient = path_gradient
         self._support = support

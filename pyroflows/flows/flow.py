@@ -89,7 +89,7 @@ class Flow(Recorded, PyroModule):
             [transforms] if isinstance(transforms, Transform) else transforms, reversible
         )
         if standardize:
-            last = Standardize(self.transform.image_shape[0])
+            last = Standardize(self.transform.image_shape)
             self.transform = Compose([*self.transform.layers, last], reversible)  # type: ignore[list-item]
         # Copies, for they move with the module.
         self.support = (
@@ -104,6 +104,11 @@ class Flow(Recorded, PyroModule):
     def event_shape(self) -> torch.Size:
         """Shape of one point before it is mapped onto the support."""
         return self._modules["transform"].event_shape  # type: ignore[union-attr,return-value]
+
+    @property
+    def context_shape(self) -> torch.Size | None:
+        """Shape of the context, or ``None``."""
+        return self._modules["transform"].context_shape  # type: ignore[union-attr,return-value]
 
     @property
     def context_features(self) -> int | None:
@@ -129,7 +134,7 @@ class Flow(Recorded, PyroModule):
         """Returns the distribution given a context.
 
         Args:
-            context: Tensor of shape ``(*, context_features)``, or ``None`` for a flow without context.
+            context: Tensor of shape ``(*, *context_shape)``, or ``None`` for a flow without context.
             path_gradient: Whether an ELBO gets the path gradient of this guide; see
                 :class:`pyroflows.distributions.FlowDistribution`.
 
@@ -137,9 +142,9 @@ class Flow(Recorded, PyroModule):
             A distribution of batch shape ``(*)``.
 
         Raises:
-            ValueError: If the context is missing, unwanted or of another width.
+            ValueError: If the context is missing, unwanted or of another shape.
         """
-        given = check_context(context, self.context_features, type(self).__name__)
+        given = check_context(context, self.context_shape, type(self).__name__)
         if am_i_wrapped():
             register_parameters(self)
         transform = self._modules["transform"]

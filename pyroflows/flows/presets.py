@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._checks import check_size
+from ..nn import mlp
 from ..nn.made import check_order
 from ..transforms import (
     AdditiveCoupling,
@@ -117,7 +118,12 @@ class NICE(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            AdditiveCoupling(features, context_features, chosen, hidden_features, activation)
+            AdditiveCoupling(
+                features,
+                context_features,
+                mask=chosen,
+                network=mlp(hidden_features, activation),
+            )
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
@@ -190,7 +196,12 @@ class RealNVP(Flow):
     ) -> None:
         layers = [
             AffineCoupling(
-                features, context_features, chosen, hidden_features, activation, scale, bound
+                features,
+                context_features,
+                mask=chosen,
+                network=mlp(hidden_features, activation),
+                scale=scale,
+                bound=bound,
             )
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
@@ -423,7 +434,13 @@ class NSF(Flow):
             mixing = None if spline == "circular" else "lu"
         if coupling:
             layers: list[Transform] = [
-                Coupling(make(), features, context_features, chosen, hidden_features, activation)
+                Coupling(
+                    make(),
+                    features,
+                    context_features,
+                    mask=chosen,
+                    network=mlp(hidden_features, activation),
+                )
                 for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
             ]
         else:
@@ -632,7 +649,7 @@ class BNAF(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            BlockAutoregressive(features, context_features, hidden_features, order=chosen)
+            BlockAutoregressive(features, context_features, hidden=hidden_features, order=chosen)
             for chosen in _orders(order, features, transforms)
         ]
         last, base = with_tails(tails, features, base)
@@ -834,7 +851,7 @@ class PlanarFlow(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            Planar(features, context_features, hidden_features, activation)
+            Planar(features, context_features, network=mlp(hidden_features, activation))
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
@@ -891,7 +908,7 @@ class RadialFlow(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            Radial(features, context_features, hidden_features, activation)
+            Radial(features, context_features, network=mlp(hidden_features, activation))
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
@@ -951,7 +968,12 @@ class SylvesterFlow(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            Sylvester(features, context_features, units, hidden_features, activation)
+            Sylvester(
+                features,
+                context_features,
+                units=units,
+                network=mlp(hidden_features, activation),
+            )
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
@@ -1018,7 +1040,14 @@ class Glow(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            GlowStep(features, context_features, chosen, hidden_features, activation, scale, bound)
+            GlowStep(
+                features,
+                context_features,
+                mask=chosen,
+                network=mlp(hidden_features, activation),
+                scale=scale,
+                bound=bound,
+            )
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
@@ -1080,7 +1109,14 @@ class ResidualFlow(Flow):
         standardize: bool = False,
     ) -> None:
         layers = [
-            Residual(features, context_features, hidden_features, activation, lipschitz, trace)
+            Residual(
+                features,
+                context_features,
+                hidden=hidden_features,
+                activation=activation,
+                lipschitz=lipschitz,
+                trace=trace,
+            )
             for _ in range(check_size("transforms", transforms))
         ]
         last, base = with_tails(tails, features, base)
@@ -1153,14 +1189,14 @@ class FFJORD(Flow):
             ContinuousFlow(
                 features,
                 context_features,
-                hidden_features,
-                activation,
-                trace,
-                solver,
-                rtol,
-                atol,
-                steps,
-                adjoint,
+                hidden=hidden_features,
+                activation=activation,
+                trace=trace,
+                solver=solver,
+                rtol=rtol,
+                atol=atol,
+                steps=steps,
+                adjoint=adjoint,
             )
             for _ in range(check_size("transforms", transforms))
         ]
@@ -1227,9 +1263,8 @@ class FlowPlusPlus(Flow):
                 LogisticMixture(components),
                 features,
                 context_features,
-                chosen,
-                hidden_features,
-                activation,
+                mask=chosen,
+                network=mlp(hidden_features, activation),
             ).inv
             for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
         ]
@@ -1276,9 +1311,9 @@ def _autoregressive(
             make(),
             features,
             context_features,
-            hidden_features,
-            activation,
-            chosen,
+            hidden=hidden_features,
+            activation=activation,
+            order=chosen,
             residual=residual,
             fast=fast,
         )

@@ -1,6 +1,20 @@
-"""Conditioner networks: plain torch modules that know nothing of flows."""
+"""Networks: plain torch modules that know nothing of flows."""
 
+from .convnet import ConvNet
 from .made import MADE
 from .mlp import MLP
+from .network import Network, convnet, mlp, resnet
+from .resnet import ResNet
+from .startable import Startable
 
-__all__ = ["MADE", "MLP"]
+__all__ = [
+    "MADE",
+    "MLP",
+    "ConvNet",
+    "Network",
+    "ResNet",
+    "Startable",
+    "convnet",
+    "mlp",
+    "resnet",
+]

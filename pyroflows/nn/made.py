@@ -30,46 +30,53 @@ class Weights(NamedTuple):
 class MADE(nn.Module):
     r"""A network that gives each entry of a vector parameters which depend on some of the other entries alone.
 
-    Entry :math:`i` has a set :math:`A_i` of entries that it may depend on: those before it in an order, or its parents in
-    a graph without cycles. Every hidden unit belongs to one of these sets, sees inputs within its set and hidden units
-    whose sets are subsets of its own, and is seen by the outputs whose set contains its own:
+    Entry :math:`i` has a set :math:`A_i` of entries that it may depend on: those before it in an
+    order, or its parents in a graph without cycles. Every hidden unit belongs to one of these sets,
+    sees inputs within its set and hidden units whose sets are subsets of its own, and is seen by
+    the outputs whose set contains its own:
 
     .. math:: h_1 = a((W_0 \odot M_0)\, x + V c + b_0), \quad h_{k+1} = a((W_k \odot M_k)\, h_k + b_k), \quad
         \mathrm{out} = ((W_K \odot M_K)\, h_K + b_K) / \sqrt{n_K},
 
-    so that :math:`\partial\,\mathrm{out}_i / \partial x_j = 0` unless :math:`j \in A_i`. All outputs see the context
-    :math:`c`, through hidden units of their own where :math:`A_i` is empty. With ``residual`` a hidden layer adds to what
-    went into the one before it, :math:`z_{k+1} = z_k + W_k\, a(z_k) + b_k`.
+    so that :math:`\partial\,\mathrm{out}_i / \partial x_j = 0` unless :math:`j \in A_i`. All
+    outputs see the context :math:`c`, through hidden units of their own where :math:`A_i` is empty.
+    With ``residual`` a hidden layer adds to what went into the one before it,
+    :math:`z_{k+1} = z_k + W_k\, a(z_k) + b_k`.
 
-    The sets of an order share the units of a layer evenly. In a layer with fewer units than sets some are left out, and
-    an entry does not see the last few before it.
+    The sets of an order share the units of a layer evenly. In a layer with fewer units than sets
+    some are left out, and an entry does not see the last few before it.
 
     Args:
         features: Entries of the vector.
         parameters: Outputs per entry.
-        hidden_features: Widths of the hidden layers, equal ones for a residual network.
+        hidden: Widths of the hidden layers, equal ones for a residual network.
         context_features: Entries of the context, or ``None``.
-        activation: A callable without arguments that makes the activation module, which acts on each unit by itself.
-        order: The entries from first to last; each may depend on those before it. Their natural order by default.
+        activation: A callable without arguments that makes the activation module, which acts on
+            each unit by itself.
+        order: The entries from first to last; each may depend on those before it. Their natural
+            order by default.
         residual: Whether hidden layers are residual.
-        adjacency: Instead of an order a graph, as a boolean matrix of shape ``(features, features)``: entry ``i`` may depend
-            on entry ``j`` where ``adjacency[i, j]``.
-        codes: How many inputs stand for one entry, as the sine and cosine of an angle do; the first of every entry comes
-            before the second.
+        adjacency: Instead of an order a graph, as a boolean matrix of shape
+            ``(features, features)``: entry ``i`` may depend on entry ``j`` where
+            ``adjacency[i, j]``.
+        codes: How many inputs stand for one entry, as the sine and cosine of an angle do; the first
+            of every entry comes before the second.
 
     Raises:
-        TypeError: If a size is not an integer, ``activation`` does not make modules, or ``adjacency`` is not boolean.
-        ValueError: If a size is not positive, ``order`` is no permutation, ``adjacency`` has another shape, a cycle, or more
-            distinct sets than a layer has units, both are given, or a residual network has layers of different widths.
+        TypeError: If a size is not an integer, ``activation`` does not make modules, or
+            ``adjacency`` is not boolean.
+        ValueError: If a size is not positive, ``order`` is no permutation, ``adjacency`` has
+            another shape, a cycle, or more distinct sets than a layer has units, both are given, or
+            a residual network has layers of different widths.
 
     Reference:
-        Germain, Gregor, Murray, Larochelle, "MADE: Masked autoencoder for distribution estimation", 2015,
-        https://arxiv.org/abs/1502.03509
+        Germain, Gregor, Murray, Larochelle, "MADE: Masked autoencoder for distribution estimation",
+        2015, https://arxiv.org/abs/1502.03509
 
         Wehenkel, Louppe, "Graphical normalizing flows", 2020, https://arxiv.org/abs/2006.02548
 
     Example:
-        >>> net = MADE(3, 2, hidden_features=(8,), context_features=1, order=[2, 0, 1])
+        >>> net = MADE(3, 2, hidden=(8,), context_features=1, order=[2, 0, 1])
         >>> net(torch.zeros(5, 3), torch.zeros(1)).shape
         torch.Size([5, 2, 3])
     """
@@ -83,7 +90,7 @@ class MADE(nn.Module):
         self,
         features: int,
         parameters: int,
-        hidden_features: Sequence[int] = (64, 64),
+        hidden: Sequence[int] = (64, 64),
         context_features: int | None = None,
         activation: Callable[[], nn.Module] = nn.SiLU,
         order: Sequence[int] | Tensor | None = None,
@@ -95,13 +102,11 @@ class MADE(nn.Module):
         self.features = check_size("features", features)
         self.codes = check_size("codes", codes)
         self.outputs = check_size("parameters", parameters)
-        widths = check_hidden(hidden_features)
+        widths = check_hidden(hidden)
         if context_features is not None:
             check_size("context_features", context_features)
         if residual and len(set(widths)) > 1:
-            raise ValueError(
-                f"Expected hidden_features of one width for a residual network; got {widths}."
-            )
+            raise ValueError(f"Expected hidden of one width for a residual network; got {widths}.")
         if adjacency is None:
             graph = _chain(check_order(order, features))
         elif order is None:
@@ -235,146 +240,6 @@ class MADE(nn.Module):
         )
 
 
-class Unfolding:
-    """A network evaluated stage by stage, each of its units once.
-
-    It works on columns, one per point of the batch, so that what is known is a block of rows at the top: the units that
-    depend on entries of earlier stages only. In turn :meth:`parameters` gives the parameters of the next stage's
-    entries, and :meth:`reveal` takes their values.
-
-    Args:
-        net: The network.
-        weights: Its weights.
-        context: The context's part of the first layer, of shape ``(units, batch)``.
-        like: Values that come in the end, of shape ``(features, batch)``.
-        in_place: Whether to write to tensors, which is faster; not for what is differentiated or mapped.
-    """
-
-    def __init__(
-        self, net: MADE, weights: Weights, context: Tensor | None, like: Tensor, in_place: bool
-    ) -> None:
-        self.net, self.stage = net, 0
-        self.values = _Rows(like, net.codes * net.features if in_place else None)
-        self.active = [_Rows(like, width if in_place else None) for width in net.widths]
-        self.matrices = _by_stage(net, weights.matrices)
-        bias, *biases = [bias.unsqueeze(-1) for bias in weights.biases]
-        self.biases = [bias if context is None else bias + context, *biases]
-        self.biases[-1] = _entry_by_entry(net, self.biases[-1], 0, net.outputs)
-
-    def parameters(self) -> Tensor:
-        """The parameters of the next stage's entries, of shape ``(entries, parameters, batch)``."""
-        net, stage = self.net, self.stage
-        start, stop = (end * net.outputs for end in net.slices[stage])
-        z: Tensor | None = None
-        for layer, ends in enumerate(net.unit_ends):
-            low, high = ends[stage - 1] if stage else 0, ends[stage]
-            if low < high:
-                into = self._multiply(layer, low, high)
-                z = into if z is None or not net.residual else z + into
-                self.active[layer].add(net.activation(z))
-        return self._multiply(len(net.widths), start, stop).unflatten(0, (-1, net.outputs))
-
-    def reveal(self, inputs: Tensor) -> None:
-        """Takes the inputs of the stage's entries, of shape ``(entries, codes, batch)``."""
-        self.values.add(inputs.flatten(0, 1))
-        self.stage += 1
-
-    def _multiply(self, layer: int, low: int, high: int) -> Tensor:
-        """Some rows of the input of a layer, of what is known by now."""
-        matrix, bias = self.matrices[layer], self.biases[layer][low:high]
-        known = self.active[layer - 1].all if layer else self.values.all
-        if matrix is None or not len(known):
-            return bias.expand(-1, known.shape[-1])
-        return torch.addmm(bias, matrix[low:high, : len(known)], known)
-
-
-class Folding:
-    """The transpose of the derivative of a network, folded back stage by stage, each of its units once.
-
-    The mirror image of :class:`Unfolding`, from the last stage to the first: in turn :meth:`pulled` gives what the
-    cotangents of later stages' parameters put on the entries of a stage, and :meth:`reveal` takes the cotangents of
-    its parameters.
-
-    Args:
-        net: The network.
-        weights: Its weights.
-        slopes: Derivatives of the activations, of shape ``(units, batch)``, layer by layer.
-        like: Values that come in the end, of shape ``(features, batch)``.
-        in_place: Whether to write to tensors.
-    """
-
-    def __init__(
-        self, net: MADE, weights: Weights, slopes: list[Tensor], like: Tensor, in_place: bool
-    ) -> None:
-        self.net, self.stage, self.slopes = net, net.stages, slopes
-        sizes = (*net.widths, net.outputs * net.features)
-        #: The matrix that leads out of the entries, then those out of the layers.
-        self.matrices = [
-            matrix.mT for matrix in _by_stage(net, weights.matrices) if matrix is not None
-        ]
-        self.cotangents = [_Rows(like, size if in_place else None, upwards=True) for size in sizes]
-
-    def pulled(self) -> Tensor:
-        """What later stages put on the inputs of the stage before the last one revealed, ``(entries, codes, batch)``."""
-        codes = self.net.codes
-        self.stage -= 1
-        low, high = self.net.slices[self.stage]
-        return self._multiply(0, low * codes, high * codes).unflatten(0, (-1, codes))
-
-    def reveal(self, cotangents: Tensor) -> None:
-        """Takes the cotangents of the stage's parameters, of shape ``(entries, parameters, batch)``."""
-        net, stage = self.net, self.stage
-        self.cotangents[-1].add(cotangents.flatten(0, 1))
-        z: Tensor | None = None
-        for layer in reversed(range(len(net.widths))):
-            ends = net.unit_ends[layer]
-            low, high = ends[stage - 1] if stage else 0, ends[stage]
-            if low < high:
-                out = self._multiply(layer + 1, low, high) * self.slopes[layer][low:high]
-                z = out if z is None or not net.residual else z + out
-                self.cotangents[layer].add(z)
-
-    def _multiply(self, layer: int, low: int, high: int) -> Tensor:
-        known = self.cotangents[layer].all
-        return self.matrices[layer][low:high, self.matrices[layer].shape[1] - len(known) :] @ known
-
-
-def _by_stage(net: MADE, matrices: list[Tensor | None]) -> list[Tensor | None]:
-    """The matrices with inputs and outputs sorted stage by stage."""
-    first, *others = matrices
-    sorted_ones = [None if first is None else _entry_by_entry(net, first, 1, net.codes), *others]
-    last = sorted_ones[-1]
-    sorted_ones[-1] = None if last is None else _entry_by_entry(net, last, 0, net.outputs)
-    return sorted_ones
-
-
-def _entry_by_entry(net: MADE, table: Tensor, dim: int, count: int) -> Tensor:
-    """Sorts a dimension stage by stage, what belongs to one entry together."""
-    sorted_one = table.unflatten(dim, (count, -1)).index_select(dim + 1, net.entries)
-    return sorted_one.transpose(dim, dim + 1).flatten(dim, dim + 1)
-
-
-class _Rows:
-    """A matrix that grows by blocks of rows: written to a tensor of its final height, or concatenated."""
-
-    def __init__(self, like: Tensor, height: int | None, upwards: bool = False) -> None:
-        self.upwards = upwards
-        self.whole = None if height is None else like.new_empty(height, like.shape[-1])
-        self.all = like[:0]
-
-    def add(self, rows: Tensor) -> None:
-        if self.whole is None:
-            self.all = torch.cat([rows, self.all] if self.upwards else [self.all, rows])
-            return
-        known, height = len(self.all) + len(rows), len(self.whole)
-        if self.upwards:
-            self.all = self.whole[height - known :]
-            self.all[: len(rows)] = rows
-        else:
-            self.all = self.whole[:known]
-            self.all[known - len(rows) :] = rows
-
-
 class _Masked(nn.Module):
     """A linear layer with a mask; one without inputs has a bias only."""
 
@@ -413,17 +278,16 @@ def _lay_out_again(net: MADE, _: Any) -> None:
         net._lay_out(net.adjacency.cpu())
 
 
-def check_order(order: Any, features: int) -> list[int]:
+def check_order(order: Any, features: int, name: str = "order") -> list[int]:
+    """Returns a permutation of ``0 .. features - 1``; the natural one where ``order`` is ``None``."""
     if order is None:
         return list(range(features))
     if isinstance(order, str) or not isinstance(order, (Sequence, Tensor)):
-        raise TypeError(f"Expected order to be a sequence of integers; got {order!r}.")
-    given = [
-        check_size("order", i, least=0)
-        for i in (order.tolist() if isinstance(order, Tensor) else order)
-    ]
+        raise TypeError(f"Expected {name} to be a sequence of integers; got {order!r}.")
+    numbers = order.tolist() if isinstance(order, Tensor) else order
+    given = [check_size(name, number, least=0) for number in numbers]
     if sorted(given) != list(range(features)):
-        raise ValueError(f"Expected order to hold each of 0 .. {features - 1} once; got {given}.")
+        raise ValueError(f"Expected {name} to hold each of 0 .. {features - 1} once; got {given}.")
     return given
 
 
@@ -491,7 +355,7 @@ def _share(sets: int, width: int, even: bool) -> Tensor:
     """The set of each unit of a layer, shared evenly and without going back."""
     if width < sets and not even:
         raise ValueError(
-            f"Expected hidden_features of at least {sets}, one for each set that entries depend on in this adjacency; "
+            f"Expected hidden of at least {sets}, one for each set that entries depend on in this adjacency; "
             f"got {width}."
         )
     return (2 * torch.arange(width, device="cpu") + 1) * sets // (2 * width)

@@ -158,31 +158,33 @@ class Case:
             )[0]
 
     def _contexts(self, context: Tensor | None, n: int) -> Tensor | None:
-        width = self.transform.context_features
-        if width is None:
+        shape = self.transform.context_shape
+        if shape is None:
             return check_context(context, None, type(self.transform).__name__)
         if context is None:
-            return torch.randn(
-                n, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-            )
-        given = (
-            check_tensor("context", context, (width,))
-            .detach()
-            .to("cpu", torch.float64)
-            .reshape(-1, width)
-        )
+            generator = torch.Generator().manual_seed(3)
+            return torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+        given = check_tensor("context", context, shape).detach().to("cpu", torch.float64)
+        given = given.reshape(-1, *shape)
         if len(given) not in (1, n):
+            sizes = ", ".join(map(str, shape))
             raise ValueError(
-                f"Expected context of shape (*, {width}) for one point or for {n}; got {tuple(context.shape)}."
+                f"Expected context of shape (*, {sizes}) for one point or for {n}; "
+                f"got {tuple(context.shape)}."
             )
-        return given.expand(n, width).clone()
+        return given.expand(n, *shape).clone()
+
+    @property
+    def context_dim(self) -> int:
+        """Dimensions of one context."""
+        return len(self.transform.context_shape or ())
 
     def batch(self, points: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
         """Points, and their contexts, in a batch of another shape."""
         index = torch.arange(math.prod(shape)) % len(points)
         chosen = points[index].reshape((*shape, *points.shape[1:]))
         return chosen, None if self.contexts is None else self.contexts[index].reshape(
-            (*shape, self.contexts.shape[-1])
+            (*shape, *self.contexts.shape[1:])
         )
 
     # Copies
@@ -232,14 +234,14 @@ class Case:
     def distribution(self, module: Any, context: Tensor | None) -> Any:
         """The distribution that a flow gives, or the one that Pyro makes of a transform."""
         if isinstance(module, Flow):
-            return module(with_room(context, 1, len(self.batch_shape)))
+            return module(with_room(context, self.context_dim, len(self.batch_shape)))
         return dist.TransformedDistribution(
             self.base(), [module if context is None else module.condition(context)]
         )
 
     def _log_prob(self, flow: Flow, values: Tensor, context: Tensor | None) -> Tensor:
         spare = len(self.batch_shape)
-        return flow(with_room(context, 1, spare)).log_prob(
+        return flow(with_room(context, self.context_dim, spare)).log_prob(
             with_room(values, len(self._point_shape()), spare)
         )
 
@@ -262,7 +264,7 @@ class Case:
         spare = len(self.batch_shape)
         values, context = (
             with_room(values, len(self.values.shape[1:]), spare),
-            with_room(context, 1, spare),
+            with_room(context, self.context_dim, spare),
         )
         return self.density_by_hand(module, values, context)
 
@@ -326,7 +328,7 @@ class Case:
             context_off = torch.cat(
                 [_shake(context, s * size * share, k, constraints.real) for k, s, share in tries]
             )
-            context_same = context.repeat(copies, 1)
+            context_same = context.repeat(copies, *[1] * (context.dim() - 1))
         with torch.no_grad():
             # As large a batch as is compared with, for a fault that mixes points is not to pass for rounding.
             same = attempt(

@@ -125,7 +125,7 @@ def check(
         transform_or_flow: What to judge, with its present parameters.
         x: Points to judge it at, of shape ``(*, *event_shape)``: of the domain of a transform, values of a flow. Of many,
             32 are taken. By default normal points, mapped into the domain.
-        context: Their contexts, of shape ``(*, context_features)``, for all points or for each; by default normal ones.
+        context: Their contexts, of shape ``(*, *context_shape)``, for all points or for each; by default normal ones.
         only: Names of the laws to judge; all by default.
         exempt: Laws that cannot hold here, with the reason, such as ``{"compiles": "an adaptive solver reads values"}``.
         starts_at_identity: Whether the transform is to be the identity.

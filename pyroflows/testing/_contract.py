@@ -269,10 +269,13 @@ def context(case: Case) -> None:
         contexts = case.batch(direction.points, (3,))[1]
         assert contexts is not None
         event = points.shape[2:]
-        every, each = points.expand(4, 3, *event), contexts.expand(4, 3, contexts.shape[-1])
+        every, each = points.expand(4, 3, *event), contexts.expand(4, 3, *contexts.shape[1:])
         expected = direction(module, every, each)
         slack = case.slack(
-            direction, every.reshape(12, *event), each.reshape(12, -1), torch.float64
+            direction,
+            every.reshape(12, *event),
+            each.reshape(12, *contexts.shape[1:]),
+            torch.float64,
         )
         for given, c, rows in (
             (points, contexts, slice(None)),

@@ -75,10 +75,11 @@ def _scores(case: Case, d: Any, drawn: Tensor, context: Tensor | None) -> None:
         f"Expected densities of shape {dims}; got {tuple(remembered.shape)}.",
     )
     flat = drawn.detach().reshape(-1, *case.values.shape[1:])
-    context = with_room(context, 1, len(case.batch_shape))
-    given = None if context is None else context.expand(*dims, context.shape[-1])
+    context = with_room(context, case.context_dim, len(case.batch_shape))
+    shape = case.transform.context_shape or ()
+    given = None if context is None else context.expand(*dims, *shape)
     expected = case.density_by_hand(case.module(), drawn.detach(), given).detach()
-    given = None if given is None else given.reshape(len(flat), -1)
+    given = None if given is None else given.reshape(len(flat), *shape)
     room = case.slack(case.density, flat, given, torch.float64)[0]
     for what, density in (("a draw", remembered), ("a value", again)):
         near(

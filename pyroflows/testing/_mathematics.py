@@ -92,10 +92,9 @@ def _sweep(
     line = torch.cat([-far.flip(0), torch.linspace(-9.9, 9.9, 199, dtype=torch.float64), far])
     rest = normal_points(2, shape, seed=5).reshape(2, 1, -1).repeat(1, len(line), 1)
     context = None
-    if t.context_features is not None:
-        context = torch.randn(
-            t.context_features, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-        )
+    if t.context_shape is not None:
+        generator = torch.Generator().manual_seed(3)
+        context = torch.randn(t.context_shape, generator=generator, dtype=torch.float64)
     for entry in range(min(shape.numel(), 8)):
         start = rest.clone()
         start[..., entry] = line

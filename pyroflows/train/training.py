@@ -17,7 +17,7 @@ from ..distributions import FlowDistribution
 from ..flows import Flow
 from ..model.base import Density
 from ..transforms import Compose, LowerTriangularAffine, Transform
-from ..transforms.linear import composed
+from ..transforms.triangular import compose_affine
 from . import processes
 from .averaging import Best
 from .checkpoint import Checkpoint
@@ -148,7 +148,7 @@ class _GuideTask(Task):
         finally:
             self.whitening.requires_grad_(True)
             adjustment = self.adjustment.loc_and_scale_tril()
-            self.whitening.set(*composed(adjustment, self.whitening.loc_and_scale_tril()))
+            self.whitening.set(*compose_affine(adjustment, self.whitening.loc_and_scale_tril()))
 
     def begin(self, compile: bool) -> None:
         """Does what waits for the parameters that all processes share."""

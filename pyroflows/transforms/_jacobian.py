@@ -129,12 +129,13 @@ class Feedforward(NamedTuple):
 def trace_rule(weights: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
     r"""How the trace of the Jacobian follows from the slopes.
 
-    With up to two hidden layers it is a form in the slopes with coefficients that serve all points, as in
+    With up to two hidden layers it is a form in the slopes with coefficients that serve all points,
+    as in
 
     .. math:: \operatorname{tr}(W_2 S_2 W_1 S_1 W_0) = s_2^\top \big( W_1 \circ (W_0 W_2)^\top \big) s_1,
 
-    so that it costs no more than a layer of the network, whatever the number of entries. With more, the columns of the
-    Jacobian are followed through the network.
+    so that it costs no more than a layer of the network, whatever the number of entries. With more,
+    the columns of the Jacobian are followed through the network.
 
     Args:
         weights: Matrices :math:`W_0, \dots, W_K`.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-__all__ = ["Step", "recomputed"]
+__all__ = ["Step", "recompute"]
 
 
 class Step(nn.Module):
@@ -22,24 +22,25 @@ class Step(nn.Module):
         self.inverted = inverted
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        given = None if self.layer.context_features is None else context
+        given = None if self.layer.context_shape is None else context
         return (
             self.layer.inverse_and_log_det if self.inverted else self.layer.forward_and_log_det
         )(x, given)
 
     def back(self, y: Tensor, context: Tensor | None) -> Tensor:
-        given = None if self.layer.context_features is None else context
+        given = None if self.layer.context_shape is None else context
         return (
             self.layer.forward_and_log_det if self.inverted else self.layer.inverse_and_log_det
         )(y, given)[0]
 
 
-def recomputed(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def recompute(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Runs a stack and keeps its output alone.
 
-    The backward pass walks down the stack: each layer's input is the inverse of its output, from which its own backward pass
-    is built and thrown away again. So the memory of a training step does not grow with depth, at the price of one inversion
-    and one more evaluation of each layer. It is differentiable once.
+    The backward pass walks down the stack: each layer's input is the inverse of its output, from
+    which its own backward pass is built and thrown away again. So the memory of a training step
+    does not grow with depth, at the price of one inversion and one more evaluation of each layer.
+    It is differentiable once.
 
     Args:
         steps: The layers in the order in which they run.
@@ -52,7 +53,7 @@ def recomputed(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tupl
     named = [dict(step.named_parameters()) for step in steps]
     parameters = [parameter for one in named for parameter in one.values()]
     plan = _Plan(list(steps), [list(one) for one in named])
-    return _Recomputed.apply(plan, x, context, *parameters)  # type: ignore[no-untyped-call,no-any-return]
+    return _Recomputed.apply(plan, x, context, *parameters)
 
 
 class _Plan(NamedTuple):

@@ -12,8 +12,9 @@ from torch.distributions import constraints
 from .._checks import broadcast_batch, check_size
 from .._compat import transforming
 from ..nn import MADE
-from ..nn.made import Folding, Unfolding, Weights
-from ..univariate.base import Affine, Univariate, codes_of, encode, support_of
+from ..nn.made import Weights
+from ..nn.stages import Folding, Unfolding
+from ..univariate import Affine, Univariate
 from .base import Transform, vjp
 from .elementwise import identity_table
 
@@ -29,57 +30,67 @@ _TRY = 12
 class Autoregressive(Transform):
     r"""Autoregressive layer of any univariate map.
 
-    Let :math:`A_i` be the entries before :math:`i` in an order, or its parents in a graph without cycles. One direction
-    moves every entry as those in its set tell,
+    Let :math:`A_i` be the entries before :math:`i` in an order, or its parents in a graph without
+    cycles. One direction moves every entry as those in its set tell,
 
     .. math:: u_i = f(v_i;\, \theta_i(v_{A_i}, c)), \quad
         \log\Bigl|\det \frac{\partial u}{\partial v}\Bigr| = \sum_i \log \frac{\partial u_i}{\partial v_i},
 
-    by one evaluation of a masked network. With ``fast="inverse"`` it leads from event to base, :math:`v = y, u = x`: fast
-    to score, as the masked autoregressive flow. With ``fast="forward"`` it leads from base to event,
-    :math:`v = x, u = y`: fast to sample, as the inverse autoregressive flow. The layer starts at the identity.
+    by one evaluation of a masked network. With ``fast="inverse"`` it leads from event to base,
+    :math:`v = y, u = x`: fast to score, as the masked autoregressive flow. With ``fast="forward"``
+    it leads from base to event, :math:`v = x, u = y`: fast to sample, as the inverse autoregressive
+    flow. The layer starts at the identity.
 
-    The slow direction finds :math:`v_i` once :math:`v_{A_i}` is known. It is exact, by one of two ways:
+    The slow direction finds :math:`v_i` once :math:`v_{A_i}` is known. It is exact, by one of two
+    ways:
 
-    - *Stage by stage.* Hidden units are sorted by the entry that they wait for, and each is computed once, so that all
-      stages cost little more arithmetic than one evaluation.
-    - *Round by round*, for small networks and batches, where the number of steps is what costs. All entries are
-      solved at once for the network's output at the last guess, :math:`v \leftarrow f^{-1}(u;\, \theta(v))`. Each round
-      settles one more stage at least; the iteration ends when nothing changes, after some ten rounds as a rule.
-      Rounds are taken where one costs no more than a stage, or where twelve or more cost less than half of all stages,
-      and only so many. To see the end they read from the device.
+    - *Stage by stage.* Hidden units are sorted by the entry that they wait for, and each is
+      computed once, so that all stages cost little more arithmetic than one evaluation.
+    - *Round by round*, for small networks and batches, where the number of steps is what costs. All
+      entries are solved at once for the network's output at the last guess,
+      :math:`v \leftarrow f^{-1}(u;\, \theta(v))`. Each round settles one more stage at least; the
+      iteration ends when nothing changes, after some ten rounds as a rule. Rounds are taken where
+      one costs no more than a stage, or where twelve or more cost less than half of all stages, and
+      only so many. To see the end they read from the device.
 
-    Derivatives come from the implicit function theorem: with the triangular Jacobian :math:`J` of the fast direction
-    at the solution, backpropagation solves :math:`J^\top a = \bar v` by either of the two ways, mirrored, at the cost of one
-    more solve. Derivatives of higher order, function transforms and compiled graphs go through the stages themselves.
+    Derivatives come from the implicit function theorem: with the triangular Jacobian :math:`J` of
+    the fast direction at the solution, backpropagation solves :math:`J^\top a = \bar v` by either
+    of the two ways, mirrored, at the cost of one more solve. Derivatives of higher order, function
+    transforms and compiled graphs go through the stages themselves.
 
     Args:
-        univariate: A monotone map, such as ``Affine()``; its forward direction is what the fast direction evaluates.
+        univariate: A monotone map, such as ``Affine()``; its forward direction is what the fast
+            direction evaluates.
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Widths of the network; see :class:`pyroflows.nn.MADE`.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        hidden: Widths of the network; see :class:`pyroflows.nn.MADE`.
         activation: Its activation, a callable without arguments that makes a module.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         residual: Whether the network is residual, with layers of one width.
-        adjacency: Instead of an order a graph, as a boolean matrix of shape ``(features, features)``: entry ``i`` may depend
-            on entry ``j`` where ``adjacency[i, j]``.
-        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
-        seed: Seed of the random order. It depends on nothing else, so that a flow made again, to load saved parameters,
-            has the order that the parameters were trained with.
+        adjacency: Instead of an order a graph, as a boolean matrix of shape
+            ``(features, features)``: entry ``i`` may depend on entry ``j`` where
+            ``adjacency[i, j]``.
+        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to
+            sample.
+        seed: Seed of the random order. It depends on nothing else, so that a flow made again, to
+            load saved parameters, has the order that the parameters were trained with.
 
     Raises:
         TypeError: If a size or an order is not made of integers, or the adjacency is not boolean.
-        ValueError: If a size is not positive, the order is no permutation, the adjacency has a cycle, or a name is unknown.
+        ValueError: If a size is not positive, the order is no permutation, the adjacency has a
+            cycle, or a name is unknown.
 
     Reference:
         Papamakarios, Pavlakou, Murray, "Masked autoregressive flow for density estimation", 2017,
         https://arxiv.org/abs/1705.07057
 
-        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference with inverse autoregressive
-        flow", 2016, https://arxiv.org/abs/1606.04934
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference
+        with inverse autoregressive flow", 2016, https://arxiv.org/abs/1606.04934
 
-        Song, Meng, Liao, Ermon, "Accelerating feedforward computation via parallel nonlinear equation solving", 2020,
-        https://arxiv.org/abs/2002.03629
+        Song, Meng, Liao, Ermon, "Accelerating feedforward computation via parallel nonlinear
+        equation solving", 2020, https://arxiv.org/abs/2002.03629
 
     Example:
         >>> from pyroflows.univariate import Affine
@@ -89,6 +100,8 @@ class Autoregressive(Transform):
         ('inverse', torch.Size([5, 3]))
     """
 
+    vectors_only = True
+    fast: str = "inverse"
     univariate: Univariate
 
     def __init__(
@@ -96,7 +109,9 @@ class Autoregressive(Transform):
         univariate: Univariate,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         order: Order = "natural",
         residual: bool = False,
@@ -104,32 +119,34 @@ class Autoregressive(Transform):
         fast: str = "inverse",
         seed: int = 0,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, context_shape=context_shape)
         if fast not in ("inverse", "forward"):
             raise ValueError(
                 f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}."
             )
         self.fast = fast
         self.univariate = univariate
-        table = identity_table(univariate, features)
+        table = identity_table(univariate, self.features)
         self.conditioner = MADE(
-            features,
+            self.features,
             len(table),
-            hidden_features,
-            context_features,
+            hidden,
+            self.context_features,
             activation,
-            named_order(order, features, seed),
+            named_order(order, self.features, seed),
             residual,
             adjacency,
-            codes_of(univariate),
+            univariate.codes,
         )
         self.conditioner.start_at(table)
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(support_of(self.univariate), 1)
+        return constraints.independent(self.univariate.support, 1)
 
-    codomain = domain  # type: ignore[assignment]
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.domain
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -147,6 +164,7 @@ class Autoregressive(Transform):
         if self.fast == "inverse":
             return super().push_score(x, score, context)
         # The Jacobian at x is at hand, and triangular: no need to find x again.
+        context = self.read_context(context)
         shape = broadcast_batch(x.shape, 1, context)
         with torch.enable_grad():
             x = (x if x.requires_grad else x.detach().requires_grad_()).expand(shape)
@@ -158,6 +176,7 @@ class Autoregressive(Transform):
 
     def _move(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The fast direction, by one evaluation of the network."""
+        context = self.read_context(context)
         u, log_slope = self.univariate.forward_and_log_det(
             v, self._raw(v, context, self.conditioner.weights())
         )
@@ -170,12 +189,13 @@ class Autoregressive(Transform):
         weights: Weights,
         trace: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        return self.conditioner.evaluate(encode(self.univariate, v), context, weights, trace)
+        return self.conditioner.evaluate(self.univariate.encode(v), context, weights, trace)
 
     # The slow direction
 
     def _solve(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Finds what the fast direction maps to ``u``."""
+        context = self.read_context(context)
         u = u.expand(broadcast_batch(u.shape, 1, context))
         weights = self.conditioner.weights()
         if self.conditioner.stages == 1:
@@ -191,7 +211,7 @@ class Autoregressive(Transform):
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs if t is not None):
             return solution
         here = _Linearized(self, solution[0].requires_grad_(), context, weights)
-        return _Implicit.apply(here, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+        return _Implicit.apply(here, *inputs)
 
     def _own_parameters(self) -> list[nn.Parameter]:
         """Parameters beside the weights of the network: of the activation, and of a univariate map that is a module."""
@@ -242,7 +262,7 @@ class Autoregressive(Transform):
             v, log_slope = self.univariate.inverse_and_log_det(
                 columns[low:high], unfolding.parameters()
             )
-            unfolding.reveal(encode(self.univariate, v).unflatten(-1, (net.codes, -1)))
+            unfolding.reveal(self.univariate.encode(v).unflatten(-1, (net.codes, -1)))
             found.append((v, log_slope))
         v, log_slope = (torch.cat(parts) for parts in zip(*found, strict=True))
         return v.index_select(0, net.places).mT.reshape(u.shape), log_slope.sum(0).reshape(batch)
@@ -256,27 +276,32 @@ class AffineAutoregressive(Autoregressive):
 
     .. math:: u_i = e^{s_i} v_i + t_i, \quad (s_i, t_i) = \theta_i(v_{A_i}, c).
 
-    See :class:`Autoregressive` for the two directions. Where scoring is fast (:math:`v = y, u = x`) this is the masked
-    autoregressive flow, whose paper writes the same maps as :math:`x_i = (y_i - \mu_i) e^{-\alpha_i}`; the shift
-    here is in the units of the base, where gradients with respect to it do not grow with the precision.
+    See :class:`Autoregressive` for the two directions. Where scoring is fast (:math:`v = y, u = x`)
+    this is the masked autoregressive flow, whose paper writes the same maps as
+    :math:`x_i = (y_i - \mu_i) e^{-\alpha_i}`; the shift here is in the units of the base, where
+    gradients with respect to it do not grow with the precision.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        hidden: Widths of the network.
         activation: Its activation.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
         residual: Whether the network is residual, with layers of one width.
         adjacency: Instead of an order a graph; see :class:`Autoregressive`.
-        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
+        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to
+            sample.
         seed: Seed of the random order.
-        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``; see
-            :class:`Affine`.
+        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or
+            ``"sigmoid"``; see :class:`Affine`.
         bound: Bound of the soft clip on the log-scale.
 
     Raises:
         TypeError: As :class:`Autoregressive`.
-        ValueError: As :class:`Autoregressive`, or if ``scale`` is unknown or ``bound`` is not positive.
+        ValueError: As :class:`Autoregressive`, or if ``scale`` is unknown or ``bound`` is not
+            positive.
 
     Reference:
         Papamakarios, Pavlakou, Murray, "Masked autoregressive flow for density estimation", 2017,
@@ -292,7 +317,9 @@ class AffineAutoregressive(Autoregressive):
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         order: Order = "natural",
         residual: bool = False,
@@ -307,21 +334,22 @@ class AffineAutoregressive(Autoregressive):
             univariate,
             features,
             context_features,
-            hidden_features,
-            activation,
-            order,
-            residual,
-            adjacency,
-            fast,
-            seed,
+            context_shape=context_shape,
+            hidden=hidden,
+            activation=activation,
+            order=order,
+            residual=residual,
+            adjacency=adjacency,
+            fast=fast,
+            seed=seed,
         )
 
 
 class _Linearized:
     """The fast direction at a point, and the transpose of its Jacobian.
 
-    The graph of one evaluation gives the derivatives of the univariate maps and of the activations, which are diagonal, so
-    that nothing is computed again.
+    The graph of one evaluation gives the derivatives of the univariate maps and of the activations,
+    which are diagonal, so that nothing is computed again.
     """
 
     def __init__(
@@ -360,7 +388,7 @@ class _Linearized:
         net = self.transform.conditioner
         by_raw = self._diagonal(self.value, self.raw)
         codes = (
-            encode(self.transform.univariate, self.seen).unflatten(-1, (net.codes, -1)).unbind(-2)
+            self.transform.univariate.encode(self.seen).unflatten(-1, (net.codes, -1)).unbind(-2)
         )
         by_seen = torch.stack([self._diagonal(code, self.seen) for code in codes], -2)
         slopes = [_columns(self._diagonal(h, z)) for z, h in self.activations]
@@ -391,18 +419,19 @@ class _Linearized:
 class _Implicit(torch.autograd.Function):
     r"""A solution :math:`v` of :math:`g(v, \phi) = u` and its log-determinant, derived by the implicit function theorem.
 
-    With :math:`J = \partial g / \partial v` and :math:`a = J^{-\top} \bar v`, the cotangent :math:`\bar v` of the solution
-    gives :math:`a` for :math:`u` and :math:`-(\partial g / \partial \phi)^\top a` for :math:`\phi`.
+    With :math:`J = \partial g / \partial v` and :math:`a = J^{-\top} \bar v`, the cotangent
+    :math:`\bar v` of the solution gives :math:`a` for :math:`u` and
+    :math:`-(\partial g / \partial \phi)^\top a` for :math:`\phi`.
     """
 
     @staticmethod
-    def forward(ctx: Any, here: _Linearized, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, here: _Linearized, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.here = here
         ctx.save_for_backward(*inputs)
         return here.at.detach(), -here.log_slope.detach().sum(-1)
 
     @staticmethod
-    def backward(ctx: Any, by_v: Tensor, by_log_det: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, by_v: Tensor, by_log_det: Tensor) -> tuple[Tensor | None, ...]:
         here, (u, context, *others) = ctx.here, ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated once more: by the stages themselves
             found = here.transform._unfold(u, context, here.weights, in_place=False)

@@ -1,9 +1,9 @@
-"""The contract of every transform, and what follows from it: inverses, conditioning, composition."""
+"""The contract of every transform, and what follows from it: its inverse, and itself with a fixed context."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +12,21 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._checks import broadcast_batch, check_context, check_size, check_tensor
-from .._compat import definition_of, transforming
+from .._checks import (
+    broadcast_batch,
+    check_context,
+    check_context_shape,
+    check_shape,
+    check_tensor,
+)
+from .._compat import definition_of
 from .._memory import Memory
 from .._spec import Recorded
-from ._recompute import Step, recomputed
 
-__all__ = ["Compose", "Conditioned", "Inverse", "Transform"]
+__all__ = ["Conditioned", "Inverse", "Transform"]
 
-_FAST = {
+#: What is fast, in words.
+FAST = {
     "both": "both directions",
     "forward": "sampling",
     "inverse": "scoring",
@@ -46,28 +52,43 @@ def vjp(outputs: Iterable[tuple[Tensor, Tensor]], at: Tensor) -> Tensor:
     return torch.zeros_like(at) if product is None else product
 
 
-class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignore[misc]
+def channels_last(x: Tensor, event_shape: torch.Size) -> Tensor:
+    """All values of each channel, the first dimension of an event, of shape ``(values, channels)``."""
+    channels = event_shape[:1].numel()
+    if len(event_shape) < 2:
+        return x.reshape(-1, channels)
+    return x.reshape(-1, channels, event_shape[1:].numel()).transpose(-1, -2).flatten(0, 1)
+
+
+class Transform(Recorded, TransformModule, ConditionalTransform):
     r"""Base class of all transforms: an invertible map :math:`y = f(x; c)` from base to event with a known Jacobian.
 
     A subclass writes two methods, pure mathematics for tensors of shape ``(*batch, *event_shape)``:
-    :meth:`forward_and_log_det` and :meth:`inverse_and_log_det`. All that torch and Pyro ask of a transform
-    (``t(x)``, ``t.inv``, ``log_abs_det_jacobian``, ``domain``, ``codomain``, shapes, ``condition``) follows from them, so
-    that it works in :class:`pyro.distributions.TransformedDistribution` and, when it takes a context, in
+    :meth:`forward_and_log_det` and :meth:`inverse_and_log_det`. All that torch and Pyro ask of a
+    transform (``t(x)``, ``t.inv``, ``log_abs_det_jacobian``, ``domain``, ``codomain``, shapes,
+    ``condition``) follows from them, so that it works in
+    :class:`pyro.distributions.TransformedDistribution` and, when it takes a context, in
     :class:`pyro.distributions.ConditionalTransformedDistribution`.
 
-    The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a sample just drawn
-    cost nothing more. What is remembered serves once and only while nothing has changed: neither a parameter, nor the
-    tensors, nor the gradient mode.
+    The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a
+    sample just drawn cost nothing more. What is remembered serves once and only while nothing has
+    changed: neither a parameter, nor the tensors, nor the gradient mode.
 
-    What cannot hold for a class, a class says by ``exempt_laws``, from names of laws to reasons, and by ``accuracy``, the
-    relative error that its method leaves; :mod:`pyroflows.testing` judges by them.
+    What cannot hold for a class, a class says by ``exempt_laws``, from names of laws to reasons,
+    and by ``accuracy``, the relative error that its method leaves; :mod:`pyroflows.testing` judges
+    by them.
 
     Args:
-        event_shape: Shape of one point; an integer stands for a vector.
+        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``,
+            ``(channels, time)``.
         context_features: Entries of the context, or ``None`` for a transform without one.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
 
     Raises:
-        ValueError: If a size is not positive.
+        TypeError: If a size is not an integer.
+        ValueError: If a size is not positive, if both forms of the context's shape are given and
+            differ, or if a map of vectors is given another shape.
 
     Example:
         >>> class Double(Transform):
@@ -85,18 +106,25 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
     repeatable: bool = True
     #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
     exempt_laws: ClassVar[Mapping[str, str]] = {}
-    #: Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``.
-    fast: str = "both"
+
+    #: Whether events can only be vectors, because the map mixes their entries.
+    vectors_only: ClassVar[bool] = False
 
     def __init__(
-        self, event_shape: int | Sequence[int], context_features: int | None = None
+        self,
+        features: int | Sequence[int],
+        context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        sizes = [event_shape] if not isinstance(event_shape, Sequence) else event_shape
-        self.event_shape = torch.Size([check_size("features", size) for size in sizes])
-        self.context_features = (
-            None if context_features is None else check_size("context_features", context_features)
-        )
+        self.event_shape = check_shape("features", features)
+        if self.vectors_only and len(self.event_shape) != 1:
+            raise ValueError(
+                f"Expected features to be the entries of a vector, because {type(self).__name__} maps "
+                f"vectors only; got the shape {tuple(self.event_shape)}."
+            )
+        self.context_shape = check_context_shape(context_features, context_shape)
         self._memory = Memory()
         self._inverse_ref: weakref.ref[Inverse] | None = None
 
@@ -109,10 +137,11 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
 
         Args:
             x: Points of shape ``(*, *event_shape)``.
-            context: Context of shape ``(*, context_features)``, broadcast against the batch of ``x``.
+            context: Context of shape ``(*, *context_shape)``, broadcast against the batch of ``x``.
 
         Returns:
-            :math:`y` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial y / \partial x|` of shape ``(*)``.
+            :math:`y` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial y / \partial x|`
+            of shape ``(*)``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define forward_and_log_det.")
 
@@ -123,10 +152,11 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
 
         Args:
             y: Points of shape ``(*, *event_shape)``.
-            context: Context of shape ``(*, context_features)``, broadcast against the batch of ``y``.
+            context: Context of shape ``(*, *context_shape)``, broadcast against the batch of ``y``.
 
         Returns:
-            :math:`x` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial x / \partial y|` of shape ``(*)``.
+            :math:`x` of shape ``(*, *event_shape)`` and :math:`\log|\det \partial x / \partial y|`
+            of shape ``(*)``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det.")
 
@@ -136,20 +166,21 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
         r"""Maps base to event and carries the score of the density along.
 
         With :math:`s_x = \nabla_x \log q(x)`, the score of the transformed density is
-        :math:`s_y = J^{-\top} (s_x - \nabla_x \log|\det J|)`, which is what a path gradient needs. The default
-        differentiates the inverse; a transform with a cheaper recursion overrides it.
+        :math:`s_y = J^{-\top} (s_x - \nabla_x \log|\det J|)`, which is what a path gradient needs.
+        The default differentiates the inverse; a transform with a cheaper recursion overrides it.
 
         Args:
             x: Points of shape ``(*, *event_shape)``, with gradients enabled.
             score: Score at ``x``, of the same shape, without gradient.
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
-            :math:`y`, the log-determinant (both with gradients), and the score :math:`s_y` (without).
+            :math:`y`, the log-determinant (both with gradients), and the score :math:`s_y`
+            (without).
 
         Reference:
-            Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for normalizing flows", 2024,
-            https://arxiv.org/abs/2403.15881
+            Vaitl, Winkler, Richter, Kessel, "Fast and unified path gradient estimators for
+            normalizing flows", 2024, https://arxiv.org/abs/2403.15881
         """
         return _carry_score(self.forward_and_log_det, self.inverse_and_log_det, x, score, context)
 
@@ -161,20 +192,63 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
         Args:
             y: Points of shape ``(*, *event_shape)``, with gradients enabled.
             score: Score at ``y``, of the same shape, without gradient.
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
-            :math:`x`, the log-determinant (both with gradients), and the score :math:`s_x` (without).
+            :math:`x`, the log-determinant (both with gradients), and the score :math:`s_x`
+            (without).
         """
         return _carry_score(self.inverse_and_log_det, self.forward_and_log_det, y, score, context)
+
+    @property
+    def fast(self) -> str:
+        """Which direction is fast: ``"forward"`` (to sample), ``"inverse"`` (to score), ``"both"`` or ``"neither"``."""
+        return "both"
+
+    # Shapes
+
+    @property
+    def features(self) -> int:
+        """Entries of an event, whatever its shape."""
+        return self.event_shape.numel()
+
+    @property
+    def context_features(self) -> int | None:
+        """Entries of the context, whatever its shape; ``None`` without one."""
+        return None if self.context_shape is None else self.context_shape.numel()
+
+    def read_context(self, context: Tensor | None) -> Tensor | None:
+        """The context as a vector, of shape ``(*, context_features)``."""
+        dims = len(self.context_shape or ())
+        return context if context is None or dims < 2 else context.flatten(-dims)
+
+    def broadcast(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Points with the batch dimensions that they share with their contexts."""
+        dims = len(self.context_shape or ())
+        return x.expand(broadcast_batch(x.shape, len(self.event_shape), context, dims))
+
+    def entries(self, x: Tensor) -> Tensor:
+        """The entries of events in one dimension, of shape ``(*, features)``."""
+        dims = len(self.event_shape)
+        return x if dims == 1 else x.reshape(*x.shape[: x.dim() - dims], self.features)
+
+    def event(self, entries: Tensor) -> Tensor:
+        """Events, of shape ``(*, *event_shape)``, from their entries in one dimension."""
+        if len(self.event_shape) == 1:
+            return entries
+        return entries.reshape(entries.shape[:-1] + self.event_shape)
 
     # What torch and Pyro ask for
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The constraint that points satisfy."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    codomain = domain  # type: ignore[assignment]
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The constraint that images satisfy."""
+        return constraints.independent(constraints.real, len(self.event_shape))
 
     @property
     def image_shape(self) -> torch.Size:
@@ -209,10 +283,10 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
         return self._inv_call(y)
 
     def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
-        if self.context_features is not None:
+        if self.context_shape is not None:
             check_context(
                 None,
-                self.context_features,
+                self.context_shape,
                 f"{type(self).__name__} (give it by condition(context))",
             )
         memory = self._memory.recall(given, self._definition)
@@ -249,15 +323,16 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
         """Fixes the context.
 
         Args:
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
-            A transform that shares these parameters and takes no context; this very transform where it takes none.
+            A transform that shares these parameters and takes no context; this very transform where
+            it takes none.
 
         Raises:
-            ValueError: If the context has another width.
+            ValueError: If the context has another shape.
         """
-        if self.context_features is None:
+        if self.context_shape is None:
             return self
         return Conditioned(self, context)
 
@@ -276,14 +351,16 @@ class Transform(Recorded, TransformModule, ConditionalTransform):  # type: ignor
         return nn.Module.__repr__(self)
 
     def extra_repr(self) -> str:
-        shape = (
-            f"{self.event_shape[0]}" if len(self.event_shape) == 1 else f"{tuple(self.event_shape)}"
-        )
-        context = (
-            "" if self.context_features is None else f", context_features={self.context_features}"
-        )
-        fast = _FAST[self.fast]
-        return f"{shape}{context}, fast: {fast}"
+        shape, context = self.event_shape, self.context_shape
+        described = f"{shape[0]}" if len(shape) == 1 else f"{tuple(shape)}"
+        if context is not None:
+            vector = len(context) == 1
+            described += (
+                f", context_features={context[0]}"
+                if vector
+                else f", context_shape={tuple(context)}"
+            )
+        return f"{described}, fast: {FAST[self.fast]}"
 
     def __getstate__(self) -> dict[str, Any]:
         for parameter in self.parameters():
@@ -327,20 +404,6 @@ def check_transform(name: str, value: Any) -> Transform:
     raise TypeError(f"Expected {name} of type pyroflows.transforms.Transform; got {kind}.")
 
 
-def _check_reversible(layer: Transform) -> None:
-    kind = type(layer).__name__
-    if layer.fast != "both":
-        kind = f"{kind} (fast: {_FAST[layer.fast]})"
-        raise ValueError(
-            f"Expected reversible=True with transforms fast in both directions; got {kind}."
-        )
-    if not all(module.repeatable for module in layer.modules() if isinstance(module, Transform)):
-        kind = f"{kind}, which changes with use"
-        raise ValueError(
-            f"Expected reversible=True with transforms that repeat themselves; got {kind}."
-        )
-
-
 class Inverse(Transform):
     """The inverse of a transform, sharing its parameters.
 
@@ -359,16 +422,21 @@ class Inverse(Transform):
 
     def __init__(self, transform: Transform) -> None:
         check_transform("transform", transform)
-        super().__init__(transform.image_shape, transform.context_features)
+        super().__init__(transform.image_shape, context_shape=transform.context_shape)
         self.transform = transform
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
+    def fast(self) -> str:
         fast = self.transform.fast
         return {"forward": "inverse", "inverse": "forward"}.get(fast, fast)
 
-    domain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
-    codomain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.domain
 
     @property
     def inv(self) -> Transform:
@@ -425,11 +493,12 @@ class Conditioned(Transform):
 
     Args:
         transform: A transform with a context.
-        context: Context of shape ``(*, context_features)``; a buffer, saved and moved with the module.
+        context: Context of shape ``(*, *context_shape)``; a buffer, saved and moved with the
+            module.
 
     Raises:
         TypeError: If ``transform`` is not a :class:`Transform`.
-        ValueError: If the context has another width.
+        ValueError: If the context has another shape.
     """
 
     context: Tensor
@@ -439,15 +508,20 @@ class Conditioned(Transform):
         super().__init__(transform.event_shape)
         self.transform = transform
         self.register_buffer(
-            "context", check_context(context, transform.context_features, type(transform).__name__)
+            "context", check_context(context, transform.context_shape, type(transform).__name__)
         )
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
+    def fast(self) -> str:
         return self.transform.fast
 
-    domain = property(lambda self: self.transform.domain)  # type: ignore[assignment]
-    codomain = property(lambda self: self.transform.codomain)  # type: ignore[assignment]
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.transform.codomain
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -470,144 +544,14 @@ class Conditioned(Transform):
         return self.transform.pull_score(y, score, self.context)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return broadcast_batch(
-            self.transform.forward_shape(shape), self.codomain.event_dim, self.context
-        )
+        return self._broadcast_shape(self.transform.forward_shape(shape), self.codomain.event_dim)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return broadcast_batch(
-            self.transform.inverse_shape(shape), self.domain.event_dim, self.context
-        )
+        return self._broadcast_shape(self.transform.inverse_shape(shape), self.domain.event_dim)
+
+    def _broadcast_shape(self, shape: torch.Size, event_dim: int) -> torch.Size:
+        dims = len(self.transform.context_shape or ())
+        return broadcast_batch(shape, event_dim, self.context, dims)
 
     def extra_repr(self) -> str:
         return f"context of shape {tuple(self.context.shape)}"
-
-
-class Compose(Transform):
-    r"""Several transforms one after the other, :math:`f = f_K \circ \dots \circ f_1`, first applied first.
-
-    Args:
-        transforms: Transforms in generative order. Those that take a context all get the same one.
-        reversible: Whether the backward pass recomputes activations by inversion instead of keeping them, so that the
-            memory of a training step does not grow with depth; see the reference. The result is differentiable once.
-
-    Raises:
-        TypeError: If one of them is not a :class:`Transform`.
-        ValueError: If there is none, if event shapes or context widths do not fit together, or if ``reversible`` is asked of
-            transforms that are slow in one direction or do not repeat themselves.
-
-    Reference:
-        Gomez, Ren, Urtasun, Grosse, "The reversible residual network: Backpropagation without storing activations", 2017,
-        https://arxiv.org/abs/1707.04585
-
-    Example:
-        >>> from pyroflows.transforms import Compose, Reverse
-        >>> Compose([Reverse(3), Reverse(3)])(torch.arange(3.0))
-        tensor([0., 1., 2.])
-    """
-
-    transform: Transform
-    context: Tensor
-
-    def __init__(self, transforms: Iterable[Transform], reversible: bool = False) -> None:
-        if not isinstance(transforms, Iterable):
-            raise TypeError(
-                f"Expected transforms to be a sequence of transforms; got {type(transforms).__name__}."
-            )
-        layers = list(transforms)
-        if not layers:
-            raise ValueError("Expected at least one transform in transforms; got none.")
-        for layer in layers:
-            check_transform("transforms", layer)
-        shape = layers[0].event_shape
-        for number, layer in enumerate(layers):
-            if layer.event_shape != shape:
-                raise ValueError(
-                    f"Expected transform {number} of event shape {tuple(shape)}, as the one before it gives; "
-                    f"got {tuple(layer.event_shape)}."
-                )
-            shape = layer.image_shape
-        widths = sorted({layer.context_features for layer in layers} - {None})  # type: ignore[type-var]
-        if len(widths) > 1:
-            raise ValueError(f"Expected one width of context in all transforms; got {widths}.")
-        super().__init__(layers[0].event_shape, widths[0] if widths else None)
-        self.layers = nn.ModuleList(layers)
-        # Torch asks a dozen times per distribution.
-        self._domain, self._codomain = layers[0].domain, layers[-1].codomain
-        self.reversible = reversible
-        for layer in layers if reversible else []:
-            _check_reversible(layer)
-
-    @property
-    def fast(self) -> str:  # type: ignore[override]
-        limits = {layer.fast for layer in self.layers} - {"both"}
-        if len(limits) > 1:
-            return "neither"
-        return limits.pop() if limits else "both"  # type: ignore[return-value]
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self._domain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        return self._codomain
-
-    def forward_and_log_det(
-        self, x: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._run(x, context, inverted=False)
-
-    def inverse_and_log_det(
-        self, y: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self._run(y, context, inverted=True)
-
-    def _run(self, x: Tensor, context: Tensor | None, inverted: bool) -> tuple[Tensor, Tensor]:
-        layers = list(self._with_context(context))
-        if inverted:
-            layers.reverse()
-        if self.reversible and torch.is_grad_enabled() and not transforming():
-            return recomputed([Step(layer, inverted) for layer, _ in layers], x, context)
-        total: Tensor | None = None
-        for layer, given in layers:
-            x, log_det = (
-                layer.inverse_and_log_det(x, given)
-                if inverted
-                else layer.forward_and_log_det(x, given)
-            )
-            total = log_det if total is None else total + log_det
-        return x, total  # type: ignore[return-value]
-
-    def push_score(
-        self, x: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total: Tensor | None = None
-        for layer, given in self._with_context(context):
-            x, log_det, score = layer.push_score(x, score, given)
-            total = log_det if total is None else total + log_det
-        return x, total, score  # type: ignore[return-value]
-
-    def pull_score(
-        self, y: Tensor, score: Tensor, context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        total: Tensor | None = None
-        for layer, given in reversed(list(self._with_context(context))):
-            y, log_det, score = layer.pull_score(y, score, given)
-            total = log_det if total is None else total + log_det
-        return y, total, score  # type: ignore[return-value]
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        for layer in self.layers:
-            shape = layer.forward_shape(shape)  # type: ignore[operator]
-        return shape
-
-    def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        for layer in reversed(self.layers):  # type: ignore[arg-type]
-            shape = layer.inverse_shape(shape)  # type: ignore[operator]
-        return shape
-
-    def _with_context(self, context: Tensor | None) -> Iterator[tuple[Transform, Tensor | None]]:
-        for layer in self.layers:
-            assert isinstance(layer, Transform)
-            yield layer, None if layer.context_features is None else context

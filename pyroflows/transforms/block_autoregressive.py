@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._checks import broadcast_batch, check_hidden
+from .._checks import check_hidden
 from ..nn.made import check_order
 from ..univariate._numeric import invert
+from ..univariate.base import soft_clip
 from .autoregressive import Order, named_order
 from .base import Transform, vjp
-from .linear import inverse_permutation
+from .permute import inverse_permutation
 
 __all__ = ["BlockAutoregressive"]
 
@@ -28,31 +29,36 @@ Solver = Callable[[Increasing, Tensor, int], tuple[Tensor, Tensor]]
 class BlockAutoregressive(Transform):
     r"""The layer of a block neural autoregressive flow, :math:`u = f(v; c)` with a triangular Jacobian.
 
-    Every entry owns a few units of each hidden layer. They read the units of the same entry through positive weights, and
-    those of earlier entries, and the context, through free ones. With :math:`h_i = v_i` and :math:`z_i = v_i` at first, a
-    hidden layer is
+    Every entry owns a few units of each hidden layer. They read the units of the same entry through
+    positive weights, and those of earlier entries, and the context, through free ones. With
+    :math:`h_i = v_i` and :math:`z_i = v_i` at first, a hidden layer is
 
     .. math:: (s_i, g_i) = \sum_{j < i} W_{ij} z_j + V_i c + b_i, \quad d_i = e^{g_i} \odot P_i h_i, \\
         a_i = d_i + s_i, \quad h_i \leftarrow d_i + (e^{r_i} - 1) \odot \tanh a_i, \quad z_i \leftarrow \tanh a_i,
 
-    where the rows of :math:`P_i` are positive and sum to one, and the last layer gives :math:`u_i = a_i`. The derivative by
-    the entry itself goes along by the chain rule; all its factors are positive, that of the activation being
-    :math:`1 + (e^r - 1)(1 - \tanh^2 a)`. This activation is the tanh of the paper beside a line, so that every entry runs
-    over the whole line and the density is normalised, where a network of plain tanh has a bounded range. Earlier entries
-    move its scale as well as its place. The numbers :math:`g` are softly clipped to :math:`\pm 3` and :math:`r` to
-    :math:`\pm 5`, so that no slope overflows or vanishes.
+    where the rows of :math:`P_i` are positive and sum to one, and the last layer gives
+    :math:`u_i = a_i`. The derivative by the entry itself goes along by the chain rule; all its
+    factors are positive, that of the activation being :math:`1 + (e^r - 1)(1 - \tanh^2 a)`. This
+    activation is the tanh of the paper beside a line, so that every entry runs over the whole line
+    and the density is normalised, where a network of plain tanh has a bounded range. Earlier
+    entries move its scale as well as its place. The numbers :math:`g` are softly clipped to
+    :math:`\pm 3` and :math:`r` to :math:`\pm 5`, so that no slope overflows or vanishes.
 
-    With ``fast="inverse"`` the network leads from event to base, :math:`v = y, u = x`: fast to score. With
-    ``fast="forward"`` it leads from base to event: fast to sample. The other direction finds one entry after the other by a
-    numeric inverse of its own units, each hidden unit being settled once, with exact gradients by the implicit function
-    theorem. The layer starts at the identity.
+    With ``fast="inverse"`` the network leads from event to base, :math:`v = y, u = x`: fast to
+    score. With ``fast="forward"`` it leads from base to event: fast to sample. The other direction
+    finds one entry after the other by a numeric inverse of its own units, each hidden unit being
+    settled once, with exact gradients by the implicit function theorem. The layer starts at the
+    identity.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Units that every entry owns in each hidden layer.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        hidden: Units that every entry owns in each hidden layer.
         order: ``"natural"``, ``"reversed"``, ``"random"``, or the entries from first to last.
-        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to sample.
+        fast: ``"inverse"`` for a layer that is fast to score, ``"forward"`` for one that is fast to
+            sample.
         seed: Seed of the random order.
 
     Raises:
@@ -60,39 +66,44 @@ class BlockAutoregressive(Transform):
         ValueError: If a size is not positive, the order is no permutation, or a name is unknown.
 
     Reference:
-        De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019, https://arxiv.org/abs/1904.04676
+        De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019,
+        https://arxiv.org/abs/1904.04676
 
     Example:
-        >>> t = BlockAutoregressive(3, hidden_features=(4,))
+        >>> t = BlockAutoregressive(3, hidden=(4,))
         >>> t.fast, t.inv(torch.ones(5, 3)).shape
         ('inverse', torch.Size([5, 3]))
     """
 
-    entries: Tensor
+    vectors_only = True
+    fast: str = "inverse"
+    order: Tensor
     places: Tensor
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (8, 8),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (8, 8),
         order: Order = "natural",
         fast: str = "inverse",
         seed: int = 0,
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, context_shape=context_shape)
         if fast not in ("inverse", "forward"):
             raise ValueError(
                 f"Expected fast to be inverse (fast to score) or forward (fast to sample); got {fast!r}."
             )
         self.fast = fast
-        entries = check_order(named_order(order, features, seed), features)
-        self.register_buffer("entries", torch.tensor(entries))
+        entries = check_order(named_order(order, self.features, seed), self.features)
+        self.register_buffer("order", torch.tensor(entries))
         self.register_buffer("places", torch.tensor(inverse_permutation(entries)))
-        widths = (1, *check_hidden(hidden_features), 1)
+        widths = (1, *check_hidden(hidden), 1)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
-            _Layer(features, i, o, context_features, layer == last)
+            _Layer(self.features, i, o, self.context_features, layer == last)
             for layer, (i, o) in enumerate(pairwise(widths))
         )
 
@@ -117,7 +128,7 @@ class BlockAutoregressive(Transform):
             return super().push_score(x, score, context)
         # The point is known, so a step of Newton's from it, which does not move, takes the place of the search.
         y, log_det = self.forward_and_log_det(x, context)
-        known = x.detach().expand(y.shape).index_select(-1, self.entries)
+        known = x.detach().expand(y.shape).index_select(-1, self.order)
         with torch.enable_grad():
             point = y.detach().requires_grad_()
             back, inverse_log_det = self._solve(point, context, partial(_stay, known))
@@ -132,7 +143,8 @@ class BlockAutoregressive(Transform):
 
     def _move(self, v: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """The direction in which the network sees all entries at once."""
-        h = seen = v.index_select(-1, self.entries).unsqueeze(-1)
+        context = self.read_context(context)
+        h = seen = v.index_select(-1, self.order).unsqueeze(-1)
         slope = torch.ones_like(h)
         for layer in self._layers():
             h, slope, seen = _step(
@@ -143,7 +155,8 @@ class BlockAutoregressive(Transform):
 
     def _solve(self, u: Tensor, context: Tensor | None, solve: Solver) -> tuple[Tensor, Tensor]:
         """The other direction, entry by entry, in which every unit is settled once."""
-        u = u.expand(broadcast_batch(u.shape, 1, context)).index_select(-1, self.entries)
+        u = self.broadcast(u, context).index_select(-1, self.order)
+        context = self.read_context(context)
         readers = [_Reader(layer, context) for layer in self._layers()]
         found, log_det = [], u.new_zeros(())
         for entry, value in enumerate(u.unbind(-1)):
@@ -182,6 +195,8 @@ class _Layer(nn.Module):
         inputs: Units per entry that the layer reads.
         outputs: Units per entry that it has.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         last: Whether it is the last layer, which is linear.
     """
 
@@ -219,7 +234,7 @@ class _Layer(nn.Module):
 
     def bend(self) -> Tensor | None:
         """The slope in the middle of the activation less one, of shape ``(features, outputs)``."""
-        return None if self.steepness is None else torch.expm1(_softclip(self.steepness, 5.0))
+        return None if self.steepness is None else torch.expm1(soft_clip(self.steepness, 5.0))
 
     def fixed(self, context: Tensor | None) -> Tensor:
         """What the context adds to the bias, of shape ``(*, features, 2 * outputs)``."""
@@ -264,7 +279,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: its units, their derivatives by their own entry, and what later entries see of them."""
     shift, log_gain = free.chunk(2, -1)
-    gain = _softclip(log_gain, 3.0).exp()
+    gain = soft_clip(log_gain, 3.0).exp()
     own, slope = (
         gain * (t if mixture is None else torch.einsum("...ik,iok->...io", t, mixture))
         for t in (h, slope)
@@ -282,7 +297,3 @@ def _through(blocks: list[Block], v: Tensor) -> tuple[Tensor, Tensor]:
     for block in blocks:
         h, slope, _ = _step(h, slope, *block)
     return h.squeeze(-1).squeeze(-1), slope.squeeze(-1).squeeze(-1).log().expand(h.shape[:-2])
-
-
-def _softclip(raw: Tensor, bound: float) -> Tensor:
-    return bound * torch.tanh(raw / bound)

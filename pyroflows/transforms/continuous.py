@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import broadcast_batch, check_positive, check_size
+from .._checks import check_positive, check_size
 from ..nn import MLP
 from ._jacobian import Feedforward, Jacobian, check_trace, trace_rule
 from .base import Transform
@@ -39,43 +39,50 @@ class ContinuousFlow(Transform):
     .. math:: \frac{dz}{dt} = v(z, t; c), \quad x = z(0), \quad y = z(1), \quad
         \log|\det J| = \int_0^1 \operatorname{tr} \frac{\partial v}{\partial z}\, dt.
 
-    Each direction is one solve of the differential equation, so that neither is fast, and one is the inverse of the other to
-    within the solver's tolerance. The flow starts at the identity.
+    Each direction is one solve of the differential equation, so that neither is fast, and one is
+    the inverse of the other to within the solver's tolerance. The flow starts at the identity.
 
-    Up to two hidden layers the exact trace costs no more than a layer of the network, whatever the number of features.
-    With more it costs ``features`` passes, and is replaced for large vectors *in training mode* by Hutchinson's unbiased
-    estimate, with random signs from torch's global generator, fixed over a solve. In evaluation mode the trace is always
-    exact.
+    Up to two hidden layers the exact trace costs no more than a layer of the network, whatever the
+    number of features. With more it costs ``features`` passes, and is replaced for large vectors
+    *in training mode* by Hutchinson's unbiased estimate, with random signs from torch's global
+    generator, fixed over a solve. In evaluation mode the trace is always exact.
 
-    The adaptive solvers are those of torchdiffeq, an optional dependency. They hold *each* point of a batch to the
-    tolerance, and choose their steps on the host, which neither ``vmap`` nor ``torch.compile`` can follow; ``"rk4"`` and
-    ``"gbs"`` (the extrapolation of Gragg, Bulirsch and Stoer, of order ten, near the rounding error on smooth paths) take
-    equal steps, need nothing more and work everywhere; they keep no tolerance, and rough paths ask for more steps.
+    The adaptive solvers are those of torchdiffeq, an optional dependency. They hold *each* point of
+    a batch to the tolerance, and choose their steps on the host, which neither ``vmap`` nor
+    ``torch.compile`` can follow; ``"rk4"`` and ``"gbs"`` (the extrapolation of Gragg, Bulirsch and
+    Stoer, of order ten, near the rounding error on smooth paths) take equal steps, need nothing
+    more and work everywhere; they keep no tolerance, and rough paths ask for more steps.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Widths of the network of the velocity, to which time is one more input.
-        activation: Its activation, a callable without arguments that makes a smooth elementwise module. ``Tanh`` bounds the
-            velocity, so that no path escapes, however large the weights.
-        trace: ``"exact"``, ``"hutchinson"`` or ``"auto"``: exact up to two hidden layers or 32 entries.
-        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"`` with steps by tolerance;
-            ``"rk4"`` or ``"gbs"`` with equal steps.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        hidden: Widths of the network of the velocity, to which time is one more input.
+        activation: Its activation, a callable without arguments that makes a smooth elementwise
+            module. ``Tanh`` bounds the velocity, so that no path escapes, however large the
+            weights.
+        trace: ``"exact"``, ``"hutchinson"`` or ``"auto"``: exact up to two hidden layers or 32
+            entries.
+        solver: ``"dopri5"``, ``"dopri8"``, ``"bosh3"`` or ``"adaptive_heun"`` with steps by
+            tolerance; ``"rk4"`` or ``"gbs"`` with equal steps.
         rtol: Relative tolerance of an adaptive solver; not below a few roundings.
         atol: Absolute tolerance.
         steps: Number of equal steps; 16 for ``"rk4"`` and 4 for ``"gbs"`` by default.
-        adjoint: Whether gradients come from solving the adjoint equation backwards, whose memory does not grow with the
-            steps; for adaptive solvers. They are then within the solver's tolerance and of first order only.
+        adjoint: Whether gradients come from solving the adjoint equation backwards, whose memory
+            does not grow with the steps; for adaptive solvers. They are then within the solver's
+            tolerance and of first order only.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size or tolerance is not positive, a word is unknown, or options contradict each other.
+        ValueError: If a size or tolerance is not positive, a word is unknown, or options contradict
+            each other.
         ImportError: If the solver needs torchdiffeq and it is not installed.
         RuntimeError: When called, if an adaptive solver fails.
 
     Reference:
-        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics for scalable reversible
-        generative models", 2019, https://arxiv.org/abs/1810.01367
+        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics
+        for scalable reversible generative models", 2019, https://arxiv.org/abs/1810.01367
 
     Example:
         >>> t = ContinuousFlow(3, context_features=2, solver="rk4")
@@ -83,13 +90,16 @@ class ContinuousFlow(Transform):
         torch.Size([5, 3])
     """
 
+    vectors_only = True
     fast = "neither"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.Tanh,
         trace: str = "auto",
         solver: str = "dopri5",
@@ -98,9 +108,10 @@ class ContinuousFlow(Transform):
         steps: int | None = None,
         adjoint: bool = False,
     ) -> None:
-        super().__init__(features, context_features)
-        self.network = MLP(features + 1, features, hidden_features, context_features, activation)
-        self.network.start_at(torch.zeros(features))
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        self.network = MLP(n + 1, n, self.context_features, hidden=hidden, activation=activation)
+        self.network.start_at(torch.zeros(n))
         self.trace = check_trace(trace)
         self.solver = _check_solver(solver)
         self.rtol, self.atol = check_positive("rtol", rtol), check_positive("atol", atol)
@@ -121,7 +132,7 @@ class ContinuousFlow(Transform):
 
     @property
     def _exact(self) -> bool:
-        cheap = len(self.network.layers) <= 2 or self.event_shape[0] <= EXACT_FEATURES
+        cheap = len(self.network.layers) <= 2 or self.features <= EXACT_FEATURES
         return self.trace == "exact" or (self.trace == "auto" and cheap) or not self.training
 
     def forward_and_log_det(
@@ -137,7 +148,7 @@ class ContinuousFlow(Transform):
     def _carry(
         self, x: Tensor, context: Tensor | None, start: float, stop: float
     ) -> tuple[Tensor, Tensor]:
-        x = x.expand(broadcast_batch(x.shape, 1, context))
+        x = self.broadcast(x, context)
         rule = _exact_trace if self._exact else _estimated_trace(torch.randn_like(x).sign())
         moved, (log_det,) = self._solve(x, context, start, stop, rule, 1)
         return moved, log_det
@@ -147,21 +158,23 @@ class ContinuousFlow(Transform):
 
         .. math:: \int_0^1 \| v \|^2 dt, \qquad \int_0^1 \| \partial v / \partial z \|_F^2 \, dt.
 
-        A loss with a little of their means, ``-log_prob.mean() + 0.01 * kinetic.mean() + 0.01 * jacobian.mean()``, keeps
-        paths straight and solves cheap. The second is an unbiased estimate with random signs from torch's global generator.
+        A loss with a little of their means,
+        ``-log_prob.mean() + 0.01 * kinetic.mean() + 0.01 * jacobian.mean()``, keeps paths straight
+        and solves cheap. The second is an unbiased estimate with random signs from torch's global
+        generator.
 
         Args:
             y: Points of shape ``(*, features)``, on the side of the event.
-            context: Context of shape ``(*, context_features)``.
+            context: Context of shape ``(*, *context_shape)``.
 
         Returns:
             Two tensors of shape ``(*)``.
 
         Reference:
-            Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE: the world of Jacobian and kinetic
-            regularization", 2020, https://arxiv.org/abs/2002.02798
+            Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE: the world of
+            Jacobian and kinetic regularization", 2020, https://arxiv.org/abs/2002.02798
         """
-        y = y.expand(broadcast_batch(y.shape, 1, context))
+        y = self.broadcast(y, context)
         _, (kinetic, jacobian) = self._solve(
             y, context, 1.0, 0.0, _energies(torch.randn_like(y).sign()), 2
         )
@@ -171,7 +184,7 @@ class ContinuousFlow(Transform):
 
     def _network(self, context: Tensor | None) -> tuple[Feedforward, Tensor]:
         """The velocity at time zero, and how fast time moves its first layer."""
-        network, n = Feedforward.of(self.network, context), self.event_shape[0]
+        network, n = Feedforward.of(self.network, self.read_context(context)), self.features
         first = network.weights[0]
         return network._replace(weights=(first[:, :n], *network.weights[1:])), first[:, n]
 
@@ -185,7 +198,7 @@ class ContinuousFlow(Transform):
         quantities: int,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Where the path through ``x`` arrives, and the integrals along it."""
-        n = self.event_shape[0]
+        n = self.features
 
         def at_context() -> Derivative:
             network, drift = self._network(context)
@@ -293,8 +306,8 @@ def _runge_kutta(f: Derivative, t: float, z: Tensor, h: float) -> Tensor:
 def _extrapolated(f: Derivative, t: float, z: Tensor, h: float) -> Tensor:
     r"""The increment of Gragg's midpoint rule, extrapolated to steps of no length.
 
-    For an even number of midpoints its error is a series in even powers of their distance, whose first terms the weights
-    :math:`\prod_{m \ne n} n^2 / (n^2 - m^2)` cancel.
+    For an even number of midpoints its error is a series in even powers of their distance, whose
+    first terms the weights :math:`\prod_{m \ne n} n^2 / (n^2 - m^2)` cancel.
     """
     first = f(t, z)
     total = torch.zeros_like(z)

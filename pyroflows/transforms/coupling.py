@@ -2,128 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
-from .._checks import broadcast_batch, check_size
-from ..nn import MLP
-from ..univariate.base import Affine, Shift, Univariate, codes_of, encode, fast_of, support_of
+from ..nn.network import Network, make_network, mlp
+from ..univariate import Affine, Shift, Univariate
 from .base import Transform, vjp
 from .elementwise import identity_table
-from .linear import inverse_permutation
+from .masks import Mask, coupling_masks
+from .permute import inverse_permutation
 
-__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling", "coupling_masks"]
-
-Mask = str | Tensor | Sequence[bool]
-
-
-def coupling_masks(
-    mask: Mask | Sequence[Mask], features: int, transforms: int, seed: int = 0
-) -> list[Tensor]:
-    r"""Masks for a stack of couplings; ``True`` marks the entries that stay and condition the others.
-
-    Args:
-        mask: ``"half"`` (the first half stays), ``"checkerboard"`` (entries of even index stay), ``"random"`` (a random
-            half stays, a new one for every second layer), each swapped with its complement from layer to layer;
-            ``"alternating"`` (half and checkerboard in turn, then both swapped); one boolean mask of shape
-            ``(features,)``, swapped from layer to layer; or one boolean mask per layer, ``(transforms, features)``.
-        features: Entries of the vector.
-        transforms: Number of layers.
-        seed: Seed of the random masks. They depend on nothing else, so that a flow made again, to load saved
-            parameters, has the masks that the parameters were trained with.
-
-    Returns:
-        One boolean tensor of shape ``(features,)`` per layer.
-
-    Raises:
-        TypeError: If the mask is neither a name nor boolean.
-        ValueError: If the name is unknown, the shape is wrong, or a mask leaves no entry to condition on or none to
-            transform.
-
-    Example:
-        >>> coupling_masks("half", 3, 2)
-        [tensor([ True, False, False]), tensor([False,  True,  True])]
-    """
-    if check_size("features", features) < 2:
-        raise ValueError(
-            "Expected features >= 2 for a coupling, which needs one entry to condition on and one to transform; "
-            f"got {features}. For one feature use Elementwise instead."
-        )
-    check_size("transforms", transforms)
-    check_size("seed", seed, least=0)
-    if isinstance(mask, str):
-        return _named_masks(mask, features, transforms, seed)
-    try:
-        given = torch.as_tensor(mask, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"Expected mask to be a name or a boolean tensor; got {mask!r}.") from None
-    if given.dtype != torch.bool:
-        raise TypeError(f"Expected mask to be boolean; got {given.dtype}.")
-    if given.shape == (features,):
-        masks = [given if layer % 2 == 0 else ~given for layer in range(transforms)]
-    elif given.shape == (transforms, features):
-        masks = list(given)
-    else:
-        raise ValueError(
-            f"Expected mask of shape ({features},) or ({transforms}, {features}); got {tuple(given.shape)}."
-        )
-    for row in masks:
-        if bool(row.all()):
-            raise ValueError(
-                "Expected mask to leave an entry to transform; got one that is True everywhere."
-            )
-        if not bool(row.any()):
-            raise ValueError(
-                "Expected mask to leave an entry to condition on; got one that is False everywhere. Use Elementwise instead."
-            )
-    return masks
-
-
-def _named_masks(name: str, features: int, transforms: int, seed: int) -> list[Tensor]:
-    index = torch.arange(features, device="cpu")
-    half, checkerboard = index < features // 2, index % 2 == 0
-    if name == "half":
-        cycle = [half, ~half]
-    elif name == "checkerboard":
-        cycle = [checkerboard, ~checkerboard]
-    elif name == "alternating":
-        cycle = [half, checkerboard, ~half, ~checkerboard]
-    elif name == "random":
-        halves = _spread_halves(half, (transforms + 1) // 2, torch.Generator().manual_seed(seed))
-        cycle = [mask for chosen in halves for mask in (chosen, ~chosen)]
-    else:
-        raise ValueError(
-            f"Expected mask to be half, checkerboard, alternating, random or a tensor; got {name!r}."
-        )
-    return [cycle[layer % len(cycle)].clone() for layer in range(transforms)]
-
-
-def _spread_halves(
-    half: Tensor, count: int, generator: torch.Generator, candidates: int = 64
-) -> list[Tensor]:
-    """Random halves, each the one of some candidates that parts most pairs of entries that none before it has parted.
-
-    Two entries that are never parted never condition each other.
-    """
-    together = torch.ones(len(half), len(half), dtype=torch.bool, device="cpu")
-    chosen: list[Tensor] = []
-    for _ in range(count):
-        shuffled = [
-            half[torch.randperm(len(half), generator=generator, device="cpu")]
-            for _ in range(candidates)
-        ]
-        # The layer before has the complement of the last one; the same mask twice would make one layer of two.
-        new = [mask for mask in shuffled if not chosen or not torch.equal(mask, ~chosen[-1])]
-        best = max(new, key=lambda mask: int((together & (mask[:, None] != mask)).sum()))
-        together &= best[:, None] == best
-        chosen.append(best)
-        if not bool(together.triu(1).any()):
-            together.fill_(True)
-    return chosen
+__all__ = ["AdditiveCoupling", "AffineCoupling", "Coupling"]
 
 
 class Coupling(Transform):
@@ -134,21 +27,32 @@ class Coupling(Transform):
     .. math:: y_A = x_A, \quad y_B = f(x_B;\, \theta(x_A, c)), \quad
         \log|\det J| = \sum_{i \in B} \log \partial y_i / \partial x_i,
 
-    where :math:`\theta` is a network. Both directions cost one evaluation of it. The layer starts at the identity.
+    where :math:`\theta` is a network. Both directions cost one evaluation of it. The layer starts
+    at the identity.
+
+    Images and series are split by their channels, and need a network that keeps positions, such as
+    ``convnet()``. Their context has the same positions, or is a vector, which the network then
+    finds at every position.
 
     Args:
         univariate: A monotone map, such as ``Affine()``.
-        features: Entries of the vector, at least 2.
+        features: Entries of a vector, at least 2, or the shape of an event with as many channels:
+            ``(channels, height, width)``, ``(channels, time)``.
         context_features: Entries of the context :math:`c`, or ``None``.
-        mask: ``"half"``, ``"checkerboard"``, ``"random"`` or a boolean mask of shape ``(features,)``; ``True`` stays.
-        hidden_features: Widths of the network.
-        activation: Its activation, a callable without arguments that makes a module.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        mask: ``"half"``, ``"checkerboard"``, ``"random"`` or a boolean mask of shape
+            ``(features,)``, or ``(channels,)``; ``True`` stays.
+        network: Factory of the network :math:`\theta`.
 
     Raises:
-        ValueError: If a size is not positive or the mask leaves nothing to condition on or to transform.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a size is not positive, the mask leaves nothing to condition on or to
+            transform, or the network does not fit.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> from pyroflows.univariate import Affine
@@ -156,6 +60,10 @@ class Coupling(Transform):
         >>> t = Coupling(Affine(), 3, mask=[True, False, False])
         >>> t(torch.ones(5, 3)).shape
         torch.Size([5, 3])
+        >>> from pyroflows.nn import convnet
+        >>> t = Coupling(Affine(), (4, 8, 8), context_shape=(1, 8, 8), network=convnet())
+        >>> t.condition(torch.zeros(1, 8, 8))(torch.ones(5, 4, 8, 8)).shape
+        torch.Size([5, 4, 8, 8])
     """
 
     order: Tensor
@@ -164,50 +72,72 @@ class Coupling(Transform):
     def __init__(
         self,
         univariate: Univariate,
-        features: int,
+        features: int | Sequence[int],
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         mask: Mask = "half",
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, context_shape=context_shape)
         self.univariate = univariate
-        (chosen,) = coupling_masks(mask, features, 1)
+        channels, self._positions = self.event_shape[:1].numel(), self.event_shape[1:]
+        (chosen,) = coupling_masks(mask, channels, 1)
+        start = identity_table(univariate, int((~chosen).sum())).flatten()
         stays, moves = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
         self._sizes = [len(stays), len(moves)]
+        self._dim = -len(self.event_shape)
         self._contiguous = _contiguous_part(stays + moves)
         # The entries that stay, then those that move.
         self.register_buffer("order", torch.tensor(stays + moves))
         self.register_buffer("inverse_order", torch.tensor(inverse_permutation(stays + moves)))
-        table = identity_table(univariate, len(moves)).flatten()
-        width = codes_of(univariate) * len(stays)
-        self.conditioner = MLP(width, len(table), hidden_features, context_features, activation)
-        self.conditioner.start_at(table)
+        self.conditioner = make_network(
+            network,
+            univariate.codes * len(stays),
+            start,
+            self._context_size(),
+            self._positions,
+        )
+
+    def _context_size(self) -> int | None:
+        """Entries of the context, or its channels where it has the positions of the event."""
+        shape, positions = self.context_shape, self._positions
+        if shape is None or len(shape) == 1 or not positions:
+            return self.context_features
+        if shape[1:] != positions:
+            raise ValueError(
+                f"Expected context_shape of a vector or with the positions {tuple(positions)} of the event; "
+                f"got {tuple(shape)}."
+            )
+        return shape[0]
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
-        return fast_of(self.univariate)
+    def fast(self) -> str:
+        return self.univariate.fast
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(support_of(self.univariate), 1)
+        return constraints.independent(self.univariate.support, len(self.event_shape))
 
-    codomain = domain  # type: ignore[assignment]
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.domain
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self._contiguous == "moves":
-            moves, stays = x.split(self._sizes[::-1], -1)
+            moves, stays = x.split(self._sizes[::-1], self._dim)
             return stays, moves
-        x = x if self._contiguous else x.index_select(-1, self.order)
-        stays, moves = x.split(self._sizes, -1)
+        x = x if self._contiguous else x.index_select(self._dim, self.order)
+        stays, moves = x.split(self._sizes, self._dim)
         return stays, moves
 
     def _merge(self, stays: Tensor, moves: Tensor) -> Tensor:
-        stays = stays.expand(moves.shape[:-1] + stays.shape[-1:])
+        batch = moves.shape[: self._dim]
+        stays = stays.expand(*batch, *stays.shape[self._dim :])
         if self._contiguous == "moves":
-            return torch.cat([moves, stays], -1)
-        x = torch.cat([stays, moves], -1)
-        return x if self._contiguous else x.index_select(-1, self.inverse_order)
+            return torch.cat([moves, stays], self._dim)
+        x = torch.cat([stays, moves], self._dim)
+        return x if self._contiguous else x.index_select(self._dim, self.inverse_order)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -216,44 +146,63 @@ class Coupling(Transform):
             self._contiguous = _contiguous_part(order.tolist())
 
     def _raw(self, stays: Tensor, context: Tensor | None) -> Tensor:
-        return self.conditioner(encode(self.univariate, stays), context).unflatten(
-            -1, (self.univariate.parameters, -1)
-        )
+        """Raw parameters as univariate maps take them, of shape ``(*, parameters, features)``."""
+        if not self._positions:
+            out = self.conditioner(self.univariate.encode(stays), self.read_context(context))
+            return out.unflatten(-1, (self.univariate.parameters, -1))
+        if context is not None and len(self.context_shape or ()) == 1:
+            context = context.reshape(*context.shape, *[1] * len(self._positions))
+            context = context.expand(*context.shape[: self._dim + 1], *self._positions)
+        codes = self.univariate.encode(stays.flatten(self._dim))
+        out = self.conditioner(codes.unflatten(-1, (-1, *self._positions)), context)
+        return out.flatten(self._dim).unflatten(-1, (self.univariate.parameters, -1))
+
+    def _flat(self, moves: Tensor) -> Tensor:
+        return moves.flatten(self._dim) if self._positions else moves
+
+    def _unflat(self, moves: Tensor) -> Tensor:
+        return moves.unflatten(-1, (-1, *self._positions)) if self._positions else moves
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         stays, moves = self._split(x)
-        moves, log_det = self.univariate.forward_and_log_det(moves, self._raw(stays, context))
-        return self._merge(stays, moves), log_det.sum(-1)
+        moved, log_slope = self.univariate.forward_and_log_det(
+            self._flat(moves), self._raw(stays, context)
+        )
+        return self._merge(stays, self._unflat(moved)), log_slope.sum(-1)
 
     def inverse_and_log_det(
         self, y: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         stays, moves = self._split(y)
-        moves, log_det = self.univariate.inverse_and_log_det(moves, self._raw(stays, context))
-        return self._merge(stays, moves), log_det.sum(-1)
+        moved, log_slope = self.univariate.inverse_and_log_det(
+            self._flat(moves), self._raw(stays, context)
+        )
+        return self._merge(stays, self._unflat(moved)), log_slope.sum(-1)
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The Jacobian is triangular, so its transpose is solved by substitution: first the entries that move, whose
         # block is diagonal, then those that stay, by one vector-Jacobian product of the network.
-        shape = broadcast_batch(x.shape, 1, context)
-        x, score = x.expand(shape), score.expand(shape)
+        x = self.broadcast(x, context)
+        score = score.expand(x.shape)
         with torch.enable_grad():
             x = x if x.requires_grad else x.detach().requires_grad_()
             stays, moves = self._split(x)
-            moved, log_det = self.univariate.forward_and_log_det(moves, self._raw(stays, context))
-            ones = torch.ones_like(log_det)
+            moved, log_slope = self.univariate.forward_and_log_det(
+                self._flat(moves), self._raw(stays, context)
+            )
+            ones = torch.ones_like(log_slope)
             score_stays, score_moves = self._split(score)
-            curvature = 0.0 if self.univariate.linear else vjp([(log_det, ones)], moves)
+            curvature = 0.0 if self.univariate.linear else vjp([(log_slope, ones)], moves)
             with torch.no_grad():
-                pushed = (score_moves - curvature) * log_det.neg().exp()
-            correction = vjp([(moved, pushed), (log_det, ones)], stays)
+                pushed = (score_moves - curvature) * self._unflat(log_slope.neg().exp())
+            correction = vjp([(moved, self._flat(pushed)), (log_slope, ones)], stays)
         return (
-            self._merge(stays, moved),
-            log_det.sum(-1),
+            self._merge(stays, self._unflat(moved)),
+            log_slope.sum(-1),
             self._merge(score_stays - correction, pushed),
         )
 
@@ -273,17 +222,19 @@ class AdditiveCoupling(Coupling):
     r"""The coupling of NICE, :math:`y_B = x_B + t(x_A, c)`; it keeps volumes.
 
     Args:
-        features: Entries of the vector, at least 2.
+        features: Entries of a vector, or the shape of an event; see :class:`Coupling`.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         mask: See :class:`Coupling`.
-        hidden_features: Widths of the network.
-        activation: Its activation.
+        network: Factory of the network.
 
     Raises:
         ValueError: As :class:`Coupling`.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> AdditiveCoupling(3)
@@ -302,33 +253,43 @@ class AdditiveCoupling(Coupling):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         mask: Mask = "half",
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
     ) -> None:
-        super().__init__(Shift(), features, context_features, mask, hidden_features, activation)
+        super().__init__(
+            Shift(),
+            features,
+            context_features,
+            context_shape=context_shape,
+            mask=mask,
+            network=network,
+        )
 
 
 class AffineCoupling(Coupling):
     r"""The coupling of RealNVP, :math:`y_B = e^{s(x_A, c)} x_B + t(x_A, c)`.
 
     Args:
-        features: Entries of the vector, at least 2.
+        features: Entries of a vector, or the shape of an event; see :class:`Coupling`.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         mask: See :class:`Coupling`.
-        hidden_features: Widths of the network.
-        activation: Its activation.
-        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``; see
-            :class:`Affine`.
+        network: Factory of the network.
+        scale: How raw parameters give scales: ``"softclip"``, ``"exp"``, ``"softplus"`` or
+            ``"sigmoid"``; see :class:`Affine`.
         bound: Bound of the soft clip on the log-scale.
 
     Raises:
         ValueError: As :class:`Coupling`, or if ``scale`` is unknown or ``bound`` is not positive.
 
     Reference:
-        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
+        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016,
+        https://arxiv.org/abs/1605.08803
 
     Example:
         >>> t = AffineCoupling(3, context_features=2)
@@ -338,14 +299,20 @@ class AffineCoupling(Coupling):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         mask: Mask = "half",
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
         scale: str = "softclip",
         bound: float = 3.0,
     ) -> None:
         super().__init__(
-            Affine(scale, bound), features, context_features, mask, hidden_features, activation
+            Affine(scale, bound),
+            features,
+            context_features,
+            context_shape=context_shape,
+            mask=mask,
+            network=network,
         )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
-from .._checks import broadcast_batch
-from ..nn import MLP
-from ..univariate.base import Scale, Univariate, fast_of, support_of
-from .base import Transform, vjp
+from ..nn.network import Network, mlp
+from ..univariate import Scale, Univariate
+from .base import vjp
+from .parametric import Parametric
 
 __all__ = ["Elementwise", "Rescale"]
 
@@ -22,29 +22,36 @@ def identity_table(univariate: Univariate, features: int) -> Tensor:
     Raises:
         TypeError: If ``univariate`` is no univariate map.
     """
-    asked = ("parameters", "identity", "linear", "forward_and_log_det", "inverse_and_log_det")
-    missing = [name for name in asked if not hasattr(univariate, name)]
-    if isinstance(univariate, type) or missing:
-        lack = f" without {', '.join(missing)}" if missing else ""
+    if not isinstance(univariate, Univariate):
         raise TypeError(
-            f"Expected univariate to be a monotone map such as Affine(); got {univariate!r}{lack}."
+            f"Expected univariate to be a monotone map such as Affine(); got {univariate!r}."
         )
     return torch.tensor(univariate.identity).unsqueeze(-1).repeat(1, features)
 
 
-class Elementwise(Transform):
-    r"""One univariate map per entry, :math:`y_i = f(x_i; \theta_i)`, with :math:`\theta_i` learned or given by the context.
+class Elementwise(Parametric):
+    r"""One univariate map per entry, with parameters that are learned or given by the context.
 
-    It starts at the identity.
+    .. math:: y_i = f(x_i; \theta_i).
+
+    Events have any shape. It starts at the identity.
 
     Args:
         univariate: A monotone map, such as ``Affine()``.
-        features: Entries of the vector.
-        context_features: Entries of the context; with them :math:`\theta` is the output of a network.
-        hidden_features: Widths of that network.
-        activation: Its activation.
+        features: Entries of a vector, or the shape of an event: ``(channels, height, width)``,
+            ``(channels, time)``.
+        context_features: Entries of the context; with them :math:`\theta` is the output of a
+            network.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        per_channel: Whether all entries of a channel, the first dimension of an event, share their
+            parameters.
+        network: Factory of the network that reads the context. A context at the positions of the
+            event, such as ``(1, height, width)``, is read by one that keeps positions, such as
+            ``convnet()``, unless channels share.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If a size is not positive.
 
     Example:
@@ -52,63 +59,75 @@ class Elementwise(Transform):
         >>> from pyroflows.transforms import Elementwise
         >>> Elementwise(Affine(), 3)(torch.ones(3)).shape
         torch.Size([3])
+        >>> Elementwise(Affine(), (4, 8, 8), per_channel=True).raw.shape
+        torch.Size([2, 4, 1])
     """
 
     def __init__(
         self,
         univariate: Univariate,
-        features: int,
+        features: int | Sequence[int],
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        per_channel: bool = False,
+        network: Network = mlp(),
     ) -> None:
-        super().__init__(features, context_features)
+        super().__init__(features, context_features, context_shape=context_shape)
         self.univariate = univariate
-        table = identity_table(univariate, features)
-        if context_features is None:
-            self.raw = nn.Parameter(table)
-        else:
-            self.conditioner = MLP(0, table.numel(), hidden_features, context_features, activation)
-            self.conditioner.start_at(table.flatten())
+        shape = self.event_shape
+        channels, positions = shape[:1].numel(), shape[1:]
+        self.per_channel = per_channel and len(positions) > 0
+        if self.per_channel:
+            self.start(network, raw=identity_table(univariate, channels).unsqueeze(-1))
+            return
+        beside = self.context_shape is not None and self.context_shape[1:] == positions
+        table = identity_table(univariate, self.features)
+        self.start(network, positions if beside else (), raw=table)
 
     @property
-    def fast(self) -> str:  # type: ignore[override]
-        return fast_of(self.univariate)
+    def fast(self) -> str:
+        return self.univariate.fast
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(support_of(self.univariate), 1)
+        return constraints.independent(self.univariate.support, len(self.event_shape))
 
-    codomain = domain  # type: ignore[assignment]
-
-    def _parameters_for(self, context: Tensor | None) -> Tensor:
-        if self.context_features is None:
-            return self.raw
-        return self.conditioner(None, context).unflatten(-1, (self.univariate.parameters, -1))
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        return self.domain
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        y, log_det = self.univariate.forward_and_log_det(x, self._parameters_for(context))
-        return y, log_det.sum(-1)
+        y, log_slope = self.univariate.forward_and_log_det(self.entries(x), self._raw(context))
+        return self.event(y), log_slope.sum(-1)
 
     def inverse_and_log_det(
         self, y: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        x, log_det = self.univariate.inverse_and_log_det(y, self._parameters_for(context))
-        return x, log_det.sum(-1)
+        x, log_slope = self.univariate.inverse_and_log_det(self.entries(y), self._raw(context))
+        return self.event(x), log_slope.sum(-1)
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
-            x = x.expand(broadcast_batch(x.shape, 1, context))
+            x = self.broadcast(x, context)
             x = x if x.requires_grad else x.detach().requires_grad_()
-            y, log_slope = self.univariate.forward_and_log_det(x, self._parameters_for(context))
+            y, log_slope = self.univariate.forward_and_log_det(self.entries(x), self._raw(context))
             curvature = (
                 0.0 if self.univariate.linear else vjp([(log_slope, torch.ones_like(log_slope))], x)
             )
-        return y, log_slope.sum(-1), ((score - curvature) * log_slope.neg().exp()).detach()
+        pushed = (score - curvature) * self.event(log_slope.neg().exp())
+        return self.event(y), log_slope.sum(-1), pushed.detach()
+
+    def _raw(self, context: Tensor | None) -> Tensor:
+        """Raw parameters as univariate maps take them, of shape ``(*, parameters, features)``."""
+        raw = self.parameters_for(context)
+        if not self.per_channel:
+            return raw
+        return raw.expand(*raw.shape[:-1], self.event_shape[1:].numel()).flatten(-2)
 
     def extra_repr(self) -> str:
         return f"{self.univariate}, {super().extra_repr()}"
@@ -118,18 +137,22 @@ class Rescale(Elementwise):
     r"""The diagonal scaling that ends NICE, :math:`y_i = e^{s_i} x_i`.
 
     Args:
-        features: Entries of the vector.
+        features: Entries of a vector, or the shape of an event; see :class:`Elementwise`.
         context_features: Entries of the context; with them :math:`s` is the output of a network.
-        scale: How raw parameters give scales; see :class:`Affine`.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
         bound: Bound of the soft clip.
-        hidden_features: Widths of the network.
-        activation: Its activation.
+        per_channel: Whether all entries of a channel share their scale.
+        network: Factory of the network that reads the context; see :class:`Elementwise`.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If a size is not positive or ``scale`` is unknown.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> Rescale(2)(torch.ones(2))
@@ -138,13 +161,20 @@ class Rescale(Elementwise):
 
     def __init__(
         self,
-        features: int,
+        features: int | Sequence[int],
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         scale: str = "exp",
         bound: float = 3.0,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        per_channel: bool = False,
+        network: Network = mlp(),
     ) -> None:
         super().__init__(
-            Scale(scale, bound), features, context_features, hidden_features, activation
+            Scale(scale, bound),
+            features,
+            context_features,
+            context_shape=context_shape,
+            per_channel=per_channel,
+            network=network,
         )

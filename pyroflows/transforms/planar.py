@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import check_size
+from ..nn.network import Network, mlp
 from ..univariate._numeric import invert
-from .linear import Parametric, accumulate, multiply, solve_triangle
+from ._linalg import multiply, solve_triangle
+from .orthogonal import accumulate
+from .parametric import Parametric
 
 __all__ = ["Planar", "Radial", "Sylvester"]
 
@@ -44,22 +47,25 @@ class Planar(Parametric):
         \log|\det J| = \log\left(1 + \hat u^\top w \, (1 - \tanh^2(w^\top x + b))\right).
 
     It is invertible as long as :math:`w^\top \hat u > -1`. Where :math:`p = w^\top u` is negative,
-    :math:`\hat u = u + (m(p) - p)\, w / |w|^2` with :math:`m(p) = a (e^{p / a} - 1)`, :math:`a = 0.999`; elsewhere
-    :math:`\hat u = u`. Sampling is fast; to score, one increasing function of one number, :math:`w^\top x`, is inverted
-    numerically for every point. The map starts at the identity, :math:`u = 0`, with a random :math:`w`. With a context,
-    :math:`u, w, b` are the output of a network.
+    :math:`\hat u = u + (m(p) - p)\, w / |w|^2` with :math:`m(p) = a (e^{p / a} - 1)`,
+    :math:`a = 0.999`; elsewhere :math:`\hat u = u`. Sampling is fast; to score, one increasing
+    function of one number, :math:`w^\top x`, is inverted numerically for every point. The map
+    starts at the identity, :math:`u = 0`, with a random :math:`w`. With a context, :math:`u, w, b`
+    are the output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> t = Planar(2)
@@ -69,23 +75,27 @@ class Planar(Parametric):
         'forward'
     """
 
+    vectors_only = True
     fast = "forward"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        table = torch.zeros(2 * check_size("features", features) + 1)
-        nn.init.normal_(table[features : 2 * features], std=features**-0.5)
-        super().__init__(features, table, context_features, hidden_features, activation)
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        table = torch.zeros(2 * n + 1)
+        nn.init.normal_(table[n : 2 * n], std=n**-0.5)
+        self.start(network, raw=table)
 
     def _push(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r"""The direction :math:`\hat u`, the normal :math:`w`, the product :math:`w^\top \hat u`, the offset :math:`b`."""
-        n = self.event_shape[0]
-        u, w, b = self._raw(context).split([n, n, 1], -1)
+        n = self.features
+        u, w, b = self.parameters_for(context).split([n, n, 1], -1)
         product = (w * u).sum(-1, keepdim=True)
         allowed = _above_minus_one(product)
         square = w.square().sum(-1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
@@ -133,21 +143,24 @@ class Radial(Parametric):
     .. math:: y = x + \frac{k\, (x - x_0)}{1 + s}, \quad s = |x - x_0| / \alpha, \quad
         \log|\det J| = (D - 1) \log\left(1 + \frac{k}{1 + s}\right) + \log\left(1 + \frac{k}{(1 + s)^2}\right),
 
-    with :math:`\alpha > 0` and :math:`k > -1`; the :math:`\beta` of the paper is :math:`k \alpha`. The distance from
-    :math:`x_0` is the root of a quadratic, so both directions are fast. The map starts at the identity, :math:`k = 0`,
-    around a random point. With a context, :math:`x_0, \alpha, k` are the output of a network.
+    with :math:`\alpha > 0` and :math:`k > -1`; the :math:`\beta` of the paper is :math:`k \alpha`.
+    The distance from :math:`x_0` is the root of a quadratic, so both directions are fast. The map
+    starts at the identity, :math:`k = 0`, around a random point. With a context,
+    :math:`x_0, \alpha, k` are the output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> t = Radial(2)
@@ -157,25 +170,29 @@ class Radial(Parametric):
         'both'
     """
 
+    vectors_only = True
+
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        *,
+        context_shape: Sequence[int] | None = None,
+        network: Network = mlp(),
     ) -> None:
-        table = torch.zeros(check_size("features", features) + 2)
-        nn.init.normal_(table[:features])
-        super().__init__(features, table, context_features, hidden_features, activation)
+        super().__init__(features, context_features, context_shape=context_shape)
+        table = torch.zeros(self.features + 2)
+        nn.init.normal_(table[: self.features])
+        self.start(network, raw=table)
 
     def _centre(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.event_shape[0]
-        centre, alpha, k = self._raw(context).split([n, 1, 1], -1)
+        n = self.features
+        centre, alpha, k = self.parameters_for(context).split([n, 1, 1], -1)
         return centre, _positive(alpha), _above_minus_one(k)
 
     def _log_det(self, k: Tensor, s: Tensor) -> Tensor:
         log_across, log_along = torch.log1p(k / (1 + s)), torch.log1p(k / (1 + s) / (1 + s))
-        return ((self.event_shape[0] - 1) * log_across + log_along).squeeze(-1)
+        return ((self.features - 1) * log_across + log_along).squeeze(-1)
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -203,7 +220,8 @@ def _length(x: Tensor) -> Tensor:
 def _radius(target: Tensor, k: Tensor) -> Tensor:
     r"""The root :math:`s \ge 0` of :math:`s + k s / (1 + s) = r`, that is of :math:`s^2 + (1 + k - r) s - r = 0`.
 
-    In units of :math:`1 + k + r > 0` nothing overflows, and the branch of the formula avoids the difference of near numbers.
+    In units of :math:`1 + k + r > 0` nothing overflows, and the branch of the formula avoids the
+    difference of near numbers.
     """
     unit = 1 + k + target
     half, r = (1 + k - target) / unit, target / unit
@@ -220,26 +238,28 @@ class Sylvester(Parametric):
         \log|\det J| = \sum_{i=1}^M \log\left(1 + R_{ii} \tilde R_{ii} (1 - h_i^2)\right), \quad
         h = \tanh(\tilde R Q^\top x + b),
 
-    where the :math:`M` columns of :math:`Q` are orthonormal, a product of :math:`M` reflections, and :math:`R, \tilde R` are
-    upper-triangular with :math:`\tilde R_{ii} > 0` and :math:`R_{ii} \tilde R_{ii} > -1`. Sampling is fast. To score,
-    :math:`Q^\top y = z + R \tanh(\tilde R z + b)` is solved for :math:`z` from the last entry to the first, each by the
-    numeric inverse of an increasing function of one number, so its cost is that of :math:`M` planar flows. The map starts
-    at the identity, :math:`R = 0`, with random :math:`Q`. With a context, :math:`Q, R, \tilde R, b` are the output of a
-    network.
+    where the :math:`M` columns of :math:`Q` are orthonormal, a product of :math:`M` reflections,
+    and :math:`R, \tilde R` are upper-triangular with :math:`\tilde R_{ii} > 0` and
+    :math:`R_{ii} \tilde R_{ii} > -1`. Sampling is fast. To score,
+    :math:`Q^\top y = z + R \tanh(\tilde R z + b)` is solved for :math:`z` from the last entry to
+    the first, each by the numeric inverse of an increasing function of one number, so its cost is
+    that of :math:`M` planar flows. The map starts at the identity, :math:`R = 0`, with random
+    :math:`Q`. With a context, :math:`Q, R, \tilde R, b` are the output of a network.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         units: Number :math:`M` of directions, at most ``features``, which is the default.
-        hidden_features: Widths of the network that reads the context.
-        activation: Its activation.
+        network: Factory of the network that reads the context.
 
     Raises:
         ValueError: If a size is not positive or ``units`` exceeds ``features``.
 
     Reference:
-        van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational inference", 2018,
-        https://arxiv.org/abs/1803.05649
+        van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational
+        inference", 2018, https://arxiv.org/abs/1803.05649
 
     Example:
         >>> t = Sylvester(3, units=2)
@@ -249,29 +269,32 @@ class Sylvester(Parametric):
         'forward'
     """
 
+    vectors_only = True
     fast = "forward"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
+        *,
+        context_shape: Sequence[int] | None = None,
         units: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
-        activation: Callable[[], nn.Module] = nn.SiLU,
+        network: Network = mlp(),
     ) -> None:
-        check_size("features", features)
-        m = features if units is None else check_size("units", units)
-        if m > features:
-            raise ValueError(f"Expected units <= features, which are {features}; got {units}.")
-        table = torch.zeros(m * (features + 2 * m + 1))
-        nn.init.normal_(table[: m * features])
-        super().__init__(features, table, context_features, hidden_features, activation)
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        m = n if units is None else check_size("units", units)
+        if m > n:
+            raise ValueError(f"Expected units <= features, which are {n}; got {units}.")
         self.units = m
+        table = torch.zeros(m * (n + 2 * m + 1))
+        nn.init.normal_(table[: m * n])
+        self.start(network, raw=table)
 
     def _parts(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         r""":math:`Q` of shape ``(*, features, units)``, :math:`R`, :math:`\tilde R` and :math:`b`."""
-        n, m = self.event_shape[0], self.units
-        vectors, outer, inner, b = self._raw(context).split([m * n, m * m, m * m, m], -1)
+        n, m = self.features, self.units
+        vectors, outer, inner, b = self.parameters_for(context).split([m * n, m * m, m * m, m], -1)
         units, mixing = accumulate(vectors.unflatten(-1, (m, n)))
         weights = torch.linalg.solve_triangular(mixing, units[..., :m], upper=True)
         q = torch.eye(n, m, dtype=b.dtype, device=b.device) - units.mT @ weights

@@ -39,9 +39,10 @@ _SURE, _SQUARINGS = 2, 6
 def spectral_bound(weight: Tensor) -> Tensor:
     r"""An upper bound of the spectral norm of a matrix, smooth in the matrix.
 
-    It is the Schatten norm of order :math:`p = 2^8`, which exceeds the spectral norm by a factor of at most
-    :math:`n^{1/p}` (1.7 % for 64 singular values that are all equal), computed by squaring the Gram matrix. A ridge and a
-    factor of some roundings keep it above the spectral norm in floating point too.
+    It is the Schatten norm of order :math:`p = 2^8`, which exceeds the spectral norm by a factor of
+    at most :math:`n^{1/p}` (1.7 % for 64 singular values that are all equal), computed by squaring
+    the Gram matrix. A ridge and a factor of some roundings keep it above the spectral norm in
+    floating point too.
 
     Args:
         weight: Matrix.
@@ -50,8 +51,8 @@ def spectral_bound(weight: Tensor) -> Tensor:
         A scalar.
 
     Reference:
-        Delattre, Barthélemy, Araujo, Allauzen, "Efficient bound of Lipschitz constant for convolutional layers by Gram
-        iteration", 2023, https://arxiv.org/abs/2305.16173
+        Delattre, Barthélemy, Araujo, Allauzen, "Efficient bound of Lipschitz constant for
+        convolutional layers by Gram iteration", 2023, https://arxiv.org/abs/2305.16173
     """
     size = weight.detach().abs().amax().clamp(min=1.0)
     scaled = weight / size
@@ -76,43 +77,50 @@ class Residual(Transform):
         \log\Big|\det \frac{\partial x}{\partial y}\Big| = \log\det(I + J_g)
         = \sum_{k \ge 1} \frac{(-1)^{k+1}}{k} \operatorname{tr} J_g^k.
 
-    Scoring is the closed form. Sampling iterates :math:`y \leftarrow x - g(y)`, which shrinks the error by :math:`q` each
-    time, then takes Newton's steps; what comes out is certified by :math:`|y - y^*| \le |x - y - g(y)| / (1 - q)`, and its
-    gradients are those of the implicit function theorem. Where nothing may be read from the device (under ``vmap``, in a
-    compiled graph) the number of iterations is fixed by :math:`q` and the precision. The block starts at the identity.
+    Scoring is the closed form. Sampling iterates :math:`y \leftarrow x - g(y)`, which shrinks the
+    error by :math:`q` each time, then takes Newton's steps; what comes out is certified by
+    :math:`|y - y^*| \le |x - y - g(y)| / (1 - q)`, and its gradients are those of the implicit
+    function theorem. Where nothing may be read from the device (under ``vmap``, in a compiled
+    graph) the number of iterations is fixed by :math:`q` and the precision. The block starts at the
+    identity.
 
-    The network is :math:`g = \min(1, q / L) \, \mathrm{net}`, with :math:`L` the product of an upper bound of each weight's
-    spectral norm and of the activations' Lipschitz constants. The context moves the first hidden layer only, so that the
-    bound holds for every context.
+    The network is :math:`g = \min(1, q / L) \, \mathrm{net}`, with :math:`L` the product of an
+    upper bound of each weight's spectral norm and of the activations' Lipschitz constants. The
+    context moves the first hidden layer only, so that the bound holds for every context.
 
-    An exact log-determinant costs ``features`` passes through the network. For large vectors it is replaced *in training
-    mode* by an unbiased estimate with random signs, the power series cut at a random place, and Neumann's series for its
-    gradient; it draws from torch's global generator. In evaluation mode the log-determinant is always exact. Under
-    ``vmap`` and ``torch.compile`` the series is cut at a fixed place, where its remainder is below the square root of the
-    precision.
+    An exact log-determinant costs ``features`` passes through the network. For large vectors it is
+    replaced *in training mode* by an unbiased estimate with random signs, the power series cut at a
+    random place, and Neumann's series for its gradient; it draws from torch's global generator. In
+    evaluation mode the log-determinant is always exact. Under ``vmap`` and ``torch.compile`` the
+    series is cut at a fixed place, where its remainder is below the square root of the precision.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context :math:`c`, or ``None``.
-        hidden_features: Widths of the network.
-        activation: Its activation, a callable without arguments that makes a module: one of ``SiLU``, ``GELU``, ``Mish``,
-            ``Tanh``, ``ELU``, ``Softplus``, ``Softsign`` and ``Sigmoid`` of :mod:`torch.nn`, or any elementwise module
-            with its constant as an attribute ``lipschitz``. ``SiLU``, divided by its constant, is the LipSwish of the paper.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
+        hidden: Widths of the network.
+        activation: Its activation, a callable without arguments that makes a module: one of
+            ``SiLU``, ``GELU``, ``Mish``, ``Tanh``, ``ELU``, ``Softplus``, ``Softsign`` and
+            ``Sigmoid`` of :mod:`torch.nn`, or any elementwise module with its constant as an
+            attribute ``lipschitz``. ``SiLU``, divided by its constant, is the LipSwish of the
+            paper.
         lipschitz: The bound :math:`q`. Near 1 a block can do more and is slower to sample from.
-        trace: ``"exact"``, ``"hutchinson"`` for the estimate, or ``"auto"``: exact up to 32 entries.
+        trace: ``"exact"``, ``"hutchinson"`` for the estimate, or ``"auto"``: exact up to 32
+            entries.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a size is not positive, ``lipschitz`` is not within (0, 1), the activation's constant is not known or
-            ``trace`` is no such word.
+        ValueError: If a size is not positive, ``lipschitz`` is not within (0, 1), the activation's
+            constant is not known or ``trace`` is no such word.
         RuntimeError: When sampling, if a point is not certified.
 
     Reference:
         Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, "Invertible residual networks", 2019,
         https://arxiv.org/abs/1811.00995
 
-        Chen, Behrmann, Duvenaud, Jacobsen, "Residual flows for invertible generative modeling", 2019,
-        https://arxiv.org/abs/1906.02735
+        Chen, Behrmann, Duvenaud, Jacobsen, "Residual flows for invertible generative modeling",
+        2019, https://arxiv.org/abs/1906.02735
 
     Example:
         >>> t = Residual(3, context_features=2)
@@ -120,33 +128,35 @@ class Residual(Transform):
         torch.Size([5, 3])
     """
 
+    vectors_only = True
     fast = "inverse"
 
     def __init__(
         self,
         features: int,
         context_features: int | None = None,
-        hidden_features: Sequence[int] = (64, 64),
+        *,
+        context_shape: Sequence[int] | None = None,
+        hidden: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
         lipschitz: float = 0.9,
         trace: str = "auto",
     ) -> None:
-        super().__init__(features, context_features)
-        self.network = MLP(features, features, hidden_features, context_features, activation)
-        self.network.start_at(torch.zeros(features))
+        super().__init__(features, context_features, context_shape=context_shape)
+        n = self.features
+        self.network = MLP(n, n, self.context_features, hidden=hidden, activation=activation)
+        self.network.start_at(torch.zeros(n))
         self.lipschitz = _check_lipschitz(lipschitz)
         self.trace = check_trace(trace)
         self._constant = _activation_constant(self.network.activation, activation)
 
     @property
     def _exact(self) -> bool:
-        exact = self.trace == "exact" or (
-            self.trace == "auto" and self.event_shape[0] <= EXACT_FEATURES
-        )
+        exact = self.trace == "exact" or (self.trace == "auto" and self.features <= EXACT_FEATURES)
         return exact or not self.training
 
     def _contraction(self, context: Tensor | None) -> Feedforward:
-        network = Feedforward.of(self.network, context)
+        network = Feedforward.of(self.network, self.read_context(context))
         slopes = self._constant ** (len(network.weights) - 1)
         bound = torch.stack([spectral_bound(weight) for weight in network.weights]).prod() * slopes
         scale = (bound / self.lipschitz).clamp(min=1.0)
@@ -228,8 +238,9 @@ class Residual(Transform):
     def _estimate(self, jacobian: Jacobian, noise: Tensor) -> Tensor:
         r"""An unbiased estimate, whose gradient is an unbiased estimate of the gradient.
 
-        With :math:`w_k = 1 / P(N \ge k)` the value is :math:`\sum_{k=1}^N (-1)^{k+1} w_k v^\top J^k v / k` and the gradient
-        that of :math:`u^\top J v` with :math:`u = \sum_{k=1}^N (-1)^{k+1} w_k (J^\top)^{k-1} v` held fixed.
+        With :math:`w_k = 1 / P(N \ge k)` the value is
+        :math:`\sum_{k=1}^N (-1)^{k+1} w_k v^\top J^k v / k` and the gradient that of
+        :math:`u^\top J v` with :math:`u = \sum_{k=1}^N (-1)^{k+1} w_k (J^\top)^{k-1} v` held fixed.
         """
         fixed, pulled = jacobian.detach(), noise
         value, adjoint = torch.zeros_like(noise[..., 0]), torch.zeros_like(noise)
@@ -245,8 +256,9 @@ class Residual(Transform):
     def _roulette(self, noise: Tensor) -> list[float]:
         r"""Weights :math:`1 / P(N \ge k)` for :math:`k = 1, \dots, N` with a random :math:`N`.
 
-        Each term beyond the sure ones is summed with probability :math:`q`, given the one before it. As
-        :math:`|\operatorname{tr} J^k| \le D q^k`, no term is then weighted above :math:`D / k` and the variance is finite.
+        Each term beyond the sure ones is summed with probability :math:`q`, given the one before
+        it. As :math:`|\operatorname{tr} J^k| \le D q^k`, no term is then weighted above
+        :math:`D / k` and the variance is finite.
         """
         if not readable(noise):
             return [1.0] * self._rounds(torch.finfo(noise.dtype).eps ** 0.5)

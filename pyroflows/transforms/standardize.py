@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .._checks import check_tensor
-from .base import Transform
+from .base import Transform, channels_last
 
 __all__ = ["Standardize"]
 
 
 class Standardize(Transform):
-    r"""Affine map with the means and standard deviations of data, :math:`y_i = \mu_i + \sigma_i x_i`.
+    r"""Affine map with the means and standard deviations of data.
 
-    It goes last, next to the data, so that all layers before it see entries of mean zero and variance one. Its numbers
-    are buffers: they are saved and moved with the module, and no optimiser touches them. It is the identity until it is
-    fitted, by :meth:`fit`, :meth:`from_data` or :func:`pyroflows.fit_density`.
+    .. math:: y_i = \mu_i + \sigma_i x_i.
+
+    It goes last, next to the data, so that all layers before it see entries of mean zero and
+    variance one. Its numbers are buffers: they are saved and moved with the module, and no
+    optimiser touches them. It is the identity until it is fitted, by :meth:`fit`, :meth:`from_data`
+    or :func:`pyroflows.fit_density`. Images and series are standardised channel by channel.
 
     Args:
-        features: Entries of the vector.
+        features: Entries of a vector, or the shape of an event, whose first dimension holds the
+            channels.
 
     Raises:
-        ValueError: If ``features`` is not positive.
+        TypeError: If a size is not an integer.
+        ValueError: If a size is not positive.
 
     Example:
         >>> t = Standardize.from_data(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
@@ -36,10 +43,11 @@ class Standardize(Transform):
     scale: Tensor
     is_fitted: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int | Sequence[int]) -> None:
         super().__init__(features)
-        self.register_buffer("loc", torch.zeros(self.event_shape))
-        self.register_buffer("scale", torch.ones(self.event_shape))
+        shape = self.event_shape[:1] + (1,) * len(self.event_shape[1:])
+        self.register_buffer("loc", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("is_fitted", torch.tensor(False))
 
     @classmethod
@@ -47,70 +55,72 @@ class Standardize(Transform):
         """Makes the map of given data.
 
         Args:
-            x: Points of shape ``(*, features)``, at least two.
+            x: Points of shape ``(points, *event_shape)``, at least two.
 
         Raises:
             TypeError: If ``x`` is not a floating-point tensor.
-            ValueError: If ``x`` has too few points, a number that is not finite, or an entry that never varies.
+            ValueError: If ``x`` has too few points, a number that is not finite, or a channel that
+                never varies.
         """
-        if check_tensor("x", x, ()).dim() == 0:
-            raise ValueError("Expected x of shape (*, features); got ().")
-        return cls(x.shape[-1]).fit(x)
+        if check_tensor("x", x, ()).dim() < 2:
+            raise ValueError(f"Expected x of shape (points, *event_shape); got {tuple(x.shape)}.")
+        return cls(x.shape[1:]).fit(x)
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> Standardize:
         """Takes the means and standard deviations of data, once and for all later points.
 
         Args:
-            x: Points of shape ``(*, features)``, at least two.
+            x: Points of shape ``(*, *event_shape)``, at least two.
 
         Returns:
             This very transform.
 
         Raises:
             TypeError: If ``x`` is not a floating-point tensor.
-            ValueError: If ``x`` has too few points, a number that is not finite, or an entry that never varies.
+            ValueError: If ``x`` has too few points, a number that is not finite, or an entry that
+                never varies.
         """
         # In float64 on the host, which no size of data or of numbers upsets.
-        rows = (
-            check_tensor("x", x, self.event_shape)
-            .to("cpu", torch.float64)
-            .reshape(-1, *self.event_shape)
-        )
-        if len(rows) < 2:
-            raise ValueError(f"Expected at least 2 points to standardise by; got {len(rows)}.")
-        if not bool(rows.isfinite().all()):
+        points = check_tensor("x", x, self.event_shape).to("cpu", torch.float64)
+        points = points.reshape(-1, self.features)
+        if len(points) < 2:
+            raise ValueError(f"Expected at least 2 points to standardise by; got {len(points)}.")
+        odd = (~points.isfinite()).any(-1)
+        if bool(odd.any()):
             raise ValueError(
-                f"Expected finite numbers in x; got {int((~rows.isfinite()).any(-1).sum())} rows with others."
+                f"Expected finite numbers in x; got {int(odd.sum())} rows with others."
             )
-        loc, scale = rows.mean(0), rows.std(0)
-        constant = (scale.to(self.scale.dtype) < torch.finfo(self.scale.dtype).tiny) | (
-            rows == rows[0]
-        ).all(0)
+        values = channels_last(points, self.event_shape)
+        loc, scale = values.mean(0), values.std(0)
+        tiny = scale.to(self.scale.dtype) < torch.finfo(self.scale.dtype).tiny
+        constant = tiny | (values == values[0]).all(0)
         if bool(constant.any()):
+            places = constant.nonzero().flatten().tolist()
             raise ValueError(
-                f"Expected every entry of x to vary; got one value only in {constant.nonzero().flatten().tolist()}. "
+                f"Expected every entry of x to vary; got one value only in {places}. "
                 "Leave constant entries out."
             )
-        self.loc.copy_(loc)
-        self.scale.copy_(scale)
+        self.loc.copy_(loc.reshape(self.loc.shape))
+        self.scale.copy_(scale.reshape(self.scale.shape))
         self.is_fitted.fill_(True)
         return self
 
-    def _log_det(self, batch: torch.Size) -> Tensor:
-        return self.scale.log().sum(-1).expand(batch)
+    def _log_det(self, x: Tensor) -> Tensor:
+        total = self.event_shape[1:].numel() * self.scale.log().sum()
+        return total.expand(x.shape[: x.dim() - len(self.event_shape)])
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         y = torch.addcmul(self.loc, x, self.scale)
-        return y, self._log_det(y.shape[:-1])
+        return y, self._log_det(y)
 
     def inverse_and_log_det(
         self, y: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         x = (y - self.loc) / self.scale
-        return x, -self._log_det(x.shape[:-1])
+        return x, -self._log_det(x)
 
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None

@@ -19,13 +19,14 @@ _ROUNDS = {True: (200, 200), False: (12, 60)}
 def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]:
     r"""Solves :math:`f(x) = y` entry by entry for an increasing function of the line onto itself.
 
-    From the guess :math:`x = y` a bracket grows until it holds the root; then come Newton's steps, with bisection wherever
-    they leave the bracket or are slow. Two more steps of Newton carry the derivatives: by the implicit function theorem the
-    first gives :math:`\partial x / \partial \theta = -(\partial f / \partial \theta) / f'`, and the second those of second
-    and third order.
+    From the guess :math:`x = y` a bracket grows until it holds the root; then come Newton's steps,
+    with bisection wherever they leave the bracket or are slow. Two more steps of Newton carry the
+    derivatives: by the implicit function theorem the first gives
+    :math:`\partial x / \partial \theta = -(\partial f / \partial \theta) / f'`, and the second
+    those of second and third order.
 
-    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a compiled graph, on the meta
-    device) it takes a fixed number of steps instead, and cannot raise.
+    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a
+    compiled graph, on the meta device) it takes a fixed number of steps instead, and cannot raise.
 
     Args:
         function: Returns :math:`f(x)` and :math:`\log f'(x)`, both of the shape of ``x``.
@@ -36,7 +37,8 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
         :math:`x` and :math:`\log \partial x / \partial y`.
 
     Raises:
-        RuntimeError: If the search does not converge, or under ``torch.jit.trace``, which would freeze its length.
+        RuntimeError: If the search does not converge, or under ``torch.jit.trace``, which would
+            freeze its length.
     """
     if torch.jit.is_tracing():
         raise RuntimeError(

@@ -1,214 +1,84 @@
-"""Monotone maps of one real number, written once and put to use by every structure.
-
-A univariate map says how many raw parameters it takes (``parameters``), which values of them make it the identity
-(``identity``), and how it runs both ways. Raw parameters are any real numbers; they come as a tensor of shape
-``(*, parameters, features)``, from a network or from a table.
-
-A map that is not of the whole line onto itself says so by ``support``. Where its entries are not fit for a network as they
-are, ``encode`` makes ``codes`` numbers of each.
-"""
+"""The contract of a monotone map of one real number, which every structure puts to use."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn import functional as F
 
-from .._checks import check_positive
-
-__all__ = ["Affine", "Scale", "Shift", "Univariate"]
+__all__ = ["Univariate", "soft_clip"]
 
 
-class Univariate(Protocol):
-    """What a structure asks of a monotone map of the line.
+class Univariate(ABC):
+    """Base class of monotone maps of the line, which structures apply to many entries at once.
 
-    More members are optional: ``support``, the constraint that arguments and values satisfy, where that is not the real
-    line; ``fast``, ``"forward"`` for a map whose inverse is numeric; ``encode(x)``, which turns entries ``(*, features)``
-    into what networks read, ``(*, codes * features)``, the first code of every entry before the second; and ``codes``, how
-    many there are of each.
+    A subclass says how many raw parameters one entry takes, and how the map runs both ways. Raw
+    parameters are any real numbers; they come from a network or a table as a tensor of shape
+    ``(*, parameters, features)``, where ``features`` counts the entries of an event, flattened if
+    it is an image or a series, and entries have the shape ``(*, features)``.
+
+    All other members have defaults, to be overridden: :attr:`identity`, :attr:`linear`,
+    :attr:`fast`, :attr:`support`, :attr:`codes` and :meth:`encode`, :attr:`exempt_laws`.
+
+    Example:
+        >>> class Double(Univariate):
+        ...     parameters = 1
+        ...     def forward_and_log_det(self, x, raw):
+        ...         log_slope = raw.select(-2, 0).expand_as(x)
+        ...         return x * log_slope.exp(), log_slope
+        ...     def inverse_and_log_det(self, y, raw):
+        ...         log_slope = -raw.select(-2, 0).expand_as(y)
+        ...         return y * log_slope.exp(), log_slope
+        >>> Double().identity
+        (0.0,)
     """
 
-    @property
-    def parameters(self) -> int:
-        """How many raw parameters one entry takes."""
-        ...
+    #: Which direction is fast: ``"both"``, or ``"forward"`` for a map whose inverse is numeric.
+    fast: str = "both"
+    #: The constraint that arguments and values satisfy.
+    support: constraints.Constraint = constraints.real
+    #: How many numbers :meth:`encode` makes of one entry.
+    codes: int = 1
+    #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
+    exempt_laws: ClassVar[Mapping[str, str]] = {}
 
     @property
-    def identity(self) -> tuple[float, ...]:
-        """Raw parameters that make the map the identity."""
-        ...
+    @abstractmethod
+    def parameters(self) -> int:
+        """How many raw parameters one entry takes."""
 
     @property
     def linear(self) -> bool:
         """Whether the derivative is the same everywhere."""
-        ...
+        return False
 
+    @property
+    def identity(self) -> tuple[float, ...]:
+        """Raw parameters that make the map the identity: zeros by default."""
+        return (0.0,) * self.parameters
+
+    def encode(self, x: Tensor) -> Tensor:
+        """What networks read of entries of shape ``(*, features)``.
+
+        Returns:
+            A tensor of shape ``(*, codes * features)``, the first code of every entry before the
+            second.
+        """
+        return x
+
+    @abstractmethod
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``y`` and ``log dy/dx``, entry by entry, for ``x`` of shape ``(*, features)``."""
-        ...
 
+    @abstractmethod
     def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` and ``log dx/dy``, entry by entry, for ``y`` of shape ``(*, features)``."""
-        ...
 
 
-def support_of(univariate: Univariate) -> constraints.Constraint:
-    """The constraint that the map's arguments and values satisfy."""
-    return getattr(univariate, "support", constraints.real)
-
-
-def fast_of(univariate: Univariate) -> str:
-    """Which of the map's directions is fast."""
-    return getattr(univariate, "fast", "both")
-
-
-def codes_of(univariate: Univariate) -> int:
-    """How many numbers a network reads of one entry."""
-    return getattr(univariate, "codes", 1)
-
-
-def encode(univariate: Univariate, x: Tensor) -> Tensor:
-    """What a network reads of entries of shape ``(*, features)``."""
-    return univariate.encode(x) if hasattr(univariate, "encode") else x
-
-
-@dataclass(frozen=True)
-class Shift:
-    r"""Translation, :math:`y = x + t`; its derivative is one.
-
-    Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
-
-    Example:
-        >>> Shift().forward_and_log_det(torch.zeros(2), torch.ones(1, 2))
-        (tensor([1., 1.]), tensor([0., 0.]))
-    """
-
-    parameters = 1
-    identity = (0.0,)
-    linear = True
-
-    def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        y = x + raw.select(-2, 0)
-        return y, torch.zeros_like(y)
-
-    def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        x = y - raw.select(-2, 0)
-        return x, torch.zeros_like(x)
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    scale: str = "softclip"
-    bound: float = 3.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.scale, str) or self.scale not in _LOG_SCALES:
-            raise ValueError(
-                f"Expected scale to be one of {', '.join(_LOG_SCALES)}; got {self.scale!r}."
-            )
-        check_positive("bound", self.bound)
-
-    def log_scale(self, raw: Tensor) -> Tensor:
-        """The logarithm of the scale that raw parameters stand for."""
-        return _LOG_SCALES[self.scale](raw, self.bound)
-
-
-@dataclass(frozen=True)
-class Scale(_Scaled):
-    r"""Scaling, :math:`y = e^{s(a)} x`, with the same choices of :math:`s` as :class:`Affine`.
-
-    Args:
-        scale: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``.
-        bound: Bound of the soft clip.
-
-    Raises:
-        ValueError: If ``scale`` is unknown or ``bound`` is not positive.
-
-    Example:
-        >>> Scale("exp").forward_and_log_det(torch.ones(1), torch.zeros(1, 1))
-        (tensor([1.]), tensor([0.]))
-    """
-
-    parameters = 1
-    identity = (0.0,)
-    linear = True
-
-    def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.log_scale(raw.select(-2, 0))
-        y = x * s.exp()
-        return y, s.expand_as(y)
-
-    def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        s = self.log_scale(raw.select(-2, 0))
-        x = y * s.neg().exp()
-        return x, s.neg().expand_as(x)
-
-
-@dataclass(frozen=True)
-class Affine(_Scaled):
-    r"""Affine map, :math:`y = e^{s(a)} x + t`, with log-scale :math:`s` and shift :math:`t`.
-
-    The raw parameter :math:`a` gives the log-scale by one of
-
-    - ``"softclip"``: :math:`s(a) = B \tanh(a / B)`, so that scales stay within :math:`e^{\pm B}` (the default, B = 3);
-    - ``"exp"``: :math:`s(a) = a`, unbounded;
-    - ``"softplus"``: :math:`e^{s(a)} = \log(1 + e^{a + a_0})` with :math:`a_0 = \log(e - 1)`;
-    - ``"sigmoid"``: :math:`e^{s(a)} = 2 / (1 + e^{-a})`, at most 2.
-
-    All are the identity at :math:`a = t = 0`.
-
-    Args:
-        scale: ``"softclip"``, ``"exp"``, ``"softplus"`` or ``"sigmoid"``.
-        bound: Bound :math:`B` of the soft clip; without effect for the others.
-
-    Raises:
-        ValueError: If ``scale`` is unknown or ``bound`` is not positive.
-
-    Reference:
-        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
-
-    Example:
-        >>> raw = torch.tensor([[0.0], [1.0]])
-        >>> Affine().forward_and_log_det(torch.zeros(1), raw)
-        (tensor([1.]), tensor([0.]))
-    """
-
-    parameters = 2
-    identity = (0.0, 0.0)
-    linear = True
-
-    def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = raw.unbind(-2)
-        s = self.log_scale(a)
-        y = torch.addcmul(t, x, s.exp())
-        return y, s.expand_as(y)
-
-    def inverse_and_log_det(self, y: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        a, t = raw.unbind(-2)
-        s = self.log_scale(a).neg()
-        x = (y - t) * s.exp()
-        return x, s.expand_as(x)
-
-
-_SOFTPLUS_AT_ONE = math.log(math.expm1(1.0))
-
-
-def _log_softplus(raw: Tensor, bound: float) -> Tensor:
-    a = raw + _SOFTPLUS_AT_ONE
-    # Far to the left softplus(a) is e^a, which underflows before its logarithm, a, does.
-    far = a < -30
-    return torch.where(far, a, F.softplus(torch.where(far, 0.0, a)).log())
-
-
-_LOG_SCALES = {
-    "softclip": lambda raw, bound: bound * torch.tanh(raw / bound),
-    "exp": lambda raw, bound: raw,
-    "softplus": _log_softplus,
-    "sigmoid": lambda raw, bound: F.logsigmoid(raw) + math.log(2.0),
-}
+def soft_clip(value: Tensor, bound: float) -> Tensor:
+    r"""A smooth clip to :math:`\pm B`, :math:`B \tanh(a / B)`, with slope one at zero."""
+    return bound * torch.tanh(value / bound)

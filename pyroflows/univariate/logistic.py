@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from .._checks import check_positive, check_size
 from ._numeric import invert
-from .polynomial import gains, soft_clip
+from .base import Univariate, soft_clip
+from .polynomial import gains
 
 __all__ = ["LogisticMixture"]
 
@@ -20,7 +21,7 @@ _NEAR, _FAR = 1e2, 1e4
 
 
 @dataclass(frozen=True)
-class LogisticMixture:
+class LogisticMixture(Univariate):
     r"""Distribution function of a mixture of logistics, taken back to the line, the transformer of Flow++.
 
     .. math:: f(x) = t + e^b \, \operatorname{logit} \Big( \sum_{k=1}^K \pi_k \,
@@ -28,10 +29,11 @@ class LogisticMixture:
         \pi = \operatorname{softmax}(w), \quad \mu_k = 100 \tanh(g_k m_k / 100), \quad
         \log s_k = B \tanh(g_k r_k / B), \quad b = B \tanh(a / B),
 
-    with soft clips of locations and scales, and fixed factors :math:`g_k \in [1/2, 3/2]` that let components that start
-    alike learn apart. Far out the widest component takes over and the map is linear, from :math:`|x| = 10^4` on exactly
-    so. Everything is computed as a displacement from :math:`x`, and from both tails, so that nothing saturates. It is the
-    identity where all raw parameters are zero.
+    with soft clips of locations and scales, and fixed factors :math:`g_k \in [1/2, 3/2]` that let
+    components that start alike learn apart. Far out the widest component takes over and the map is
+    linear, from :math:`|x| = 10^4` on exactly so. Everything is computed as a displacement from
+    :math:`x`, and from both tails, so that nothing saturates. It is the identity where all raw
+    parameters are zero.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -43,8 +45,8 @@ class LogisticMixture:
         ValueError: If an argument is not positive.
 
     Reference:
-        Ho, Chen, Srinivas, Duan, Abbeel, "Flow++: Improving flow-based generative models with variational dequantization
-        and architecture design", 2019, https://arxiv.org/abs/1902.00275
+        Ho, Chen, Srinivas, Duan, Abbeel, "Flow++: Improving flow-based generative models with
+        variational dequantization and architecture design", 2019, https://arxiv.org/abs/1902.00275
 
     Example:
         >>> univariate = LogisticMixture(components=4)
@@ -67,10 +69,6 @@ class LogisticMixture:
     @property
     def parameters(self) -> int:
         return 3 * self.components + 2
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         y, log_slope = _logit_of_mixture(x, *self._mixture(raw))
@@ -100,9 +98,10 @@ def _logit_of_mixture(
 ) -> tuple[Tensor, Tensor]:
     r"""The logit of the mixture's distribution function, and the logarithm of its derivative.
 
-    Each component is compared with the standard logistic, whose logit is ``x`` itself: what lies below ``x`` and above it
-    are ratios of probabilities that do not underflow together, and are 1 at the identity. The derivative is a sum over
-    what each component has of either, :math:`\sum_k r_k q_k / (\pi_k s_k)`, in which nothing large cancels.
+    Each component is compared with the standard logistic, whose logit is ``x`` itself: what lies
+    below ``x`` and above it are ratios of probabilities that do not underflow together, and are 1
+    at the identity. The derivative is a sum over what each component has of either,
+    :math:`\sum_k r_k q_k / (\pi_k s_k)`, in which nothing large cancels.
     """
     near = x.clamp(-_FAR, _FAR)
     at = near.unsqueeze(-2)

@@ -11,16 +11,13 @@ from torch.nn import functional as F
 
 from .._checks import check_positive, check_size
 from ._numeric import invert
+from .base import Univariate, soft_clip
 
 __all__ = ["MonotoneIntegral", "MonotoneNetwork"]
 
 
-def _softclip(raw: Tensor, bound: float) -> Tensor:
-    return bound * torch.tanh(raw / bound)
-
-
 @dataclass(frozen=True)
-class MonotoneNetwork:
+class MonotoneNetwork(Univariate):
     r"""The deep sigmoidal flow of NAF, the monotone network whose weights are the raw parameters.
 
     One layer is
@@ -28,12 +25,14 @@ class MonotoneNetwork:
     .. math:: x \mapsto (1 - \varepsilon) \operatorname{logit} \sum_j w_j\, \sigma(a_j x + b_j) + \varepsilon x, \quad
         w_j > 0, \quad \sum_j w_j = 1, \quad a_j > 0,
 
-    with :math:`a_j` softly clipped to :math:`e^{\pm 5}` and :math:`\varepsilon = 10^{-3}`. Far out it is a line, so the map
-    takes the whole line onto the whole line, and no slope of a layer is below :math:`\varepsilon`, so that it can be
-    inverted everywhere. With every raw parameter zero all :math:`a_j = 1` and :math:`b_j = 0`, and the map is the identity.
+    with :math:`a_j` softly clipped to :math:`e^{\pm 5}` and :math:`\varepsilon = 10^{-3}`. Far out
+    it is a line, so the map takes the whole line onto the whole line, and no slope of a layer is
+    below :math:`\varepsilon`, so that it can be inverted everywhere. With every raw parameter zero
+    all :math:`a_j = 1` and :math:`b_j = 0`, and the map is the identity.
 
-    Forward is a formula; the inverse is found numerically, with exact gradients. So :class:`Elementwise` and
-    :class:`Coupling` of it are faster to sample than to score; their inverses are the opposite.
+    Forward is a formula; the inverse is found numerically, with exact gradients. So
+    :class:`Elementwise` and :class:`Coupling` of it are faster to sample than to score; their
+    inverses are the opposite.
 
     Args:
         units: Sigmoids per layer.
@@ -44,7 +43,8 @@ class MonotoneNetwork:
         ValueError: If a size is not positive.
 
     Reference:
-        Huang, Krueger, Lacoste, Courville, "Neural autoregressive flows", 2018, https://arxiv.org/abs/1804.00779
+        Huang, Krueger, Lacoste, Courville, "Neural autoregressive flows", 2018,
+        https://arxiv.org/abs/1804.00779
 
     Example:
         >>> t = MonotoneNetwork(units=4, layers=1)
@@ -55,7 +55,6 @@ class MonotoneNetwork:
     units: int = 8
     layers: int = 2
 
-    linear = False
     fast = "forward"
 
     def __post_init__(self) -> None:
@@ -66,11 +65,6 @@ class MonotoneNetwork:
     def parameters(self) -> int:
         """Three numbers per unit."""
         return 3 * self.units * self.layers
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        """Zeros."""
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         total: Tensor | None = None
@@ -96,7 +90,7 @@ def _units(raw: Tensor, layers: int, units: int) -> list[tuple[Tensor, Tensor, T
     # two raw numbers turned by an angle and stretched by a factor of the unit's own.
     index = torch.arange(units, dtype=raw.dtype, device=raw.device).unsqueeze(-1)
     angle, stretch = 2 * math.pi * (index + 0.5) / units, 0.5 + 3 * index / max(units - 1, 1)
-    gain = _softclip(angle.cos() * first - angle.sin() * second, _STEEPEST)
+    gain = soft_clip(angle.cos() * first - angle.sin() * second, _STEEPEST)
     shift = stretch * (angle.sin() * first + angle.cos() * second)
     return list(
         zip(weight.log_softmax(-2).unbind(-3), gain.unbind(-3), shift.unbind(-3), strict=True)
@@ -120,20 +114,22 @@ def _sigmoidal(x: Tensor, weight: Tensor, gain: Tensor, shift: Tensor) -> tuple[
 
 
 @dataclass(frozen=True)
-class MonotoneIntegral:
+class MonotoneIntegral(Univariate):
     r"""The integral of a positive network, the map of unconstrained monotonic neural networks and autoregressive flows.
 
     .. math:: y = b + e^s \int_0^x g(t)\, dt, \qquad \log \frac{dy}{dx} = s + \log g(x), \qquad
         \log g(t) = \sum_j v_j \tanh(a_j (\operatorname{asinh} t - c_j)),
 
-    where the weights of the network :math:`\log g`, the log-scale :math:`s` and the shift :math:`b` are the raw parameters.
-    The network is evaluated at fixed nodes from :math:`-B` to :math:`B`, dense around zero and sparse far out, and :math:`g`
-    is the linear interpolant between them, constant beyond. So the trapezoidal rule is no approximation: the map increases
-    strictly, its log-derivative is the exact one, it takes the whole line onto the whole line, and both directions are
-    formulas of the same cost. :math:`\log g` is softly clipped to :math:`\pm 7` and :math:`s` to :math:`\pm 3`.
+    where the weights of the network :math:`\log g`, the log-scale :math:`s` and the shift :math:`b`
+    are the raw parameters. The network is evaluated at fixed nodes from :math:`-B` to :math:`B`,
+    dense around zero and sparse far out, and :math:`g` is the linear interpolant between them,
+    constant beyond. So the trapezoidal rule is no approximation: the map increases strictly, its
+    log-derivative is the exact one, it takes the whole line onto the whole line, and both
+    directions are formulas of the same cost. :math:`\log g` is softly clipped to :math:`\pm 7` and
+    :math:`s` to :math:`\pm 3`.
 
-    With every raw parameter zero all :math:`v_j = 0`, the centres :math:`c_j` lie spread over the nodes, and the map is the
-    identity.
+    With every raw parameter zero all :math:`v_j = 0`, the centres :math:`c_j` lie spread over the
+    nodes, and the map is the identity.
 
     Args:
         units: Hidden units of the network.
@@ -145,7 +141,8 @@ class MonotoneIntegral:
         ValueError: If ``units`` or ``bound`` is not positive, or ``nodes`` is even or below 3.
 
     Reference:
-        Wehenkel, Louppe, "Unconstrained monotonic neural networks", 2019, https://arxiv.org/abs/1908.05164
+        Wehenkel, Louppe, "Unconstrained monotonic neural networks", 2019,
+        https://arxiv.org/abs/1908.05164
 
     Example:
         >>> t = MonotoneIntegral(units=4)
@@ -156,8 +153,6 @@ class MonotoneIntegral:
     units: int = 8
     nodes: int = 65
     bound: float = 10.0
-
-    linear = False
 
     def __post_init__(self) -> None:
         check_size("units", self.units)
@@ -171,11 +166,6 @@ class MonotoneIntegral:
     def parameters(self) -> int:
         """Three numbers per unit, a log-scale and a shift."""
         return 3 * self.units + 2
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        """Zeros."""
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         tables, scale, shift = self._tables(raw)
@@ -206,7 +196,7 @@ class MonotoneIntegral:
         log_slope: Tensor | None = None
         # One unit after the other, which takes less memory than all at once, and less time.
         for unit, (weight, centre, gain) in enumerate(_per_unit(raw[..., :-2, :], self.units)):
-            steep = _softclip(gain, 3.0).exp()
+            steep = soft_clip(gain, 3.0).exp()
             hidden = torch.addcmul(
                 -steep * (centre + (unit - (self.units - 1) / 2)), steep, places
             ).tanh()
@@ -214,13 +204,13 @@ class MonotoneIntegral:
                 weight * hidden if log_slope is None else torch.addcmul(log_slope, weight, hidden)
             )
         assert log_slope is not None
-        slopes = _softclip(log_slope, 7.0).exp()
+        slopes = soft_clip(log_slope, 7.0).exp()
         # Areas add up just as widths do, so that the integral of one is the node itself.
         areas = (0.5 * (slopes[..., 1:] + slopes[..., :-1]) * widths).cumsum(-1)
         nodes = F.pad(widths.cumsum(-1), (1, 0)).expand(2, -1)
         return (
             (nodes, slopes, F.pad(areas, (1, 0))),
-            _softclip(raw.select(-2, -2), 3.0),
+            soft_clip(raw.select(-2, -2), 3.0),
             raw.select(-2, -1),
         )
 
@@ -237,8 +227,8 @@ def _cell(
     r"""Finds the cell that values lie in by one of the tables.
 
     Returns:
-        The side of zero, :math:`\pm 1`; the entries of the tables at the two ends of the cell; how far the value lies past
-        the inner end, and how far past the last node.
+        The side of zero, :math:`\pm 1`; the entries of the tables at the two ends of the cell; how
+        far the value lies past the inner end, and how far past the last node.
     """
     left, right = tables[knots].unbind(-2)
     negative = value < 0

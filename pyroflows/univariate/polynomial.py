@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import check_positive, check_size
 from ._numeric import invert
+from .base import Univariate, soft_clip
 
 __all__ = ["Bernstein", "SumOfSquares"]
 
@@ -19,16 +20,11 @@ _FLOOR = 2.0**-10
 _STEEPEST = 5.0
 
 
-def soft_clip(value: Tensor, bound: float) -> Tensor:
-    """Keeps a value between plus and minus a bound, by a hyperbolic tangent of slope one at zero."""
-    return bound * torch.tanh(value / bound)
-
-
 def gains(count: int, like: Tensor) -> Tensor:
     """Fixed factors between 1/2 and 3/2, no two alike.
 
-    Parts that start alike must not learn alike, or they stay alike for ever; Adam would even out gradients of different
-    sizes, but not factors of the parameters.
+    Parts that start alike must not learn alike, or they stay alike for ever; Adam would even out
+    gradients of different sizes, but not factors of the parameters.
     """
     return 1 + 0.5 * torch.cos(torch.arange(1, count + 1, device=like.device, dtype=like.dtype))
 
@@ -42,16 +38,16 @@ def polynomial(coefficients: Sequence[Tensor], u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SumOfSquares:
+class SumOfSquares(Univariate):
     r"""Polynomial whose derivative is a sum of squares, the transformer of SOS flows.
 
     .. math:: f(x) = t + \int_0^x \Big( \varepsilon + \frac{1 - \varepsilon}{K} \sum_{k=1}^K p_k(2 s / B)^2 \Big) ds,
         \qquad p_k(u) = 1 + \sum_{j=0}^d g_{kj} a_{kj} u^j,
 
-    on :math:`|x| \le B`, with the line of the same value and slope beyond, where powers would overflow. The integral is a
-    polynomial of degree :math:`2d + 1`, in closed form. The floor is :math:`\varepsilon = 2^{-10}`, and the fixed factors
-    :math:`g_{kj} \in [1/2, 3/2]` let polynomials that start alike learn apart. It is the identity at
-    :math:`a_{kj} = t = 0`.
+    on :math:`|x| \le B`, with the line of the same value and slope beyond, where powers would
+    overflow. The integral is a polynomial of degree :math:`2d + 1`, in closed form. The floor is
+    :math:`\varepsilon = 2^{-10}`, and the fixed factors :math:`g_{kj} \in [1/2, 3/2]` let
+    polynomials that start alike learn apart. It is the identity at :math:`a_{kj} = t = 0`.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -76,7 +72,6 @@ class SumOfSquares:
     degree: int = 4
     bound: float = 4.0
 
-    linear = False
     fast = "forward"
 
     def __post_init__(self) -> None:
@@ -87,10 +82,6 @@ class SumOfSquares:
     @property
     def parameters(self) -> int:
         return self.polynomials * (self.degree + 1) + 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         squared, integral = self._coefficients(raw)
@@ -133,16 +124,16 @@ class SumOfSquares:
 
 
 @dataclass(frozen=True)
-class Bernstein:
+class Bernstein(Univariate):
     r"""Bernstein polynomial of increasing coefficients.
 
     .. math:: f(x) = t + \sum_{j=0}^n \theta_j \binom{n}{j} u^j (1 - u)^{n - j}, \qquad u = \frac{x + B}{2 B}, \qquad
         \theta_{j+1} - \theta_j = \frac{2 B}{n} h_j, \quad \log h_j = 5 \tanh(a_j / 5),
 
-    on :math:`|x| \le B`, with the line of the same value and slope beyond, and :math:`\theta_0 = -\theta_n`. The derivative
-    is the Bernstein polynomial of the :math:`h_j > 0`. Both are evaluated by de Casteljau's algorithm, a cascade of
-    averages, the value as a displacement from :math:`x`, so that nothing cancels. It is the identity at
-    :math:`a_j = t = 0`.
+    on :math:`|x| \le B`, with the line of the same value and slope beyond, and
+    :math:`\theta_0 = -\theta_n`. The derivative is the Bernstein polynomial of the :math:`h_j > 0`.
+    Both are evaluated by de Casteljau's algorithm, a cascade of averages, the value as a
+    displacement from :math:`x`, so that nothing cancels. It is the identity at :math:`a_j = t = 0`.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -154,11 +145,11 @@ class Bernstein:
         ValueError: If an argument is not positive.
 
     Reference:
-        Sick, Hothorn, Dürr, "Deep transformation models: Tackling complex regression problems with neural network based
-        transformation models", 2021, https://arxiv.org/abs/2004.00464
+        Sick, Hothorn, Dürr, "Deep transformation models: Tackling complex regression problems with
+        neural network based transformation models", 2021, https://arxiv.org/abs/2004.00464
 
-        Ramasinghe, Fernando, Khan, Barnes, "Robust normalizing flows using Bernstein-type polynomials", 2021,
-        https://arxiv.org/abs/2102.03509
+        Ramasinghe, Fernando, Khan, Barnes, "Robust normalizing flows using Bernstein-type
+        polynomials", 2021, https://arxiv.org/abs/2102.03509
 
     Example:
         >>> univariate = Bernstein(degree=8)
@@ -180,10 +171,6 @@ class Bernstein:
     @property
     def parameters(self) -> int:
         return self.degree + 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         slopes, displacements = self._coefficients(raw)

@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from .._checks import check_positive, check_size
 from .._compat import in_forward_mode, transforming
+from .base import Univariate, soft_clip
 
 __all__ = ["CircularSpline", "LinearRationalSpline", "RationalQuadraticSpline"]
 
@@ -22,11 +23,13 @@ __all__ = ["CircularSpline", "LinearRationalSpline", "RationalQuadraticSpline"]
 class Box(NamedTuple):
     r"""The square :math:`[-B, B]^2` that a spline maps onto itself along the diagonal, and what its bins share.
 
-    Lengths in it are counted from the lower left corner in a unit such that bin :math:`k` is :math:`m + s_k` wide, with
-    :math:`m` the least size and :math:`s` a softmax, and likewise high: so no table has to be scaled.
+    Lengths in it are counted from the lower left corner in a unit such that bin :math:`k` is
+    :math:`m + s_k` wide, with :math:`m` the least size and :math:`s` a softmax, and likewise high:
+    so no table has to be scaled.
 
-    Raw parameters are ``bins`` widths, ``bins`` heights and the slopes at the knots: at the inner ones, for at the outer
-    ones the slope is one; or, where the spline is periodic, at all but the last, which is the first.
+    Raw parameters are ``bins`` widths, ``bins`` heights and the slopes at the knots: at the inner
+    ones, for at the outer ones the slope is one; or, where the spline is periodic, at all but the
+    last, which is the first.
     """
 
     bins: int
@@ -94,7 +97,8 @@ def find_bin(box: Box, z: Tensor, raw: Tensor, axis: int) -> tuple[Bin, Tensor, 
         axis: 0 to look along the widths, 1 along the heights.
 
     Returns:
-        The bins, their numbers ``(*, 1, features)``, and the shares ``(*, 2, bins, features)`` of widths and heights.
+        The bins, their numbers ``(*, 1, features)``, and the shares ``(*, 2, bins, features)`` of
+        widths and heights.
     """
     shares = raw.narrow(-2, 0, 2 * box.bins).unflatten(-2, (2, box.bins)).softmax(-2)
     steps = torch.arange(1, box.bins, device=raw.device, dtype=raw.dtype).unsqueeze(-1)
@@ -108,7 +112,7 @@ def find_bin(box: Box, z: Tensor, raw: Tensor, axis: int) -> tuple[Bin, Tensor, 
         Bin(
             corner,
             _pick_pair(shares, j) + box.least,
-            (box.clip * torch.tanh(ends / box.clip)).exp(),
+            soft_clip(ends, box.clip).exp(),
         ),
         j,
         shares,
@@ -128,8 +132,8 @@ def _pick_pair(table: Tensor, j: Tensor) -> Tensor:
 def pull_bin(box: Box, bin: Bin, j: Tensor, shares: Tensor, raw: Tensor, grad: Bin) -> Tensor:
     r"""The gradient with respect to the raw parameters, given that with respect to the bins.
 
-    With :math:`a` the gradient of the corner, which is :math:`m j + \sum_{k<j} s_k`, and :math:`b` that of the size
-    :math:`m + s_j`, and shares from a softmax,
+    With :math:`a` the gradient of the corner, which is :math:`m j + \sum_{k<j} s_k`, and :math:`b`
+    that of the size :math:`m + s_j`, and shares from a softmax,
 
     .. math:: g_k = s_k \, (a [k < j] + b [k = j] - \bar g), \quad \bar g = a \sum_{k<j} s_k + b s_j.
     """
@@ -169,13 +173,15 @@ def finish(
 def rational_quadratic(p: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
     r"""The map within a bin at the fraction :math:`p` of its width, as an excess over the identity, and its slope.
 
-    With mean slope :math:`s`, end slopes :math:`d_0, d_1`, :math:`q = p (1 - p)` and :math:`e = d_0 + d_1 - 2 s`,
+    With mean slope :math:`s`, end slopes :math:`d_0, d_1`, :math:`q = p (1 - p)` and
+    :math:`e = d_0 + d_1 - 2 s`,
 
     .. math:: y = h \, \frac{s p^2 + d_0 q}{s + e q}, \quad
         \frac{y - w p}{w} = \frac{p}{s + e q} \, \bigl(s (s - 1) p + s (d_0 - 1) (1 - p) - e q\bigr), \quad
         \frac{dy}{dx} = s^2 \, \frac{d_1 p^2 + 2 s q + d_0 (1 - p)^2}{(s + e q)^2}.
 
-    The excess is exactly zero for the identity, and never larger than the bin, so that nothing is lost by its use.
+    The excess is exactly zero for the identity, and never larger than the bin, so that nothing is
+    lost by its use.
     """
     o = 1 - p
     a0, a1, k = d0 * o, d1 * p, _twice(p * o * s)
@@ -195,8 +201,8 @@ def _twice(x: Tensor) -> Tensor:
 def rational_quadratic_root(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
     r"""The fraction :math:`p` of the width at which the map takes the fraction :math:`t` of the height.
 
-    It is the root of :math:`a p^2 + b p - s t = 0` with :math:`e` as above, :math:`b = d_0 - e t` and :math:`a = s - b`,
-    computed without cancellation. Where :math:`b < 0`, :math:`a > s`.
+    It is the root of :math:`a p^2 + b p - s t = 0` with :math:`e` as above, :math:`b = d_0 - e t`
+    and :math:`a = s - b`, computed without cancellation. Where :math:`b < 0`, :math:`a > s`.
     """
     twice_st = _twice(s * t)
     b = d0 - (d0 + d1) * t + twice_st
@@ -209,7 +215,7 @@ def rational_quadratic_root(t: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> Ten
     )
 
 
-class Evaluated(NamedTuple):
+class Mapped(NamedTuple):
     """A map of points, its log-slope, and what its gradient needs."""
 
     y: Tensor
@@ -221,7 +227,7 @@ class Evaluated(NamedTuple):
     shares: Tensor
 
 
-def evaluate(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> Evaluated:
+def map_points(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> Mapped:
     """The spline, or its inverse, in formulas that can be differentiated any number of times."""
     z = box.measure(x)
     bin, j, shares = find_bin(box, z, raw, int(inverse))
@@ -233,7 +239,7 @@ def evaluate(box: Box, x: Tensor, raw: Tensor, inverse: bool) -> Evaluated:
         p = ((z - left) / width).clamp(0.0, 1.0)
     excess, slope = rational_quadratic(p, s, d0, d1)
     y, log_slope = finish(box, x, bottom - left + width * excess, left + width * p, slope, inverse)
-    return Evaluated(y, log_slope, p, slope, bin, j, shares)
+    return Mapped(y, log_slope, p, slope, bin, j, shares)
 
 
 class _RationalQuadratic(torch.autograd.Function):
@@ -241,13 +247,13 @@ class _RationalQuadratic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, raw: Tensor, box: Box, inverse: bool) -> tuple[Tensor, Tensor]:
-        done = evaluate(box, x, raw, inverse)
+        done = map_points(box, x, raw, inverse)
         ctx.box, ctx.inverse = box, inverse
         ctx.save_for_backward(x, raw, done.p, done.slope, done.j, done.shares, *done.bin)
         return done.y, done.log_slope
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, grad_log: Tensor) -> tuple[Tensor | None, ...]:
         x, raw, p, slope, j, shares, *parts = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
@@ -277,7 +283,7 @@ def _differentiable_pull(
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     with torch.enable_grad():
-        outputs = evaluate(box, x, raw, inverse)[:2]
+        outputs = map_points(box, x, raw, inverse)[:2]
         inputs = [value for value, asked in zip((x, raw), wanted, strict=True) if asked]
         grads = iter(torch.autograd.grad(outputs, inputs, (grad_y, grad_log), create_graph=True))
     x_grad, raw_grad = (next(grads) if asked else None for asked in wanted)
@@ -289,14 +295,16 @@ def _pull_map(
 ) -> tuple[Tensor, Bin]:
     r"""The gradient with respect to the point and the bins, all in units.
 
-    Let :math:`y = f(z, \theta)` and :math:`\ell = \log \partial f / \partial z`. For gradients :math:`u` of :math:`y` and
-    :math:`v` of :math:`\ell`, those of :math:`z` and :math:`\theta` are :math:`u f_z + v \ell_z` and :math:`u f_\theta + v
-    \ell_\theta`. The inverse has gradients :math:`u` of :math:`z` and :math:`v` of :math:`-\ell`; by the implicit function
-    theorem the one of :math:`y` is :math:`g = (u - v \ell_z) / f_z` and that of :math:`\theta` is
+    Let :math:`y = f(z, \theta)` and :math:`\ell = \log \partial f / \partial z`. For gradients
+    :math:`u` of :math:`y` and :math:`v` of :math:`\ell`, those of :math:`z` and :math:`\theta` are
+    :math:`u f_z + v \ell_z` and :math:`u f_\theta + v \ell_\theta`. The inverse has gradients
+    :math:`u` of :math:`z` and :math:`v` of :math:`-\ell`; by the implicit function theorem the one
+    of :math:`y` is :math:`g = (u - v \ell_z) / f_z` and that of :math:`\theta` is
     :math:`-g f_\theta - v \ell_\theta`.
 
-    In a bin :math:`f` is a function of :math:`p = (z - x_0) / w`, :math:`s = h / w`, :math:`d_0` and :math:`d_1`: with the
-    notation of :func:`rational_quadratic`, :math:`o = 1 - p`, :math:`D = s + e q` and :math:`M = d_1 p^2 + 2 s q + d_0 o^2`,
+    In a bin :math:`f` is a function of :math:`p = (z - x_0) / w`, :math:`s = h / w`, :math:`d_0`
+    and :math:`d_1`: with the notation of :func:`rational_quadratic`, :math:`o = 1 - p`,
+    :math:`D = s + e q` and :math:`M = d_1 p^2 + 2 s q + d_0 o^2`,
 
     .. math::
         f &= y_0 + h N / D, & N &= s p^2 + d_0 q, &
@@ -346,9 +354,9 @@ def rational_quadratic_spline(
     """The spline, or its inverse, and the logarithm of its slope."""
     # Function transforms, compilers and forward mode see formulas, which they differentiate by themselves.
     if transforming() or torch.jit.is_tracing() or in_forward_mode():
-        y, log_slope = evaluate(box, x, raw, inverse)[:2]
+        y, log_slope = map_points(box, x, raw, inverse)[:2]
         return y, log_slope
-    return _RationalQuadratic.apply(x, raw, box, inverse)  # type: ignore[no-any-return,no-untyped-call]
+    return _RationalQuadratic.apply(x, raw, box, inverse)
 
 
 # The linear-rational spline
@@ -359,8 +367,9 @@ def linear_rational_spline(
 ) -> tuple[Tensor, Tensor]:
     r"""The spline, or its inverse, and the logarithm of its slope.
 
-    A bin is split at the fraction :math:`\lambda` of its width. Seen from the end of slope :math:`d` (the left one, or the
-    right one in a mirror, where :math:`\lambda` and :math:`p` are counted from), each part is a ratio of linear functions,
+    A bin is split at the fraction :math:`\lambda` of its width. Seen from the end of slope
+    :math:`d` (the left one, or the right one in a mirror, where :math:`\lambda` and :math:`p` are
+    counted from), each part is a ratio of linear functions,
 
     .. math:: \frac{y}{w} = \frac{\lambda d \, p}{\lambda - p + \kappa p}, \quad
         \frac{dy}{dx} = d \, \Bigl(\frac{\lambda}{\lambda - p + \kappa p}\Bigr)^2, \quad
@@ -411,17 +420,18 @@ def _check_sizes(bins: Any, min_size: Any, min_slope: Any) -> None:
 
 
 @dataclass(frozen=True)
-class RationalQuadraticSpline:
+class RationalQuadraticSpline(Univariate):
     r"""Rational-quadratic spline on :math:`[-B, B]`, the identity beyond.
 
-    The box is cut into :math:`K` bins, whose widths and heights are a softmax of raw parameters; the slopes :math:`d_k` at
-    the knots in between are :math:`e^{b \tanh(a_k / b)}` with :math:`b = -\log` ``min_slope``. In a bin with corner
-    :math:`(x_0, y_0)`, mean slope :math:`s = h / w` and :math:`p = (x - x_0) / w`,
+    The box is cut into :math:`K` bins, whose widths and heights are a softmax of raw parameters;
+    the slopes :math:`d_k` at the knots in between are :math:`e^{b \tanh(a_k / b)}` with
+    :math:`b = -\log` ``min_slope``. In a bin with corner :math:`(x_0, y_0)`, mean slope
+    :math:`s = h / w` and :math:`p = (x - x_0) / w`,
 
     .. math:: y = y_0 + h \, \frac{s p^2 + d_k p (1 - p)}{s + (d_k + d_{k+1} - 2 s) \, p (1 - p)},
 
-    whose inverse is the root of a quadratic. It is exactly the identity where all :math:`3 K - 1` raw parameters are zero.
-    Both directions are fast.
+    whose inverse is the root of a quadratic. It is exactly the identity where all :math:`3 K - 1`
+    raw parameters are zero. Both directions are fast.
 
     Args:
         bins: Number of bins :math:`K`, at least 2.
@@ -434,7 +444,8 @@ class RationalQuadraticSpline:
         ValueError: If an option is out of range.
 
     Reference:
-        Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019, https://arxiv.org/abs/1906.04032
+        Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019,
+        https://arxiv.org/abs/1906.04032
 
     Example:
         >>> spline = RationalQuadraticSpline(bins=4)
@@ -447,8 +458,6 @@ class RationalQuadraticSpline:
     min_size: float = 1e-3
     min_slope: float = 1e-3
 
-    linear = False
-
     def __post_init__(self) -> None:
         _check_sizes(self.bins, self.min_size, self.min_slope)
         check_positive("bound", self.bound)
@@ -456,10 +465,6 @@ class RationalQuadraticSpline:
     @property
     def parameters(self) -> int:
         return 3 * self.bins - 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     @property
     def box(self) -> Box:
@@ -477,10 +482,11 @@ class RationalQuadraticSpline:
 class LinearRationalSpline(RationalQuadraticSpline):
     r"""Linear-rational spline on :math:`[-B, B]`, the identity beyond; the spline of Pyro's ``Spline`` by default.
 
-    Bins and slopes are those of :class:`RationalQuadraticSpline`. Each bin has a knot more, at a learned fraction of its
-    width, :math:`\lambda_k \in [0.025, 0.975]`, and on either side the map is :math:`(a + b x) / (c + d x)`, so that the
-    inverse is a spline of the same kind. It is exactly the identity where all :math:`4 K - 1` raw parameters are zero. Both
-    directions are fast.
+    Bins and slopes are those of :class:`RationalQuadraticSpline`. Each bin has a knot more, at a
+    learned fraction of its width, :math:`\lambda_k \in [0.025, 0.975]`, and on either side the map
+    is :math:`(a + b x) / (c + d x)`, so that the inverse is a spline of the same kind. It is
+    exactly the identity where all :math:`4 K - 1` raw parameters are zero. Both directions are
+    fast.
 
     Args:
         bins: Number of bins :math:`K`, at least 2.
@@ -493,8 +499,8 @@ class LinearRationalSpline(RationalQuadraticSpline):
         ValueError: If an option is out of range.
 
     Reference:
-        Dolatabadi, Erfani, Leckie, "Invertible generative modeling using linear rational splines", 2020,
-        https://arxiv.org/abs/2001.05168
+        Dolatabadi, Erfani, Leckie, "Invertible generative modeling using linear rational splines",
+        2020, https://arxiv.org/abs/2001.05168
 
     Example:
         >>> spline = LinearRationalSpline(bins=4)
@@ -520,16 +526,17 @@ def _as_angle(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CircularSpline:
+class CircularSpline(Univariate):
     r"""Rational-quadratic spline of the circle onto itself, for angles in :math:`[-\pi, \pi)`.
 
     .. math:: y = f(x) + \varphi \mod 2 \pi,
 
-    where :math:`f` is the spline of :class:`RationalQuadraticSpline` on :math:`[-\pi, \pi]` with the same learned slope at
-    both ends, so that it is smooth across the seam, and :math:`\varphi` a learned rotation, so that the seam moves. It is
-    exactly the identity where all :math:`3 K + 1` raw parameters are zero. Both directions are fast. The base distribution
-    has to live on the circle too, as the uniform and von Mises distributions do; networks that take the angles as input see
-    :math:`(\cos x, \sin x)`.
+    where :math:`f` is the spline of :class:`RationalQuadraticSpline` on :math:`[-\pi, \pi]` with
+    the same learned slope at both ends, so that it is smooth across the seam, and :math:`\varphi` a
+    learned rotation, so that the seam moves. It is exactly the identity where all :math:`3 K + 1`
+    raw parameters are zero. Both directions are fast. The base distribution has to live on the
+    circle too, as the uniform and von Mises distributions do; networks that take the angles as
+    input see :math:`(\cos x, \sin x)`.
 
     Args:
         bins: Number of bins :math:`K`, at least 2.
@@ -541,8 +548,8 @@ class CircularSpline:
         ValueError: If an option is out of range.
 
     Reference:
-        Rezende, Papamakarios, Racaniere, Albergo, Kanwar, Shanahan, Cranmer, "Normalizing flows on tori and spheres", 2020,
-        https://arxiv.org/abs/2002.02428
+        Rezende, Papamakarios, Racaniere, Albergo, Kanwar, Shanahan, Cranmer, "Normalizing flows on
+        tori and spheres", 2020, https://arxiv.org/abs/2002.02428
 
     Example:
         >>> raw = torch.zeros(13, 1)
@@ -555,7 +562,6 @@ class CircularSpline:
     min_size: float = 1e-3
     min_slope: float = 1e-3
 
-    linear = False
     support = constraints.interval(-math.pi, math.pi)
     codes = 2
 
@@ -565,10 +571,6 @@ class CircularSpline:
     @property
     def parameters(self) -> int:
         return 3 * self.bins + 1
-
-    @property
-    def identity(self) -> tuple[float, ...]:
-        return (0.0,) * self.parameters
 
     @property
     def box(self) -> Box:

@@ -12,37 +12,39 @@ from pyroflows.transforms.autoregressive import AffineAutoregressive, Autoregres
 from pyroflows.univariate import Univariate
 from pyroflows.univariate.splines import CircularSpline, RationalQuadraticSpline
 
-from .sizes import NET, C, D
+from .sizes import HIDDEN, C, D
 
 #: Entry 0 depends on entry 2 and nothing else on anything: two stages, and not in the natural order.
 GRAPH = [[False, False, True], [False, False, False], [False, False, False]]
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
-    "autoregressive": lambda: AffineAutoregressive(D, **NET),
-    "autoregressive-context": lambda: AffineAutoregressive(D, C, **NET),
+    "autoregressive": lambda: AffineAutoregressive(D, **HIDDEN),
+    "autoregressive-context": lambda: AffineAutoregressive(D, C, **HIDDEN),
     "autoregressive-forward": lambda: AffineAutoregressive(
-        D, order="reversed", fast="forward", **NET
+        D, order="reversed", fast="forward", **HIDDEN
     ),
     "autoregressive-forward-context": lambda: AffineAutoregressive(
-        D, C, activation=nn.Tanh, fast="forward", **NET
+        D, C, activation=nn.Tanh, fast="forward", **HIDDEN
     ),
     "autoregressive-random-residual": lambda: AffineAutoregressive(
-        D, C, order="random", residual=True, **NET
+        D, C, order="random", residual=True, **HIDDEN
     ),
-    "autoregressive-graph": lambda: AffineAutoregressive(D, adjacency=GRAPH, **NET),
+    "autoregressive-graph": lambda: AffineAutoregressive(D, adjacency=GRAPH, **HIDDEN),
     "autoregressive-spline-context": lambda: Autoregressive(
-        RationalQuadraticSpline(4), D, C, **NET
+        RationalQuadraticSpline(4), D, C, **HIDDEN
     ),
-    "autoregressive-circular": lambda: Autoregressive(CircularSpline(4), D, fast="forward", **NET),
+    "autoregressive-circular": lambda: Autoregressive(
+        CircularSpline(4), D, fast="forward", **HIDDEN
+    ),
     "autoregressive-1": lambda: AffineAutoregressive(1),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "flow-autoregressive-context": lambda: pf.Flow(
-        [AffineAutoregressive(D, C, order=order, **NET) for order in ("natural", "reversed")]
+        [AffineAutoregressive(D, C, order=order, **HIDDEN) for order in ("natural", "reversed")]
     ),
     "flow-autoregressive-forward": lambda: pf.Flow(
         [
-            AffineAutoregressive(D, order=order, fast="forward", **NET)
+            AffineAutoregressive(D, order=order, fast="forward", **HIDDEN)
             for order in ("natural", "reversed")
         ]
     ),

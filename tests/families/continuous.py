@@ -9,15 +9,15 @@ from pyroflows.transforms import Transform
 from pyroflows.transforms.continuous import ContinuousFlow
 from pyroflows.univariate import Univariate
 
-from .sizes import NET, C, D
+from .sizes import HIDDEN, C, D
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
-    "continuous": lambda: ContinuousFlow(D, solver="gbs", steps=3, **NET),
-    "continuous-context": lambda: ContinuousFlow(D, C, solver="gbs", steps=3, **NET),
+    "continuous": lambda: ContinuousFlow(D, solver="gbs", steps=3, **HIDDEN),
+    "continuous-context": lambda: ContinuousFlow(D, C, solver="gbs", steps=3, **HIDDEN),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "flow-continuous-context": lambda: pf.Flow(
-        [ContinuousFlow(D, C, solver="gbs", steps=3, **NET)]
+        [ContinuousFlow(D, C, solver="gbs", steps=3, **HIDDEN)]
     ),
 }
 UNIVARIATES: dict[str, Univariate] = {}

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyroflows as pf
-from pyroflows.transforms import Transform
+from pyroflows.transforms import (
+    Householder,
+    LULinear,
+    MatrixExponential,
+    Orthogonal,
+    Transform,
+)
 from pyroflows.transforms.glow import GlowStep
-from pyroflows.transforms.linear import Householder, LULinear, MatrixExponential, Orthogonal
 from pyroflows.transforms.normalization import ActNorm, BatchNorm
 from pyroflows.univariate import Univariate
 

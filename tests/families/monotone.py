@@ -17,17 +17,15 @@ TRANSFORMS: dict[str, Callable[[], Transform]] = {
     "coupling-monotone-integral-context": lambda: Coupling(MonotoneIntegral(), D, C, **NET),
     "block-autoregressive": lambda: BlockAutoregressive(D),
     "block-autoregressive-context": lambda: BlockAutoregressive(
-        D, C, hidden_features=(4, 3), order="random"
+        D, C, hidden=(4, 3), order="random"
     ),
-    "block-autoregressive-forward": lambda: BlockAutoregressive(
-        D, C, hidden_features=(4,), fast="forward"
-    ),
+    "block-autoregressive-forward": lambda: BlockAutoregressive(D, C, hidden=(4,), fast="forward"),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "block-autoregressive-stack": lambda: pf.Flow(
         [
-            BlockAutoregressive(D, C, hidden_features=(4,)),
-            BlockAutoregressive(D, hidden_features=(4,), order="reversed"),
+            BlockAutoregressive(D, C, hidden=(4,)),
+            BlockAutoregressive(D, hidden=(4,), order="reversed"),
         ]
     ),
 }

@@ -9,9 +9,9 @@ import pyroflows as pf
 from pyroflows.transforms import Orthogonal, Transform
 from pyroflows.univariate import Univariate
 
-from .sizes import NET, C, D
+from .sizes import PRESET, C, D
 
-SMALL: dict[str, Any] = {"transforms": 2, **NET}
+SMALL: dict[str, Any] = {"transforms": 2, **PRESET}
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {}
 UNIVARIATES: dict[str, Univariate] = {}
@@ -28,8 +28,8 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "nsf-circular": lambda: pf.NSF(D, bins=4, spline="circular", **SMALL),
     # Two features where each is a numeric inverse of its own.
     "naf": lambda: pf.NAF(2, units=3, **SMALL),
-    "naf-context": lambda: pf.NAF(D, C, units=3, transforms=1, **NET),
-    "unaf": lambda: pf.UNAF(D, transforms=1, **NET),
+    "naf-context": lambda: pf.NAF(D, C, units=3, transforms=1, **PRESET),
+    "unaf": lambda: pf.UNAF(D, transforms=1, **PRESET),
     "bnaf": lambda: pf.BNAF(D, transforms=2, hidden_features=(4,)),
     "bnaf-context": lambda: pf.BNAF(D, C, transforms=1, hidden_features=(4,)),
     "sospf": lambda: pf.SOSPF(2, **SMALL),

@@ -9,14 +9,16 @@ from pyroflows.transforms import Transform
 from pyroflows.transforms.residual import Residual
 from pyroflows.univariate import Univariate
 
-from .sizes import NET, C, D
+from .sizes import HIDDEN, C, D
 
 TRANSFORMS: dict[str, Callable[[], Transform]] = {
-    "residual": lambda: Residual(D, **NET),
-    "residual-context": lambda: Residual(D, C, **NET),
+    "residual": lambda: Residual(D, **HIDDEN),
+    "residual-context": lambda: Residual(D, C, **HIDDEN),
 }
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
-    "flow-residual-context": lambda: pf.Flow([Residual(D, C, **NET), Residual(D, C, **NET).inv]),
+    "flow-residual-context": lambda: pf.Flow(
+        [Residual(D, C, **HIDDEN), Residual(D, C, **HIDDEN).inv]
+    ),
 }
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()

@@ -8,8 +8,8 @@ import torch
 
 import pyroflows as pf
 from pyroflows.distributions import mixture_base
-from pyroflows.transforms import LOFT, AffineCoupling, Elementwise, GPDTail, Transform
-from pyroflows.univariate import Univariate
+from pyroflows.transforms import LOFT, AffineCoupling, Elementwise, Transform
+from pyroflows.univariate import GPDTail, Univariate
 
 from .sizes import NET, C, D
 

@@ -42,6 +42,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor, nn
 
 import pyroflows as pf
+from pyroflows.nn import mlp
 
 Callback = Callable[..., Any]
 SMALL: dict[str, Any] = {"transforms": 2, "hidden_features": (8,)}
@@ -67,7 +68,7 @@ def fit(
 def gaussian_flow(features: int = 2, context_features: int | None = None, **kwargs: Any) -> pf.Flow:
     """A flow that is a normal, whose answers are known; with a context, its parameters are linear in it."""
     return pf.Flow(
-        [pf.transforms.LowerTriangularAffine(features, context_features, hidden_features=())],
+        [pf.transforms.LowerTriangularAffine(features, context_features, network=mlp(()))],
         **kwargs,
     )
 
@@ -488,7 +489,7 @@ def test_mixture_of_flows_learns_clusters() -> None:
     x = truth.sample((400,))
     flow = gaussian_flow(context_features=2)
     with torch.no_grad():
-        flow.transform.layers[0].conditioner.context.weight[0] = torch.tensor([1.0, -1.0])
+        flow.transform.layers[0].conditioner.input.weight[0] = torch.tensor([1.0, -1.0])
 
     def model(x: Tensor) -> None:
         weights = pyro.param("weights", torch.full((2,), 0.5), constraint=constraints.simplex)

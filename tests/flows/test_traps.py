@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from torch.distributions import biject_to
 
 import pyroflows as pf
+from pyroflows.nn import mlp
 
-NET: dict[str, Any] = {"hidden_features": (8,)}
+NET: dict[str, Any] = {"network": mlp((8,))}
+PRESET: dict[str, Any] = {"hidden_features": (8,)}
 TRANSFORMS: dict[str, Callable[..., pf.transforms.Transform]] = {
     "AdditiveCoupling": lambda c=None: pf.transforms.AdditiveCoupling(3, c, **NET),
     "AffineCoupling": lambda c=None: pf.transforms.AffineCoupling(3, c, **NET),
@@ -51,14 +53,14 @@ TRANSFORMS: dict[str, Callable[..., pf.transforms.Transform]] = {
     "Inverse": lambda c=None: pf.transforms.AffineCoupling(3, c, **NET).inv,
 }
 FLOWS: dict[str, Callable[..., pf.Flow]] = {
-    "NICE": functools.partial(pf.NICE, 3, transforms=3, **NET),
-    "RealNVP": functools.partial(pf.RealNVP, 3, transforms=3, **NET),
+    "NICE": functools.partial(pf.NICE, 3, transforms=3, **PRESET),
+    "RealNVP": functools.partial(pf.RealNVP, 3, transforms=3, **PRESET),
     "RealNVP on a support": functools.partial(
-        pf.RealNVP, 3, transforms=3, support=constraints.positive, **NET
+        pf.RealNVP, 3, transforms=3, support=constraints.positive, **PRESET
     ),
 }
 
-SMALL = functools.partial(pf.RealNVP, transforms=2, **NET)
+SMALL = functools.partial(pf.RealNVP, transforms=2, **PRESET)
 
 every_transform = pytest.mark.parametrize("name", TRANSFORMS)
 every_flow = pytest.mark.parametrize("name", FLOWS)
@@ -327,7 +329,7 @@ def test_trap_10_mean_field_elbo_drops_the_log_density_of_deltas() -> None:
 
 @pytest.mark.parametrize("batch", [(), (4,), (5, 4)], ids=str)
 def test_trap_11_batch_shape_ignores_the_context(batch: tuple[int, ...]) -> None:
-    flow = moved(pf.RealNVP(3, context_features=2, transforms=2, **NET))
+    flow = moved(pf.RealNVP(3, context_features=2, transforms=2, **PRESET))
     context = torch.randn(*batch, 2)
     d = flow(context)
     assert (d.batch_shape, d.event_shape) == (batch, (3,))
@@ -621,7 +623,7 @@ class Amortised(AutoMessenger):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, amortized_plates=("data",))
-        self.flow = pf.RealNVP(2, context_features=2, transforms=2, **NET)
+        self.flow = pf.RealNVP(2, context_features=2, transforms=2, **PRESET)
 
     def get_posterior(self, name: str, prior: Any) -> Any:
         (x,), _ = self.args_kwargs

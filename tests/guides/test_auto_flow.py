@@ -56,6 +56,7 @@ from torch import Tensor, nn
 
 import pyroflows as pf
 from pyroflows.examples import load_example
+from pyroflows.nn import mlp
 
 Callback = Callable[..., Any]
 SMALL = functools.partial(pf.RealNVP, transforms=2, hidden_features=(8,))
@@ -315,7 +316,7 @@ def heavy(features: int) -> pf.Flow:
     layers = (
         [pf.transforms.LowerTriangularAffine(features)]
         if features == 1
-        else [pf.transforms.AffineCoupling(features, hidden_features=(8,))]
+        else [pf.transforms.AffineCoupling(features, network=mlp((8,)))]
     )
     return pf.Flow(layers, base=dist.StudentT(4.0).expand([features]).to_event(1))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from pyroflows.nn import MADE
-from pyroflows.nn.made import Unfolding
+from pyroflows.nn.stages import Unfolding
 
 F64 = torch.float64
 #: A diamond with a tail: 0 and 4 stand alone, 1 and 2 depend on 0, 3 on both of them, 5 on 3 and 4.
@@ -231,8 +231,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "features": (lambda: MADE(0, 2), ValueError, "features >= 1; got 0"),
     "features-float": (lambda: MADE(2.0, 2), TypeError, "features to be an integer; got 2.0"),
     "parameters": (lambda: MADE(3, 0), ValueError, "parameters >= 1; got 0"),
-    "hidden": (lambda: MADE(3, 2, 64), TypeError, "hidden_features to be a sequence of integers"),
-    "hidden-zero": (lambda: MADE(3, 2, (8, 0)), ValueError, "hidden_features >= 1; got 0"),
+    "hidden": (lambda: MADE(3, 2, 64), TypeError, "hidden to be a sequence of integers"),
+    "hidden-zero": (lambda: MADE(3, 2, (8, 0)), ValueError, "hidden >= 1; got 0"),
     "context": (lambda: MADE(3, 2, context_features=0), ValueError, "context_features >= 1; got 0"),
     "activation": (lambda: MADE(3, 2, activation="relu"), TypeError, "activation to make a module"),
     "codes": (lambda: MADE(3, 2, codes=0), ValueError, "codes >= 1; got 0"),
@@ -300,7 +300,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "graph-narrow": (
         lambda: MADE(6, 2, (8, 2), adjacency=DIAMOND),
         ValueError,
-        "hidden_features of at least 3, one for each set that entries depend on in this adjacency; got 2",
+        "hidden of at least 3, one for each set that entries depend on in this adjacency; got 2",
     ),
 }
 

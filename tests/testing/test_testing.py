@@ -16,14 +16,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints as pyro_constraints
-from registry import EXEMPT, FLOWS, MASKS, NET, SCALES, SMALL, TRANSFORMS, C, perturbed
+from registry import EXEMPT, FLOWS, MASKS, NET, PRESET, SCALES, SMALL, TRANSFORMS, C, perturbed
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 import pyroflows as pf
+from pyroflows.nn import mlp
 from pyroflows.testing import LAWS, LawError, LawResult, Report, check, laws
 from pyroflows.transforms import AffineCoupling, Elementwise, Transform
-from pyroflows.univariate import Affine
+from pyroflows.univariate import Affine, Univariate
 
 # A zoo of faults. Each is a scaling, right but for one mistake.
 
@@ -658,8 +659,8 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "uniform base": lambda: pf.Flow(
         [Scaling(2)], base=dist.Uniform(-torch.ones(2), 1.0).to_event(1)
     ),
-    "narrow": lambda: perturbed(pf.RealNVP(2, transforms=4, **NET), 0.7),
-    "with a context of two": lambda: perturbed(pf.RealNVP(2, C, transforms=3, **NET), 0.5),
+    "narrow": lambda: perturbed(pf.RealNVP(2, transforms=4, **PRESET), 0.7),
+    "with a context of two": lambda: perturbed(pf.RealNVP(2, C, transforms=3, **PRESET), 0.5),
     "a batch of bases": lambda: pf.RealNVP(
         2, base=dist.Normal(torch.zeros(7, 2), 1.0).to_event(1), **SMALL
     ),
@@ -673,7 +674,7 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "interval of two": lambda: perturbed(
         pf.RealNVP(2, support=constraints.interval(-1.0, 3.0), **SMALL)
     ),
-    "dropout": lambda: AffineCoupling(3, activation=lambda: nn.Dropout(0.5), **NET),
+    "dropout": lambda: AffineCoupling(3, network=mlp((8, 8), lambda: nn.Dropout(0.5))),
 }
 
 
@@ -957,10 +958,10 @@ class Roulette(Random):
 
 
 @dataclasses.dataclass(frozen=True)
-class RoughScale:
+class RoughScale(Univariate):
     """A univariate map that is no module, and of finite accuracy."""
 
-    parameters, identity, linear, accuracy = 1, (0.0,), True, 1e-6
+    parameters, linear, accuracy = 1, True, 1e-6
 
     def forward_and_log_det(self, x, raw):
         s = raw.select(-2, 0)

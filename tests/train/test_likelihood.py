@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import pyroflows as pf
 from pyroflows._deadline import Deadline
+from pyroflows.nn import mlp
 from pyroflows.train import DensityReport, fit_density, likelihood
 from pyroflows.transforms.standardize import Standardize
 
-NET: dict[str, Any] = {"transforms": 2, "hidden_features": (8,)}
+PRESET: dict[str, Any] = {"transforms": 2, "hidden_features": (8,)}
 N = 400
 
 
@@ -77,7 +78,7 @@ def test_a_correlated_normal_is_learnt_to_its_entropy(device: torch.device) -> N
 def test_a_conditional_density_is_learnt() -> None:
     context = noise(3000, 1, seed=1)
     x = torch.cat([2 * context, -context], -1) + 0.1 * noise(3000, 2, seed=2)
-    flow = pf.Flow([*pf.RealNVP(2, 1, **NET).transform.layers, Standardize(2)])
+    flow = pf.Flow([*pf.RealNVP(2, 1, **PRESET).transform.layers, Standardize(2)])
     fit_density(flow, x, context, max_epochs=60, learning_rate=1e-2, progress=False)
     draws = flow(torch.tensor([[1.0], [-1.0]])).sample((2000,))
     torch.testing.assert_close(
@@ -114,7 +115,7 @@ def test_a_distribution_over_numbers_is_fitted() -> None:
 def test_points_follow_the_flow(
     dtype: torch.dtype, given: torch.dtype, device: torch.device
 ) -> None:
-    flow = pf.RealNVP(2, 1, **NET).to(device, dtype)
+    flow = pf.RealNVP(2, 1, **PRESET).to(device, dtype)
     x, context = noise(N, 2).to(given), noise(N, 1).to(given)
     quickly(flow, x, context, validation=(x[:50], context[:50]))
     assert all(p.dtype == dtype and p.device.type == device.type for p in flow.parameters())
@@ -156,10 +157,10 @@ def test_a_flow_that_training_only_worsens_stays_as_it_was() -> None:
 
 def test_the_same_seed_gives_the_same_flow_and_leaves_the_random_state() -> None:
     x = noise(N, 2)
-    start = copy_of(pf.RealNVP(2, **NET))
+    start = copy_of(pf.RealNVP(2, **PRESET))
     ends = []
     for seed in (0, 0, 1):
-        flow = pf.RealNVP(2, **NET)
+        flow = pf.RealNVP(2, **PRESET)
         flow.load_state_dict(start)
         torch.manual_seed(len(ends))
         state = torch.get_rng_state()
@@ -169,7 +170,7 @@ def test_the_same_seed_gives_the_same_flow_and_leaves_the_random_state() -> None
     assert same(ends[0][0], ends[1][0]) and ends[0][1:] == ends[1][1:]
     assert ends[0][1:] != ends[2][1:]
     torch.manual_seed(0)
-    quickly(pf.RealNVP(2, **NET), x, seed=None)
+    quickly(pf.RealNVP(2, **PRESET), x, seed=None)
     assert not torch.equal(torch.get_rng_state(), state)
 
 
@@ -196,7 +197,7 @@ def test_every_point_is_seen_once_an_epoch_in_batches_of_equal_size() -> None:
 def test_frozen_parameters_and_buffers_stay() -> None:
     flow = pf.Flow(
         [
-            pf.transforms.AffineCoupling(2, hidden_features=(8,)),
+            pf.transforms.AffineCoupling(2, network=mlp((8,))),
             pf.transforms.LowerTriangularAffine(2),
         ]
     )
@@ -213,7 +214,7 @@ def test_weight_decay_pulls_parameters_to_zero() -> None:
 
 
 def test_gradient_mode_of_the_caller_does_not_matter() -> None:
-    flow = pf.RealNVP(2, **NET)
+    flow = pf.RealNVP(2, **PRESET)
     with torch.no_grad():
         report = quickly(flow, 2.0 + noise(N, 2))
         assert not torch.is_grad_enabled()
@@ -509,7 +510,7 @@ BAD: dict[str, tuple[Callable[[], DensityReport], type[Exception], str]] = {
 
 
 def small(context_features: int | None = None, **options: Any) -> pf.Flow:
-    return pf.RealNVP(2, context_features, **NET, **options)
+    return pf.RealNVP(2, context_features, **PRESET, **options)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -522,7 +523,7 @@ def test_what_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("x", [with_nan(1), noise(N, 3), noise(N, 2), torch.ones(N, 2)])
 def test_what_is_refused_changes_nothing(x: Tensor) -> None:
-    flow = pf.Flow([*pf.RealNVP(2, **NET).transform.layers, Standardize(2)])
+    flow = pf.Flow([*pf.RealNVP(2, **PRESET).transform.layers, Standardize(2)])
     flow.transform.layers[0].eval()
     before, modes = copy_of(flow), [module.training for module in flow.modules()]
     held_out = noise(50, 2) if x.shape[-1] == 2 else noise(50, 3)
@@ -540,7 +541,7 @@ def test_what_is_refused_changes_nothing(x: Tensor) -> None:
 
 def test_an_unfitted_last_layer_is_fitted_to_the_training_points() -> None:
     x, held_out = 1e4 + 1e3 * noise(N, 2), 1e4 + 1e3 * noise(50, 2, seed=1)
-    flow = pf.Flow([*pf.RealNVP(2, **NET).transform.layers, last := Standardize(2)])
+    flow = pf.Flow([*pf.RealNVP(2, **PRESET).transform.layers, last := Standardize(2)])
     report = quickly(flow, x, validation=held_out)
     torch.testing.assert_close(last.loc, x.mean(0))
     torch.testing.assert_close(last.scale, x.std(0))
@@ -554,7 +555,7 @@ def test_an_unfitted_last_layer_is_fitted_to_the_training_points() -> None:
 def test_with_a_support_it_is_fitted_to_unconstrained_points() -> None:
     x = (5.0 + 0.1 * noise(N, 2)).exp()
     flow = pf.Flow(
-        [*pf.RealNVP(2, **NET).transform.layers, last := Standardize(2)],
+        [*pf.RealNVP(2, **PRESET).transform.layers, last := Standardize(2)],
         support=constraints.positive,
     )
     quickly(flow, x, validation=x)

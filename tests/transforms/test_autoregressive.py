@@ -9,7 +9,8 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
-from registry import NET, C, context_for, normal_log_prob, perturbed, points
+from families.sizes import HIDDEN
+from registry import C, context_for, normal_log_prob, perturbed, points
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyroflows as pf
 from pyroflows.transforms import Compose, Elementwise, Transform
 from pyroflows.transforms.autoregressive import AffineAutoregressive, Autoregressive
-from pyroflows.univariate import Affine, Shift
+from pyroflows.univariate import Affine, Shift, Univariate
 from pyroflows.univariate.splines import CircularSpline, RationalQuadraticSpline
 
 F64 = torch.float64
@@ -25,7 +26,7 @@ F64 = torch.float64
 GRAPH = [[False] * 4, [True] + [False] * 3, [True] + [False] * 3, [False, True, False, False]]
 
 
-class Sinh:
+class Sinh(Univariate):
     """A map that is not linear: :math:`y = \\sinh(e^a x) e^{-a}`, moved by a shift."""
 
     parameters = 2
@@ -43,7 +44,7 @@ class Sinh:
         return z * a.neg().exp(), -z.cosh().log()
 
 
-class Learnt(nn.Module):
+class Learnt(Univariate, nn.Module):
     """An affine map with a weight of its own."""
 
     parameters = 2
@@ -75,22 +76,20 @@ class Swish(nn.Module):
 
 
 CASES: dict[str, Callable[[], Autoregressive]] = {
-    "plain": lambda: AffineAutoregressive(4, **NET),
-    "context": lambda: AffineAutoregressive(4, C, **NET),
-    "random": lambda: AffineAutoregressive(4, order="random", seed=1, fast="forward", **NET),
-    "residual": lambda: AffineAutoregressive(
-        4, C, hidden_features=(8, 8, 8), residual=True, fast="forward"
-    ),
-    "graph": lambda: AffineAutoregressive(4, C, adjacency=GRAPH, **NET),
-    "linear": lambda: AffineAutoregressive(4, hidden_features=(), scale="exp"),
-    "widths": lambda: AffineAutoregressive(4, C, hidden_features=(5, 9), activation=Swish),
-    "shift": lambda: Autoregressive(Shift(), 4, **NET),
-    "curved": lambda: Autoregressive(Sinh(), 4, C, activation=nn.Tanh, fast="forward", **NET),
-    "circular": lambda: Autoregressive(CircularSpline(3), 4, C, fast="forward", **NET),
+    "plain": lambda: AffineAutoregressive(4, **HIDDEN),
+    "context": lambda: AffineAutoregressive(4, C, **HIDDEN),
+    "random": lambda: AffineAutoregressive(4, order="random", seed=1, fast="forward", **HIDDEN),
+    "residual": lambda: AffineAutoregressive(4, C, hidden=(8, 8, 8), residual=True, fast="forward"),
+    "graph": lambda: AffineAutoregressive(4, C, adjacency=GRAPH, **HIDDEN),
+    "linear": lambda: AffineAutoregressive(4, hidden=(), scale="exp"),
+    "widths": lambda: AffineAutoregressive(4, C, hidden=(5, 9), activation=Swish),
+    "shift": lambda: Autoregressive(Shift(), 4, **HIDDEN),
+    "curved": lambda: Autoregressive(Sinh(), 4, C, activation=nn.Tanh, fast="forward", **HIDDEN),
+    "circular": lambda: Autoregressive(CircularSpline(3), 4, C, fast="forward", **HIDDEN),
     "spline-graph": lambda: Autoregressive(
-        RationalQuadraticSpline(3), 4, C, adjacency=GRAPH, **NET
+        RationalQuadraticSpline(3), 4, C, adjacency=GRAPH, **HIDDEN
     ),
-    "learnt": lambda: Autoregressive(Learnt(), 4, C, **NET),
+    "learnt": lambda: Autoregressive(Learnt(), 4, C, **HIDDEN),
 }
 
 
@@ -127,7 +126,7 @@ WAYS = {"stages": by_stages, "rounds": by_rounds}
 
 def test_is_what_the_paper_says(device):
     """Papamakarios et al. (2017), eq. 4: a Gaussian conditional after the other."""
-    t = perturbed(AffineAutoregressive(3, hidden_features=(), scale="exp").to(device, F64))
+    t = perturbed(AffineAutoregressive(3, hidden=(), scale="exp").to(device, F64))
     (layer,) = t.conditioner.layers
     weight, bias = (layer.weight * layer.mask).unflatten(0, (2, 3)), layer.bias.unflatten(0, (2, 3))
     y = torch.randn(20, 3, dtype=F64, device=device)
@@ -141,7 +140,7 @@ def test_is_what_the_paper_says(device):
 @pytest.mark.parametrize("fast", ["inverse", "forward"])
 def test_agrees_with_pyro(fast, device):
     """Pyro's layer over the same network; its scale is clipped elsewhere, so the network is kept small."""
-    t = perturbed(AffineAutoregressive(4, fast=fast, scale="exp", **NET).to(device, F64), 0.1)
+    t = perturbed(AffineAutoregressive(4, fast=fast, scale="exp", **HIDDEN).to(device, F64), 0.1)
 
     def network(v: Tensor) -> tuple[Tensor, Tensor]:
         s, mean = t.conditioner(v).unbind(-2)
@@ -175,8 +174,8 @@ def test_jacobian_has_the_shape_of_the_graph(moved):
 
 
 def test_the_fast_to_sample_layer_is_the_inverse_of_the_fast_to_score(device):
-    scores = perturbed(AffineAutoregressive(3, C, fast="inverse", **NET).to(device, F64))
-    samples = AffineAutoregressive(3, C, fast="forward", **NET).to(device, F64)
+    scores = perturbed(AffineAutoregressive(3, C, fast="inverse", **HIDDEN).to(device, F64))
+    samples = AffineAutoregressive(3, C, fast="forward", **HIDDEN).to(device, F64)
     samples.load_state_dict(scores.state_dict())
     assert (scores.fast, samples.fast) == ("inverse", "forward")
     assert "fast: scoring" in repr(scores) and "fast: sampling" in repr(samples)
@@ -189,7 +188,7 @@ def test_the_fast_to_sample_layer_is_the_inverse_of_the_fast_to_score(device):
 
 def test_orders(device):
     def order(**options: Any) -> list[int]:
-        return AffineAutoregressive(5, **NET, **options).to(device).conditioner.entries.tolist()
+        return AffineAutoregressive(5, **HIDDEN, **options).to(device).conditioner.entries.tolist()
 
     assert order() == order(order="natural") == [0, 1, 2, 3, 4]
     assert order(order="reversed") == [4, 3, 2, 1, 0]
@@ -206,7 +205,7 @@ def test_a_graph_is_a_factorisation(device):
     """Under a graph of two chains each chain is independent of the other."""
     graph = torch.zeros(4, 4, dtype=torch.bool)
     graph[1, 0] = graph[3, 2] = True
-    t = perturbed(AffineAutoregressive(4, adjacency=graph, **NET).to(device, F64))
+    t = perturbed(AffineAutoregressive(4, adjacency=graph, **HIDDEN).to(device, F64))
     assert t.conditioner.stages == 2
     a, b = torch.randn(2, 6, 4, dtype=F64, device=device)
     log_prob = pf.Flow([t])().log_prob
@@ -218,7 +217,7 @@ def test_a_graph_is_a_factorisation(device):
 
 @pytest.mark.parametrize("context_features", [None, C])
 def test_one_feature_is_moved_by_the_context_alone(context_features, device):
-    t = perturbed(AffineAutoregressive(1, context_features, **NET).to(device, F64))
+    t = perturbed(AffineAutoregressive(1, context_features, **HIDDEN).to(device, F64))
     x, c = given(t, 6)
     y, log_det = t.forward_and_log_det(x, c)
     raw = t.conditioner(x, c)
@@ -233,7 +232,7 @@ def test_one_feature_is_moved_by_the_context_alone(context_features, device):
 
 def test_learns_a_banana(device):
     """Of y = (a, b + a^2) with normal a and b the density is that of (a, b), whose entropy is known."""
-    flow = pf.Flow([AffineAutoregressive(2, hidden_features=(32, 32))]).to(device)
+    flow = pf.Flow([AffineAutoregressive(2, hidden=(32, 32))]).to(device)
     optimizer = torch.optim.Adam(flow.parameters(), 2e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
     a, b = torch.randn(2, 4096, device=device)
@@ -374,7 +373,7 @@ def test_second_derivatives_are_those_of_finite_differences(name, way, device, m
 
 def test_hessians(device):
     """Function transforms go through the stages; plain autograd twice must agree with them."""
-    t = perturbed(AffineAutoregressive(3, **NET).to(device, F64))
+    t = perturbed(AffineAutoregressive(3, **HIDDEN).to(device, F64))
     x = torch.randn(3, dtype=F64, device=device)
     expected = torch.autograd.functional.hessian(lambda x: t.forward_and_log_det(x)[1], x)
     torch.testing.assert_close(hessian(lambda x: t.forward_and_log_det(x)[1])(x), expected)
@@ -385,7 +384,7 @@ def test_hessians(device):
 
 def test_stage_by_stage_costs_about_one_evaluation(device, monkeypatch):
     """Multiplications, as counted by torch, for a solution and for its gradient."""
-    t = AffineAutoregressive(32, hidden_features=(64, 64)).to(device)
+    t = AffineAutoregressive(32, hidden=(64, 64)).to(device)
     by_stages(t, monkeypatch)
     u = torch.randn(16, 32, device=device).requires_grad_()
 
@@ -403,7 +402,7 @@ def test_stage_by_stage_costs_about_one_evaluation(device, monkeypatch):
 
 
 def test_few_rounds_suffice(device, monkeypatch):
-    t = perturbed(AffineAutoregressive(64, hidden_features=(64, 64)).to(device), 0.05)
+    t = perturbed(AffineAutoregressive(64, hidden=(64, 64)).to(device), 0.05)
     by_rounds(t, monkeypatch)
     calls = []
     evaluate = t.conditioner.evaluate
@@ -416,8 +415,8 @@ def test_few_rounds_suffice(device, monkeypatch):
 
 
 def test_the_way_is_chosen_by_size(device):
-    small = AffineAutoregressive(8, hidden_features=(64, 64)).to(device)
-    large = AffineAutoregressive(64, hidden_features=(512, 512)).to(device)
+    small = AffineAutoregressive(8, hidden=(64, 64)).to(device)
+    large = AffineAutoregressive(64, hidden=(512, 512)).to(device)
     assert small.rounds(1) == 9 and small.rounds(10**4) == 0
     assert large.rounds(1) == 65 and large.rounds(512) == 0
     budgets = [large.rounds(n) for n in range(1, 600)]
@@ -426,7 +425,7 @@ def test_the_way_is_chosen_by_size(device):
 
 def test_overflow_on_the_way_falls_back_to_the_stages(device):
     """A wrong guess of the first entry makes the second one infinite, and that spoils every later sum."""
-    t = AffineAutoregressive(3, hidden_features=(), scale="exp").to(device, F64)
+    t = AffineAutoregressive(3, hidden=(), scale="exp").to(device, F64)
     layer = t.conditioner.layers[0]
     with torch.no_grad():
         layer.bias.copy_(torch.tensor([0.0, 0.0, 0.0, -100.0, 0.0, 0.0]))
@@ -448,7 +447,7 @@ def test_overflow_on_the_way_falls_back_to_the_stages(device):
 @pytest.mark.parametrize("way", list(WAYS))
 def test_extreme_parameters(way, dtype, device, monkeypatch):
     """Raw parameters of N(0, 20^2): no NaN, and what comes back is what was asked for, to the precision of the largest."""
-    t = AffineAutoregressive(8, hidden_features=(16, 16)).to(device, dtype)
+    t = AffineAutoregressive(8, hidden=(16, 16)).to(device, dtype)
     perturbed(t, 20.0)
     if way == "stages":
         by_stages(t, monkeypatch)
@@ -462,7 +461,7 @@ def test_extreme_parameters(way, dtype, device, monkeypatch):
 
 
 def test_writes_no_nan_into_a_batch_with_a_bad_row(device):
-    t = perturbed(AffineAutoregressive(4, **NET).to(device, F64))
+    t = perturbed(AffineAutoregressive(4, **HIDDEN).to(device, F64))
     u = torch.randn(3, 4, dtype=F64, device=device)
     u[1, 2] = math.nan
     v, _ = t._solve(u, None)
@@ -495,7 +494,7 @@ def test_the_score_is_pushed_without_an_inversion(name, way, device, monkeypatch
 
 def test_compiles_as_one_graph(device):
     torch.compiler.reset()
-    t = perturbed(AffineAutoregressive(3, C, residual=True, **NET).to(device, F64))
+    t = perturbed(AffineAutoregressive(3, C, residual=True, **HIDDEN).to(device, F64))
     x, c = given(t, 5)
     x.requires_grad_()
 
@@ -516,7 +515,7 @@ def test_compiles_as_one_graph(device):
 def test_places_itself(placement):
     for fast in ("inverse", "forward"):
         with placement:
-            t = AffineAutoregressive(4, C, fast=fast, **NET)
+            t = AffineAutoregressive(4, C, fast=fast, **HIDDEN)
             x, c = torch.zeros(3, 4), torch.zeros(3, C)
         for f in (t.forward_and_log_det, t.inverse_and_log_det):
             y, log_det = f(x.requires_grad_(), c)
@@ -527,7 +526,7 @@ def test_places_itself(placement):
 
 def test_what_is_fast_of_a_stack(device):
     def stack(*fast: str) -> Compose:
-        return Compose([AffineAutoregressive(3, fast=f, **NET) for f in fast]).to(device)
+        return Compose([AffineAutoregressive(3, fast=f, **HIDDEN) for f in fast]).to(device)
 
     assert stack("inverse", "inverse").fast == "inverse" and stack("forward").fast == "forward"
     assert stack("inverse", "forward").fast == "neither"
@@ -546,9 +545,9 @@ MISTAKES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     ),
     "context": (lambda m: m(3, 0), ValueError, "context_features >= 1; got 0"),
     "hidden": (
-        lambda m: m(3, hidden_features=8),
+        lambda m: m(3, hidden=8),
         TypeError,
-        "hidden_features to be a sequence of integers",
+        "hidden to be a sequence of integers",
     ),
     "activation": (lambda m: m(3, activation=nn.SiLU()), TypeError, "activation to make a module"),
     "order-name": (
@@ -592,7 +591,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         "adjacency to be boolean; got torch.int64",
     ),
     "residual": (
-        lambda m: m(3, hidden_features=(8, 4), residual=True),
+        lambda m: m(3, hidden=(8, 4), residual=True),
         ValueError,
         "one width for a residual network",
     ),

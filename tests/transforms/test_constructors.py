@@ -15,7 +15,7 @@ from registry import C, D
 from torch import nn
 
 import pyroflows as pf
-from pyroflows.nn import MLP
+from pyroflows.nn import MLP, mlp
 from pyroflows.transforms import (
     AdditiveCoupling,
     AffineCoupling,
@@ -69,6 +69,13 @@ FLOWS: dict[str, Callable[..., pf.Flow]] = {
 }
 
 MISTAKES: dict[str, Mistake] = {}
+
+
+def net(owner: str, hidden: Any = (8, 8), activation: Any = nn.SiLU) -> dict[str, Any]:
+    """Options of a network, as a ready-made flow and as a transform take them."""
+    if owner in ("NICE", "RealNVP"):
+        return {"hidden_features": hidden, "activation": activation}
+    return {"network": mlp(hidden, activation)}
 
 
 def mistake(name: str, make: Callable[[], Any], error: type[Exception], fragment: str) -> None:
@@ -147,21 +154,21 @@ for owner, make in CONDITIONAL.items():
             "int",
             64,
             TypeError,
-            "hidden_features to be a sequence of integers such as (64, 64); got 64",
+            "hidden to be a sequence of integers such as (64, 64); got 64",
         ),
         (
             "word",
             "64",
             TypeError,
-            "hidden_features to be a sequence of integers such as (64, 64); got '64'",
+            "hidden to be a sequence of integers such as (64, 64); got '64'",
         ),
-        ("none", None, TypeError, "hidden_features to be a sequence"),
-        ("zero", (8, 0), ValueError, "hidden_features >= 1; got 0"),
-        ("float", (8.0,), TypeError, "hidden_features to be an integer; got 8.0"),
+        ("none", None, TypeError, "hidden to be a sequence"),
+        ("zero", (8, 0), ValueError, "hidden >= 1; got 0"),
+        ("float", (8.0,), TypeError, "hidden to be an integer; got 8.0"),
     ]:
         mistake(
             f"{owner}-hidden-{label}",
-            lambda m=make, v=hidden: m(D, C, hidden_features=v),
+            lambda m=make, o=owner, v=hidden: m(D, C, **net(o, hidden=v)),
             error,
             fragment,
         )
@@ -174,7 +181,7 @@ for owner, make in CONDITIONAL.items():
     ]:
         mistake(
             f"{owner}-activation-{label}",
-            lambda m=make, v=activation: m(D, C, activation=v),
+            lambda m=make, o=owner, v=activation: m(D, C, **net(o, activation=v)),
             TypeError,
             "activation to make a module when called without arguments, as torch.nn.SiLU does",
         )
@@ -412,7 +419,7 @@ for owner, stack in {"Compose": Compose, "Flow": pf.Flow}.items():
             "contexts",
             [Rescale(D, 2), Rescale(D, 3)],
             ValueError,
-            "one width of context in all transforms; got [2, 3]",
+            "one shape of context in all transforms; got (2,), (3,)",
         ),
     ]:
         mistake(f"{owner}-transforms-{label}", lambda s=stack, v=layers: s(v), error, fragment)
@@ -441,7 +448,7 @@ mistake(
     ValueError,
     "Expected no context",
 )
-mistake("Transform-word", lambda: Transform("33"), TypeError, "features to be an integer; got '3'")
+mistake("Transform-word", lambda: Transform("33"), TypeError, "features to be an integer; got '33'")
 mistake("Transform-empty-side", lambda: Transform((3, 0)), ValueError, "features >= 1; got 0")
 
 standard = dist.Normal(torch.zeros(D), 1.0).to_event(1)
@@ -464,13 +471,11 @@ mistake(
     "support to be a constraint",
 )
 
-mistake("MLP-of-nothing", lambda: MLP(0, 2), ValueError, "an MLP with an input or a context")
-mistake("MLP-out", lambda: MLP(2, 0), ValueError, "out_features >= 1; got 0")
-mistake("MLP-in", lambda: MLP(-1, 2), ValueError, "in_features >= 0; got -1")
-mistake("MLP-in-float", lambda: MLP(1.5, 2), TypeError, "in_features to be an integer; got 1.5")
-mistake(
-    "MLP-context", lambda: MLP(2, 2, context_features=0), ValueError, "context_features >= 1; got 0"
-)
+mistake("MLP-of-nothing", lambda: MLP(0, 2), ValueError, "inputs >= 1; got 0")
+mistake("MLP-out", lambda: MLP(2, 0), ValueError, "outputs >= 1; got 0")
+mistake("MLP-in", lambda: MLP(-1, 2), ValueError, "inputs >= 1; got -1")
+mistake("MLP-in-float", lambda: MLP(1.5, 2), TypeError, "inputs to be an integer; got 1.5")
+mistake("MLP-context", lambda: MLP(2, 2, context=0), ValueError, "context >= 1; got 0")
 
 
 def set_to(loc: Any, scale_tril: Any) -> Callable[[], None]:
@@ -770,7 +775,7 @@ for name in pf.flows.__all__:
             "hidden-int",
             {"features": D, "context_features": C, "hidden_features": 8},
             TypeError,
-            "hidden_features to be a sequence",
+            "hidden to be a sequence",
         ),
         ("base-word", {"features": D, "base": "normal"}, TypeError, "base to be a distribution"),
         (
@@ -829,6 +834,11 @@ def test_the_table_names_every_option():
             "mask",
             "hidden_features",
             "activation",
+            "context_shape",
+            "hidden",
+            "network",
+            "per_channel",
+            "positions",
             "scale",
             "bound",
             "transforms",
@@ -878,7 +888,10 @@ def test_an_activation_may_be_any_maker_of_modules():
         lambda: nn.LeakyReLU(0.2),
         lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()),
     ):
-        t = AffineCoupling(D, hidden_features=(8, 8), activation=activation)
+        t = AffineCoupling(
+            D,
+            network=mlp((8, 8), activation),
+        )
         assert t(torch.zeros(2, D)).shape == (2, D)
 
 
@@ -887,7 +900,7 @@ def test_an_error_inside_an_activation_is_the_users_to_see():
         raise RuntimeError("mine")
 
     with pytest.raises(RuntimeError, match="mine"):
-        AffineCoupling(D, activation=broken)
+        AffineCoupling(D, network=mlp(activation=broken))
 
 
 def test_one_transform_and_any_iterable_make_a_flow():

@@ -25,12 +25,12 @@ TIGHT: dict[str, dict[str, Any]] = {
     "gbs": {"solver": "gbs"},
 }
 ADAPTIVE = [name for name in TIGHT if name not in ("rk4", "gbs")]
-SMALL: dict[str, Any] = {"hidden_features": (8, 8)}
+SMALL: dict[str, Any] = {"hidden": (8, 8)}
 
 
 def linear_flow(device: torch.device, **options: Any) -> tuple[ContinuousFlow, Tensor]:
     """A velocity that is linear in the point, in time and in the context, and the matrix of its equation."""
-    t = perturbed(ContinuousFlow(3, 2, hidden_features=(), **options).double(), 0.5).to(device)
+    t = perturbed(ContinuousFlow(3, 2, hidden=(), **options).double(), 0.5).to(device)
     c = context_for(t).to(device)
     with torch.no_grad():
         matrix = torch.zeros(5, 5, dtype=torch.float64, device=device)  # of (z, t, 1)
@@ -61,7 +61,7 @@ def test_a_linear_equation_is_solved_by_the_matrix_exponential(solver, device):
 
 def test_time_enters_the_network(device):
     """A velocity of time alone is integrated: the path ends after the integral of tanh."""
-    t = ContinuousFlow(1, hidden_features=(1,), solver="gbs").double()
+    t = ContinuousFlow(1, hidden=(1,), solver="gbs").double()
     with torch.no_grad():
         t.network.input.weight.copy_(torch.tensor([[0.0, 2.0]]))
         t.network.input.bias.fill_(-0.5)
@@ -90,7 +90,7 @@ def test_the_order_of_the_fixed_steps(solver, order, device):
 
 
 @pytest.mark.parametrize(
-    ("hidden_features", "solver"),
+    ("hidden", "solver"),
     [
         ((), "dopri5"),
         ((5,), "dopri5"),
@@ -100,10 +100,8 @@ def test_the_order_of_the_fixed_steps(solver, order, device):
         ((5, 6), "rk4"),
     ],
 )
-def test_the_log_det_is_that_of_autograd(hidden_features, solver, device):
-    t = perturbed(
-        ContinuousFlow(3, 2, hidden_features=hidden_features, **TIGHT[solver]).double(), 0.5
-    ).to(device)
+def test_the_log_det_is_that_of_autograd(hidden, solver, device):
+    t = perturbed(ContinuousFlow(3, 2, hidden=hidden, **TIGHT[solver]).double(), 0.5).to(device)
     x, c = points(t, 3).to(device), context_for(t, 3).to(device)
     y, log_det = t.forward_and_log_det(x, c)
     for i in range(3):
@@ -143,9 +141,7 @@ def test_each_point_of_a_batch_is_held_to_the_tolerance(solver, device):
 @torch.no_grad()
 def test_integrates_to_one(context_features, device):
     t = perturbed(
-        ContinuousFlow(
-            2, context_features, hidden_features=(16, 16), solver="rk4", steps=20
-        ).double(),
+        ContinuousFlow(2, context_features, hidden=(16, 16), solver="rk4", steps=20).double(),
         0.5,
     ).to(device)
     side = torch.linspace(-12, 12, 161, dtype=torch.float64, device=device)
@@ -242,14 +238,12 @@ def test_training_mode_follows_the_seed_and_evaluation_mode_is_exact(device):
 
 
 def test_what_is_exact_by_itself(device):
-    for features, hidden_features, exact in [
+    for features, hidden, exact in [
         (60, (8, 8), True),
         (32, (8, 8, 8), True),
         (33, (8, 8, 8), False),
     ]:
-        t = perturbed(
-            ContinuousFlow(features, hidden_features=hidden_features, solver="rk4", steps=1)
-        ).to(device)
+        t = perturbed(ContinuousFlow(features, hidden=hidden, solver="rk4", steps=1)).to(device)
         x = torch.ones(features, device=device)
         assert torch.equal(t.forward_and_log_det(x)[1], t.forward_and_log_det(x)[1]) == exact
 
@@ -258,7 +252,7 @@ def test_what_is_exact_by_itself(device):
 
 
 def test_the_energy_of_a_straight_path(device):
-    t = ContinuousFlow(2, hidden_features=(), solver="rk4").double()
+    t = ContinuousFlow(2, hidden=(), solver="rk4").double()
     with torch.no_grad():
         t.network.input.bias.copy_(torch.tensor([3.0, -4.0]))
     kinetic, jacobian = t.to(device).path_energy(points(t, 3, 2).to(device))
@@ -387,9 +381,7 @@ def test_an_absent_dependency_is_told_with_its_install_line(monkeypatch, device)
 @pytest.mark.parametrize("solver", ["rk4", "gbs"])
 def test_equal_steps_compile_as_one_graph(solver, device):
     torch.compiler.reset()
-    t = perturbed(ContinuousFlow(3, solver=solver, steps=1, hidden_features=(8,)).double()).to(
-        device
-    )
+    t = perturbed(ContinuousFlow(3, solver=solver, steps=1, hidden=(8,)).double()).to(device)
     x = points(t, 4).to(device).requires_grad_()
     compiled = torch.compile(
         t.forward_and_log_det, fullgraph=True, backend="aot_eager" if solver == "rk4" else "eager"
@@ -413,7 +405,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "features": ({"features": 0}, ValueError, "features >= 1; got 0"),
     "features-float": ({"features": 2.0}, TypeError, "features to be an integer; got 2.0"),
     "context": ({"context_features": 0}, ValueError, "context_features >= 1; got 0"),
-    "hidden": ({"hidden_features": 8}, TypeError, "hidden_features to be a sequence of integers"),
+    "hidden": ({"hidden": 8}, TypeError, "hidden to be a sequence of integers"),
     "activation": ({"activation": "tanh"}, TypeError, "activation to make a module"),
     "trace": ({"trace": "hutch"}, ValueError, "trace to be auto, exact or hutchinson; got 'hutch'"),
     "solver": (

@@ -13,15 +13,16 @@ from registry import NET, C, D, context_for, perturbed, points, tolerance
 from torch import Tensor, nn
 from torch.func import jacrev
 
-from pyroflows.transforms import Permute, Transform
-from pyroflows.transforms.linear import (
+from pyroflows.nn import mlp
+from pyroflows.transforms import (
     Householder,
     LULinear,
     MatrixExponential,
     Orthogonal,
-    accumulate,
-    reflect,
+    Permute,
+    Transform,
 )
+from pyroflows.transforms.orthogonal import accumulate, reflect
 
 DTYPES = [torch.float32, torch.float64]
 CLASSES: dict[str, Callable[..., Transform]] = {
@@ -319,19 +320,19 @@ for owner, construct in CLASSES.items():
         ),
         (
             "hidden-int",
-            partial(construct, D, C, hidden_features=64),
+            lambda construct=construct: construct(D, C, network=mlp(64)),
             TypeError,
-            "hidden_features to be a sequence",
+            "hidden to be a sequence",
         ),
         (
             "hidden-zero",
-            partial(construct, D, C, hidden_features=(8, 0)),
+            lambda construct=construct: construct(D, C, network=mlp((8, 0))),
             ValueError,
-            "hidden_features >= 1; got 0",
+            "hidden >= 1; got 0",
         ),
         (
             "activation",
-            partial(construct, D, C, activation=nn.SiLU()),
+            lambda construct=construct: construct(D, C, network=mlp(activation=nn.SiLU())),
             TypeError,
             "activation to make a module",
         ),

@@ -21,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 
 import pyroflows as pf
 from pyroflows._memory import Memory
+from pyroflows.nn import mlp
 from pyroflows.transforms import (
     AffineCoupling,
     Compose,
@@ -31,7 +32,8 @@ from pyroflows.transforms import (
 )
 from pyroflows.univariate import Affine
 
-NET = {"hidden_features": (8,)}
+NET = {"network": mlp((8,))}
+PRESET = {"hidden_features": (8,)}
 
 
 def stack() -> Transform:
@@ -81,11 +83,11 @@ class Kind:
 
     def _module(self) -> nn.Module:
         if self.name == "flow":
-            return pf.RealNVP(D, transforms=2, **NET)
+            return pf.RealNVP(D, transforms=2, **PRESET)
         if self.name == "flow-positive":
-            return pf.RealNVP(D, transforms=2, support=dist.constraints.positive, **NET)
+            return pf.RealNVP(D, transforms=2, support=dist.constraints.positive, **PRESET)
         if self.name == "flow-context":
-            return pf.RealNVP(D, C, transforms=2, **NET)
+            return pf.RealNVP(D, C, transforms=2, **PRESET)
         if self.name == "plain":
             return stack()
         return Compose([AffineCoupling(D, C, **NET), LowerTriangularAffine(D, C, **NET)])
@@ -419,7 +421,7 @@ def test_a_log_det_edited_in_place():
 
 def test_training_and_evaluation_are_two_functions():
     t = perturbed(
-        AffineCoupling(D, activation=lambda: nn.Sequential(nn.SiLU(), nn.Dropout(0.9)), **NET)
+        AffineCoupling(D, network=mlp((8, 8), lambda: nn.Sequential(nn.SiLU(), nn.Dropout(0.9))))
     )
     with torch.no_grad():
         x = torch.randn(50, D)
@@ -485,7 +487,7 @@ def test_inference_mode_is_left_alone(kind):
 
 def test_what_inference_mode_made_serves_outside():
     with torch.inference_mode():
-        flow = perturbed(pf.RealNVP(D, C, transforms=2, **NET))
+        flow = perturbed(pf.RealNVP(D, C, transforms=2, **PRESET))
         c = torch.randn(5, C)
     with torch.no_grad():
         d = flow(c)
@@ -515,7 +517,7 @@ def test_nothing_is_kept_of_functorch(kind):
 
 def test_svi_on_one_fixed_batch():
     """A flow as likelihood: each step scores the same tensor with new parameters."""
-    flow = perturbed(pf.RealNVP(D, transforms=2, **NET))
+    flow = perturbed(pf.RealNVP(D, transforms=2, **PRESET))
     data = torch.randn(20, D) + 1
 
     def model() -> None:
@@ -562,7 +564,7 @@ def test_a_sample_just_drawn_is_scored_without_inverting(kind, passes):
 
 
 def test_drawing_and_scoring_is_one_pass(passes):
-    pf.RealNVP(D, **NET)().rsample_and_log_prob((5,))
+    pf.RealNVP(D, **PRESET)().rsample_and_log_prob((5,))
     assert (passes.forward, passes.inverse) == (1, 0)
 
 
@@ -595,7 +597,7 @@ def test_an_svi_step_with_a_flow_guide_does_not_invert(passes):
     def model() -> None:
         pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
 
-    flow = pf.RealNVP(D, transforms=2, **NET)
+    flow = pf.RealNVP(D, transforms=2, **PRESET)
 
     def guide() -> None:
         pyro.sample("z", flow())
@@ -607,7 +609,7 @@ def test_an_svi_step_with_a_flow_guide_does_not_invert(passes):
 
 
 def test_two_distributions_of_one_flow_do_not_disturb_each_other(passes):
-    flow = perturbed(pf.RealNVP(D, **NET))
+    flow = perturbed(pf.RealNVP(D, **PRESET))
     one, other = flow(), flow()
     x, y = one.rsample((5,)), other.rsample((5,))
     torch.testing.assert_close(

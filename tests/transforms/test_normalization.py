@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 import pyroflows as pf
+from pyroflows.nn import mlp
 from pyroflows.transforms import AffineCoupling, Compose, Transform
 from pyroflows.transforms.glow import GlowStep
 from pyroflows.transforms.linear import LULinear
@@ -453,19 +454,19 @@ for owner, construct in CLASSES.items():
         ),
         (
             "hidden-int",
-            partial(construct, D, C, hidden_features=64),
+            lambda construct=construct: construct(D, C, network=mlp(64)),
             TypeError,
-            "hidden_features to be a sequence",
+            "hidden to be a sequence",
         ),
         (
             "hidden-zero",
-            partial(construct, D, C, hidden_features=(8, 0)),
+            lambda construct=construct: construct(D, C, network=mlp((8, 0))),
             ValueError,
-            "hidden_features >= 1; got 0",
+            "hidden >= 1; got 0",
         ),
         (
             "activation",
-            partial(construct, D, C, activation=nn.SiLU()),
+            lambda construct=construct: construct(D, C, network=mlp(activation=nn.SiLU())),
             TypeError,
             "activation to make a module",
         ),

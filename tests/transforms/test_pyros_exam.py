@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from families.sizes import HIDDEN
 from pyro.distributions import ConditionalTransformedDistribution, TransformedDistribution
 from pyro.distributions.conditional import ConditionalComposeTransformModule
 from pyro.distributions.transforms import (
@@ -51,27 +52,29 @@ Make = Callable[[int, int | None], Transform]
 
 #: Pyro's name of a family, and the layer for so many features and entries of context.
 FAMILIES: dict[str, Make] = {
-    "affine_autoregressive": lambda n, c: AffineAutoregressive(n, c, **NET),
+    "affine_autoregressive": lambda n, c: AffineAutoregressive(n, c, **HIDDEN),
     "affine_autoregressive-forward": lambda n, c: AffineAutoregressive(
-        n, c, order="reversed", fast="forward", **NET
+        n, c, order="reversed", fast="forward", **HIDDEN
     ),
     "affine_coupling": lambda n, c: AffineCoupling(n, c, **NET),
     "batchnorm": lambda n, c: BatchNorm(n, c, **NET),
     "batchnorm-inverse": lambda n, c: BatchNorm(n, c, **NET).inv,
-    "block_autoregressive": lambda n, c: BlockAutoregressive(n, c, hidden_features=(4,)),
+    "block_autoregressive": lambda n, c: BlockAutoregressive(n, c, hidden=(4,)),
     "block_autoregressive-forward": lambda n, c: BlockAutoregressive(
-        n, c, (4,), order="reversed", fast="forward"
+        n, c, hidden=(4,), order="reversed", fast="forward"
     ),
     "householder": lambda n, c: Householder(n, c, reflections=2, **NET),
     "lower_cholesky_affine": lambda n, c: LowerTriangularAffine(n, c, **NET),
     "matrix_exponential": lambda n, c: MatrixExponential(n, c, **NET),
-    "neural_autoregressive": lambda n, c: Autoregressive(MonotoneNetwork(4, 1), n, c, **NET),
+    "neural_autoregressive": lambda n, c: Autoregressive(MonotoneNetwork(4, 1), n, c, **HIDDEN),
     "planar": lambda n, c: Planar(n, c, **NET),
-    "polynomial": lambda n, c: Autoregressive(SumOfSquares(2, 2), n, c, **NET),
+    "polynomial": lambda n, c: Autoregressive(SumOfSquares(2, 2), n, c, **HIDDEN),
     "radial": lambda n, c: Radial(n, c, **NET),
     "spline-linear": lambda n, c: Elementwise(LinearRationalSpline(4), n, c, **NET),
     "spline-quadratic": lambda n, c: Elementwise(RationalQuadraticSpline(4), n, c, **NET),
-    "spline_autoregressive": lambda n, c: Autoregressive(RationalQuadraticSpline(4), n, c, **NET),
+    "spline_autoregressive": lambda n, c: Autoregressive(
+        RationalQuadraticSpline(4), n, c, **HIDDEN
+    ),
     "spline_coupling": lambda n, c: Coupling(RationalQuadraticSpline(4), n, c, **NET),
     "sylvester": lambda n, c: Sylvester(n, c, **NET),
 }
@@ -286,7 +289,7 @@ def test_stack_of_conditional_transforms(
         free,
         ours[1].inv,
         LeakyReLUTransform(),
-        Permute(features, 1),
+        Permute(features, seed=1),
         ours[2],
     ]
     stack = ConditionalComposeTransformModule(parts, cache_size=cache_size)

@@ -32,9 +32,7 @@ def jacobians(t: Residual, y: Tensor) -> Tensor:
 def saturated(context_features: int | None = None, **options: Any) -> Residual:
     """A block whose bound is active: at the origin it is nearly a large multiple of the identity."""
     t = perturbed(
-        Residual(
-            3, context_features, hidden_features=(16,), activation=nn.Tanh, **options
-        ).double(),
+        Residual(3, context_features, hidden=(16,), activation=nn.Tanh, **options).double(),
         0.5,
     )
     with torch.no_grad():
@@ -89,9 +87,7 @@ def test_the_bound_of_a_matrix_is_differentiable(device):
 def test_the_contraction_keeps_its_bound_whatever_the_weights(activation, scale, device):
     for lipschitz in (0.5, 0.97):
         t = perturbed(
-            Residual(
-                3, hidden_features=(8, 8), activation=activation, lipschitz=lipschitz
-            ).double(),
+            Residual(3, hidden=(8, 8), activation=activation, lipschitz=lipschitz).double(),
             scale,
         ).to(device)
         wide = 10.0 ** torch.arange(-3.0, 4.0, dtype=torch.float64)[:, None, None]
@@ -131,7 +127,7 @@ def test_the_constants_of_the_activations(activation, device):
 
 def test_a_linear_block_by_hand(device):
     """Without hidden layers the contraction is a matrix."""
-    t = Residual(3, hidden_features=()).double()
+    t = Residual(3, hidden=()).double()
     with torch.no_grad():
         t.network.input.weight.copy_(torch.diag(torch.tensor([2.0, 1.0, -1.0])))
         t.network.input.bias.copy_(torch.tensor([1.0, 0.0, 2.0]))
@@ -149,12 +145,10 @@ def test_a_linear_block_by_hand(device):
     torch.testing.assert_close(t.forward_and_log_det(x)[0], y)
 
 
-@pytest.mark.parametrize("hidden_features", [(), (5,), (5, 6), (5, 6, 7), (4, 5, 6, 7)])
+@pytest.mark.parametrize("hidden", [(), (5,), (5, 6), (5, 6, 7), (4, 5, 6, 7)])
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Tanh, nn.ELU, nn.Softplus, nn.GELU])
-def test_jacobians_are_those_of_autograd(hidden_features, activation, device):
-    t = perturbed(
-        Residual(3, 2, hidden_features=hidden_features, activation=activation).double(), 0.7
-    ).to(device)
+def test_jacobians_are_those_of_autograd(hidden, activation, device):
+    t = perturbed(Residual(3, 2, hidden=hidden, activation=activation).double(), 0.7).to(device)
     x, c = points(t, 4).to(device), context_for(t).to(device)
     network = Feedforward.of(t.network, c)
     torch.testing.assert_close(network(x), t.network(x, c))
@@ -204,7 +198,7 @@ def test_round_trip_where_the_bound_is_active(lipschitz, dtype, device):
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.Tanh, nn.ELU])
 def test_extreme_weights_and_points_stay_finite(activation, trace, dtype, device):
     t = perturbed(
-        Residual(3, 2, hidden_features=(16, 16), activation=activation, trace=trace).to(dtype), 20.0
+        Residual(3, 2, hidden=(16, 16), activation=activation, trace=trace).to(dtype), 20.0
     ).to(device)
     sizes = torch.tensor([1e-30, 1e-3, 1.0, 1e3, 1e20], dtype=dtype)
     x = (sizes[:, None, None] * points(t, 5, 20, dtype=dtype)).to(device).requires_grad_()
@@ -251,7 +245,7 @@ class OfOnesOwn(nn.Module):
 
 
 def test_an_activation_of_ones_own(device):
-    t = perturbed(Residual(3, hidden_features=(8,), activation=OfOnesOwn).double(), 2.0).to(device)
+    t = perturbed(Residual(3, hidden=(8,), activation=OfOnesOwn).double(), 2.0).to(device)
     x = points(t, 50).to(device)
     assert float(torch.linalg.matrix_norm(jacobians(t, x), 2).max()) <= 0.9
     y, log_det = t.forward_and_log_det(x)
@@ -266,7 +260,7 @@ class Named(Residual):
 
 
 def test_an_inverse_that_is_not_certified_says_so(device):
-    t = perturbed(Named(3, hidden_features=(16, 16), activation=Liar).double(), 5.0).to(device)
+    t = perturbed(Named(3, hidden=(16, 16), activation=Liar).double(), 5.0).to(device)
     with pytest.raises(
         RuntimeError, match=r"The fixed point of Named does not converge: \d+ of 40 points"
     ):
@@ -280,7 +274,7 @@ def test_an_inverse_that_is_not_certified_says_so(device):
 
 
 def test_what_is_not_a_number_stays_so(device):
-    t = perturbed(Residual(3, hidden_features=(8,))).to(device)
+    t = perturbed(Residual(3, hidden=(8,))).to(device)
     x = torch.zeros(2, 3, device=device)
     x[0, 1] = math.nan
     y = t.forward_and_log_det(x)[0]
@@ -307,7 +301,7 @@ def test_gradients_are_those_of_the_implicit_function_theorem(trace, device):
 
 
 def test_second_derivatives(device):
-    t = perturbed(Residual(2, hidden_features=(4,)).double(), 1.0).to(device)
+    t = perturbed(Residual(2, hidden=(4,)).double(), 1.0).to(device)
     x = points(t, 2).to(device).requires_grad_()
     for f in (t.forward_and_log_det, t.inverse_and_log_det):
         torch.autograd.gradgradcheck(f, (x,))
@@ -330,7 +324,7 @@ def test_second_derivatives(device):
 
 
 def test_a_fresh_block_learns_in_all_its_units(device):
-    t = Residual(2, hidden_features=(8, 8)).to(device)
+    t = Residual(2, hidden=(8, 8)).to(device)
     optimiser = torch.optim.Adam(t.parameters(), 1e-2)
     y = points(t, 100, dtype=torch.float32).to(device)
     for _ in range(2):
@@ -385,7 +379,7 @@ def test_the_roulette_pays_for_what_it_leaves_out(device):
 
 def test_the_fixed_series_differs_from_the_exact_one_by_its_noise_only(device):
     """Its traces are exact where the Jacobian is a multiple of the identity, so that no noise is left."""
-    t = Residual(3, hidden_features=(), trace="hutchinson").double()
+    t = Residual(3, hidden=(), trace="hutchinson").double()
     with torch.no_grad():
         t.network.input.weight.copy_(0.6 * torch.eye(3))
     t, y = t.to(device), points(t, 4).to(device)
@@ -396,7 +390,7 @@ def test_the_fixed_series_differs_from_the_exact_one_by_its_noise_only(device):
 
 
 def test_evaluation_mode_is_exact_and_training_mode_follows_the_seed(device):
-    t = perturbed(Residual(4, hidden_features=(8,), trace="hutchinson").double(), 1.0).to(device)
+    t = perturbed(Residual(4, hidden=(8,), trace="hutchinson").double(), 1.0).to(device)
     y = points(t, 5).to(device)
     expected = torch.linalg.slogdet(vmap(jacrev(lambda y: t.eval().inverse_and_log_det(y)[0]))(y))[
         1
@@ -415,7 +409,7 @@ def test_evaluation_mode_is_exact_and_training_mode_follows_the_seed(device):
 
 def test_large_vectors_are_estimated_and_small_ones_not(device):
     for features, exact in ((32, True), (33, False)):
-        t = perturbed(Residual(features, hidden_features=(8,)).double()).to(device)
+        t = perturbed(Residual(features, hidden=(8,)).double()).to(device)
         y = points(t, 3).to(device)
         assert torch.equal(t.inverse_and_log_det(y)[1], t.inverse_and_log_det(y)[1]) == exact
         torch.testing.assert_close(t.inverse_and_log_det(t.forward_and_log_det(y)[0])[0], y)
@@ -432,7 +426,7 @@ def test_large_vectors_are_estimated_and_small_ones_not(device):
 @pytest.mark.parametrize("context_features", [None, 2])
 @torch.no_grad()
 def test_integrates_to_one(context_features, device):
-    t = perturbed(Residual(2, context_features, hidden_features=(16, 16)).double(), 1.0).to(device)
+    t = perturbed(Residual(2, context_features, hidden=(16, 16)).double(), 1.0).to(device)
     side = torch.linspace(-12, 12, 401, dtype=torch.float64, device=device)
     y = torch.cartesian_prod(side, side)
     c = None if context_features is None else context_for(t).to(device)
@@ -448,9 +442,7 @@ def test_integrates_to_one(context_features, device):
 @pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=pytest.mark.slow)])
 def test_compiles_as_one_graph(trace, device):
     torch.compiler.reset()
-    t = perturbed(Residual(3, hidden_features=(4,), lipschitz=0.2, trace=trace).double(), 1.0).to(
-        device
-    )
+    t = perturbed(Residual(3, hidden=(4,), lipschitz=0.2, trace=trace).double(), 1.0).to(device)
     x = points(t, 4).to(device).requires_grad_()
 
     def both(x: Tensor) -> tuple[Tensor, ...]:
@@ -466,7 +458,7 @@ def test_compiles_as_one_graph(trace, device):
 
 
 def test_places_its_estimate(placement):
-    t = Residual(3, hidden_features=(8,), trace="hutchinson").to(placement)
+    t = Residual(3, hidden=(8,), trace="hutchinson").to(placement)
     x = torch.zeros(4, 3, device=placement)
     for y, log_det in (t.forward_and_log_det(x), t.inverse_and_log_det(x)):
         assert y.device.type == log_det.device.type == placement.type and log_det.shape == (4,)
@@ -478,8 +470,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "features": ({"features": 0}, ValueError, "features >= 1; got 0"),
     "features-float": ({"features": 2.0}, TypeError, "features to be an integer; got 2.0"),
     "context": ({"context_features": 0}, ValueError, "context_features >= 1; got 0"),
-    "hidden": ({"hidden_features": 8}, TypeError, "hidden_features to be a sequence of integers"),
-    "hidden-zero": ({"hidden_features": (0,)}, ValueError, "hidden_features >= 1; got 0"),
+    "hidden": ({"hidden": 8}, TypeError, "hidden to be a sequence of integers"),
+    "hidden-zero": ({"hidden": (0,)}, ValueError, "hidden >= 1; got 0"),
     "activation": ({"activation": "silu"}, TypeError, "activation to make a module"),
     "activation-unknown": (
         {"activation": nn.ReLU},

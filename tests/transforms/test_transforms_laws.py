@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.func import functional_call, jacrev, stack_module_state, vmap
 
+from pyroflows.nn import mlp
 from pyroflows.transforms import (
     AffineCoupling,
     Compose,
@@ -657,7 +658,7 @@ def test_calls_compile_as_one_graph_before_and_after_use(moved):
 def test_compiles_by_default_to_the_same_values():
     torch.compiler.reset()
     t = perturbed(
-        Compose([AffineCoupling(D, hidden_features=(8,)), LowerTriangularAffine(D)]).double()
+        Compose([AffineCoupling(D, network=mlp((8,))), LowerTriangularAffine(D)]).double()
     )
     x = points(t, 5)
     for left, right in zip(

@@ -260,7 +260,7 @@ def test_units_part_with_the_first_step(device, optimizer, structure):
     step = optimizer(t.parameters(), lr=0.1)
     (0.5 * y.square().sum(-1) - log_det).mean().backward()
     step.step()
-    raw = t._raw(x[:, :1], c) if isinstance(t, Coupling) else t._parameters_for(c)
+    raw = t._raw(x[:, :1], c) if isinstance(t, Coupling) else t.parameters_for(c)
     for _, gain, shift in _units(raw.detach(), 2, 8):
         pairs = torch.stack([gain, shift], -1).unsqueeze(-3) - torch.stack(
             [gain, shift], -1

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
 from pyroflows import RealNVP
+from pyroflows.nn import mlp
 from pyroflows.transforms import AffineCoupling, Coupling, Elementwise, Rescale, Transform
 from pyroflows.univariate import Affine, Scale, Shift, Univariate
 
@@ -185,7 +186,7 @@ def test_affine_is_scale_then_shift():
 
 
 @dataclass(frozen=True)
-class Power:
+class Power(Univariate):
     """``y = sign(x) |x|^p`` with ``p = raw``; its identity is not at zero, and it takes a spare parameter."""
 
     parameters = 2
@@ -203,11 +204,11 @@ class Power:
 
 
 @pytest.mark.parametrize("context_features", [None, 2])
-@pytest.mark.parametrize("hidden_features", [(), (16,)])
-def test_structures_take_any_map_and_start_at_its_identity(context_features, hidden_features):
+@pytest.mark.parametrize("hidden", [(), (16,)])
+def test_structures_take_any_map_and_start_at_its_identity(context_features, hidden):
     for t in (
-        Elementwise(Power(), D, context_features, hidden_features),
-        Coupling(Power(), D, context_features, hidden_features=hidden_features),
+        Elementwise(Power(), D, context_features, network=mlp(hidden)),
+        Coupling(Power(), D, context_features, network=mlp(hidden)),
     ):
         t = t.double()
         x = points(t, 6)
@@ -232,11 +233,10 @@ def test_structures_take_any_map_and_start_at_its_identity(context_features, hid
             torch.testing.assert_close(of_own, of_default)
 
 
-class Slope(nn.Module):
+class Slope(Univariate, nn.Module):
     """``y = e^s x`` with one learnt ``s`` for all, and no raw parameter that matters."""
 
     parameters = 1
-    identity = (0.0,)
     linear = True
 
     def __init__(self) -> None:
