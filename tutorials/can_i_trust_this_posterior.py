@@ -53,8 +53,7 @@ from pyro.distributions import HalfCauchy, ImproperUniform, MultivariateNormal, 
 from pyro.infer import SVI, Trace_ELBO
 
 import pyroflows as pf
-from pyroflows.posterior.census import take_census
-from pyroflows.sampling.polishing import drift, polish
+from pyroflows.sampling import drift, polish
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -92,7 +91,8 @@ posterior = pf.fit_posterior(wobble, args=(nights, velocity), progress=False)
 print(posterior.verdict)
 
 # %% [markdown]
-# The verdict is a record. Its `str` is the sentence above; its fields are what the sentence rests on.
+# The verdict is a record. Its `str` is the sentence above; its fields are what the sentence rests on, and its `findings` the
+# result of each check.
 
 # %%
 EXPLAINED = {
@@ -249,8 +249,7 @@ plt.show()
 #   which one would care.
 #
 # Five guides for a density on the line shall show why there are three of them, and why three are not enough. The guides are
-# normals, set by hand; `pf.Posterior(guide, density, fits=...)` judges any guide, and `take_census` is what the ladder
-# calls.
+# normals, set by hand; `pf.judge(guide, model)` judges any guide: one of pyroflows, one of Pyro's, one written by hand.
 
 
 # %%
@@ -288,11 +287,11 @@ def on_the_line(log_density):
 
 
 def judged_by_hand(target, loc, scale):
-    density = pf.model.LogDensity(on_the_line(TARGETS[target]))
-    guide = pf.AutoFlow(density.continuous_model, flow=lambda features: pf.transforms.Elementwise(pf.univariate.SumOfSquares(), features))
+    model = on_the_line(TARGETS[target])
+    guide = pf.AutoFlow(model, flow=lambda features: pf.transforms.Elementwise(pf.univariate.SumOfSquares(), features))
     guide()
     guide.whiten(torch.tensor([loc]), torch.tensor([[scale]]))
-    return pf.Posterior(guide, density, fits=take_census(density, density.initial).fits)
+    return pf.judge(guide, model)
 
 
 line = torch.linspace(-60.0, 60.0, 120_001)
@@ -313,7 +312,7 @@ by_hand = {name: judged_by_hand(*setting) for name, setting in GUIDES.items()}
 rows = {}
 for name, (target, _, _) in GUIDES.items():
     fitted, truth = by_hand[name], exact_moments(TARGETS[target])
-    guide_draws = fitted.guide.get_posterior().sample((DRAWS,)).squeeze(-1)
+    guide_draws = fitted.guide.sample_and_log_prob(DRAWS)[0].detach().squeeze(-1)
     verdict = fitted.verdict
     rows[name] = {
         "k-hat": verdict.khat,
@@ -398,33 +397,30 @@ for _ in range(600):
     svi.step(nights, velocity)
     optimizer.step()
 
-density = pf.model.LogDensity(wobble, args=(nights, velocity))
-by_weights = pf.Posterior(lost, density)
-print("Without a census:", by_weights.verdict)
-by_census = pf.fit_posterior(wobble, args=(nights, velocity), guide=lost, steps=0, progress=False)
-print("\nWith a census:   ", by_census.rungs[0].verdict)
-assert by_weights.verdict.ok and not by_census.verdict.ok
-
-# %%
-display(
-    pd.DataFrame(
-        {
-            "by the weights alone": fields(by_weights.verdict)["value"],
-            "with a census": fields(by_census.rungs[0].verdict)["value"],
-        }
-    )
-)
-lost_draws = by_weights.sample(DRAWS, seed=1)
-print(f"share of the faster mode   exact {share_fast(reference):.3f}   lost {share_fast(lost_draws):.3f}")
-print(
-    f"log evidence   exact {exact_log_evidence:.3f}   lost {by_weights.log_evidence:.3f}, with a Monte Carlo error of only "
-    f"{by_weights.verdict.log_evidence_error:.4f}"
-)
-print(f"what is missing, by the evidence   {1 - math.exp(by_weights.log_evidence - exact_log_evidence):.3f}")
+judged = pf.judge(lost, wobble, args=(nights, velocity))
+print(judged.verdict)
 
 # %% [markdown]
-# `pf.Posterior(guide, density)` judges a guide by its weights and a drift, and has no objection. `fit_posterior` with
-# `steps=0` trains nothing, but takes the census, and finds what is missing, and where.
+# The findings, check by check:
+
+# %%
+findings = [(f.name, f.status, f.value, f.limit) for f in judged.verdict.findings]
+display(pd.DataFrame(findings, columns=["check", "status", "value", "limit"]).set_index("check"))
+of_weights = [judged.verdict.finding(name).status for name in ("supports", "weights", "outliers", "shift")]
+assert set(of_weights) == {"held"} and judged.verdict.finding("census").status == "failed"
+
+# %%
+lost_draws = judged.sample(DRAWS, seed=1)
+print(f"share of the faster mode   exact {share_fast(reference):.3f}   lost {share_fast(lost_draws):.3f}")
+print(
+    f"log evidence   exact {exact_log_evidence:.3f}   lost {judged.log_evidence:.3f}, with a Monte Carlo error of only "
+    f"{judged.verdict.log_evidence_error:.4f}"
+)
+print(f"what is missing, by the evidence   {1 - math.exp(judged.log_evidence - exact_log_evidence):.3f}")
+
+# %% [markdown]
+# The checks of the weights have no objection: they hold, all four. The census alone finds what is missing, and where. (Once
+# a check has failed, those that cost trajectories are spared; the findings say so.)
 #
 # The **census** works like this. From dozens of starts, drawn from the prior, spread over the space, and scattered far
 # around a first fit, it climbs to maxima of the density by Newton steps and fits a Gaussian to each. Then every such local
@@ -442,7 +438,7 @@ print(f"what is missing, by the evidence   {1 - math.exp(by_weights.log_evidence
 # [Hoffman et al., 2019](https://arxiv.org/abs/1903.03704)).
 
 # %%
-chains = pf.posterior.neutra(by_weights, draws=150, chains=16, warmup=50, progress=False)
+chains = pf.posterior.neutra(judged, draws=150, chains=16, warmup=50, progress=False)
 display(chains.summary()[["mean", "sd", "ess_bulk", "rhat"]])
 print(f"share of the faster mode   exact {share_fast(reference):.3f}   chains {share_fast(chains.draws):.3f}")
 
@@ -464,7 +460,7 @@ mixture_guide = posterior.guide
 print(type(mixture_guide).__name__, "with", len(mixture_guide.flows), "flows of weights")
 print(np.round(mixture_guide.logits.softmax(-1).detach().numpy(), 3))
 pieces = {f"component {k}": flow().sample((4,)) for k, flow in enumerate(mixture_guide.flows)}
-print({name: np.round(density.constrain(z)["omega"].numpy(), 2) for name, z in pieces.items()})
+print({name: np.round(judged.density.constrain(z)["omega"].numpy(), 2) for name, z in pieces.items()})
 print(f"faster mode, exact: {share_fast(reference):.3f}")
 
 # %% [markdown]
@@ -475,7 +471,7 @@ print(f"faster mode, exact: {share_fast(reference):.3f}")
 # ## 5. Polish
 #
 # There is another way to ask whether draws are right: *move them by a sampler that leaves the posterior as it is, and see
-# whether they change*. If the draws come from the posterior, their law stays; if it does not stay, they did not.
+# whether they change*. If the draws come from the posterior, their distribution stays; if it does not stay, they did not.
 # The sampler is Hamiltonian Monte Carlo in the base space of the guide, a few trajectories for all draws at once. Two things
 # come of it: the **drift** of means and widths, which is a check, and the moved draws, which are better than those before
 # (**polish**).
@@ -741,7 +737,7 @@ assert fooled.verdict.ok  # wrongly
 #    are the widths then? Now take $d$ such coordinates: how does the ESS depend on $d$, and k-hat?
 #
 # 3. **A lost mode, by the evidence.** Fit `wobble` by SVI from two starts, `init_loc_fn` near each of the modes. Judge
-#    both by `pf.Posterior(guide, density)`. Find the shares of the modes from the two log evidences alone, and compare
+#    both by `pf.judge(guide, wobble, args)`. Find the shares of the modes from the two log evidences alone, and compare
 #    them with the quadrature.
 #
 # 4. **Break it.** Find a density on the line for which `fit_posterior` says "trust" and is wrong, with the two modes as

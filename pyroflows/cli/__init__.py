@@ -139,7 +139,7 @@ def _report(name: str, posterior: Any, draws: Mapping[str, Any]) -> Iterator[str
         "log evidence": f"{verdict.log_evidence:.3f}, {error}",
         "k-hat": f"{verdict.khat:.2f}",
         "importance ESS": f"{verdict.ess:.1%} of {verdict.draws} draws",
-        "found by": posterior.rungs[-1].name if posterior.rungs else "-",
+        "found by": posterior.name or "-",
         "seconds": f"{posterior.seconds:.1f}",
     }
     for label, value in figures.items():
@@ -148,7 +148,7 @@ def _report(name: str, posterior: Any, draws: Mapping[str, Any]) -> Iterator[str
 
 def _findings(verdict: Any) -> Iterator[str]:
     """A line for each check of the verdict: held or failed by what, or why it was not judged."""
-    for finding in getattr(verdict, "findings", ()):
+    for finding in verdict.findings:
         name = finding.name if finding.block is None else f"{finding.name} of {finding.block}"
         judged = finding.value is not None and finding.limit is not None
         told = f"{finding.value:.3g} (limit {finding.limit:g})" if judged else finding.sentence

@@ -1,6 +1,6 @@
 """Hamiltonian trajectories of many chains at once."""
 
 from .hamiltonian import hmc
-from .polishing import polish
+from .polishing import drift, polish
 
-__all__ = ["hmc", "polish"]
+__all__ = ["drift", "hmc", "polish"]
