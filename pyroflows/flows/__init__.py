@@ -1,26 +1,18 @@
 """Flows: transforms over a base, that are distributions when called."""
 
+from .autoregressive import BNAF, BPF, IAF, MAF, NAF, SOSPF, UNAF, AutoregressiveFlow
+from .coupling import NICE, CouplingFlow, FlowPlusPlus, Glow, RealNVP
 from .flow import Flow
-from .options import MIXINGS
-from .presets import (
-    BNAF,
-    BPF,
+from .layered import (
     FFJORD,
-    IAF,
-    MAF,
-    NAF,
-    NICE,
-    NSF,
-    SOSPF,
-    UNAF,
-    FlowPlusPlus,
-    Glow,
+    LayeredFlow,
     PlanarFlow,
     RadialFlow,
-    RealNVP,
     ResidualFlow,
     SylvesterFlow,
 )
+from .options import MIXINGS, FlowOptions
+from .spline import NSF
 
 __all__ = [
     "BNAF",
@@ -34,9 +26,13 @@ __all__ = [
     "NSF",
     "SOSPF",
     "UNAF",
+    "AutoregressiveFlow",
+    "CouplingFlow",
     "Flow",
+    "FlowOptions",
     "FlowPlusPlus",
     "Glow",
+    "LayeredFlow",
     "PlanarFlow",
     "RadialFlow",
     "RealNVP",

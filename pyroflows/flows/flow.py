@@ -75,6 +75,10 @@ class Flow(Recorded, PyroModule):
         torch.Size([5, 3])
     """
 
+    transform: Compose
+    learned_base: nn.Module | None
+    _zeros: Tensor
+
     def __init__(
         self,
         transforms: Iterable[Transform],
@@ -103,30 +107,34 @@ class Flow(Recorded, PyroModule):
     @property
     def event_shape(self) -> torch.Size:
         """Shape of one point before it is mapped onto the support."""
-        return self._modules["transform"].event_shape  # type: ignore[union-attr,return-value]
+        return self.transform.event_shape
 
     @property
     def context_shape(self) -> torch.Size | None:
         """Shape of the context, or ``None``."""
-        return self._modules["transform"].context_shape  # type: ignore[union-attr,return-value]
+        return self.transform.context_shape
 
     @property
     def context_features(self) -> int | None:
         """Entries of the context, or ``None``."""
-        return self._modules["transform"].context_features  # type: ignore[union-attr,return-value]
+        return self.transform.context_features
 
     @property
     def base(self) -> torch.distributions.Distribution:
         """The base distribution."""
-        learned = self._modules.get("learned_base")
-        if learned is not None:
-            return learned()
-        if self._base is not None:
-            return self._base
-        zeros = self._buffers["_zeros"]
-        assert zeros is not None
+        base = self.given_base
+        if isinstance(base, nn.Module):
+            return base()
+        if base is not None:
+            return base
+        zeros = self._zeros
         normal = StandardNormal(zeros, torch.ones_like(zeros), validate_args=False)
         return dist.Independent(normal, zeros.dim(), validate_args=False)
+
+    @property
+    def given_base(self) -> Base | None:
+        """The base that the flow was made with: a distribution, a module that makes one, or ``None``."""
+        return self._base if self.learned_base is None else self.learned_base
 
     def forward(
         self, context: Tensor | None = None, *, path_gradient: bool = False
@@ -147,10 +155,8 @@ class Flow(Recorded, PyroModule):
         given = check_context(context, self.context_shape, type(self).__name__)
         if am_i_wrapped():
             register_parameters(self)
-        transform = self._modules["transform"]
-        assert isinstance(transform, Transform)
-        conditioned = transform if given is None else transform.condition(given)
-        return FlowDistribution(self.base, conditioned, self.support, path_gradient)
+        transform = self.transform if given is None else self.transform.condition(given)
+        return FlowDistribution(self.base, transform, self.support, path_gradient)
 
     def __getattr__(self, name: str) -> Any:
         # Pyro would register each submodule again, under other names, whenever one is read in a model.

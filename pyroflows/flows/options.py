@@ -1,9 +1,13 @@
-"""What ready-made flows share: maps that mix entries between layers, and heavy tails."""
+"""The options that all ready-made flows share, and how they are spelt out in a signature."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`, because signatures are read when classes are made.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any, TypedDict, get_args
+
+from torch.distributions import constraints
 
 from .._checks import check_size
 from ..distributions.bases import StudentTBase
@@ -22,93 +26,214 @@ from ..transforms.base import check_transform
 from ..transforms.tails import tail_transform
 from .flow import Base
 
-__all__ = ["MIXINGS", "Mixing"]
+__all__ = ["MIXINGS", "FlowOptions", "Mixing"]
 
 Mixing = str | Callable[[int], Transform] | None
+
+
+class FlowOptions(TypedDict, total=False):
+    """Options that all ready-made flows share, given by keyword.
+
+    Attributes:
+        mixing: Maps between two layers that mix entries: a name of :data:`MIXINGS`, a callable that makes a
+            transform of so many features, or ``None``, with which a flow is that of its paper. The default
+            ``"auto"`` is ``"lu"`` for RealNVP, MAF and NSF (but nothing for angles), which mostly fits data
+            better, and nothing for the others. Each ``"lu"`` learns ``features ** 2`` numbers.
+        tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of
+            :mod:`pyroflows.transforms.tails`; ``"student"``, a base of Student-t distributions with learned
+            degrees; or ``None``, the default.
+        base: Base distribution, or a module that makes one; the standard normal by default. See
+            :class:`pyroflows.Flow`.
+        support: Constraint that values satisfy; the whole space by default.
+        name: Name in the param store; that of the class by default.
+        reversible: Whether training recomputes activations by inversion instead of keeping them, so that
+            memory does not grow with depth. Every layer must be fast in both directions.
+        standardize: Whether a last layer takes over the means and scales of the data that
+            :func:`pyroflows.fit_density` is given.
+
+    Example:
+        >>> import pyroflows as pf
+        >>> options: FlowOptions = {"mixing": "householder", "tails": "gpd"}
+        >>> pf.NICE(3, **options)().event_shape
+        torch.Size([3])
+    """
+
+    mixing: Mixing
+    tails: str | None
+    base: Base | None
+    support: constraints.Constraint | None
+    name: str | None
+    reversible: bool
+    standardize: bool
+
+
+# Signatures
+
+
+def spell_out_options(flow: type) -> inspect.Signature:
+    """Returns the signature of a flow with each of its options as a parameter.
+
+    The options are the keys of the typed dictionary in ``**options: Unpack[...]``, or all options of the base class
+    where there is no such annotation. Defaults are those of the base class; an option that it lacks is ``None``.
+
+    Args:
+        flow: A class whose base class has been spelt out.
+    """
+    own = list(inspect.signature(flow.__init__).parameters.values())[1:]  # type: ignore[misc]
+    if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return inspect.Signature(own)
+    inherited = {
+        name: parameter
+        for name, parameter in inspect.signature(flow.__mro__[1]).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    named = {parameter.name: parameter for parameter in own[:-1]}
+    annotated = get_args(own[-1].annotation)
+    options = annotated[0].__annotations__ if annotated else inherited
+    # Those that all flows share come last.
+    for name in sorted(options, key=FlowOptions.__annotations__.__contains__):
+        lacking = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        named.setdefault(name, inherited.get(name, lacking))
+    return inspect.Signature(list(named.values()))
+
+
+def check_options(flow: type, options: Mapping[str, Any]) -> None:
+    """Raises ``TypeError`` if a flow does not take an option of that name.
+
+    Args:
+        flow: The class.
+        options: What it was given by keyword.
+    """
+    parameters = inspect.signature(flow).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"{close[0]} or another" if close else "one"
+            raise TypeError(
+                f"Expected {hint} of the options of {flow.__name__}, which are {', '.join(known)}; "
+                f"got {name!r}."
+            )
+
+
+# Maps between layers
 
 #: Radians by which two linear maps or more turn at the start, off the saddle point that the identity is for independent
 #: entries.
 SLIGHT = 0.1
 
 
-def _turn(gap: int, gaps: int) -> float:
-    """The angle for one of some linear maps: every second one turns back, so that together they start at the identity."""
-    if gap % 2:
-        return -SLIGHT
-    return SLIGHT if gap + 1 < gaps else 0.0
+def _repeat(make: Callable[[int], Transform]) -> Callable[[int, int], list[Transform]]:
+    """Makes all maps in the same way."""
+
+    def repeat(features: int, count: int) -> list[Transform]:
+        return [check_transform("the result of mixing", make(features)) for _ in range(count)]
+
+    return repeat
 
 
-#: What the option ``mixing`` of a ready-made flow puts between two layers, by name; made of features, the gap's number and
-#: how many gaps there are. Maps with a cheaper direction are turned so that scoring takes it.
-MIXINGS: dict[str, Callable[[int, int, int], Transform]] = {
-    "reverse": lambda features, gap, gaps: Reverse(features),
-    "permute": lambda features, gap, gaps: Permute(features, seed=gap),
-    "householder": lambda features, gap, gaps: Householder(features),
-    "orthogonal": lambda features, gap, gaps: Orthogonal(features),
-    "lu": lambda features, gap, gaps: (
-        LULinear(features, rotate=_turn(gap, gaps), seed=gap // 2).inv
-    ),
-    "exponential": lambda features, gap, gaps: MatrixExponential(features),
-    "actnorm": lambda features, gap, gaps: ActNorm(features),
-    "batchnorm": lambda features, gap, gaps: BatchNorm(features).inv,
+def _permute(features: int, count: int) -> list[Transform]:
+    return [Permute(features, seed=number) for number in range(count)]
+
+
+def _turn(features: int, count: int) -> list[Transform]:
+    """Makes linear maps of which every second one turns back, so that together they start at the identity."""
+    angles = [-SLIGHT if number % 2 else SLIGHT for number in range(count)]
+    if count % 2:
+        angles[-1] = 0.0
+    return [
+        LULinear(features, rotate=angle, seed=number // 2).inv
+        for number, angle in enumerate(angles)
+    ]
+
+
+#: What the option ``mixing`` puts between layers, by name: made of the number of features and how many maps there are.
+#: Maps with a cheaper direction are turned so that scoring takes it.
+MIXINGS: dict[str, Callable[[int, int], list[Transform]]] = {
+    "reverse": _repeat(Reverse),
+    "permute": _permute,
+    "householder": _repeat(Householder),
+    "orthogonal": _repeat(Orthogonal),
+    "lu": _turn,
+    "exponential": _repeat(MatrixExponential),
+    "actnorm": _repeat(ActNorm),
+    "batchnorm": _repeat(lambda features: BatchNorm(features).inv),
 }
 
 
-def mixed(layers: Iterable[Transform], features: int, mixing: Mixing) -> list[Transform]:
-    """The layers with something between each two of them that mixes entries.
+def mix_layers(layers: list[Transform], mixing: Mixing) -> list[Transform]:
+    """Puts a map that mixes entries between each two layers.
 
     Args:
         layers: Transforms in generative order.
-        features: Entries of the vector.
         mixing: A name of :data:`MIXINGS`, a callable that makes a transform of so many features, or ``None``.
 
     Raises:
         TypeError: If ``mixing`` is neither, or makes no transform.
         ValueError: If the name is unknown.
     """
-    stack = list(layers)
     if mixing is None:
-        return stack
-    gaps = len(stack) - 1
+        return layers
+    gaps = len(layers) - 1
     # At least one, so that a mistake shows with a single layer too.
-    between = [_mixing_layer(mixing, features, gap, gaps) for gap in range(max(1, gaps))][:gaps]
-    return [part for pair in zip(stack, between, strict=False) for part in pair] + stack[gaps:]
+    maps = _find_mixing(mixing)(event_size(layers), max(1, gaps))
+    mixed = [part for pair in zip(layers, maps, strict=False) for part in pair]
+    return mixed[: 2 * gaps] + layers[gaps:]
 
 
-def _mixing_layer(mixing: Any, features: int, gap: int, gaps: int) -> Transform:
+def _find_mixing(mixing: Any) -> Callable[[int, int], list[Transform]]:
     if isinstance(mixing, str):
         if mixing not in MIXINGS:
             raise ValueError(f"Expected mixing to be one of {', '.join(MIXINGS)}; got {mixing!r}.")
-        return MIXINGS[mixing](features, gap, gaps)
+        return MIXINGS[mixing]
     if isinstance(mixing, Transform) or not callable(mixing):
         raise TypeError(
             f"Expected mixing to be a name or a callable features -> transform; got {mixing!r}."
         )
-    return check_transform("the result of mixing", mixing(features))
+    return _repeat(mixing)
 
 
-def with_tails(
-    tails: str | None, features: int, base: Base | None
-) -> tuple[list[Transform], Base | None]:
-    """The last layer and the base that give a flow heavy tails.
+def event_size(layers: list[Transform]) -> Any:
+    """Returns the features of vectors, or the shape of other events, as transforms take them."""
+    shape = layers[0].event_shape
+    return shape[0] if len(shape) == 1 else tuple(shape)
+
+
+# Tails
+
+
+def tail_layers(tails: str | None, features: Any) -> list[Transform]:
+    """Makes the last layer that gives a flow its tails.
 
     Args:
-        tails: ``"gpd"`` or ``"loft"`` for a last layer (see :mod:`pyroflows.transforms.tails`), ``"student"`` for a base of
-            Student-t with learned degrees, or ``None``.
-        features: Entries of the vector.
+        tails: The option; see :class:`FlowOptions`.
+        features: Entries of a vector, or the shape of an event.
+
+    Raises:
+        ValueError: If ``tails`` is unknown.
+    """
+    if tails is None or tails == "student":
+        return []
+    if tails in ("gpd", "loft"):
+        return [tail_transform(tails, features)]
+    raise ValueError(f"Expected tails to be gpd, loft, student or None; got {tails!r}.")
+
+
+def tail_base(tails: str | None, features: Any, base: Base | None) -> Base | None:
+    """Makes the base that gives a flow its tails, or returns the one that was given.
+
+    Args:
+        tails: The option; see :class:`FlowOptions`.
+        features: Entries of a vector.
         base: The base that the user gave.
 
     Raises:
-        ValueError: If ``tails`` is unknown, or needs a base while another is given.
+        ValueError: If both bring a base.
     """
-    if tails is None:
-        return [], base
-    if tails == "student":
-        if base is not None:
-            raise ValueError(
-                "Expected either tails='student', which brings its base, or base; got both."
-            )
-        return [], StudentTBase(check_size("features", features))
-    if tails in ("gpd", "loft"):
-        return [tail_transform(tails, features)], base
-    raise ValueError(f"Expected tails to be gpd, loft, student or None; got {tails!r}.")
+    if tails != "student":
+        return base
+    if base is not None:
+        raise ValueError(
+            "Expected either tails='student', which brings its base, or base; got both."
+        )
+    return StudentTBase(check_size("features", features))

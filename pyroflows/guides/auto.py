@@ -19,6 +19,7 @@ from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
 from ..model.start import check_support, init_to_median
+from ..nn import mlp
 from ..transforms import Elementwise, Transform
 from ..univariate import MonotoneNetwork
 from .guide import BaseSpace, Guide
@@ -312,7 +313,7 @@ class AutoFlow(FlowGuide):
     @torch.no_grad()
     def _draws(self, pairs: int) -> Tensor:
         x = self.flow.base.sample((pairs,))
-        if self.flow.has_standard_base:
+        if self.flow.given_base is None:
             # Antithetic pairs make the median of a normal exact.
             x = torch.cat([x, -x])
         return self.flow.transform.forward_and_log_det(x)[0]
@@ -322,7 +323,7 @@ def default_flow(features: int) -> Flow | Transform:
     """Makes a flow that any optimiser may train: bounded networks let no draw run away."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
-    return RealNVP(features, hidden_features=(32, 32), activation=torch.nn.Tanh, mixing=None)
+    return RealNVP(features, network=mlp((32, 32), torch.nn.Tanh), mixing=None)
 
 
 def _check_flow(made: Any, features: int) -> Flow | Transform:

@@ -37,8 +37,7 @@ class WhitenedFlow(Flow):
     def __init__(self, flow: Flow | Transform) -> None:
         made = flow if isinstance(flow, Flow) else Flow([flow])
         whitening = LowerTriangularAffine(made.event_shape[0])
-        base = made._base if made.learned_base is None else made.learned_base
-        super().__init__([made.transform, whitening], base, name=module_name(made))
+        super().__init__([made.transform, whitening], made.given_base, name=module_name(made))
 
     @property
     def body(self) -> Transform:
@@ -49,11 +48,6 @@ class WhitenedFlow(Flow):
     def whitening(self) -> LowerTriangularAffine:
         """The affine map that comes last."""
         return cast("LowerTriangularAffine", self.transform.layers[1])
-
-    @property
-    def has_standard_base(self) -> bool:
-        """Whether the base is the standard normal of a flow that was made without one."""
-        return self._base is None and self.learned_base is None
 
     def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Sets the whitening map.

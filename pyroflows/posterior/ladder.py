@@ -23,6 +23,7 @@ from ..guides import AutoFlow, AutoMixture
 from ..guides.guide import Guide
 from ..model.density import LogDensity
 from ..model.minibatch import MiniBatchDensity
+from ..nn import mlp
 from ..train import processes
 from ..train.training import train
 from ..transforms import Elementwise, Transform
@@ -269,14 +270,14 @@ def make_narrow_flow(features: int) -> Flow | Transform:
     """Makes the flow for most posteriors; its networks grow linearly, to follow a funnel."""
     if features == 1:
         return Elementwise(SumOfSquares(), features)
-    return RealNVP(features, hidden_features=(32, 32), mixing=None)
+    return RealNVP(features, network=mlp((32, 32)), mixing=None)
 
 
 def make_wide_flow(features: int) -> Flow | Transform:
     """Makes the flow for posteriors that a narrow flow does not fit."""
     if features == 1:
         return Elementwise(MonotoneNetwork(), features)
-    return RealNVP(features, transforms=12, hidden_features=(64, 64), mixing=None)
+    return RealNVP(features, transforms=12, mixing=None)
 
 
 def make_mixture(climb: Climb) -> AutoMixture | None:

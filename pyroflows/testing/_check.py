@@ -144,7 +144,8 @@ def check(
     Example:
         >>> import pyroflows as pf
         >>> from pyroflows.testing import check
-        >>> check(pf.RealNVP(features=2, transforms=2, hidden_features=(8,)), only=["round_trip", "log_det"]).ok
+        >>> flow = pf.RealNVP(features=2, transforms=2, network=pf.nn.mlp((8,)))
+        >>> check(flow, only=["round_trip", "log_det"]).ok
         True
         >>> class Doubling(pf.transforms.Transform):
         ...     def forward_and_log_det(self, x, context=None):
