@@ -166,7 +166,7 @@ ALL = DENSITIES | CIRCULAR
 # The families
 
 #: Two entries leave couplings one choice: each conditions the other in turn.
-IN_TURN = (("hidden_features", HIDDEN), ("mask", "half"))
+IN_TURN = (("network", pf.nn.mlp(HIDDEN)), ("mask", "half"))
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Family:
     preset: str
     use: str
     avoid: str
-    options: tuple[tuple[str, Any], ...] = (("hidden_features", HIDDEN),)
+    options: tuple[tuple[str, Any], ...] = (("hidden", HIDDEN),)
     densities: tuple[str, ...] = tuple(DENSITIES)
 
     def make(self, features: int) -> pf.Flow:
@@ -196,8 +196,12 @@ class Family:
     @property
     def call(self) -> str:
         """The code that makes the flow."""
-        options = "".join(f", {name}={value!r}" for name, value in self.options)
+        options = "".join(f", {name}={_code(value)}" for name, value in self.options)
         return f"pf.{self.preset}(features=2{options})".replace("'", '"')
+
+
+def _code(option: Any) -> str:
+    return f"pf.nn.mlp({HIDDEN})" if callable(option) else repr(option)
 
 
 FAMILIES = {
@@ -249,7 +253,7 @@ FAMILIES = {
         "NSF",
         "Density estimation at its most accurate for tables of moderate size: each entry bends, given those before it.",
         "Sampling takes one pass per entry; and the box of the splines asks for standardised data.",
-        (("hidden_features", HIDDEN), ("coupling", False)),
+        (("hidden", HIDDEN), ("coupling", False)),
     ),
     "nsf_circular": Family(
         "NSF, circular",
@@ -811,7 +815,7 @@ def settings(steps: int, seed: int) -> dict[str, Any]:
         "validation": VALIDATION,
         "test": TEST,
         "learning_rate": LEARNING_RATE,
-        "hidden_features": list(HIDDEN),
+        "hidden": list(HIDDEN),
         "seed": seed,
     }
 

@@ -52,10 +52,11 @@ def _pyroflows(preset: str, **options: Any) -> Build:
     def build(features: int, hidden: int, layers: int) -> Model:
         import pyroflows
 
+        widths = (hidden, hidden)
+        masked = preset == "MAF" or options.get("coupling") is False
+        network = {"hidden": widths} if masked else {"network": pyroflows.nn.mlp(widths)}
         make = getattr(pyroflows, preset)
-        flow = make(
-            features=features, transforms=layers, hidden_features=(hidden, hidden), **options
-        )
+        flow = make(features, transforms=layers, **network, **options)
         return Model(
             flow,
             log_prob=lambda x: flow().log_prob(x),

@@ -23,7 +23,7 @@ from families import (
     splines,
     tails,
 )
-from families.sizes import NET, PRESET, C, D
+from families.sizes import NET, C, D
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
@@ -178,17 +178,17 @@ BASES: dict[str, Callable[[], Any]] = {
         [dist.transforms.AffineTransform(torch.ones(D), 2.0 * torch.ones(D), event_dim=1)],
     ),
 }
-SMALL: dict[str, Any] = {"transforms": 2, **PRESET}
+SMALL: dict[str, Any] = {"transforms": 2, **NET}
 
 FLOWS: dict[str, Callable[[], pf.Flow]] = {
     "nice": lambda: pf.NICE(D, **SMALL),
     "nice-context": lambda: pf.NICE(D, C, **SMALL),
     "realnvp": lambda: pf.RealNVP(D, **SMALL),
-    "realnvp-context": lambda: pf.RealNVP(D, C, activation=nn.ReLU, **SMALL),
+    "realnvp-context": lambda: pf.RealNVP(D, C, transforms=2, network=mlp((8, 8), nn.ReLU)),
     "realnvp-positive-context": lambda: pf.RealNVP(D, C, support=constraints.positive, **SMALL),
     **{f"realnvp-{s}": (lambda s=s: pf.RealNVP(D, scale=s, **SMALL)) for s in SCALES},
     **{f"nice-{n}": (lambda m=m: pf.NICE(D, mask=m, **SMALL)) for n, m in MASKS.items()},
-    "realnvp-masks": lambda: pf.RealNVP(D, mask=torch.eye(D).bool(), transforms=3, **PRESET),
+    "realnvp-masks": lambda: pf.RealNVP(D, mask=torch.eye(D).bool(), transforms=3, **NET),
     **{
         f"realnvp-{n}": (lambda s=s: pf.RealNVP(D, support=s, **SMALL)) for n, s in SUPPORTS.items()
     },

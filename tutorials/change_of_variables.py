@@ -371,10 +371,10 @@ D = 8
 first_half = torch.arange(D) < D // 2
 pyro.set_rng_seed(1)
 examples = {
-    "coupling": randomise(pf.transforms.AffineCoupling(D, mask=first_half, hidden_features=(16, 16)), 0.5),
-    "autoregressive": randomise(pf.transforms.AffineAutoregressive(D, hidden_features=(16, 16)), 0.6),
+    "coupling": randomise(pf.transforms.AffineCoupling(D, mask=first_half, network=pf.nn.mlp((16, 16))), 0.5),
+    "autoregressive": randomise(pf.transforms.AffineAutoregressive(D, hidden=(16, 16)), 0.6),
     "planar": randomise(pf.transforms.Planar(D), 0.8),
-    "stack of 6 couplings": randomise(pf.RealNVP(D, transforms=6, hidden_features=(16, 16), mixing=None).transform, 0.35),
+    "stack of 6 couplings": randomise(pf.RealNVP(D, transforms=6, network=pf.nn.mlp((16, 16)), mixing=None).transform, 0.35),
 }
 point = torch.randn(D)
 fig, axes = plt.subplots(1, 4, figsize=(10.5, 2.9), layout="constrained")
@@ -408,7 +408,7 @@ def seconds(function, repeats=5):
     return min(times)
 
 
-wide = pf.RealNVP(64, transforms=6, hidden_features=(32, 32), mixing=None).transform
+wide = pf.RealNVP(64, transforms=6, network=pf.nn.mlp((32, 32)), mixing=None).transform
 batch = torch.randn(32, 64)
 by_structure = seconds(lambda: wide.forward_and_log_det(batch))
 by_force = seconds(lambda: torch.linalg.slogdet(torch.func.vmap(lambda x: jacobian(wide, x))(batch)), repeats=2)
@@ -441,8 +441,8 @@ stay_first = torch.tensor([True, False])
 pyro.set_rng_seed(2)
 layers = {
     "base": None,
-    "additive coupling (NICE)": randomise(pf.transforms.AdditiveCoupling(2, mask=stay_first, hidden_features=(16, 16)), 0.9),
-    "affine coupling (RealNVP)": randomise(pf.transforms.AffineCoupling(2, mask=stay_first, hidden_features=(16, 16)), 0.6),
+    "additive coupling (NICE)": randomise(pf.transforms.AdditiveCoupling(2, mask=stay_first, network=pf.nn.mlp((16, 16))), 0.9),
+    "affine coupling (RealNVP)": randomise(pf.transforms.AffineCoupling(2, mask=stay_first, network=pf.nn.mlp((16, 16))), 0.6),
 }
 box = (-4, 4, -4, 4)
 
@@ -511,7 +511,7 @@ rows = {}
 for features in (4, 16, 64):
     times = {}
     for make in (pf.MAF, pf.IAF, pf.RealNVP):
-        transform = randomise(make(features, transforms=5, hidden_features=(64, 64), mixing=None).transform, 0.1)
+        transform = randomise(make(features, transforms=5, mixing=None).transform, 0.1)
         z = torch.randn(256, features)
         times[make.__name__, "score"] = seconds(lambda z=z, t=transform: t.inverse_and_log_det(z))
         times[make.__name__, "draw"] = seconds(lambda z=z, t=transform: t.forward_and_log_det(z))
@@ -720,10 +720,10 @@ print(f"mean log density of {len(test)} new points: {best.mean():.3f} nats")
 
 # %%
 makers = {
-    "NICE": lambda: pf.NICE(2, transforms=6, hidden_features=(32, 32), mask="half"),
-    "RealNVP": lambda: pf.RealNVP(2, transforms=6, hidden_features=(32, 32), mask="half", mixing=None),
-    "MAF": lambda: pf.MAF(2, transforms=5, hidden_features=(32, 32), mixing=None),
-    "NSF": lambda: pf.NSF(2, transforms=3, hidden_features=(32, 32), mask="half", mixing=None),
+    "NICE": lambda: pf.NICE(2, transforms=6, network=pf.nn.mlp((32, 32)), mask="half"),
+    "RealNVP": lambda: pf.RealNVP(2, transforms=6, network=pf.nn.mlp((32, 32)), mask="half", mixing=None),
+    "MAF": lambda: pf.MAF(2, transforms=5, hidden=(32, 32), mixing=None),
+    "NSF": lambda: pf.NSF(2, transforms=3, network=pf.nn.mlp((32, 32)), mask="half", mixing=None),
 }
 flows, rows = {}, {}
 for name, make in makers.items():
@@ -857,9 +857,9 @@ def train_by_svi(energy, flow, steps, step_size=1e-2, particles=128):
 
 settings = {
     ("banana", "Gaussian"): (lambda: pf.Flow([pf.transforms.LowerTriangularAffine(2)]), 500),
-    ("banana", "IAF"): (lambda: pf.IAF(2, transforms=3, hidden_features=(32, 32)), 1200),
+    ("banana", "IAF"): (lambda: pf.IAF(2, transforms=3, hidden=(32, 32)), 1200),
     ("ring", "Gaussian"): (lambda: pf.Flow([pf.transforms.LowerTriangularAffine(2)]), 500),
-    ("ring", "IAF"): (lambda: pf.IAF(2, transforms=4, hidden_features=(32, 32)), 1200),
+    ("ring", "IAF"): (lambda: pf.IAF(2, transforms=4, hidden=(32, 32)), 1200),
 }
 guides, histories, rows = {}, {}, {}
 for (target, name), (make, steps) in settings.items():
@@ -934,7 +934,7 @@ pyro.set_rng_seed(0)
 gaussians = {"forward": pf.Flow([pf.transforms.LowerTriangularAffine(2)]), "reverse": pf.Flow([pf.transforms.LowerTriangularAffine(2)])}
 pf.fit_density(gaussians["forward"], train, learning_rate=2e-2, max_epochs=10, progress=False)
 train_by_svi(lambda z: -moons_log_prob(z), gaussians["reverse"], steps=400, step_size=2e-2, particles=32)
-reverse = pf.RealNVP(2, transforms=6, hidden_features=(32, 32), mask="half", mixing=None)
+reverse = pf.RealNVP(2, transforms=6, network=pf.nn.mlp((32, 32)), mask="half", mixing=None)
 train_by_svi(lambda z: -moons_log_prob(z), reverse, steps=1000, step_size=5e-3, particles=64)
 fits = {
     "Gaussian, forward KL": gaussians["forward"],

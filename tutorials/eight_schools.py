@@ -516,7 +516,7 @@ print(gaussian.verdict)
 # 2. **Train on.** `pf.fit_posterior(model, kwargs=data, guide=gaussian.guide)` goes on from where a guide is, in rounds,
 #    until the verdict is a "yes"; `steps=20_000` allows more than the usual 6000 steps.
 # 3. **Take a wider flow**:
-#    `guide=lambda features: pf.RealNVP(features, transforms=10, hidden_features=(128, 128))`.
+#    `guide=lambda features: pf.RealNVP(features, transforms=10, network=pf.nn.mlp((128, 128)))`.
 # 4. **Reparametrise.** A simpler shape is easier for every method.
 # 5. **Hand over to MCMC**, with the flow as its map of the terrain: `pf.posterior.neutra(posterior)`, or NUTS (exercise 3).
 #

@@ -2,6 +2,7 @@
 
 # Without `from __future__ import annotations`, because signatures are read when classes are made.
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -11,8 +12,7 @@ from typing_extensions import Unpack
 
 from .._checks import check_size
 from ..nn import Network, mlp
-from ..transforms import ContinuousFlow, Planar, Radial, Residual, Sylvester, Transform
-from ..transforms.base import check_transform
+from ..transforms import Compose, ContinuousFlow, Planar, Radial, Residual, Sylvester, Transform
 from .flow import Base, Flow
 from .options import (
     FlowOptions,
@@ -46,7 +46,7 @@ class LayeredFlow(Flow):
     signature.
 
     Args:
-        layers: Transforms in generative order, first applied first.
+        transforms: Transforms in generative order, first applied first.
         last: Transforms that follow without a map between, before the tails.
         mixing, tails, base, support, name, reversible, standardize: See :class:`FlowOptions`.
 
@@ -63,10 +63,11 @@ class LayeredFlow(Flow):
 
     #: What ``mixing="auto"`` stands for.
     auto_mixing: ClassVar[str | None] = None
+    __signature__: ClassVar[inspect.Signature]
 
     def __init__(
         self,
-        layers: Iterable[Transform],
+        transforms: Iterable[Transform],
         last: Iterable[Transform] = (),
         *,
         mixing: Mixing = "auto",
@@ -79,19 +80,20 @@ class LayeredFlow(Flow):
         **unknown: Any,
     ) -> None:
         check_options(type(self), unknown)
-        stack = [check_transform("layers", layer) for layer in layers]
-        if not stack:
-            raise ValueError("Expected at least one transform in layers; got none.")
-        features = event_size(stack)
+        layers: list[Any] = list(Compose(transforms).layers)
+        features = event_size(layers)
         base = tail_base(tails, features, base)
         outer = [*last, *tail_layers(tails, features)]
         mixing = self.auto_mixing if isinstance(mixing, str) and mixing == "auto" else mixing
-        transforms = [*mix_layers(stack, mixing), *outer]
-        super().__init__(transforms, base, support, name, reversible, standardize)
+        layers = [*mix_layers(layers, mixing), *outer]
+        super().__init__(layers, base, support, name, reversible, standardize)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = spell_out_options(cls)  # type: ignore[attr-defined]
+        cls.__signature__ = spell_out_options(cls)
+
+
+LayeredFlow.__signature__ = spell_out_options(LayeredFlow)
 
 
 class PlanarFlow(LayeredFlow):

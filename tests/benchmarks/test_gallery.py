@@ -21,7 +21,9 @@ from benchmarks.gallery import ALL, CELLS, DENSITIES, FAMILIES, Family, data, ma
 
 PLACES = places(None)
 PRESETS = {
-    name for name in pf.flows.__all__ if inspect.isclass(getattr(pf.flows, name)) and name != "Flow"
+    name
+    for name in pf.__all__
+    if inspect.isclass(getattr(pf, name)) and issubclass(getattr(pf, name), pf.flows.LayeredFlow)
 }
 #: Half-widths beyond which the densities have less than 1e-4 of their mass; funnels are wide.
 WIDE = {"moons": 4.0, "gaussians": 4.0, "spiral": 4.0, "wave": math.pi}

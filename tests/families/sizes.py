@@ -9,6 +9,5 @@ from pyroflows.nn import mlp
 #: Features of an event, entries of a context, and the networks of a conditioner.
 D, C = 3, 2
 NET: dict[str, Any] = {"network": mlp((8, 8))}
-#: The same where networks are special, and for ready-made flows.
+#: The same where networks are special.
 HIDDEN: dict[str, Any] = {"hidden": (8, 8)}
-PRESET: dict[str, Any] = {"hidden_features": (8, 8)}

@@ -19,7 +19,6 @@ from registry import (
     BASES,
     FLOWS,
     NET,
-    PRESET,
     SMALL,
     SUPPORTS,
     C,
@@ -343,12 +342,12 @@ def test_integrates_to_one_in_one_dimension(base, support, context_features):
 
 
 FLOWS_2D: dict[str, Callable[..., pf.Flow]] = {
-    "nice": lambda **kw: pf.NICE(2, transforms=3, **PRESET, **kw),
-    "realnvp": lambda **kw: pf.RealNVP(2, transforms=3, **PRESET, **kw),
-    "realnvp-context": lambda **kw: pf.RealNVP(2, C, transforms=3, **PRESET, **kw),
+    "nice": lambda **kw: pf.NICE(2, transforms=3, **NET, **kw),
+    "realnvp": lambda **kw: pf.RealNVP(2, transforms=3, **NET, **kw),
+    "realnvp-context": lambda **kw: pf.RealNVP(2, C, transforms=3, **NET, **kw),
     # Far out its scales overflow, of which a matrix would make the difference of two infinities.
     "realnvp-softplus": lambda **kw: pf.RealNVP(
-        2, transforms=3, scale="softplus", mixing=None, **PRESET, **kw
+        2, transforms=3, scale="softplus", mixing=None, **NET, **kw
     ),
     "stack": lambda **kw: pf.Flow(
         [
@@ -404,7 +403,7 @@ def test_integrates_to_one_in_two_dimensions(flow, base, support):
 @torch.no_grad()
 def test_draws_follow_the_density():
     """Moments of draws against moments by quadrature."""
-    d = perturbed(pf.RealNVP(2, transforms=3, **PRESET), 0.6).double()()
+    d = perturbed(pf.RealNVP(2, transforms=3, **NET), 0.6).double()()
     z, cell = grid_2d()
     weight = d.log_prob(z).exp() * cell
     mean = (weight[:, None] * z).sum(0)

@@ -45,7 +45,7 @@ import pyroflows as pf
 from pyroflows.nn import mlp
 
 Callback = Callable[..., Any]
-SMALL: dict[str, Any] = {"transforms": 2, "hidden_features": (8,)}
+SMALL: dict[str, Any] = {"transforms": 2, "network": mlp((8,))}
 
 
 def no_latents(*args: Any, **kwargs: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_plain_call_leaves_the_param_store_alone() -> None:
 
 def test_a_realnvp_learns_a_banana() -> None:
     train, test = banana(500), banana(2000)
-    flow = pf.RealNVP(2, transforms=4, hidden_features=(16,), scale="softclip")
+    flow = pf.RealNVP(2, transforms=4, network=mlp((16,)), scale="softclip")
     fit(PlainLikelihood(flow), no_latents, train, steps=300, lr=0.02)
     truth = dist.Normal(0.0, 1.0).log_prob(test[:, 0]) + dist.Normal(test[:, 0] ** 2, 0.5).log_prob(
         test[:, 1]
@@ -974,7 +974,7 @@ def test_a_store_of_another_shape_is_refused(tmp_path: Path) -> None:
         match=r"Expected the param store to hold RealNVP.* of shape \(16, 1\); got \(8, 1\)",
     ):
         fit(
-            PlainLikelihood(pf.RealNVP(2, transforms=2, hidden_features=(16,))),
+            PlainLikelihood(pf.RealNVP(2, transforms=2, network=mlp((16,)))),
             no_latents,
             blob(5),
             steps=1,

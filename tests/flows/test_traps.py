@@ -36,7 +36,7 @@ import pyroflows as pf
 from pyroflows.nn import mlp
 
 NET: dict[str, Any] = {"network": mlp((8,))}
-PRESET: dict[str, Any] = {"hidden_features": (8,)}
+PRESET: dict[str, Any] = {"network": mlp((8,))}
 TRANSFORMS: dict[str, Callable[..., pf.transforms.Transform]] = {
     "AdditiveCoupling": lambda c=None: pf.transforms.AdditiveCoupling(3, c, **NET),
     "AffineCoupling": lambda c=None: pf.transforms.AffineCoupling(3, c, **NET),

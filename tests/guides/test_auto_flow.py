@@ -59,7 +59,7 @@ from pyroflows.examples import load_example
 from pyroflows.nn import mlp
 
 Callback = Callable[..., Any]
-SMALL = functools.partial(pf.RealNVP, transforms=2, hidden_features=(8,))
+SMALL = functools.partial(pf.RealNVP, transforms=2, network=pf.nn.mlp((8,)))
 
 
 def fit(
@@ -295,7 +295,7 @@ def masked() -> None:
         pyro.sample("free", dist.Beta(1.0, 1.0))
 
 
-PRIOR = pf.RealNVP(2, transforms=2, hidden_features=(8,), support=constraints.interval(0.0, 2.0))
+PRIOR = pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,)), support=constraints.interval(0.0, 2.0))
 PRIOR.requires_grad_(False).double()
 
 PROPER = [
@@ -563,7 +563,9 @@ def funnel(dim: int = 3) -> None:
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_neutra_with_nuts(jit: bool) -> None:
-    guide = pf.AutoFlow(funnel, flow=functools.partial(SMALL, hidden_features=(16,), transforms=4))
+    guide = pf.AutoFlow(
+        funnel, flow=functools.partial(SMALL, network=pf.nn.mlp((16,)), transforms=4)
+    )
     fit(funnel, guide, steps=100)
     neutra = NeuTraReparam(guide.requires_grad_(False))
     kernel = NUTS(
@@ -942,7 +944,7 @@ def test_copies_before_the_first_call() -> None:
 
 
 def test_a_model_with_a_flow_in_it_does_not_hinder_pickling() -> None:
-    prior = pf.RealNVP(2, name="prior", transforms=2, hidden_features=(8,))
+    prior = pf.RealNVP(2, name="prior", transforms=2, network=pf.nn.mlp((8,)))
 
     def model() -> None:
         pyro.sample("z", prior())
@@ -1104,7 +1106,7 @@ WITH_PATH = {
 
 
 def pair_of_guides(model: Callback) -> tuple[pf.AutoFlow, pf.AutoFlow]:
-    flow = functools.partial(pf.RealNVP, transforms=2, hidden_features=(4,))
+    flow = functools.partial(pf.RealNVP, transforms=2, network=pf.nn.mlp((4,)))
     path, total = (
         pf.AutoFlow(model, flow=flow, init_scale=0.5),
         TotalGradient(model, flow=flow, init_scale=0.5),
@@ -1167,7 +1169,9 @@ def test_path_gradient_vanishes_at_the_exact_posterior(name: str) -> None:
 FLOWS: dict[str, Callable[[int], Any]] = {
     "NICE": pf.NICE,
     "RealNVP": pf.RealNVP,
-    "partial": functools.partial(pf.RealNVP, transforms=3, mask="checkerboard", activation=nn.Tanh),
+    "partial": functools.partial(
+        pf.RealNVP, transforms=3, mask="checkerboard", network=pf.nn.mlp(activation=nn.Tanh)
+    ),
     "function of a Flow": lambda n: pf.Flow(
         [pf.transforms.AffineCoupling(n), pf.transforms.Reverse(n), pf.transforms.AffineCoupling(n)]
     ),

@@ -437,7 +437,7 @@ def test_validation_is_left_as_it_was() -> None:
         "auto",
         pf.RealNVP,
         pf.NICE,
-        lambda features: pf.RealNVP(features, transforms=2, hidden_features=(8,)),
+        lambda features: pf.RealNVP(features, transforms=2, network=pf.nn.mlp((8,))),
         lambda features: pf.Flow([pf.transforms.AffineCoupling(features)]),
         lambda features: pf.transforms.AffineCoupling(features),
     ],

@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints as pyro_constraints
-from registry import EXEMPT, FLOWS, MASKS, NET, PRESET, SCALES, SMALL, TRANSFORMS, C, perturbed
+from registry import EXEMPT, FLOWS, MASKS, NET, SCALES, SMALL, TRANSFORMS, C, perturbed
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -659,8 +659,8 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "uniform base": lambda: pf.Flow(
         [Scaling(2)], base=dist.Uniform(-torch.ones(2), 1.0).to_event(1)
     ),
-    "narrow": lambda: perturbed(pf.RealNVP(2, transforms=4, **PRESET), 0.7),
-    "with a context of two": lambda: perturbed(pf.RealNVP(2, C, transforms=3, **PRESET), 0.5),
+    "narrow": lambda: perturbed(pf.RealNVP(2, transforms=4, **NET), 0.7),
+    "with a context of two": lambda: perturbed(pf.RealNVP(2, C, transforms=3, **NET), 0.5),
     "a batch of bases": lambda: pf.RealNVP(
         2, base=dist.Normal(torch.zeros(7, 2), 1.0).to_event(1), **SMALL
     ),

@@ -19,7 +19,7 @@ from pyroflows.nn import mlp
 from pyroflows.train import DensityReport, fit_density, likelihood
 from pyroflows.transforms.standardize import Standardize
 
-PRESET: dict[str, Any] = {"transforms": 2, "hidden_features": (8,)}
+PRESET: dict[str, Any] = {"transforms": 2, "network": mlp((8,))}
 N = 400
 
 
@@ -62,7 +62,7 @@ class Normal(nn.Module):
 def test_a_correlated_normal_is_learnt_to_its_entropy(device: torch.device) -> None:
     target = dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     x, test = target.sample((2000,)), target.sample((4000,))
-    flow = pf.RealNVP(2, transforms=4, hidden_features=(16,)).to(device)
+    flow = pf.RealNVP(2, transforms=4, network=mlp((16,))).to(device)
     report = fit_density(flow, x, max_epochs=40, learning_rate=1e-2, progress=False)
     with torch.no_grad():
         gap = target.log_prob(test) - flow().log_prob(test.to(device)).cpu()
@@ -127,7 +127,7 @@ def test_points_follow_the_flow(
 
 def test_the_flow_keeps_its_best_parameters() -> None:
     x, held_out = noise(40, 2), noise(200, 2, seed=1)
-    flow = pf.RealNVP(2, transforms=4, hidden_features=(32,))
+    flow = pf.RealNVP(2, transforms=4, network=mlp((32,)))
     report = quickly(flow, x, validation=held_out, max_epochs=60, patience=60, learning_rate=3e-2)
     assert (
         report.best_epoch < report.epochs and report.validation[-1] < report.log_likelihood
@@ -563,13 +563,20 @@ def test_with_a_support_it_is_fitted_to_unconstrained_points() -> None:
     assert bool((flow().sample((100,)) > 0).all())
 
 
-@pytest.mark.parametrize("family", [pf.RealNVP, pf.MAF])
+@pytest.mark.parametrize(
+    "family",
+    [
+        functools.partial(pf.RealNVP, network=mlp((32, 32))),
+        functools.partial(pf.MAF, hidden=(32, 32)),
+    ],
+    ids=["RealNVP", "MAF"],
+)
 def test_independent_entries_hold_no_flow_at_a_normal(family: Callable[..., pf.Flow]) -> None:
     """For a uniform square the identity is a saddle point of affine flows, which the start must leave."""
     generator = torch.Generator().manual_seed(0)
     square, test = ((torch.rand(n, 2, generator=generator) - 0.5) * 12**0.5 for n in (3000, 5000))
     torch.manual_seed(0)
-    flow = family(2, transforms=5, hidden_features=(32, 32))
+    flow = family(2, transforms=5)
     pf.fit_density(flow, square, validation=0.2, learning_rate=1e-2, max_epochs=60, progress=False)
     normal, truth = -1 - math.log(2 * math.pi), -math.log(12)
     scores = flow().log_prob(test).detach()

@@ -597,7 +597,7 @@ def test_fab_finds_the_mode_that_a_reverse_divergence_loses(
     start = init_to_value(values={"x": torch.tensor([-2.5, 0.0])})
 
     def flow(features: int) -> pf.Flow:
-        return pf.RealNVP(features, transforms=4, hidden_features=(32,), activation=torch.nn.Tanh)
+        return pf.RealNVP(features, transforms=4, network=pf.nn.mlp((32,), torch.nn.Tanh))
 
     guide = pf.AutoFlow(two_modes, flow, init_loc_fn=start, init_scale=0.6)
     svi = SVI(two_modes, guide, pyro.optim.ClippedAdam({"lr": 0.01}), loss=make(128))

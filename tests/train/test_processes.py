@@ -35,7 +35,7 @@ def trained(folder: Path, objective: Objective) -> tuple[Tensor, Tensor]:
     torch.manual_seed(distributed.rank())
     density = log_density_of(model, batch_size=distributed.share(65))
     torch.manual_seed(distributed.rank())
-    couplings = pf.RealNVP(2, transforms=2, hidden_features=(8,)).transform.layers
+    couplings = pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,))).transform.layers
     flow = pf.Flow([*couplings, pf.transforms.LowerTriangularAffine(2)]).double()
     history: list[Tensor] = []
     # An odd number, of which one rank gets more.

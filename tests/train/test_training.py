@@ -61,7 +61,7 @@ def gaussian() -> pf.Flow:
 
 def realnvp(seed: int = 0, layers: int = 2) -> pf.Flow:
     torch.manual_seed(seed)
-    couplings = pf.RealNVP(3, transforms=layers, hidden_features=(8,)).transform.layers
+    couplings = pf.RealNVP(3, transforms=layers, network=pf.nn.mlp((8,))).transform.layers
     return pf.Flow([*couplings, pf.transforms.LowerTriangularAffine(3)]).double()
 
 

@@ -71,13 +71,6 @@ FLOWS: dict[str, Callable[..., pf.Flow]] = {
 MISTAKES: dict[str, Mistake] = {}
 
 
-def net(owner: str, hidden: Any = (8, 8), activation: Any = nn.SiLU) -> dict[str, Any]:
-    """Options of a network, as a ready-made flow and as a transform take them."""
-    if owner in ("NICE", "RealNVP"):
-        return {"hidden_features": hidden, "activation": activation}
-    return {"network": mlp(hidden, activation)}
-
-
 def mistake(name: str, make: Callable[[], Any], error: type[Exception], fragment: str) -> None:
     assert name not in MISTAKES
     MISTAKES[name] = (make, error, fragment)
@@ -168,7 +161,7 @@ for owner, make in CONDITIONAL.items():
     ]:
         mistake(
             f"{owner}-hidden-{label}",
-            lambda m=make, o=owner, v=hidden: m(D, C, **net(o, hidden=v)),
+            lambda m=make, v=hidden: m(D, C, network=mlp(v)),
             error,
             fragment,
         )
@@ -181,7 +174,7 @@ for owner, make in CONDITIONAL.items():
     ]:
         mistake(
             f"{owner}-activation-{label}",
-            lambda m=make, o=owner, v=activation: m(D, C, **net(o, activation=v)),
+            lambda m=make, v=activation: m(D, C, network=mlp(activation=v)),
             TypeError,
             "activation to make a module when called without arguments, as torch.nn.SiLU does",
         )
@@ -680,7 +673,7 @@ OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
         (
             "cubic",
             ValueError,
-            "spline to be rational-quadratic, linear-rational or circular; got 'cubic'",
+            "spline to be one of 'rational-quadratic', 'linear-rational', 'circular'; got 'cubic'",
         )
     ],
     "degree": NOT_SIZES,
@@ -716,10 +709,12 @@ PUBLIC = sorted(
         owner
         for owner in (
             *(getattr(pf, n) for n in pf.__all__),
+            *(getattr(pf.flows, n) for n in pf.flows.__all__),
             *(getattr(pf.transforms, n) for n in pf.transforms.__all__),
         )
         if inspect.isclass(owner)
         and (owner in UNIVARIATES or issubclass(owner, (Transform, pf.Flow)))
+        and owner is not pf.flows.LayeredFlow
     },
     key=lambda owner: owner.__name__,
 )
@@ -738,11 +733,13 @@ def made(owner: type, **options: Any) -> Any:
 
 for owner in PUBLIC:
     for option, values in OPTIONS.items():
-        if option not in inspect.signature(owner.__init__).parameters:
+        if option not in inspect.signature(owner).parameters:
             continue
         for number, (value, error, fragment) in enumerate(values):
             # A tolerance is asked of solvers that adapt, steps of those that do not.
-            also = {"solver": "rk4"} if option == "steps" else {}
+            also: dict[str, Any] = {"solver": "rk4"} if option == "steps" else {}
+            if owner is pf.NSF and option == "order":
+                also = {"coupling": False}
             key = f"{owner.__name__}-{option}-{number}"
             mistake(
                 key,
@@ -751,10 +748,34 @@ for owner in PUBLIC:
                 fragment,
             )
 
-for name in pf.flows.__all__:
+READY_MADE = sorted(
+    owner.__name__
+    for owner in PUBLIC
+    if issubclass(owner, pf.flows.LayeredFlow)
+    and next(iter(inspect.signature(owner).parameters)) == "features"
+)
+for name in READY_MADE:
     preset = getattr(pf.flows, name)
-    if name in ("Flow", "MIXINGS", "NICE", "RealNVP"):
-        continue
+    parameters = inspect.signature(preset).parameters
+    networks = {
+        "network": (TypeError, "Expected network to make a module"),
+        "hidden": (TypeError, "hidden to be a sequence"),
+    }
+    for option, (error, fragment) in networks.items():
+        if option in parameters:
+            options = {"coupling": False} if (name, option) == ("NSF", "hidden") else {}
+            mistake(
+                f"{name}-{option}-number",
+                lambda p=preset, o={option: 8, **options}: p(D, C, **o),
+                error,
+                fragment,
+            )
+    mistake(
+        f"{name}-unknown",
+        lambda p=preset: p(D, hidden_features=(8,)),
+        TypeError,
+        f"of the options of {name}, which are ",
+    )
     for label, options, error, fragment in [
         ("features-zero", {"features": 0}, ValueError, "features >= 1; got 0"),
         ("features-float", {"features": 3.0}, TypeError, "features to be an integer; got 3.0"),
@@ -770,12 +791,6 @@ for name in pf.flows.__all__:
             {"features": D, "transforms": 2.0},
             TypeError,
             "transforms to be an integer; got 2.0",
-        ),
-        (
-            "hidden-int",
-            {"features": D, "context_features": C, "hidden_features": 8},
-            TypeError,
-            "hidden to be a sequence",
         ),
         ("base-word", {"features": D, "base": "normal"}, TypeError, "base to be a distribution"),
         (
@@ -801,7 +816,7 @@ for name in pf.flows.__all__:
             "got both",
         ),
     ]:
-        mistake(f"{name}-{label}", lambda p=preset, o=options: p(**o), error, fragment)
+        mistake(f"ready-made-{name}-{label}", lambda p=preset, o=options: p(**o), error, fragment)
 
 for kwargs in ({"mixing": "lu"}, {"tails": "gpd"}):
     mistake(
@@ -828,11 +843,9 @@ def test_the_table_names_every_option():
     """An option that is added to a constructor needs its rows here."""
     known = {
         *(
-            "self",
             "features",
             "context_features",
             "mask",
-            "hidden_features",
             "activation",
             "context_shape",
             "hidden",
@@ -842,6 +855,7 @@ def test_the_table_names_every_option():
             "scale",
             "bound",
             "transforms",
+            "last",
         ),
         *(
             "base",
@@ -857,7 +871,7 @@ def test_the_table_names_every_option():
         *("path_gradient", "auxiliary", "validate_args", "args", "kwargs", *OPTIONS, *SWITCHES),
     }
     for owner in PUBLIC:
-        unknown = set(inspect.signature(owner.__init__).parameters) - known
+        unknown = set(inspect.signature(owner).parameters) - known
         assert not unknown, f"{owner.__name__}: {unknown}"
 
 
@@ -868,7 +882,7 @@ def test_sizes_may_be_numpy_integers():
     numpy = pytest.importorskip("numpy")
     three = numpy.int64(3)
     flow = pf.RealNVP(
-        three, numpy.int32(2), transforms=numpy.int64(2), hidden_features=[numpy.int64(4)]
+        three, numpy.int32(2), transforms=numpy.int64(2), network=mlp([numpy.int64(4)])
     )
     assert flow(torch.zeros(2)).sample().shape == (3,)
     assert Permute(numpy.array([1, 0]).tolist())(torch.tensor([1.0, 2.0])).tolist() == [2.0, 1.0]

@@ -33,7 +33,7 @@ from pyroflows.transforms import (
 from pyroflows.univariate import Affine
 
 NET = {"network": mlp((8,))}
-PRESET = {"hidden_features": (8,)}
+PRESET = {"network": mlp((8,))}
 
 
 def stack() -> Transform:
