@@ -37,7 +37,7 @@ __all__ = [
 
 
 class AutoregressiveOptions(FlowOptions, total=False):
-    """Options that all autoregressive flows share, given by keyword; see :class:`AutoregressiveFlow`."""
+    """Options that autoregressive flows share, by keyword; see :class:`AutoregressiveFlow`."""
 
     context_shape: Sequence[int] | None
     order: Order
@@ -57,14 +57,17 @@ class AutoregressiveFlow(LayeredFlow):
         univariate: A monotone map, such as ``Affine()``; each layer has a copy of its own.
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
-        order: ``"alternating"`` (natural, then reversed, from layer to layer), ``"natural"``, ``"reversed"``,
-            ``"random"`` (a new one for every layer, the same for every flow) or a permutation.
+        order: ``"alternating"`` (natural, then reversed, from layer to layer), ``"natural"``,
+            ``"reversed"``, ``"random"`` (a new one for every layer, the same for every flow) or a
+            permutation.
         hidden: Widths of each layer's masked network.
         activation: Its activation, a callable without arguments that makes a module.
         residual: Whether the masked networks have residual connections.
-        fast: The direction that evaluates :math:`f` itself: ``"inverse"``, as above, or ``"forward"``.
+        fast: The direction that evaluates :math:`f` itself: ``"inverse"``, as above, or
+            ``"forward"``.
 
     Other options: see :class:`FlowOptions`.
 
@@ -78,7 +81,8 @@ class AutoregressiveFlow(LayeredFlow):
 
     Example:
         >>> import pyroflows as pf
-        >>> flow = AutoregressiveFlow(pf.univariate.MonotoneNetwork(), 3, transforms=2, fast="forward")
+        >>> monotone = pf.univariate.MonotoneNetwork()
+        >>> flow = AutoregressiveFlow(monotone, 3, transforms=2, fast="forward")
         >>> flow().sample((5,)).shape
         torch.Size([5, 3])
     """
@@ -117,7 +121,7 @@ class AutoregressiveFlow(LayeredFlow):
 
 
 class MAF(AutoregressiveFlow):
-    r"""Masked autoregressive flow: affine maps whose parameters depend on the entries before; fast to score.
+    r"""Masked autoregressive flow: affine maps that depend on the entries before; fast to score.
 
     .. math:: x_i = e^{s_k(y_{<i}, c)} \, y_i + t_k(y_{<i}, c) \ \text{for}\ k = 1 \dots K.
 
@@ -157,7 +161,9 @@ class MAF(AutoregressiveFlow):
 
 
 class IAF(AutoregressiveFlow):
-    r"""Inverse autoregressive flow: the layers of ``MAF`` run the other way; fast to sample, and to score what it sampled.
+    r"""Inverse autoregressive flow: the layers of ``MAF`` the other way; fast to sample.
+
+    What it sampled it scores at no further cost.
 
     .. math:: y_i = e^{s_k(x_{<i}, c)} \, x_i + t_k(x_{<i}, c) \ \text{for}\ k = 1 \dots K.
 
@@ -171,8 +177,8 @@ class IAF(AutoregressiveFlow):
     Other options: see :class:`AutoregressiveFlow` and :class:`FlowOptions`.
 
     Reference:
-        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference with inverse
-        autoregressive flow", 2016, https://arxiv.org/abs/1606.04934
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference
+        with inverse autoregressive flow", 2016, https://arxiv.org/abs/1606.04934
 
     Example:
         >>> y, log_prob = IAF(features=3)().rsample_and_log_prob((5,))
@@ -214,7 +220,8 @@ class NAF(AutoregressiveFlow):
     Other options: see :class:`AutoregressiveFlow` and :class:`FlowOptions`.
 
     Reference:
-        Huang, Krueger, Lacoste, Courville, "Neural autoregressive flows", 2018, https://arxiv.org/abs/1804.00779
+        Huang, Krueger, Lacoste, Courville, "Neural autoregressive flows", 2018,
+        https://arxiv.org/abs/1804.00779
 
     Example:
         >>> import torch
@@ -236,7 +243,7 @@ class NAF(AutoregressiveFlow):
 
 
 class UNAF(AutoregressiveFlow):
-    r"""Unconstrained neural autoregressive flow: the integral of a positive network per entry; fast to score.
+    r"""Unconstrained neural autoregressive flow: an integral of a network per entry; fast to score.
 
     .. math:: x_i = b + \int_0^{y_i} g(t;\ \theta_k(y_{<i}, c)) \, dt, \quad g > 0.
 
@@ -248,7 +255,8 @@ class UNAF(AutoregressiveFlow):
     Other options: see :class:`AutoregressiveFlow` and :class:`FlowOptions`.
 
     Reference:
-        Wehenkel, Louppe, "Unconstrained monotonic neural networks", 2019, https://arxiv.org/abs/1908.05164
+        Wehenkel, Louppe, "Unconstrained monotonic neural networks", 2019,
+        https://arxiv.org/abs/1908.05164
 
     Example:
         >>> import torch
@@ -269,7 +277,7 @@ class UNAF(AutoregressiveFlow):
 
 
 class SOSPF(AutoregressiveFlow):
-    r"""Sum-of-squares polynomial flow: the integral of a sum of squared polynomials per entry; fast to score.
+    r"""Sum-of-squares polynomial flow: an integral of polynomials per entry; fast to score.
 
     .. math:: x_i = b + \int_0^{y_i} \sum_p q_p(t;\ \theta_k(y_{<i}, c))^2 \, dt.
 
@@ -308,7 +316,8 @@ class SOSPF(AutoregressiveFlow):
 class BPF(AutoregressiveFlow):
     r"""Bernstein polynomial flow: an increasing Bernstein polynomial per entry; fast to score.
 
-    .. math:: x_i = \sum_j \vartheta_j(y_{<i}, c) \, b_{j, n}(y_i), \quad \vartheta_0 < \dots < \vartheta_n.
+    .. math:: x_i = \sum_j \vartheta_j(y_{<i}, c) \, b_{j, n}(y_i),
+        \quad \vartheta_0 < \dots < \vartheta_n.
 
     Args:
         features: Entries of the vector.
@@ -320,8 +329,8 @@ class BPF(AutoregressiveFlow):
     Other options: see :class:`AutoregressiveFlow` and :class:`FlowOptions`.
 
     Reference:
-        Ramasinghe, Fernando, Khan, Barnes, "Robust normalizing flows using Bernstein-type polynomials", 2021,
-        https://arxiv.org/abs/2102.03509
+        Ramasinghe, Fernando, Khan, Barnes, "Robust normalizing flows using Bernstein-type
+        polynomials", 2021, https://arxiv.org/abs/2102.03509
 
     Example:
         >>> import torch
@@ -346,12 +355,14 @@ class BPF(AutoregressiveFlow):
 class BNAF(LayeredFlow):
     r"""Block neural autoregressive flow: networks that are triangular by blocks; fast to score.
 
-    .. math:: x = f_k(y; c), \quad \partial x_i / \partial y_j = 0 \ (j > i), \quad \partial x_i / \partial y_i > 0.
+    .. math:: x = f_k(y; c), \quad \partial x_i / \partial y_j = 0 \ (j > i),
+        \quad \partial x_i / \partial y_i > 0.
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
         hidden: Widths of the hidden layers, for each entry.
         order: As in :class:`AutoregressiveFlow`.
@@ -359,7 +370,8 @@ class BNAF(LayeredFlow):
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019, https://arxiv.org/abs/1904.04676
+        De Cao, Titov, Aziz, "Block neural autoregressive flow", 2019,
+        https://arxiv.org/abs/1904.04676
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Flows of couplings: one part of the vector stays and tells how to move the rest; fast in both directions."""
+"""Flows of couplings: one part of the vector stays and tells how to move the rest."""
 
 # Without `from __future__ import annotations`, because signatures are read when classes are made.
 
@@ -38,12 +38,13 @@ class CouplingFlow(LayeredFlow):
         features: Entries of the vector, at least 2, or the shape of an event; see
             :class:`pyroflows.transforms.Coupling`.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of couplings.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         network: Factory of each coupling's network.
-        fast: The direction that evaluates :math:`f` itself: ``"forward"``, as above, or ``"inverse"``, which
-            makes a map without an inverse in closed form fast to score.
+        fast: The direction that evaluates :math:`f` itself: ``"forward"``, as above, or
+            ``"inverse"``, which makes a map without an inverse in closed form fast to score.
         last: Transforms that follow the couplings.
 
     Other options: see :class:`FlowOptions`.
@@ -53,11 +54,12 @@ class CouplingFlow(LayeredFlow):
         ValueError: If an option is out of its range.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> import pyroflows as pf
-        >>> flow = CouplingFlow(pf.univariate.Bernstein(), 3, transforms=2, mask="half", fast="inverse")
+        >>> flow = CouplingFlow(pf.univariate.Bernstein(), 3, transforms=2, fast="inverse")
         >>> flow().sample((5,)).shape
         torch.Size([5, 3])
     """
@@ -98,7 +100,8 @@ class CouplingFlow(LayeredFlow):
 class NICE(CouplingFlow):
     r"""NICE: additive couplings, then one diagonal scaling.
 
-    .. math:: y_B = x_B + t_k(x_A, c) \ \text{for}\ k = 1 \dots K, \qquad y \leftarrow e^{s} \odot y.
+    .. math:: y_B = x_B + t_k(x_A, c) \ \text{for}\ k = 1 \dots K,
+        \qquad y \leftarrow e^{s} \odot y.
 
     Args:
         features: Entries of the vector, at least 2.
@@ -108,7 +111,8 @@ class NICE(CouplingFlow):
     Other options: see :class:`CouplingFlow` and :class:`FlowOptions`.
 
     Reference:
-        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014, https://arxiv.org/abs/1410.8516
+        Dinh, Krueger, Bengio, "NICE: Non-linear independent components estimation", 2014,
+        https://arxiv.org/abs/1410.8516
 
     Example:
         >>> import torch
@@ -145,7 +149,8 @@ class RealNVP(CouplingFlow):
     Other options: see :class:`CouplingFlow` and :class:`FlowOptions`.
 
     Reference:
-        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016, https://arxiv.org/abs/1605.08803
+        Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2016,
+        https://arxiv.org/abs/1605.08803
 
     Example:
         >>> from torch.distributions import constraints
@@ -171,9 +176,10 @@ class RealNVP(CouplingFlow):
 
 
 class FlowPlusPlus(CouplingFlow):
-    r"""Flow++ on vectors: couplings by the distribution function of a mixture of logistics; fast to score.
+    r"""Flow++ on vectors: couplings by the CDF of a mixture of logistics; fast to score.
 
-    .. math:: x_B = e^{s} \operatorname{logit} \big( \sum_j \pi_j \, \sigma((y_B - \mu_j) / \varsigma_j) \big) + t.
+    .. math:: x_B = t + e^{s}
+        \operatorname{logit} \big( \sum_j \pi_j \, \sigma((y_B - \mu_j) / \varsigma_j) \big).
 
     Args:
         features: Entries of the vector, at least 2.
@@ -184,8 +190,8 @@ class FlowPlusPlus(CouplingFlow):
     Other options: see :class:`CouplingFlow` and :class:`FlowOptions`.
 
     Reference:
-        Ho, Chen, Srinivas, Duan, Abbeel, "Flow++: Improving flow-based generative models with variational
-        dequantization and architecture design", 2019, https://arxiv.org/abs/1902.00275
+        Ho, Chen, Srinivas, Duan, Abbeel, "Flow++: Improving flow-based generative models with
+        variational dequantization and architecture design", 2019, https://arxiv.org/abs/1902.00275
 
     Example:
         >>> FlowPlusPlus(features=3, transforms=2)().sample((5,)).shape
@@ -221,7 +227,8 @@ class Glow(LayeredFlow):
     Args:
         features: Entries of the vector, at least 2.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of steps.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         network: Factory of each coupling's network.
@@ -231,7 +238,8 @@ class Glow(LayeredFlow):
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018, https://arxiv.org/abs/1807.03039
+        Kingma, Dhariwal, "Glow: Generative flow with invertible 1x1 convolutions", 2018,
+        https://arxiv.org/abs/1807.03039
 
     Example:
         >>> Glow(features=3)().rsample((5,)).shape

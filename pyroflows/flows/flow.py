@@ -33,7 +33,8 @@ __all__ = ["Flow"]
 #: A base: a distribution, or a module that returns one when called.
 Base = torch.distributions.Distribution | nn.Module
 
-# Parameters that some flow of this process has put into a param store; all others there were loaded.
+# Parameters that some flow of this process has put into a param store; all others there were
+# loaded.
 _OWN_PARAMETERS: Any = WeakIdKeyDictionary()
 
 
@@ -43,34 +44,42 @@ class Flow(Recorded, PyroModule):
     .. math:: x \sim p_0, \qquad y = g(f_K \circ \dots \circ f_1(x; c)) \quad\Rightarrow\quad
         \log p(y \mid c) = \log p_0(x) - \sum_k \log|\det J_k| - \log|\det J_g|.
 
-    ``flow()`` or ``flow(context)`` returns a :class:`FlowDistribution`, whose batch shape is that of the context. Called in
-    a model or a guide, the flow puts its parameters into Pyro's param store under its name, which is all that
-    ``pyro.sample("z", flow(h))`` needs to train. As an attribute of a :class:`pyro.nn.PyroModule` it is named by it.
+    ``flow()`` or ``flow(context)`` returns a :class:`FlowDistribution`, whose batch shape is that
+    of the context. Called in a model or a guide, the flow puts its parameters into Pyro's param
+    store under its name, which is all that ``pyro.sample("z", flow(h))`` needs to train. As an
+    attribute of a :class:`pyro.nn.PyroModule` it is named by it.
 
     Args:
         transforms: Transforms in generative order, first applied first.
-        base: Any distribution over events of the first transform; the standard normal by default. It moves with the
-            module from device to device. Or a module that returns one when called without arguments, such as
-            :class:`pyroflows.distributions.StudentTBase`, whose parameters train with the flow.
-        support: Any constraint with a bijection from real vectors, such as ``constraints.positive``. It moves likewise.
-        name: Name in the param store; the class's by default. Two flows in one model need two names.
-        reversible: Whether training recomputes activations by inversion instead of keeping them; see
-            :class:`pyroflows.transforms.Compose`.
+        base: Any distribution over events of the first transform; the standard normal by default.
+            It moves with the module from device to device. Or a module that returns one when called
+            without arguments, such as :class:`pyroflows.distributions.StudentTBase`, whose
+            parameters train with the flow.
+        support: Any constraint with a bijection from real vectors, such as
+            ``constraints.positive``. It moves likewise.
+        name: Name in the param store; the class's by default. Two flows in one model need two
+            names.
+        reversible: Whether training recomputes activations by inversion instead of keeping them;
+            see :class:`pyroflows.transforms.Compose`.
         standardize: Whether to add a last layer :class:`pyroflows.transforms.Standardize`, which
             :func:`pyroflows.fit_density` fits to the means and scales of its data.
 
-    To compile a flow, take its distribution first: ``torch.compile(flow().log_prob, fullgraph=True)``.
+    To compile a flow, take its distribution first: ``torch.compile(flow().log_prob,
+    fullgraph=True)``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the shapes of the parts do not fit together, or if ``reversible`` is asked of transforms that cannot.
+        ValueError: If the shapes of the parts do not fit together, or if ``reversible`` is asked of
+            transforms that cannot.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> import pyroflows as pf
-        >>> flow = pf.Flow([pf.transforms.AffineCoupling(3), pf.transforms.Reverse(3), pf.transforms.AffineCoupling(3)])
+        >>> from pyroflows.transforms import AffineCoupling, Reverse
+        >>> flow = pf.Flow([AffineCoupling(3), Reverse(3), AffineCoupling(3)])
         >>> flow().sample((5,)).shape
         torch.Size([5, 3])
     """
@@ -94,7 +103,8 @@ class Flow(Recorded, PyroModule):
         )
         if standardize:
             last = Standardize(self.transform.image_shape)
-            self.transform = Compose([*self.transform.layers, last], reversible)  # type: ignore[list-item]
+            layers: list[Any] = [*self.transform.layers, last]
+            self.transform = Compose(layers, reversible)
         # Copies, for they move with the module.
         self.support = (
             None if support is None else copy.deepcopy(_check_support(support, self.transform))
@@ -133,7 +143,7 @@ class Flow(Recorded, PyroModule):
 
     @property
     def given_base(self) -> Base | None:
-        """The base that the flow was made with: a distribution, a module that makes one, or ``None``."""
+        """The base as it was given: a distribution, a module that makes one, or ``None``."""
         return self._base if self.learned_base is None else self.learned_base
 
     def forward(
@@ -142,7 +152,8 @@ class Flow(Recorded, PyroModule):
         """Returns the distribution given a context.
 
         Args:
-            context: Tensor of shape ``(*, *context_shape)``, or ``None`` for a flow without context.
+            context: Tensor of shape ``(*, *context_shape)``, or ``None`` for a flow without
+                context.
             path_gradient: Whether an ELBO gets the path gradient of this guide; see
                 :class:`pyroflows.distributions.FlowDistribution`.
 
@@ -159,7 +170,8 @@ class Flow(Recorded, PyroModule):
         return FlowDistribution(self.base, transform, self.support, path_gradient)
 
     def __getattr__(self, name: str) -> Any:
-        # Pyro would register each submodule again, under other names, whenever one is read in a model.
+        # Pyro would register each submodule again, under other names, whenever one is read in a
+        # model.
         return nn.Module.__getattr__(self, name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Flow:
@@ -169,16 +181,20 @@ class Flow(Recorded, PyroModule):
 
 
 def register_parameters(module: PyroModule) -> None:
-    """Puts the parameters of a module into the param store under its full name, once per call in a model or guide.
+    """Puts the parameters of a module into the param store under its full name.
 
-    What the store holds under that name is taken over if it was loaded from a file, and replaced if it belongs to another
-    instance: a fresh flow trains its own parameters, and a saved store restores them.
+    It is called once per call in a model or guide.
+
+    What the store holds under that name is taken over if it was loaded from a file, and replaced if
+    it belongs to another instance: a fresh flow trains its own parameters, and a saved store
+    restores them.
 
     Args:
         module: The module, inside its own call.
 
     Raises:
-        ValueError: If another flow goes by the same name in the same trace, or if what was loaded has another shape.
+        ValueError: If another flow goes by the same name in the same trace, or if what was loaded
+            has another shape.
     """
     local = pyro.settings.get("module_local_params")
     for name, parameter in module.named_parameters():
@@ -199,8 +215,9 @@ def _register(full: str, parameter: nn.Parameter, module_name: str) -> None:
         else:
             if stored.shape != parameter.shape:
                 raise ValueError(
-                    f"Expected the param store to hold {full} of shape {tuple(parameter.shape)}; got "
-                    f"{tuple(stored.shape)}. Call pyro.clear_param_store(), or give the flow another name."
+                    f"Expected the param store to hold {full} of shape "
+                    f"{tuple(parameter.shape)}; got {tuple(stored.shape)}. "
+                    "Call pyro.clear_param_store(), or give the flow another name."
                 )
             with torch.no_grad():
                 parameter.copy_(stored)
@@ -211,7 +228,7 @@ def _register(full: str, parameter: nn.Parameter, module_name: str) -> None:
 
 
 def _state_local(full: str, parameter: nn.Parameter) -> None:
-    """A statement that handlers see, without the store; SVI asks what it finds for ``unconstrained``."""
+    """A statement that handlers see, without the store; SVI asks it for ``unconstrained``."""
     if parameter.requires_grad:
         parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]
         statement = pyro.poutine.runtime.effectful(lambda *_, **__: parameter, type="param")
@@ -219,7 +236,7 @@ def _state_local(full: str, parameter: nn.Parameter) -> None:
 
 
 def _has_other_name(full: str, parameter: nn.Parameter) -> bool:
-    """Whether ``pyro.module`` has put the parameter into this very trace; under two names compiled ELBOs fail."""
+    """Whether ``pyro.module`` has put it into this trace; under two names compiled ELBOs fail."""
     other = pyro.get_param_store().param_name(parameter)
     return (
         other is not None
@@ -255,7 +272,8 @@ def _made(base: Any) -> Any:
 def _check_base(base: Any, event_shape: torch.Size) -> torch.distributions.Distribution:
     if not isinstance(base, torch.distributions.Distribution):
         raise TypeError(
-            f"Expected base to be a distribution, or a module that makes one without arguments; got {base!r}."
+            "Expected base to be a distribution, or a module that makes one without arguments; "
+            f"got {base!r}."
         )
     shape = base.batch_shape + base.event_shape
     if shape[max(0, len(shape) - len(event_shape)) :] != event_shape or len(base.event_shape) > len(
@@ -276,12 +294,18 @@ def _copy(base: torch.distributions.Distribution) -> torch.distributions.Distrib
         own = copy.deepcopy(base)
     except RuntimeError:  # torch copies no tensor that was computed with gradients
         own = None
-    learnt: list[bool] = []
-    _apply_to_tensors(own, lambda t: learnt.append(t.requires_grad) or t, set())  # type: ignore[func-returns-value]
-    if own is None or any(learnt):
+    found: list[Tensor] = []
+
+    def see(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _apply_to_tensors(own, see, set())
+    if own is None or any(tensor.requires_grad for tensor in found):
         raise ValueError(
-            "Expected a base without tensors that require gradients, which the flow would not train; got "
-            f"{type(base).__name__} with some. Detach them, or give a module that makes the base, such as StudentTBase."
+            "Expected a base without tensors that require gradients, which the flow would not "
+            f"train; got {type(base).__name__} with some. Detach them, or give a module that makes "
+            "the base, such as StudentTBase."
         )
     return own
 
@@ -306,7 +330,7 @@ def _check_name(name: Any) -> str:
 
 
 def _apply_to_tensors(value: Any, fn: Callable[[Tensor], Tensor], seen: set[int]) -> Any:
-    """Applies a function to all tensors within distributions, transforms and constraints, in place, each once."""
+    """Applies a function to all tensors within a part of a flow, in place, each once."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, nn.Module):

@@ -1,4 +1,4 @@
-"""Flows of layers in a row, the structure of all ready-made flows, and those that add nothing to it."""
+"""Flows of layers in a row, the structure of all ready-made flows."""
 
 # Without `from __future__ import annotations`, because signatures are read when classes are made.
 
@@ -40,10 +40,11 @@ class LayeredFlow(Flow):
 
     .. math:: f = h \circ f_K \circ m_{K-1} \circ \dots \circ m_1 \circ f_1
 
-    with maps :math:`m_k` that mix entries and a map :math:`h` that shapes the tails, where they are asked for.
+    with maps :math:`m_k` that mix entries and a map :math:`h` that shapes the tails, where they are
+    asked for.
 
-    A subclass makes the layers, takes ``**options: Unpack[FlowOptions]`` and passes them on; they are spelt out in its
-    signature.
+    A subclass makes the layers, takes ``**options: Unpack[FlowOptions]`` and passes them on; they
+    are spelt out in its signature.
 
     Args:
         transforms: Transforms in generative order, first applied first.
@@ -52,7 +53,8 @@ class LayeredFlow(Flow):
 
     Raises:
         TypeError: If an option is unknown or of the wrong type.
-        ValueError: If an option is out of its range, or if ``reversible`` is asked of layers that cannot.
+        ValueError: If an option is out of its range, or if ``reversible`` is asked of layers that
+            cannot.
 
     Example:
         >>> from pyroflows.transforms import Planar
@@ -104,14 +106,16 @@ class PlanarFlow(LayeredFlow):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
         network: Factory of the networks that read the context.
 
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> import torch
@@ -144,14 +148,16 @@ class RadialFlow(LayeredFlow):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
         network: Factory of the networks that read the context.
 
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        Rezende, Mohamed, "Variational inference with normalizing flows", 2015, https://arxiv.org/abs/1505.05770
+        Rezende, Mohamed, "Variational inference with normalizing flows", 2015,
+        https://arxiv.org/abs/1505.05770
 
     Example:
         >>> import torch
@@ -177,14 +183,17 @@ class RadialFlow(LayeredFlow):
 
 
 class SylvesterFlow(LayeredFlow):
-    r"""Sylvester flow: several ridges at once, along orthogonal directions; fast to sample, and able to score any point.
+    r"""Sylvester flow: several ridges at once, along orthogonal directions; fast to sample.
+
+    It can score any point.
 
     .. math:: y = x + Q_k R_k \tanh(\tilde R_k Q_k^\top x + b_k).
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
         units: Units of each layer, at most ``features``, which is the default.
         network: Factory of the networks that read the context.
@@ -192,8 +201,8 @@ class SylvesterFlow(LayeredFlow):
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational inference", 2018,
-        https://arxiv.org/abs/1803.05649
+        van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational
+        inference", 2018, https://arxiv.org/abs/1803.05649
 
     Example:
         >>> import torch
@@ -233,7 +242,8 @@ class ResidualFlow(LayeredFlow):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
         hidden: Widths of each layer's network.
         activation: Its activation, a callable without arguments that makes a module.
@@ -243,8 +253,8 @@ class ResidualFlow(LayeredFlow):
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        Chen, Behrmann, Duvenaud, Jacobsen, "Residual flows for invertible generative modeling", 2019,
-        https://arxiv.org/abs/1906.02735
+        Chen, Behrmann, Duvenaud, Jacobsen, "Residual flows for invertible generative modeling",
+        2019, https://arxiv.org/abs/1906.02735
 
     Example:
         >>> import torch
@@ -288,7 +298,8 @@ class FFJORD(LayeredFlow):
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
-        context_shape: Shape of the context, of which ``context_features`` is the short form for vectors.
+        context_shape: Shape of the context, of which ``context_features`` is the short form for
+            vectors.
         transforms: Number of layers.
         hidden: Widths of each layer's network.
         activation: Its activation, a callable without arguments that makes a module.
@@ -302,8 +313,8 @@ class FFJORD(LayeredFlow):
     Other options: see :class:`FlowOptions`.
 
     Reference:
-        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics for scalable
-        reversible generative models", 2019, https://arxiv.org/abs/1810.01367
+        Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics
+        for scalable reversible generative models", 2019, https://arxiv.org/abs/1810.01367
 
     Example:
         >>> FFJORD(features=3, solver="rk4", steps=8)().sample((5,)).shape

@@ -35,19 +35,20 @@ class FlowOptions(TypedDict, total=False):
     """Options that all ready-made flows share, given by keyword.
 
     Attributes:
-        mixing: Maps between two layers that mix entries: a name of :data:`MIXINGS`, a callable that makes a
-            transform of so many features, or ``None``, with which a flow is that of its paper. The default
-            ``"auto"`` is ``"lu"`` for RealNVP, MAF and NSF (but nothing for angles), which mostly fits data
-            better, and nothing for the others. Each ``"lu"`` learns ``features ** 2`` numbers.
+        mixing: Maps between two layers that mix entries: a name of :data:`MIXINGS`, a callable that
+            makes a transform of so many features, or ``None``, with which a flow is that of its
+            paper. The default ``"auto"`` is ``"lu"`` for RealNVP, MAF and NSF (but nothing for
+            angles), which mostly fits data better, and nothing for the others. Each ``"lu"`` learns
+            ``features ** 2`` numbers.
         tails: What shapes the tails: ``"gpd"`` or ``"loft"``, last layers of
-            :mod:`pyroflows.transforms.tails`; ``"student"``, a base of Student-t distributions with learned
-            degrees; or ``None``, the default.
+            :mod:`pyroflows.transforms.tails`; ``"student"``, a base of Student-t distributions with
+            learned degrees; or ``None``, the default.
         base: Base distribution, or a module that makes one; the standard normal by default. See
             :class:`pyroflows.Flow`.
         support: Constraint that values satisfy; the whole space by default.
         name: Name in the param store; that of the class by default.
-        reversible: Whether training recomputes activations by inversion instead of keeping them, so that
-            memory does not grow with depth. Every layer must be fast in both directions.
+        reversible: Whether training recomputes activations by inversion instead of keeping them, so
+            that memory does not grow with depth. Every layer must be fast in both directions.
         standardize: Whether a last layer takes over the means and scales of the data that
             :func:`pyroflows.fit_density` is given.
 
@@ -73,8 +74,9 @@ class FlowOptions(TypedDict, total=False):
 def spell_out_options(flow: type) -> inspect.Signature:
     """Returns the signature of a flow with each of its options as a parameter.
 
-    The options are the keys of the typed dictionary in ``**options: Unpack[...]``, or all options of the base class
-    where there is no such annotation. Defaults are those of the base class; an option that it lacks is ``None``.
+    The options are the keys of the typed dictionary in ``**options: Unpack[...]``, or all options
+    of the base class where there is no such annotation. Defaults are those of the base class; an
+    option that it lacks is ``None``.
 
     Args:
         flow: A class whose base class has been spelt out.
@@ -118,8 +120,8 @@ def check_options(flow: type, options: Mapping[str, Any]) -> None:
 
 # Maps between layers
 
-#: Radians by which two linear maps or more turn at the start, off the saddle point that the identity is for independent
-#: entries.
+#: Radians by which two linear maps or more turn at the start, off the saddle point that the
+#: identity is for independent entries.
 SLIGHT = 0.1
 
 
@@ -137,7 +139,7 @@ def _permute(features: int, count: int) -> list[Transform]:
 
 
 def _turn(features: int, count: int) -> list[Transform]:
-    """Makes linear maps of which every second one turns back, so that together they start at the identity."""
+    """Makes linear maps that turn to and fro, so that together they start at the identity."""
     angles = [-SLIGHT if number % 2 else SLIGHT for number in range(count)]
     if count % 2:
         angles[-1] = 0.0
@@ -147,8 +149,8 @@ def _turn(features: int, count: int) -> list[Transform]:
     ]
 
 
-#: What the option ``mixing`` puts between layers, by name: made of the number of features and how many maps there are.
-#: Maps with a cheaper direction are turned so that scoring takes it.
+#: What the option ``mixing`` puts between layers, by name: made of the number of features and how
+#: many maps there are. Maps with a cheaper direction are turned so that scoring takes it.
 MIXINGS: dict[str, Callable[[int, int], list[Transform]]] = {
     "reverse": _repeat(Reverse),
     "permute": _permute,
@@ -166,7 +168,8 @@ def mix_layers(layers: list[Transform], mixing: Mixing) -> list[Transform]:
 
     Args:
         layers: Transforms in generative order.
-        mixing: A name of :data:`MIXINGS`, a callable that makes a transform of so many features, or ``None``.
+        mixing: A name of :data:`MIXINGS`, a callable that makes a transform of so many features, or
+            ``None``.
 
     Raises:
         TypeError: If ``mixing`` is neither, or makes no transform.

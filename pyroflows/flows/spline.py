@@ -30,7 +30,7 @@ __all__ = ["NSF"]
 
 
 class SplineOptions(FlowOptions, total=False):
-    """Options of :class:`CouplingFlow` and :class:`AutoregressiveFlow`; ``None`` for the default there."""
+    """Options of couplings and of autoregressive layers; ``None`` for the default there."""
 
     context_shape: Sequence[int] | None
     mask: Masks | None
@@ -44,30 +44,33 @@ class SplineOptions(FlowOptions, total=False):
 class NSF(LayeredFlow):
     r"""Neural spline flow: monotone rational splines, in couplings or autoregressive layers.
 
-    .. math:: y_B = \mathrm{spline}(x_B;\ \theta_k(x_A, c)) \ \text{or} \ x_i = \mathrm{spline}(y_i;\ \theta_k(y_{<i}, c)).
+    .. math:: y_B = \mathrm{spline}(x_B;\ \theta_k(x_A, c)) \ \text{or}\
+        x_i = \mathrm{spline}(y_i;\ \theta_k(y_{<i}, c)).
 
     Args:
         features: Entries of the vector.
         context_features: Entries of the context, or ``None``.
         transforms: Number of layers.
-        coupling: Whether layers are couplings, fast both ways, with the options of :class:`CouplingFlow`; else they
-            are autoregressive, fast to score, with those of :class:`AutoregressiveFlow`.
+        coupling: Whether layers are couplings, fast both ways, with the options of
+            :class:`CouplingFlow`; else they are autoregressive, fast to score, with those of
+            :class:`AutoregressiveFlow`.
         bins: Pieces of each spline.
         bound: Half-width of the box in which the splines bend; beyond it they are the identity.
-        spline: ``"rational-quadratic"``, ``"linear-rational"``, or ``"circular"`` for angles in :math:`[-\pi, \pi)`,
-            whose base is uniform.
+        spline: ``"rational-quadratic"``, ``"linear-rational"``, or ``"circular"`` for angles in
+            :math:`[-\pi, \pi)`, whose base is uniform.
 
-    Other options: see :class:`CouplingFlow` or :class:`AutoregressiveFlow`, and :class:`FlowOptions`.
+    Other options: see :class:`CouplingFlow` or :class:`AutoregressiveFlow`, and
+    :class:`FlowOptions`.
 
     Raises:
         TypeError: If an option is unknown or of the wrong type.
         ValueError: If an option is out of its range.
 
     Reference:
-        Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019, https://arxiv.org/abs/1906.04032;
-        Dolatabadi, Erfani, Leckie, "Invertible generative modeling using linear rational splines", 2020,
-        https://arxiv.org/abs/2001.05168; Rezende et al., "Normalizing flows on tori and spheres", 2020,
-        https://arxiv.org/abs/2002.02428
+        Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019,
+        https://arxiv.org/abs/1906.04032; Dolatabadi, Erfani, Leckie, "Invertible generative
+        modeling using linear rational splines", 2020, https://arxiv.org/abs/2001.05168; Rezende et
+        al., "Normalizing flows on tori and spheres", 2020, https://arxiv.org/abs/2002.02428
 
     Example:
         >>> NSF(features=3, bins=4)().sample((5,)).shape

@@ -1,4 +1,4 @@
-"""The options of ready-made flows: their signatures, what refuses them, and the structures that take them."""
+"""The options of ready-made flows: their signatures, refusals, and the structures behind them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyroflows.flows.autoregressive import AutoregressiveOptions
 from pyroflows.flows.coupling import CouplingOptions
 from pyroflows.nn import convnet, mlp
 from pyroflows.transforms import LULinear, Permute, Planar, Reverse
-from pyroflows.univariate import Affine, Shift
+from pyroflows.univariate import Affine, Shift, Univariate
 
 READY_MADE: dict[str, type[LayeredFlow]] = {
     name: flow
@@ -160,15 +160,15 @@ def test_reversible_is_for_layers_that_are_fast_both_ways(name, flow_class):
 # Structures
 
 
-class Scaled(nn.Module):
+class Scaled(Univariate, nn.Module):
     """A univariate map with a parameter of its own."""
 
     parameters = 1  # type: ignore[assignment]
-    identity = (0.0,)
-    linear = True
+    identity = (0.0,)  # type: ignore[assignment]
+    linear = True  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def forward_and_log_det(self, x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
