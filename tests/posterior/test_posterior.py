@@ -540,7 +540,7 @@ def test_a_loaded_posterior_can_do_what_a_fitted_one_can(
 
 
 def changed_realnvp(features: int) -> pf.Flow:
-    return pf.RealNVP(features, transforms=2, hidden_features=(8,), reversible=True)
+    return pf.RealNVP(features, transforms=2, network=pf.nn.mlp((8,)), reversible=True)
 
 
 @pytest.mark.parametrize("flow", [pf.RealNVP, pf.NICE, pf.NSF, changed_realnvp])

@@ -77,7 +77,7 @@ def test_the_total_gradient_has_the_mean_of_the_path_gradient(make: Any) -> None
     density, found = pf.model.LogDensity(model, (Y,)), []
     for path in (True, False):
         torch.manual_seed(0)
-        flow = pf.RealNVP(2, transforms=2, hidden_features=(8,), mixing=None)
+        flow = pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,)), mixing=None)
         runs = []
         for seed in range(20):
             flow.zero_grad()
@@ -96,7 +96,7 @@ def test_the_total_gradient_has_the_mean_of_the_path_gradient(make: Any) -> None
 def test_the_gradient_that_is_added_is_that_of_the_loss(make: Any, path: bool) -> None:
     density = pf.model.LogDensity(model, (Y,))
     torch.manual_seed(0)
-    flow = pf.RealNVP(2, transforms=2, hidden_features=(8,))
+    flow = pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,)))
     objective = make(num_particles=16, path=path)
     torch.manual_seed(1)
     loss = objective.density_loss(flow(), density)

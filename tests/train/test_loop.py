@@ -27,7 +27,7 @@ def points(n: int = 400) -> Tensor:
 
 def flow(seed: int = 0, **options: Any) -> pf.Flow:
     torch.manual_seed(seed)
-    return pf.RealNVP(2, transforms=2, hidden_features=(8,), **options)
+    return pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,)), **options)
 
 
 def numbers(module: nn.Module) -> Tensor:
@@ -155,14 +155,21 @@ def test_networks_run_in_bfloat16_and_all_else_in_float32(device: torch.device) 
     assert not [name for m in made.modules() for name in vars(m) if name in ("forward", "evaluate")]
 
 
-@pytest.mark.parametrize("family", [pf.RealNVP, pf.MAF, pf.NSF])
+@pytest.mark.parametrize(
+    ("family", "network"),
+    [
+        (pf.RealNVP, {"network": pf.nn.mlp((16,))}),
+        (pf.MAF, {"hidden": (16,)}),
+        (pf.NSF, {"network": pf.nn.mlp((16,))}),
+    ],
+)
 def test_a_density_in_mixed_precision_is_as_good(
-    family: Callable[..., pf.Flow], device: torch.device
+    family: Callable[..., pf.Flow], network: dict[str, Any], device: torch.device
 ) -> None:
     x, reports = points(2000), []
     for mixed in (False, True):
         torch.manual_seed(0)
-        made = family(2, transforms=2, hidden_features=(16,)).to(device)
+        made = family(2, transforms=2, **network).to(device)
         options: dict[str, Any] = {"max_epochs": 15, "learning_rate": 1e-2, "progress": False}
         reports.append(fit_density(made, x, validation=x, mixed_precision=mixed, **options))
         assert all(p.dtype == torch.float32 for p in made.parameters())
@@ -172,7 +179,7 @@ def test_a_density_in_mixed_precision_is_as_good(
 
 def test_a_guide_in_mixed_precision_reaches_its_target() -> None:
     torch.manual_seed(0)
-    body = pf.RealNVP(2, transforms=2, hidden_features=(8,), mixing=None).transform.layers
+    body = pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,)), mixing=None).transform.layers
     guide = pf.Flow([*body, pf.transforms.LowerTriangularAffine(2)])
     options = LoopOptions(betas=(0.9, 0.99), mixed_precision=True)
     history: list[Tensor] = []
@@ -290,7 +297,7 @@ def test_a_compiled_density_gives_the_same_flow(
     flows = []
     for compile in (False, True):
         torch.manual_seed(0)
-        made = pf.RealNVP(2, 1 if context else None, transforms=2, hidden_features=(8,)).double()
+        made = pf.RealNVP(2, 1 if context else None, transforms=2, network=pf.nn.mlp((8,))).double()
         options: dict[str, Any] = {"batch_size": 90, "max_epochs": 2, "progress": False}
         fit_density(made, x, given, compile=compile, **options)
         flows.append(made)

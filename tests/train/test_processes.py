@@ -57,7 +57,7 @@ def trained(folder: Path, objective: Objective) -> tuple[Tensor, Tensor]:
 def fitted(folder: Path) -> tuple[Tensor, Tensor]:
     """A density: parameters, and log-likelihoods of each epoch; ranks begin as in :func:`trained`."""
     torch.manual_seed(distributed.rank())
-    flow = pf.RealNVP(2, transforms=2, hidden_features=(8,)).double()
+    flow = pf.RealNVP(2, transforms=2, network=pf.nn.mlp((8,))).double()
     x = torch.randn(141, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     report = fit_density(
         flow,
