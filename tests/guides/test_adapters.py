@@ -247,14 +247,15 @@ def test_the_base_space_gives_the_density(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["AutoNormal", "list", "function"])
 def test_draws_are_polished(name: str) -> None:
-    """From an untrained guide towards the posterior, whose density they then have."""
+    """From an untrained guide to the posterior, which further trajectories leave as it is."""
     guide, density = made(name, steps=0)
     adapted = as_guide(guide, density)
     with torch.no_grad():
-        z, _ = adapted.sample_and_log_prob(300)
-    moved = polish(density, adapted, z, 20)
+        z, _ = adapted.sample_and_log_prob(1000)
+    moved = polish(density, adapted, z, 60)
     other = polish(density, as_guide(*made("AutoMultivariateNormal", steps=300)), moved, 20)
-    assert float(((moved.mean(0) - other.mean(0)) / other.std(0)).abs().max()) < 0.3
+    # Two means of a thousand draws each differ by .045 standard deviations or so.
+    assert float(((moved.mean(0) - other.mean(0)) / other.std(0)).abs().max()) < 0.18
 
 
 def test_later_training_is_seen() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pyroflows as pf
+from pyroflows.model.base import Density
 from pyroflows.train import LoopOptions, fit_density, loop, train
 from pyroflows.train.averaging import Average, Best
 from pyroflows.train.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ def numbers(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-class Quadratic:
+class Quadratic(Density):
     """The density of a standard normal about a point, up to a constant."""
 
     features = 2
