@@ -32,8 +32,9 @@ The list is made by `python -m benchmarks.laws`.
 
 def exempt() -> Iterator[tuple[str, str, str]]:
     """Yield class, law and reason for all that a class says cannot hold for it."""
-    for name in pf.transforms.__all__:
-        owner = getattr(pf.transforms, name)
+    rooms = (pf.transforms, pf.univariate)
+    for room, name in ((room, name) for room in rooms for name in room.__all__):
+        owner = getattr(room, name)
         laws: Any = getattr(owner, "exempt_laws", {}) if inspect.isclass(owner) else {}
         if isinstance(laws, property):  # it depends on the options
             laws = owner(2).exempt_laws

@@ -69,7 +69,7 @@ class FakePosterior:
     """What the command line asks of a posterior, and no more."""
 
     seconds = 1.25
-    rungs = (SimpleNamespace(name="flow, 150 steps"),)
+    name = "flow, 150 steps"
 
     def __init__(self, interrupted: bool = False) -> None:
         self.interrupted = interrupted

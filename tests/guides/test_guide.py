@@ -50,9 +50,9 @@ def base() -> Any:
 
 
 FLOWS: dict[str, Callable[[int], Any]] = {
-    name: getattr(pf.flows, name)
-    for name in pf.flows.__all__
-    if name not in {"Flow", "Glow"} and isinstance(getattr(pf.flows, name), type)
+    name: flow
+    for name, flow in vars(pf).items()
+    if name != "Glow" and isinstance(flow, type) and issubclass(flow, pf.flows.LayeredFlow)
 }
 OPTIONS: dict[str, Callable[[int], Any]] = {
     "reversible": lambda n: pf.RealNVP(n, reversible=True),
@@ -65,7 +65,7 @@ OPTIONS: dict[str, Callable[[int], Any]] = {
     "mixing": lambda n: pf.RealNVP(n, mixing="householder"),
     "mask": lambda n: pf.NICE(n, mask="half"),
     "mask by a tensor": lambda n: pf.NICE(n, mask=torch.tensor([True, False, True])),
-    "activation": lambda n: pf.NICE(n, activation=nn.Tanh),
+    "network": lambda n: pf.NICE(n, network=pf.nn.mlp(activation=nn.Tanh)),
     "stack": lambda n: pf.Flow([pf.transforms.Permute(n), pf.transforms.LULinear(n).inv]),
     "iterator": lambda n: pf.Flow(pf.transforms.AffineCoupling(n) for _ in range(2)),
     "transform": lambda n: pf.transforms.Elementwise(pf.univariate.RationalQuadraticSpline(5), n),
@@ -86,13 +86,13 @@ def test_a_made_flow_keeps_its_options() -> None:
     assert isinstance(body.layers[-1], pf.transforms.Standardize)
     guide, _ = built(OPTIONS["base"])
     assert isinstance(guide.flow.base.base_dist, dist.StudentT)  # type: ignore[attr-defined]
-    assert not guide.flow.has_standard_base
+    assert guide.flow.given_base is not None
     guide, _ = built(OPTIONS["learned base"])
     assert isinstance(guide.flow.learned_base, StudentTBase)
     guide, _ = built(OPTIONS["tails"])
     assert isinstance(guide.flow.learned_base, StudentTBase)
     assert WhitenedFlow(pf.RealNVP(2, name="mine"))._pyro_name == "mine"
-    assert built()[0].flow.has_standard_base
+    assert built()[0].flow.given_base is None
 
 
 @pytest.mark.parametrize("name", MADE)
