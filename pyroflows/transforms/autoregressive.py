@@ -189,7 +189,9 @@ class Autoregressive(Transform):
         weights: Weights,
         trace: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        return self.conditioner.evaluate(self.univariate.encode(v), context, weights, trace)
+        raw = self.conditioner.evaluate(self.univariate.encode(v), context, weights, trace)
+        # Under autocast the network computes in 16 bits, and the map in its own precision.
+        return raw.to(v.dtype)
 
     # The slow direction
 

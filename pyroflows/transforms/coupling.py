@@ -149,13 +149,16 @@ class Coupling(Transform):
         """Raw parameters as univariate maps take them, of shape ``(*, parameters, features)``."""
         if not self._positions:
             out = self.conditioner(self.univariate.encode(stays), self.read_context(context))
-            return out.unflatten(-1, (self.univariate.parameters, -1))
+            # Under autocast the network computes in 16 bits, and the map in its own precision.
+            return out.to(stays.dtype).unflatten(-1, (self.univariate.parameters, -1))
         if context is not None and len(self.context_shape or ()) == 1:
             context = context.reshape(*context.shape, *[1] * len(self._positions))
             context = context.expand(*context.shape[: self._dim + 1], *self._positions)
         codes = self.univariate.encode(stays.flatten(self._dim))
         out = self.conditioner(codes.unflatten(-1, (-1, *self._positions)), context)
-        return out.flatten(self._dim).unflatten(-1, (self.univariate.parameters, -1))
+        return (
+            out.to(stays.dtype).flatten(self._dim).unflatten(-1, (self.univariate.parameters, -1))
+        )
 
     def _flat(self, moves: Tensor) -> Tensor:
         return moves.flatten(self._dim) if self._positions else moves

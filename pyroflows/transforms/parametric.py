@@ -55,6 +55,7 @@ class Parametric(Transform):
             out = self.conditioner(context).flatten(-len(self.context_shape))
         else:
             out = self.conditioner(self.read_context(context))
+        out = out.to(context.dtype)  # autocast is for the network alone
         parts = [out] if len(shapes) == 1 else out.split([shape.numel() for shape in shapes], -1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 

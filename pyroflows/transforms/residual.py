@@ -233,7 +233,9 @@ class Residual(Transform):
         """Log-determinant of the identity plus the Jacobian."""
         if not self._exact:
             return self._estimate(jacobian, torch.randn_like(at).sign())
-        return torch.linalg.slogdet(_identity_plus(jacobian))[1].expand(at.shape[:-1])
+        # No determinant is taken in the 16 bits of autocast.
+        matrix = _identity_plus(jacobian).to(at.dtype)
+        return torch.linalg.slogdet(matrix)[1].expand(at.shape[:-1])
 
     def _estimate(self, jacobian: Jacobian, noise: Tensor) -> Tensor:
         r"""An unbiased estimate, whose gradient is an unbiased estimate of the gradient.
