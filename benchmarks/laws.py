@@ -10,6 +10,7 @@ from typing import Any
 import pyroflows as pf
 from pyroflows.testing import LAWS
 
+ROOMS = (pf.transforms, pf.univariate)
 PAGE = Path(__file__).resolve().parent.parent / "tutorials" / "laws.md"
 HEAD = """# The laws of transforms and flows
 
@@ -32,9 +33,8 @@ The list is made by `python -m benchmarks.laws`.
 
 def exempt() -> Iterator[tuple[str, str, str]]:
     """Yield class, law and reason for all that a class says cannot hold for it."""
-    rooms = (pf.transforms, pf.univariate)
-    for room, name in ((room, name) for room in rooms for name in room.__all__):
-        owner = getattr(room, name)
+    owners = {name: getattr(room, name) for room in ROOMS for name in room.__all__}
+    for name, owner in owners.items():
         laws: Any = getattr(owner, "exempt_laws", {}) if inspect.isclass(owner) else {}
         if isinstance(laws, property):  # it depends on the options
             laws = owner(2).exempt_laws

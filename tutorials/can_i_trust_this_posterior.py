@@ -49,7 +49,15 @@ import pandas as pd
 import pyro
 import torch
 from IPython.display import display
-from pyro.distributions import HalfCauchy, ImproperUniform, MultivariateNormal, Normal, StudentT, Uniform, constraints
+from pyro.distributions import (
+    HalfCauchy,
+    ImproperUniform,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    Uniform,
+    constraints,
+)
 from pyro.infer import SVI, Trace_ELBO
 
 import pyroflows as pf

@@ -439,10 +439,11 @@ print(f"full Jacobian and its determinant: {by_force / by_structure:.0f} times a
 # %%
 stay_first = torch.tensor([True, False])
 pyro.set_rng_seed(2)
+small = pf.nn.mlp((16, 16))
 layers = {
     "base": None,
-    "additive coupling (NICE)": randomise(pf.transforms.AdditiveCoupling(2, mask=stay_first, network=pf.nn.mlp((16, 16))), 0.9),
-    "affine coupling (RealNVP)": randomise(pf.transforms.AffineCoupling(2, mask=stay_first, network=pf.nn.mlp((16, 16))), 0.6),
+    "additive coupling (NICE)": randomise(pf.transforms.AdditiveCoupling(2, mask=stay_first, network=small), 0.9),
+    "affine coupling (RealNVP)": randomise(pf.transforms.AffineCoupling(2, mask=stay_first, network=small), 0.6),
 }
 box = (-4, 4, -4, 4)
 
@@ -558,7 +559,8 @@ def with_parameters(layer, *raw):
 pictures = {
     "planar, splits": with_parameters(pf.transforms.Planar(2), 1.5, 0.5, 2.0, 0.5, 0.0),  # u, w, b
     "planar, squeezes": with_parameters(pf.transforms.Planar(2), -0.6, -0.3, 1.2, 0.3, 0.5),
-    "radial, pushes away": with_parameters(pf.transforms.Radial(2), 0.5, 0.5, 0.0, 1.5),  # centre, alpha and k = beta / alpha, raw
+    # centre, alpha and k = beta / alpha, raw
+    "radial, pushes away": with_parameters(pf.transforms.Radial(2), 0.5, 0.5, 0.0, 1.5),
     "radial, pulls in": with_parameters(pf.transforms.Radial(2), 0.5, 0.5, 1.0, -0.8),
 }
 fig, axes = plt.subplots(1, 4, figsize=(10.5, 2.9), layout="constrained")
@@ -931,7 +933,7 @@ plt.show()
 
 # %%
 pyro.set_rng_seed(0)
-gaussians = {"forward": pf.Flow([pf.transforms.LowerTriangularAffine(2)]), "reverse": pf.Flow([pf.transforms.LowerTriangularAffine(2)])}
+gaussians = {way: pf.Flow([pf.transforms.LowerTriangularAffine(2)]) for way in ("forward", "reverse")}
 pf.fit_density(gaussians["forward"], train, learning_rate=2e-2, max_epochs=10, progress=False)
 train_by_svi(lambda z: -moons_log_prob(z), gaussians["reverse"], steps=400, step_size=2e-2, particles=32)
 reverse = pf.RealNVP(2, transforms=6, network=pf.nn.mlp((32, 32)), mask="half", mixing=None)

@@ -572,6 +572,6 @@ for name, table in tip.items():
 #    draws = neutra.transform_sample(latent.unsqueeze(1))  # room for the dimension of the plate
 #    ```
 #
-#    (`pf.posterior.neutra(posterior)` does the like for many chains at once, by Hamiltonian Monte Carlo.) Compare the draws with the
-#    reference, in a table as above. How many effective draws of $\tau$ do you get, and how many does plain `NUTS(model)`
-#    give you in the same time?
+#    (`pf.posterior.neutra(posterior)` does the like for many chains at once, by Hamiltonian Monte Carlo.) Compare the
+#    draws with the reference, in a table as above. How many effective draws of $\tau$ do you get, and how many does plain
+#    `NUTS(model)` give you in the same time?
