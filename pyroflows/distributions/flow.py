@@ -34,7 +34,9 @@ class StandardNormal(dist.Normal):
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    r"""The law of :math:`y = g(f(x))` for :math:`x` from a base, a transform :math:`f` and a map :math:`g` onto a support.
+    r"""The distribution of :math:`y = g(f(x))` for :math:`x` from a base.
+
+    The transform :math:`f` may be followed by a map :math:`g` onto a support.
 
     .. math:: \log p(y) = \log p_0(x) - \log|\det J_f(x)| - \log|\det J_g(f(x))|.
 
