@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from registry import PRESET, C, D
+from registry import NET, C, D
 from torch import Tensor
 
 import pyroflows as pf
@@ -42,7 +42,7 @@ LEARNED = {
 @pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("context_features", [None, C])
 def test_is_at_home_in_a_flow(name, context_features, device):
-    flow = pf.RealNVP(D, context_features, base=FIXED[name](), transforms=2, **PRESET).to(device)
+    flow = pf.RealNVP(D, context_features, base=FIXED[name](), transforms=2, **NET).to(device)
     c = None if context_features is None else torch.randn(5, C, device=device)
     d = flow(c)
     for shape in [(), (4,), (4, 3), (2, 0)]:
