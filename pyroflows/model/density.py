@@ -262,8 +262,9 @@ class LogDensity(Density):
             Tensor of shape ``(*)``, NaN where the model fails.
 
         Raises:
-            ValueError: If the last dimension is not ``features``.
+            ValueError: If the last dimension is not ``features``, or the data come from a loader.
         """
+        self._check_not_streamed("log_joint")
         check_tensor("z", z, (self.features,))
         points = z.reshape(-1, self.features)
         if not len(points):
@@ -292,7 +293,7 @@ class LogDensity(Density):
             between plates have size 1. NaN where the model fails.
 
         Raises:
-            ValueError: If the last dimension is not ``features``.
+            ValueError: If the last dimension is not ``features``, or the data come from a loader.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -304,6 +305,7 @@ class LogDensity(Density):
             >>> {name: tuple(term.shape) for name, term in terms.items()}
             {'x': (5,), 'y': (5, 3)}
         """
+        self._check_not_streamed("site_terms")
         check_tensor("z", z, (self.features,))
         points = z.detach().reshape(-1, self.features)
         # Without points, the shapes are those at the start.
@@ -327,6 +329,13 @@ class LogDensity(Density):
         """
         nodes = sample_nodes(self.trace(z, score=True))
         return {name: node["log_prob"].detach().sum() for name, node in nodes}
+
+    def _check_not_streamed(self, method: str) -> None:
+        if self.streamed:
+            raise ValueError(
+                f"Expected data given as args in {method}; got a loader. Give it one batch by "
+                "bind(batch)."
+            )
 
     # Sites
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .._compat import is_mutating, make_fx, tree_flatten, tree_unflatten
 from .base import Failures
-from .handlers import NanWhereSingular
+from .handlers import DetachedData, NanWhereSingular
 from .inputs import Inputs
 
 __all__ = ["Evaluator", "Program", "first_sentence", "map_points"]
@@ -79,8 +79,10 @@ class _Leaves:
 
     def kind(self) -> Hashable:
         """What inputs have in common that are evaluated in the same way."""
-        ranks = [leaf.dim() if isinstance(leaf, Tensor) else None for leaf in self.leaves]
-        return (self.spec, *ranks)
+        kinds = [
+            leaf.dim() if isinstance(leaf, Tensor) else _identity(leaf) for leaf in self.leaves
+        ]
+        return (self.spec, *kinds)
 
     def key(self, free: int) -> Hashable:
         """What inputs have in common that share a graph."""
@@ -90,7 +92,8 @@ class _Leaves:
 
 def _identity(constant: Any) -> Hashable:
     if isinstance(constant, Tensor):
-        return id(constant)
+        # Its values may have been changed in place.
+        return id(constant), 0 if constant.is_inference() else constant._version
     try:
         hash(constant)
     except TypeError:
@@ -159,8 +162,8 @@ class Evaluator:
         """The function at given inputs, with its gradient.
 
         Args:
-            inputs: The inputs. Of those whose tensors differ in size only, all after the first are
-                evaluated in the same way, and those of equal sizes share one graph.
+            inputs: The inputs. Of those that differ in tensors of equal ranks only, all after the
+                first are evaluated in the same way, and those of equal sizes share one graph.
             batch_size: How many points one evaluation takes.
             mode: The way to evaluate; the fastest if ``None``.
 
@@ -239,7 +242,7 @@ class Evaluator:
         """The function of many points and of the free tensors."""
 
         def function(point: Tensor, *tensors: Tensor) -> Tensor:
-            with NanWhereSingular():
+            with NanWhereSingular(), DetachedData():
                 return self.function(point, leaves.rebuild(free, tensors))
 
         shared = len(leaves.tensors(free))
@@ -353,7 +356,7 @@ def map_points(
     """
     if batch_size > 1:
         try:
-            with NanWhereSingular():
+            with NanWhereSingular(), DetachedData():
                 batched = torch.func.vmap(function, randomness="different", chunk_size=batch_size)
                 return batched(points)
         except (RuntimeError, ValueError):

@@ -224,6 +224,36 @@ def test_gradients_with_respect_to_points_and_data(mode: str) -> None:
     torch.testing.assert_close(of_data, (Z.exp() - y).sum().detach())
 
 
+def test_a_mask_that_was_changed_in_place_is_read_anew() -> None:
+    def model(mask: Tensor, y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        seen = y[mask]
+        with pyro.plate("n", len(seen)):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=seen)
+
+    mask, y = torch.tensor([True, False, True]), torch.tensor([1.0, 2.0, 3.0])
+    density = LogDensity(model, (mask, y))
+    mask[1] = True
+    expected = LogDensity(model, (mask.clone(), y)).log_prob(Z)
+    torch.testing.assert_close(density.bind((mask, y)).log_prob(Z), expected)
+
+
+def test_a_flag_chooses_the_way_to_evaluate() -> None:
+    def model(branches: bool) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        scale = 2.0 if branches and float(x.detach()) > 0 else 1.0
+        pyro.sample("y", dist.Normal(x, scale), obs=torch.tensor(1.0))
+
+    density = LogDensity(model, (False,))
+    assert density.mode == "captured"
+    bound = density.bind((True,))
+    assert bound.mode == "loop"
+    scale = torch.where(Z > 0, 2.0, 1.0)
+    prior, likelihood = dist.Normal(0.0, 1.0), dist.Normal(Z, scale)
+    expected = prior.log_prob(Z) + likelihood.log_prob(torch.tensor(1.0))
+    torch.testing.assert_close(bound.log_prob(Z), expected.squeeze(-1))
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (2, 300)])
 def test_the_log_joint_of_any_batch(shape: tuple[int, ...]) -> None:
     density = LogDensity(width)

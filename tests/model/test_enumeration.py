@@ -158,6 +158,25 @@ def test_agrees_with_the_enumerating_elbo_of_pyro(model: Model) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_the_log_joint_carries_a_graph(model: Model) -> None:
+    density = density_of(model)
+    z = (density.initial + 0.1 * torch.arange(3.0).unsqueeze(-1)).requires_grad_()
+    value = density.log_joint(z)
+    (slope,) = torch.autograd.grad(value.sum(), z)
+    torch.testing.assert_close((value.detach(), slope), density.value_and_grad(z.detach()))
+
+
+def test_the_terms_of_many_points_are_evaluated_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    density = density_of(mixture)
+    monkeypatch.setattr("pyroflows.model.evaluator._run_once", None)  # one point at a time
+    z = density.initial.expand(4, -1)
+    total = sum(term.reshape(4, -1).sum(-1) for term in density.site_terms(z).values())
+    torch.testing.assert_close(total, density.log_prob(z))
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_discrete_sites_are_no_part_of_the_vector(model: Model) -> None:
     density = density_of(model)
     discrete = {"k", "coin", "outer", "inner", "group", "member", "a", "b", "count", "one_hot"}

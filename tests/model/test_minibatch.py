@@ -129,6 +129,18 @@ def test_all_batches_of_a_loader_are_all_data(
     torch.testing.assert_close(found, whole().value_and_grad(points()), rtol=1e-11, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", ["log_joint", "site_terms"])
+def test_what_belongs_to_one_batch_is_not_given_for_a_loader(method: str) -> None:
+    full = log_density_of(loaded(), loader(shuffle=False)).full
+    with pytest.raises(ValueError, match=f"Expected data given as args in {method}; got a loader"):
+        getattr(full, method)(points())
+    batch = full.bind(full.args)
+    total = getattr(batch, method)(points())
+    if method == "site_terms":
+        total = sum(term.reshape(len(term), -1).sum(-1) for term in total.values())
+    torch.testing.assert_close(total.detach(), batch.log_prob(points()))
+
+
 def test_a_subsampled_plate_over_all_rows_is_an_ordinary_one() -> None:
     density = log_density_of(subsampling, regression_data())
     assert isinstance(density, SubsampledDensity)

@@ -310,6 +310,29 @@ def test_dependent_sites_have_the_gradient_of_the_bound(name: str) -> None:
     assert ((mine.mean(0) - reference.mean(0)).abs() < 5 * error).all()
 
 
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("weight", ["scale", "mask"])
+def test_a_weight_of_the_guide_weighs_its_score(name: str, weight: str) -> None:
+    """As in annealing: path gradients against total ones, off the posterior."""
+
+    def weigh(program: Any) -> Any:
+        if weight == "mask":
+            return pyro.poutine.mask(program, torch.tensor(False))
+        return pyro.poutine.scale(program, 0.3)
+
+    guide = pf.AutoFlow(model, flow=lambda n: pf.RealNVP(n, transforms=2), init_scale=0.6)
+    guide()
+    path, total = BOUNDS[name](64), BOUNDS[name](64)
+    total.path = False
+    pairs = [
+        [gradients_in_svi(each, weigh(model), weigh(guide))[1] for each in (path, total)]
+        for _ in range(100)
+    ]
+    differences = torch.stack([torch.cat([(a[n] - b[n]).flatten() for n in a]) for a, b in pairs])
+    error = differences.std(0) / len(differences) ** 0.5
+    assert (differences.mean(0).abs() <= 5 * error + 1e-5).all()
+
+
 # In SVI
 
 

@@ -181,7 +181,9 @@ class Bound(Objective):
         sources = latent_draws(drawn)
         for name, node in sources.items():
             check_reparametrised(node["fn"], f" at site {name!r}")
-        if not self.path:
+        if not self.path or (self.power and any(map(_is_scaled, sources.values()))):
+            # A scaled density of the guide has another double reparametrisation; the total
+            # gradient needs none.
             model_trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(
                 *args, **kwargs
             )
@@ -494,6 +496,12 @@ def _gradients(values: Tensor, points: Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(zip(points, gradients, strict=True))
 
 
+def _is_scaled(node: Mapping[str, Any]) -> bool:
+    """Whether a site's log density counts with a factor, or in part."""
+    scale = node["scale"]
+    return node["mask"] is not None or isinstance(scale, Tensor) or scale != 1
+
+
 def _carried_scores(sources: Mapping[str, Any]) -> dict[str, Tensor]:
     """The score at the draw of a guide that is one flow, before the flow forgets it.
 
@@ -502,7 +510,7 @@ def _carried_scores(sources: Mapping[str, Any]) -> dict[str, Tensor]:
     if len(sources) != 1:
         return {}
     ((name, node),) = sources.items()
-    if not isinstance(node["fn"], FlowDistribution):
+    if not isinstance(node["fn"], FlowDistribution) or _is_scaled(node):
         return {}
     score = node["fn"].carried_score(node["value"])
     return {} if score is None else {name: score}
