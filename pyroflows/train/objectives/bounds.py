@@ -11,7 +11,8 @@ is the ELBO for :math:`s \to 0`, the importance-weighted bound for :math:`s = 1`
 for :math:`s = 1 - \alpha`. No term of the gradient is a score of :math:`q`, so that it has no
 noise where the guide is exact. With ``path=False`` the gradient is the total one,
 :math:`\sum_i v_i \nabla_\phi \log w_i(z_i(\phi))`, in which :math:`q_\phi` depends on its
-parameters too.
+parameters too. So it is for :math:`s \ne 0` where sites of the guide are scaled or masked, because
+the double reparametrisation is one of the density itself.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ class PathELBO(Bound):
     The score of mean zero, :math:`\nabla_\phi \log q_\phi(z)` at a fixed :math:`z`, is left out,
     so that the gradient has no noise where the guide is exact. A flow carries :math:`\nabla_z \log
     q` along its sampling pass, without an inversion. Particles whose density or slope is not
-    finite are left out.
+    finite are left out: the value is the mean over the others, and they add nothing to the
+    gradient, which is still divided by the number of all.
 
     Args:
         num_particles: Draws for each step.
