@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from .sites import (
 __all__ = [
     "check_all_data",
     "check_arguments",
+    "check_call",
     "check_data",
     "check_entries",
     "check_latents",
@@ -47,7 +49,7 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
         Both.
 
     Raises:
-        TypeError: If they are not a list or tuple, and a mapping.
+        TypeError: If they are not a list or tuple, and a mapping from names.
     """
     if not isinstance(args, (list, tuple)):
         raise TypeError(
@@ -58,7 +60,37 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
         raise TypeError(
             f"Expected kwargs to be a mapping of names to arguments; got {type(kwargs).__name__}."
         )
+    for name in kwargs or {}:
+        if not isinstance(name, str):
+            raise TypeError(f"Expected kwargs to have names as keys; got {name!r}.")
     return tuple(args), dict(kwargs or {})
+
+
+def check_call(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Refuses arguments that do not fit the signature of a model or guide.
+
+    Args:
+        name: What to call the function.
+        function: The model or guide.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        TypeError: If they do not fit.
+    """
+    called = function.forward if isinstance(function, torch.nn.Module) else function
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # written in C, or a callable that hides its signature
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [f"{len(args)} in args", *(f"{key!r} in kwargs" for key in kwargs)]
+        raise TypeError(
+            f"Expected args and kwargs that {name} takes, with the signature {signature}; got "
+            f"{', '.join(given)} ({error})."
+        ) from None
 
 
 # Latent sites

@@ -118,6 +118,7 @@ class LogDensity(Density):
         self.batch_size = check_size("batch_size", batch_size)
         self.device = device
         self.inputs = self.data.first
+        checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
         trace = self._prototype(init_loc_fn)
@@ -212,6 +213,7 @@ class LogDensity(Density):
         kwargs = self.inputs.kwargs if kwargs is None else kwargs
         self._check_plates(rows or {})
         inputs = Inputs(*checks.check_arguments(args, kwargs), rows or {}, self.inputs.parameters)
+        checks.check_call("the model", self.unwrapped_model, inputs.args, inputs.kwargs)
         bound = copy.copy(self)
         bound.inputs = inputs.with_parameters(parameters or {})
         bound.data = GivenData(bound.inputs)
