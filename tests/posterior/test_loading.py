@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def load(tmp_path: Path, **fields: Any) -> pf.Posterior:
     return pf.load_posterior(tmp_path / "x.pt", model)
 
 
+def error_of(action: Callable[[], Any]) -> str:
+    """The sentence of a ``ValueError``; an error of another type goes on."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def guide_of(flow: Any) -> dict[str, Any]:
     return {"guide": "pyroflows.guides.auto:AutoFlow", "flow": flow}
 
@@ -107,19 +117,15 @@ def test_a_hostile_file_calls_nothing(name: str, kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("option", ["transforms", "features", "passes"])
 def test_a_file_makes_nothing_larger_than_its_numbers(option: str, tmp_path: Path) -> None:
     flow = {"call": "pyroflows.flows.autoregressive:MAF", "kwargs": {option: 10**9}}
-    with pytest.raises(ValueError, match="is damaged .its guide has a size of 1000000000"):
+    with pytest.raises(ValueError, match=r"is damaged .its guide has a size of 1000000000"):
         load(tmp_path, guide=guide_of(flow))
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [1], {"a": 1}, [[1]], torch.zeros(2)])
 @pytest.mark.parametrize("field", ["format", *FIELDS])
 def test_a_field_of_another_kind_is_told(field: str, value: Any, tmp_path: Path) -> None:
-    try:
-        posterior = load(tmp_path, **{field: value})
-    except ValueError as error:
-        assert str(error).startswith("Expected")
-    else:
-        assert posterior.sample(3)["x"].shape == (3, 2)
+    message = error_of(lambda: load(tmp_path, **{field: value}).sample(3))
+    assert message.startswith("Expected") or message == "none"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -129,10 +135,8 @@ def test_a_flipped_bit_is_told_or_harmless(seed: int, tmp_path: Path) -> None:
     place = int(torch.randint(len(content), (), generator=torch.Generator().manual_seed(seed)))
     content[place] ^= 1 << seed
     (tmp_path / "x.pt").write_bytes(content)
-    try:
-        pf.load_posterior(tmp_path / "x.pt", model).sample(3)
-    except ValueError as error:
-        assert str(error).startswith("Expected")
+    message = error_of(lambda: pf.load_posterior(tmp_path / "x.pt", model).sample(3))
+    assert message.startswith("Expected") or message == "none"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
@@ -188,7 +192,7 @@ def test_a_made_flow_is_no_guide() -> None:
 
 
 def test_a_posterior_needs_a_guide() -> None:
-    with pytest.raises(TypeError, match="Expected guide to be a Guide, .* got int"):
+    with pytest.raises(TypeError, match=r"Expected guide to be a Guide, .* got int"):
         pf.Posterior(3)
 
 
