@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from typing_extensions import Unpack
 
-from .._checks import check_choice, check_size
+from .._checks import check_choice, check_shape, check_size
 from ..nn import Network, mlp
 from ..transforms import Coupling, GlowStep, Rescale, Transform, coupling_masks
 from ..transforms.coupling import Mask
@@ -79,7 +79,7 @@ class CouplingFlow(LayeredFlow):
         **options: Unpack[FlowOptions],
     ) -> None:
         check_choice("fast", fast, ("forward", "inverse"))
-        channels = features[0] if isinstance(features, Sequence) else features
+        channels = check_shape("features", features, least=1)[0]
         # Copies, because a map may have parameters, which belong to its layer.
         layers: list[Transform] = [
             Coupling(
