@@ -32,6 +32,7 @@ __all__ = [
     "check_no_nan",
     "check_outside_of_parts",
     "check_plate_sizes",
+    "check_rows",
     "check_same_shapes",
     "check_same_values",
     "check_scaled",
@@ -91,6 +92,34 @@ def check_call(name: str, function: Callable[..., Any], args: Any, kwargs: Any) 
             f"Expected args and kwargs that {name} takes, with the signature {signature}; got "
             f"{', '.join(given)} ({error})."
         ) from None
+
+
+def check_rows(plate: str, rows: Any, size: int) -> None:
+    """Refuses what are no rows of a plate.
+
+    Args:
+        plate: Name of the plate.
+        rows: Indices of its rows.
+        size: How many rows it has.
+
+    Raises:
+        TypeError: If they are no tensor of whole numbers.
+        ValueError: If they have more dimensions than one, or if there is no such row.
+    """
+    whole = isinstance(rows, Tensor) and rows.dtype in (torch.int64, torch.int32)
+    if not whole:
+        got = rows.dtype if isinstance(rows, Tensor) else repr(rows)
+        raise TypeError(f"Expected rows of plate {plate!r} to be a tensor of indices; got {got}.")
+    if rows.dim() != 1 or not len(rows):
+        raise ValueError(
+            f"Expected rows of plate {plate!r} of shape (rows,); got {tuple(rows.shape)}."
+        )
+    # On an accelerator the host would wait in each step.
+    if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < size)).all()):
+        raise ValueError(
+            f"Expected rows of plate {plate!r} from 0 to {size - 1}; got {rows.min()} to "
+            f"{rows.max()}."
+        )
 
 
 # Latent sites
