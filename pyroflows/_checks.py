@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,30 @@ def check_positive(name: str, value: Any) -> float:
     if not 0 < float(value) < float("inf"):
         raise ValueError(f"Expected {name} to be positive and finite; got {value}.")
     return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns ``value`` if it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected {name} to be True or False; got {value!r}.")
+    return value
+
+
+def call_factory(name: str, factory: Callable[..., Any], like: str, **arguments: Any) -> Any:
+    """Calls a callable of the user's, which takes certain positional arguments.
+
+    Its own errors are left alone; a signature that does not fit is refused in a sentence.
+    """
+    try:
+        inspect.signature(factory).bind(*arguments.values())
+    except TypeError as error:
+        takes = f"({', '.join(arguments)})"
+        raise TypeError(
+            f"Expected {name} to be called with {takes}, as {like}; got {factory!r} ({error})."
+        ) from None
+    except ValueError:  # written in C, without a signature
+        pass
+    return factory(*arguments.values())
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

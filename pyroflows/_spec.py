@@ -17,12 +17,26 @@ from torch.distributions import Transform as TorchTransform
 
 __all__ = ["Recorded", "build", "describe", "resolve"]
 
-#: Packages whose classes and functions a file may name.
-PACKAGES = ("pyroflows", "torch", "pyro")
+#: Modules, with those inside of them, whose classes and functions a file may name: the parts of
+#: which guides are made.
+PARTS = (
+    "pyroflows.nn",
+    "pyroflows.univariate",
+    "pyroflows.transforms",
+    "pyroflows.distributions",
+    "pyroflows.flows",
+    "pyroflows.guides",
+    "torch.nn.modules",
+    "torch.distributions",
+    "pyro.nn",
+    "pyro.distributions",
+    "pyro.infer.autoguide",
+)
 #: Objects of torch and Pyro that are described by their attributes, because they keep no record of
 #: their arguments.
 ATTRIBUTED = (Distribution, TorchTransform, constraints.Constraint)
-#: Modules of functions that a file may name, because they compute and do nothing else.
+#: Modules of functions that a file may name, because they compute and do nothing else. Of those of
+#: ``torch`` itself this is true where they are methods of tensors too.
 FUNCTIONS = ("torch", "torch.nn.functional", "pyro.distributions.transforms")
 
 
@@ -227,8 +241,8 @@ def _build_object(data: Mapping[str, Any]) -> Any:
             build(data["partial"]), *map(build, data["args"]), **_build_all(data["kwargs"])
         )
     if "call" in data:
-        return resolve(data["call"])(**_build_all(data["kwargs"]))
-    kind = resolve(data["object"])
+        return resolve_class(data["call"], object)(**_build_all(data["kwargs"]))
+    kind = resolve_class(data["object"], ATTRIBUTED)
     made = kind.__new__(kind)
     vars(made).update(_build_all(data["state"]))
     if issubclass(kind, TorchTransform):
@@ -255,7 +269,7 @@ def resolve(name: str) -> Any:
     """Finds a class or function by the name that :func:`describe` gives it.
 
     Args:
-        name: Module and qualified name, such as ``"pyroflows.flows:RealNVP"``.
+        name: Module and qualified name, such as ``"pyroflows.flows.coupling:RealNVP"``.
 
     Returns:
         The class or function.
@@ -265,12 +279,32 @@ def resolve(name: str) -> Any:
     """
     module, _, path = name.partition(":")
     value = None
-    if module.split(".")[0] in PACKAGES:
+    if module in FUNCTIONS or _is_inside(module, PARTS):
         with contextlib.suppress(ImportError, AttributeError):
             value = functools.reduce(getattr, path.split("."), importlib.import_module(module))
     if value is None or not _may_be_named(value, module):
-        raise ValueError(f"Expected a class or function of {', '.join(PACKAGES)}; got {name!r}.")
+        raise ValueError(f"Expected a class or function of which guides are made; got {name!r}.")
     return value
+
+
+def resolve_class(name: str, kinds: type | tuple[type, ...]) -> Any:
+    """Finds a class by its name, as :func:`resolve`, that is a subclass of some kinds.
+
+    Args:
+        name: Module and qualified name.
+        kinds: The classes of which it is to be a subclass.
+
+    Raises:
+        ValueError: If there is none, or if a file may not name it.
+    """
+    value = resolve(name)
+    if not isinstance(value, type) or not issubclass(value, kinds):
+        raise ValueError(f"Expected another class or function in its place; got {name!r}.")
+    return value
+
+
+def _is_inside(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
 
 
 def _may_be_named(value: Any, module: str) -> bool:
@@ -278,6 +312,7 @@ def _may_be_named(value: Any, module: str) -> bool:
     if getattr(value, "__module__", None) != module:
         return False
     if isinstance(value, type):
-        return module.startswith("pyroflows") or issubclass(value, (nn.Module, *ATTRIBUTED))
-    of_family = module in FUNCTIONS or module.startswith(f"{FUNCTIONS[-1]}.")
-    return of_family and not value.__name__.startswith("_")
+        return module.startswith("pyroflows.") or issubclass(value, (nn.Module, *ATTRIBUTED))
+    if value.__name__.startswith("_") or not _is_inside(module, FUNCTIONS[1:]):
+        return module == "torch" and hasattr(Tensor, value.__name__)
+    return True

@@ -15,7 +15,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .._checks import check_context
+from .._checks import check_context, check_flag
 from .._compat import (
     WeakIdKeyDictionary,
     active_traces,
@@ -101,7 +101,7 @@ class Flow(Recorded, PyroModule):
         self.transform = Compose(
             [transforms] if isinstance(transforms, Transform) else transforms, reversible
         )
-        if standardize:
+        if check_flag("standardize", standardize):
             last = Standardize(self.transform.image_shape)
             layers: list[Any] = [*self.transform.layers, last]
             self.transform = Compose(layers, reversible)

@@ -85,6 +85,10 @@ class LayeredFlow(Flow):
         layers: list[Any] = list(Compose(transforms).layers)
         features = event_size(layers)
         base = tail_base(tails, features, base)
+        if isinstance(last, Transform) or not isinstance(last, Iterable):
+            raise TypeError(
+                f"Expected last to be a sequence of transforms; got {type(last).__name__}."
+            )
         outer = [*last, *tail_layers(tails, features)]
         mixing = self.auto_mixing if isinstance(mixing, str) and mixing == "auto" else mixing
         layers = [*mix_layers(layers, mixing), *outer]

@@ -9,7 +9,7 @@ from typing import Any, TypedDict, get_args
 
 from torch.distributions import constraints
 
-from .._checks import check_size
+from .._checks import call_factory, check_size
 from ..distributions.bases import StudentTBase
 from ..transforms import (
     ActNorm,
@@ -129,7 +129,10 @@ def _repeat(make: Callable[[int], Transform]) -> Callable[[int, int], list[Trans
     """Makes all maps in the same way."""
 
     def repeat(features: int, count: int) -> list[Transform]:
-        return [check_transform("the result of mixing", make(features)) for _ in range(count)]
+        made = [
+            call_factory("mixing", make, "Householder is", features=features) for _ in range(count)
+        ]
+        return [check_transform("the result of mixing", each) for each in made]
 
     return repeat
 

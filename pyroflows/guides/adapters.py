@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .._compat import init_transform_of, location_and_scale
 from .._random import forked
-from .._spec import build, describe, name_of, resolve
+from .._spec import build, describe, name_of, resolve_class
+from ..flows import Flow
 from ..model.density import LatentSite, LogDensity
+from ..transforms import Transform
 from .auto import FlowGuide
 from .combined import ProductGuide, ReorderedGuide, TorchMap
 from .guide import Base, BaseSpace, Guide
@@ -64,6 +66,9 @@ def as_guide(guide: Any, density: LogDensity) -> Guide:
     """
     adapted, sites = _adapt(guide, density)
     names, wanted = [site.name for site in sites], [site.name for site in density.sites]
+    twice = [name for name in wanted if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"Expected a guide with each site once; got {twice[0]!r} more than once.")
     missing = [name for name in wanted if name not in names]
     if missing:
         raise ValueError(
@@ -87,6 +92,9 @@ def _adapt(guide: Any, density: LogDensity) -> Adapted:
     if isinstance(guide, type):
         name = guide.__name__
         raise TypeError(f"Expected a made guide such as {name}(model); got the class {name}.")
+    if isinstance(guide, (Flow, Transform)):
+        name = type(guide).__name__
+        raise TypeError(f"Expected a guide such as AutoFlow(model, {name}); got a made {name}.")
     if not callable(guide):
         raise TypeError(
             f"Expected a guide, which takes the arguments of the model; got {type(guide).__name__}."
@@ -333,4 +341,5 @@ def _make(data: Mapping[str, Any], model: Callable[..., Any]) -> autoguides.Auto
     if "own" in data:
         return build(data)
     of_sites = poutine.block(model, expose=data["sites"])
-    return resolve(data["class"])(of_sites, **build(data["options"]))
+    kind = resolve_class(data["class"], autoguides.AutoGuide)
+    return kind(of_sites, **build(data["options"]))

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .._checks import check_positive
+from .._checks import call_factory, check_positive
 from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
@@ -82,7 +82,8 @@ class FlowGuide(AutoContinuous, Guide):
     def _whitened_flow(self) -> WhitenedFlow:
         """Makes a fresh flow, with a whitening map that starts as the guide does."""
         loc = self._init_loc()
-        made = (self._make_flow or default_flow)(self.latent_dim)
+        make = self._make_flow or default_flow
+        made = call_factory("flow", make, "pf.RealNVP is", features=self.latent_dim)
         flow = WhitenedFlow(_check_flow(made, self.latent_dim)).to(loc.device, loc.dtype)
         identity = torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device)
         flow.whiten(loc, self._init_scale * identity)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._spec import own_error, resolve
+from .._spec import own_error, resolve_class
 from ..model.density import LogDensity
 
 __all__ = ["Base", "BaseSpace", "Guide", "Map", "Part", "from_spec"]
@@ -219,4 +219,4 @@ def from_spec(spec: Mapping[str, Any], density: LogDensity) -> Guide:
     """
     if "own" in spec:
         raise own_error(spec["own"])
-    return resolve(spec["guide"]).make(spec, density)
+    return resolve_class(spec["guide"], Guide).make(spec, density)

@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .._random import forked
+from ..model.checks import check_call
 from ..model.density import LatentSite, LogDensity
 from .guide import Guide
 
@@ -56,12 +57,18 @@ class TracedGuide(Guide):
 
     def __init__(self, guide: Callable[..., Any], density: LogDensity) -> None:
         self.guide, self.density = guide, density
+        check_call("the guide", guide, density.args, density.kwargs)
         # Parameters are made by the first run, which must not be one of a batch.
         with forked(0):
             trace = self._trace()
         nodes = dict(_latent_nodes(trace))
         _refuse_without_density(nodes)
         self.sites = check_sites(nodes, density)
+        if not self.sites:
+            raise ValueError(
+                "Expected a guide with a pyro.sample statement for each continuous latent site of "
+                f"the model; got {_name(guide)!r} with none."
+            )
         self.features = sum(site.features for site in self.sites)
         self._start = torch.zeros(self.features).to(density.initial)
         self._batched_draws, self._batched_scores = self._find_batched()
@@ -96,11 +103,11 @@ class TracedGuide(Guide):
 
     def spec(self) -> dict[str, Any]:
         """The name of the guide, which is the user's own; see :meth:`Guide.spec`."""
-        return {"own": getattr(self.guide, "__name__", type(self.guide).__name__)}
+        return {"own": _name(self.guide)}
 
     def _draw(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """One draw and its log density."""
-        trace = self._trace()
+        trace = self._trace_sites()
         parts, log_det = [], like.new_zeros(())
         for site in self.sites:
             value = trace.nodes[site.name]["value"]
@@ -117,7 +124,17 @@ class TracedGuide(Guide):
             unconstrained = block.reshape(site.unconstrained_shape)
             values[site.name] = value = site.transform(unconstrained)
             log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
-        return self._trace(values).log_prob_sum() + log_det
+        return self._trace_sites(values).log_prob_sum() + log_det
+
+    def _trace_sites(self, values: Mapping[str, Tensor] | None = None) -> Any:
+        """A trace that has the sites of the first run."""
+        trace = self._trace(values)
+        missing = [site.name for site in self.sites if site.name not in trace.nodes]
+        if missing:
+            raise ValueError(
+                f"Expected a guide with the same sites in each run; got one without {missing[0]!r}."
+            )
+        return trace
 
     def _trace(self, values: Mapping[str, Tensor] | None = None) -> Any:
         guide = self.guide if values is None else poutine.condition(self.guide, data=dict(values))
@@ -156,6 +173,10 @@ class TracedGuide(Guide):
         names = [name for name, node in nodes.items() if node["type"] == "param" and name in store]
         values: dict[str, Any] = {name: store[name] for name in names}
         return {name: value.unconstrained() for name, value in values.items()}
+
+
+def _name(guide: Callable[..., Any]) -> str:
+    return getattr(guide, "__name__", type(guide).__name__)
 
 
 def _tried(function: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,12 +25,14 @@ from .sites import (
 __all__ = [
     "check_all_data",
     "check_arguments",
+    "check_call",
     "check_data",
     "check_entries",
     "check_latents",
     "check_no_nan",
     "check_outside_of_parts",
     "check_plate_sizes",
+    "check_rows",
     "check_same_shapes",
     "check_same_values",
     "check_scaled",
@@ -47,7 +50,7 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
         Both.
 
     Raises:
-        TypeError: If they are not a list or tuple, and a mapping.
+        TypeError: If they are not a list or tuple, and a mapping from names.
     """
     if not isinstance(args, (list, tuple)):
         raise TypeError(
@@ -58,7 +61,65 @@ def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, 
         raise TypeError(
             f"Expected kwargs to be a mapping of names to arguments; got {type(kwargs).__name__}."
         )
+    for name in kwargs or {}:
+        if not isinstance(name, str):
+            raise TypeError(f"Expected kwargs to have names as keys; got {name!r}.")
     return tuple(args), dict(kwargs or {})
+
+
+def check_call(name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Refuses arguments that do not fit the signature of a model or guide.
+
+    Args:
+        name: What to call the function.
+        function: The model or guide.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Raises:
+        TypeError: If they do not fit.
+    """
+    called = function.forward if isinstance(function, torch.nn.Module) else function
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # written in C, or a callable that hides its signature
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = [f"{len(args)} in args", *(f"{key!r} in kwargs" for key in kwargs)]
+        raise TypeError(
+            f"Expected args and kwargs that {name} takes, with the signature {signature}; got "
+            f"{', '.join(given)} ({error})."
+        ) from None
+
+
+def check_rows(plate: str, rows: Any, size: int) -> None:
+    """Refuses what are no rows of a plate.
+
+    Args:
+        plate: Name of the plate.
+        rows: Indices of its rows.
+        size: How many rows it has.
+
+    Raises:
+        TypeError: If they are no tensor of whole numbers.
+        ValueError: If they have more dimensions than one, or if there is no such row.
+    """
+    whole = isinstance(rows, Tensor) and rows.dtype in (torch.int64, torch.int32)
+    if not whole:
+        got = rows.dtype if isinstance(rows, Tensor) else repr(rows)
+        raise TypeError(f"Expected rows of plate {plate!r} to be a tensor of indices; got {got}.")
+    if rows.dim() != 1 or not len(rows):
+        raise ValueError(
+            f"Expected rows of plate {plate!r} of shape (rows,); got {tuple(rows.shape)}."
+        )
+    # On an accelerator the host would wait in each step.
+    if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < size)).all()):
+        raise ValueError(
+            f"Expected rows of plate {plate!r} from 0 to {size - 1}; got {rows.min()} to "
+            f"{rows.max()}."
+        )
 
 
 # Latent sites

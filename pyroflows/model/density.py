@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils.data import DataLoader
 
-from .._checks import caller_level, check_size, check_tensor
+from .._checks import caller_level, check_device, check_size, check_tensor
 from .._compat import build_guide
 from . import checks
 from .base import Density
@@ -114,10 +114,15 @@ class LogDensity(Density):
         batch_size: int = 256,
         device: str | torch.device | None = None,
     ) -> None:
+        if not callable(model):
+            raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+        if device is not None:
+            check_device("device", device)
         self.data = as_data(args, kwargs, device)
         self.batch_size = check_size("batch_size", batch_size)
         self.device = device
         self.inputs = self.data.first
+        checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
         trace = self._prototype(init_loc_fn)
@@ -210,12 +215,18 @@ class LogDensity(Density):
         """
         args = self.inputs.args if args is None else args
         kwargs = self.inputs.kwargs if kwargs is None else kwargs
+        for name, given in {"parameters": parameters, "rows": rows}.items():
+            if given is not None and not isinstance(given, Mapping):
+                raise TypeError(f"Expected {name} to be a mapping from names; got {given!r}.")
         self._check_plates(rows or {})
         inputs = Inputs(*checks.check_arguments(args, kwargs), rows or {}, self.inputs.parameters)
+        checks.check_call("the model", self.unwrapped_model, inputs.args, inputs.kwargs)
         bound = copy.copy(self)
         bound.inputs = inputs.with_parameters(parameters or {})
         bound.data = GivenData(bound.inputs)
-        bound.batch_size = self.batch_size if batch_size is None else batch_size
+        bound.batch_size = check_size(
+            "batch_size", self.batch_size if batch_size is None else batch_size
+        )
         with torch.no_grad():
             bound._program = self._evaluator.make_program(bound.inputs, bound.batch_size)
         return bound
@@ -227,6 +238,8 @@ class LogDensity(Density):
                 f"Expected rows of every plate with a subsample_size ({known}); got those of "
                 f"{', '.join(map(repr, rows))}."
             )
+        for name, index in rows.items():
+            checks.check_rows(name, index, self.subsampled[name][0])
 
     # Values
 
@@ -327,6 +340,10 @@ class LogDensity(Density):
             For each sample site, latent or observed, a tensor without dimensions. The Jacobians of
             latent sites are left out, and sites that are enumerated are summed over all values.
         """
+        if check_tensor("z", z, (self.features,)).dim() != 1:
+            raise ValueError(
+                f"Expected z to be one point, of shape ({self.features},); got {tuple(z.shape)}."
+            )
         nodes = sample_nodes(self.trace(z, score=True))
         return {name: node["log_prob"].detach().sum() for name, node in nodes}
 
@@ -348,6 +365,7 @@ class LogDensity(Density):
         Returns:
             For each site a tensor of shape ``(*, *site_shape)``.
         """
+        check_tensor("z", z, (self.features,))
         return {site.name: value for site, _, value in self._unpack(z)}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
             The new inputs.
 
         Raises:
+            TypeError: If a value is no tensor.
             ValueError: If a name is unknown, or a value has another shape.
         """
         for name, value in parameters.items():
@@ -46,6 +47,10 @@ class Inputs(NamedTuple):
                 known = ", ".join(map(repr, self.parameters)) or "none"
                 raise ValueError(f"Expected parameters of the model ({known}); got {name!r}.")
             shape = tuple(self.parameters[name].shape)
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"Expected parameter {name!r} to be a tensor of shape {shape}; got {value!r}."
+                )
             if tuple(value.shape) != shape:
                 raise ValueError(
                     f"Expected parameter {name!r} of shape {shape}; got {tuple(value.shape)}."

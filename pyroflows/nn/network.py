@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_activation, check_hidden, check_size
+from .._checks import call_factory, check_activation, check_hidden, check_size
 from .convnet import ConvNet
 from .mlp import MLP
 from .resnet import ResNet
@@ -137,20 +137,28 @@ def make_network(
             :data:`Network` says.
         ValueError: If the module gives another shape.
     """
-    made = network(inputs, len(start), context) if _is_factory(network) else network
-    if not isinstance(made, nn.Module) or not _is_factory(network):
-        raise TypeError(
-            "Expected network to make a module of (inputs, outputs, context), as mlp() does; "
-            f"got {network!r}."
-        )
+    check_network(network)
+    sizes = {"inputs": inputs, "outputs": len(start), "context": context}
+    made = call_factory("network", network, "mlp() is", **sizes)
+    if not isinstance(made, nn.Module):
+        raise _no_network(network)
     module = made if isinstance(made, Startable) else StartAt(made, len(start), len(positions))
     _try_out(made, (inputs, len(start), context), positions)
     module.start_at(start)
     return module
 
 
-def _is_factory(network: Any) -> bool:
-    return callable(network) and not isinstance(network, (nn.Module, type))
+def check_network(network: Any) -> None:
+    """Raises ``TypeError`` unless ``network`` may be a factory: a callable, no module or class."""
+    if not callable(network) or isinstance(network, (nn.Module, type)):
+        raise _no_network(network)
+
+
+def _no_network(network: Any) -> TypeError:
+    return TypeError(
+        "Expected network to make a module of (inputs, outputs, context), as mlp() does; "
+        f"got {network!r}."
+    )
 
 
 def _try_out(
@@ -177,12 +185,22 @@ def _try_out(
             result = module.eval()(*given)
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else ""
-        raise TypeError(f"{wanted}, which raises {type(error).__name__}: {line}") from error
+        reason = f"which raises {type(error).__name__}: {line.rstrip('.')}"
+        raise TypeError(f"{wanted}, {reason}.{_advice(positions, context)}") from error
     finally:
         module.train(training)
     if not isinstance(result, Tensor) or result.shape != (2, outputs, *positions):
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"{wanted}, which gives {got} for two points.")
+
+
+def _advice(positions: Sequence[int], context: int | None) -> str:
+    if positions:
+        dims = "" if len(positions) == 2 else f"dims={len(positions)}"
+        return f" An event with positions takes convnet({dims})."
+    return " A vector takes mlp() or resnet()." + (
+        "" if context is None else " With a context, the module is called as module(x, context)."
+    )
 
 
 def _shape(size: int, positions: Sequence[int]) -> str:

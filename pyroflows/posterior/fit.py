@@ -7,13 +7,15 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import check_device, check_positive, check_size
+from .._checks import check_device, check_flag, check_positive, check_size
 from .._compat import without_handlers
 from .._deadline import Deadline
 from .._random import seeded
+from ..flows import Flow
 from ..guides import AutoFlow
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
@@ -22,6 +24,7 @@ from ..train import processes
 from ..train.checkpoint import Checkpoint
 from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
+from ..transforms import Transform
 from .ladder import LADDER, Climb, climb_ladder, make_own_rung
 from .posterior import Posterior
 
@@ -154,7 +157,9 @@ def _train_settings(training: Mapping[str, Any], fit: Mapping[str, Any]) -> dict
     for name in training:
         if name not in names:
             raise TypeError(f"Expected the options {', '.join(names)} of a fit; got {name!r}.")
-    settings = {"progress": True, **training}
+    settings = {"progress": True, "compile": False, **training}
+    check_flag("progress", settings["progress"])
+    check_flag("compile", settings["compile"])
     if settings.get("objective") is None:
         settings["objective"] = PathELBO(PARTICLES)
     if not isinstance(settings["objective"], Objective):
@@ -171,20 +176,27 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
         made = guide(density.continuous_model)
-    elif callable(guide) and not isinstance(guide, torch.nn.Module):
+    elif callable(guide) and not _is_kind(guide, (torch.nn.Module, AutoGuide)):
         made = AutoFlow(density.continuous_model, flow=guide)
     else:
         kind = type(guide).__name__
         got = f"a made {kind}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(
             "Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got "
-            f"{got}."
+            f"{got}. Other guides are judged by pyroflows.judge."
         )
     fresh = made.prototype_trace is None
     if fresh:
         density.introduce(made)
     _check_sites(made, density)
     return made, fresh
+
+
+def _is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is an instance of one of some classes, or such a class but no flow."""
+    if isinstance(value, type):
+        return issubclass(value, kinds) and not issubclass(value, (Flow, Transform))
+    return isinstance(value, kinds)
 
 
 def _check_sites(guide: AutoFlow, density: LogDensity) -> None:

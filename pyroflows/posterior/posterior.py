@@ -16,7 +16,7 @@ from ..model import prediction as simulate
 from ..model.density import LogDensity
 from ..report import arviz_bridge as arviz
 from ..sampling.polishing import polish
-from .files import is_plain, write_state
+from .files import describe_sites, is_plain, write_state
 from .importance import ImportanceSample, draw_importance_sample, resample
 from .subject import KHAT_LIMIT, entry_names
 from .verdict import Verdict
@@ -64,6 +64,9 @@ class Posterior:
         seconds: Wall-clock time of the fit.
         interrupted: Whether the fit was cut short.
 
+    Raises:
+        TypeError: If ``guide`` is no guide.
+
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
         >>> def model():
@@ -87,6 +90,11 @@ class Posterior:
         seconds: float = 0.0,
         interrupted: bool = False,
     ) -> None:
+        if not isinstance(guide, Guide):
+            raise TypeError(
+                "Expected guide to be a Guide, as pyroflows.guides.as_guide makes one; got "
+                f"{type(guide).__name__}."
+            )
         self.guide = guide
         self._density = density
         self.verdict = Verdict() if verdict is None else verdict
@@ -202,8 +210,9 @@ class Posterior:
             The weighted draws.
 
         Raises:
-            ValueError: If the density is not known.
+            ValueError: If ``n`` is not positive, or if the density is not known.
         """
+        check_size("n", n)
         with forked(seed):
             return draw_importance_sample(self.guide, self.density, n)
 
@@ -269,7 +278,7 @@ class Posterior:
         density = self.density
         arguments = None if density.streamed else [list(density.args), density.kwargs]
         return {
-            "sites": [[site.name, list(site.shape)] for site in density.sites],
+            "sites": describe_sites(density),
             "guide": self.guide.spec(),
             "parameters": self.guide.state_dict(),
             "arguments": arguments if is_plain(arguments) else None,

@@ -195,7 +195,7 @@ def _scalars(draws: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
     names: list[str] = []
     columns: list[np.ndarray] = []
     for variable, value in draws.items():
-        array = np.asarray(value, dtype=np.float64)
+        array = _array(variable, value)
         flat = array.reshape(len(array), -1).T
         for index, column in zip(np.ndindex(array.shape[1:]), flat, strict=True):
             if np.isfinite(column).all() and column.min() < column.max():
@@ -207,6 +207,16 @@ def _scalars(draws: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
             "There is nothing to draw: no scalar parameter has draws that are finite and vary."
         )
     return names, np.stack(columns, axis=1)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if array.dtype.kind not in "biuf" or array.ndim == 0 or not len(array):
+        raise ValueError(
+            f"Expected draws of {name!r} to be numbers of shape (draws, *shape); got "
+            f"{array.dtype} of shape {array.shape}."
+        )
+    return array.astype(np.float64)
 
 
 def _choose(names: list[str]) -> list[int]:

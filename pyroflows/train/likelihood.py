@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import caller_level, check_positive, check_size
+from .._checks import caller_level, check_flag, check_positive, check_size
 from .._deadline import Deadline
 from .._random import seeded
 from ..distributions.flow import bijection_onto
@@ -187,6 +187,8 @@ def fit_density(
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     deadline = Deadline(time_limit)
+    check_flag("progress", progress)
+    check_flag("compile", compile)
     stepping = LoopOptions(
         gradient_norm=GRADIENT_NORM,
         weight_decay=weight_decay,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .._checks import check_flag, check_positive
 from .._deadline import Deadline
 from .._random import random_state, set_random_state
 from . import processes
@@ -83,7 +84,8 @@ class LoopOptions:
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
-        if self.average is not None and not 0 < self.average < 1:
+        check_flag("mixed_precision", self.mixed_precision)
+        if self.average is not None and not 0 < check_positive("average", self.average) < 1:
             raise ValueError(f"Expected average between 0 and 1; got {self.average!r}.")
 
 

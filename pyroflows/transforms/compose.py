@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from .._checks import check_flag
 from .._compat import transforming
 from ._recompute import Step, recompute
 from .base import FAST, Transform, check_transform
@@ -85,7 +86,7 @@ class Compose(Transform):
         self.layers = nn.ModuleList(layers)
         # Torch asks a dozen times per distribution.
         self._domain, self._codomain = layers[0].domain, layers[-1].codomain
-        self.reversible = reversible
+        self.reversible = check_flag("reversible", reversible)
         for layer in layers if reversible else []:
             _check_reversible(layer)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._checks import check_flag
 from ..nn.network import Network, mlp
 from ..univariate import Scale, Univariate
 from .base import vjp
@@ -77,7 +78,7 @@ class Elementwise(Parametric):
         self.univariate = univariate
         shape = self.event_shape
         channels, positions = shape[:1].numel(), shape[1:]
-        self.per_channel = per_channel and len(positions) > 0
+        self.per_channel = check_flag("per_channel", per_channel) and len(positions) > 0
         if self.per_channel:
             self.start(network, raw=identity_table(univariate, channels).unsqueeze(-1))
             return

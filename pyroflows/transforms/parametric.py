@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..nn.network import Network, make_network
+from ..nn.network import Network, check_network, make_network
 from .base import Transform
 
 __all__ = ["Parametric"]
@@ -34,6 +34,7 @@ class Parametric(Transform):
             tables: The values, of any shape, by name; with positions of shape
                 ``(*, channels * positions)``, the same at all positions.
         """
+        check_network(network)
         self._tables = {name: table.shape for name, table in tables.items()}
         if self.context_shape is None:
             for name, table in tables.items():

@@ -318,3 +318,33 @@ def test_layers_are_transforms():
         LayeredFlow(Reverse(D))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Expected at least one transform"):
         LayeredFlow([])
+
+
+@pytest.mark.parametrize("option", ["standardize", "reversible"])
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_switches_are_true_or_false(option: str, value: Any):
+    with pytest.raises(TypeError, match=f"Expected {option} to be True or False; got {value!r}"):
+        pf.RealNVP(3, **{option: value})
+
+
+def test_channels_share_parameters_or_not():
+    with pytest.raises(TypeError, match="Expected per_channel to be True or False; got 3"):
+        pf.transforms.Elementwise(Affine(), (2, 3), per_channel=3)
+
+
+@pytest.mark.parametrize("flow_class", [pf.RealNVP, pf.NSF, pf.NICE])
+def test_an_event_without_dimensions_is_told(flow_class: Any):
+    with pytest.raises(ValueError, match="Expected features with 1 dimension at least"):
+        flow_class(())
+
+
+@pytest.mark.parametrize("mixing", [lambda: Permute(3), nn.Linear])
+def test_a_mixing_of_another_signature_is_told(mixing: Any):
+    with pytest.raises(TypeError, match=r"Expected mixing to be called with .features."):
+        pf.MAF(3, mixing=mixing)
+
+
+@pytest.mark.parametrize("last", [3, Permute(3)], ids=["number", "transform"])
+def test_layers_that_follow_are_a_sequence(last: Any):
+    with pytest.raises(TypeError, match="Expected last to be a sequence of transforms"):
+        CouplingFlow(Affine(), 3, last=last)

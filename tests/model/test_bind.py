@@ -308,3 +308,47 @@ def test_rows_share_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_misuse(given: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         LogDensity(width).bind(**given)
+
+
+def misused(y: Tensor) -> None:
+    shift = pyro.param("shift", torch.zeros(2))
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 6, subsample_size=2) as rows:
+        pyro.sample("y", dist.Normal(x + shift[0], 1.0), obs=y[rows])
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "inputs"),
+    [
+        (TypeError, "args and kwargs that the model takes", {"args": ()}),
+        (TypeError, "args and kwargs that the model takes", {"kwargs": {"z": 1}}),
+        (TypeError, "kwargs to have names as keys; got 1", {"kwargs": {1: 2}}),
+        (TypeError, "parameters to be a mapping from names; got 3", {"parameters": 3}),
+        (TypeError, "'shift' to be a tensor of shape", {"parameters": {"shift": 3}}),
+        (TypeError, "rows to be a mapping from names; got 3", {"rows": 3}),
+        (TypeError, "'rows' to be a tensor of indices", {"rows": {"rows": [0, 1]}}),
+        (TypeError, "'rows' to be a tensor of indices", {"rows": {"rows": torch.zeros(2)}}),
+        (ValueError, "'rows' from 0 to 5; got 1 to 6", {"rows": {"rows": torch.tensor([1, 6])}}),
+        (ValueError, r"'rows' of shape .rows,.", {"rows": {"rows": torch.zeros(1, 2).long()}}),
+        (ValueError, "batch_size >= 1; got 0", {"batch_size": 0}),
+        (TypeError, "batch_size to be an integer; got 'x'", {"batch_size": "x"}),
+    ],
+)
+def test_wrong_inputs_are_told(error: type[Exception], match: str, inputs: Any) -> None:
+    density = LogDensity(misused, (torch.zeros(6),))
+    with pytest.raises(error, match=match):
+        density.bind(**inputs)
+
+
+@pytest.mark.parametrize("method", ["constrain", "site_log_probs", "evaluate", "site_terms"])
+@pytest.mark.parametrize("z", [3, [0.0], torch.zeros(2), torch.zeros(1).long()], ids=repr)
+def test_wrong_points_are_told(method: str, z: Any) -> None:
+    density = LogDensity(misused, (torch.zeros(6),))
+    with pytest.raises((TypeError, ValueError), match="Expected z"):
+        getattr(density, method)(z)
+
+
+@pytest.mark.parametrize("options", [{"model": 3}, {"device": "x"}, {"args": (1, 2)}], ids=repr)
+def test_wrong_arguments_of_a_density_are_told(options: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="Expected"):
+        LogDensity(**{"model": misused, "args": (torch.zeros(6),), **options})

@@ -165,3 +165,39 @@ def test_a_mistake_is_one_sentence(name):
     with pytest.raises(error) as caught:
         make()
     assert fragment in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [lambda inputs: nn.Linear(inputs, 1), lambda: nn.Linear(1, 1), mlp],
+    ids=["one", "none", "mlp"],
+)
+def test_a_factory_takes_three_sizes(network: Any) -> None:
+    with pytest.raises(TypeError, match=r"Expected network to be called with .inputs, outputs, c"):
+        pf.RealNVP(3, network=network)
+
+
+def test_errors_inside_of_a_factory_are_left_alone() -> None:
+    def network(inputs: int, outputs: int, context: int | None) -> nn.Module:
+        raise KeyError(inputs)
+
+    with pytest.raises(KeyError, match="1"):
+        pf.RealNVP(3, network=network)
+
+
+@pytest.mark.parametrize(
+    ("shape", "network", "advice"),
+    [
+        ((4, 8, 8), mlp(), r"An event with positions takes convnet\(\)\."),
+        ((4, 8), mlp(), r"An event with positions takes convnet\(dims=1\)\."),
+        ((4,), convnet(), r"A vector takes mlp\(\) or resnet\(\)\."),
+    ],
+)
+def test_a_network_for_other_events_is_told(shape: Any, network: Any, advice: str) -> None:
+    with pytest.raises(TypeError, match=advice):
+        AffineCoupling(shape, network=network)
+
+
+def test_no_factory_is_told_without_a_context_too() -> None:
+    with pytest.raises(TypeError, match="Expected network to make a module"):
+        pf.PlanarFlow(3, network=nn.Linear(1, 1))

@@ -16,6 +16,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
 
@@ -1151,3 +1152,29 @@ def test_mini_batches_by_a_plate_and_by_a_loader() -> None:
     for posterior in (quickly(by_plate), quickly(by_loader, loader)):
         assert posterior.verdict.ok, posterior
         assert_moments(posterior, {"w": mean}, {"w": covariance.diagonal().sqrt()})
+
+
+@pytest.mark.parametrize("option", ["progress", "compile"])
+def test_switches_of_a_fit_are_true_or_false(option: str) -> None:
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(TypeError, match=f"Expected {option} to be True or False; got 'yes'"):
+        pf.fit_posterior(model, steps=0, **{option: "yes"})
+
+
+@pytest.mark.parametrize("kind", [AutoNormal, pf.guides.AutoMixture, torch.nn.Linear])
+def test_classes_of_other_guides_are_told(kind: Any) -> None:
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(TypeError, match="Expected guide to be 'auto', an AutoFlow, or a flow"):
+        pf.fit_posterior(model, guide=kind, steps=0, progress=False)
+
+
+def test_a_guide_of_another_signature_is_told() -> None:
+    def model() -> None:
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(TypeError, match=r"Expected flow to be called with .features."):
+        pf.fit_posterior(model, guide=lambda: pf.RealNVP(2), steps=0, progress=False)

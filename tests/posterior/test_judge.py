@@ -207,3 +207,46 @@ def test_a_judged_posterior_is_saved_and_loaded(name: str, tmp_path: Any) -> Non
         loaded = pf.load_posterior(tmp_path / "p.pt", pair, guide=guide)
         assert loaded.verdict == posterior.verdict
         torch.testing.assert_close(loaded.sample(10, seed=0), posterior.sample(10, seed=0))
+
+
+def _misjudged(y: Any = None) -> None:
+    pyro.sample("a", dist.Normal(0.0, 1.0))
+    pyro.sample("b", dist.Normal(0.0, 1.0))
+
+
+def _without_sites(y: Any = None) -> None:
+    pass
+
+
+def _with_fewer_arguments() -> None:
+    _misjudged()
+
+
+def _now_and_then(y: Any = None) -> None:
+    pyro.sample("b", dist.Normal(0.0, 1.0))
+    if float(torch.rand(())) < 0.5:
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+
+
+def _twice() -> Any:
+    guide = AutoGuideList(_misjudged)
+    for name in "abb":
+        guide.append(AutoNormal(poutine.block(_misjudged, expose=[name])))
+    return guide
+
+
+@pytest.mark.parametrize(
+    ("guide", "match"),
+    [
+        (_without_sites, "Expected a guide with a pyro.sample statement for each"),
+        (print, "Expected a guide with a pyro.sample statement for each"),
+        (_with_fewer_arguments, "Expected args and kwargs that the guide takes"),
+        (_now_and_then, "Expected a guide"),
+        (pf.RealNVP(2), r"Expected a guide such as AutoFlow.model, RealNVP.; got a made RealNVP"),
+        (_twice(), "Expected a guide with each site once; got 'b' more than once"),
+    ],
+    ids=["none", "print", "arguments", "random", "flow", "twice"],
+)
+def test_what_is_no_guide_of_the_model_is_told(guide: Any, match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        pf.judge(guide, _misjudged, (1.0,))

@@ -830,5 +830,5 @@ def test_saving_to_no_path_is_refused():
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
     posterior = pf.fit_posterior(model, steps=0, progress=False)
-    with pytest.raises(TypeError, match="PathLike"):
+    with pytest.raises(TypeError, match="Expected path to be a path; got 3"):
         posterior.save(3)

@@ -183,3 +183,17 @@ def test_mistakes_are_told(call, error, message):
 def test_pyplot_is_never_imported():
     code = "import sys, pyroflows.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "draws",
+    [3, np.zeros(0), np.array(["x"]), None, np.zeros(3, dtype=complex)],
+    ids=["number", "empty", "words", "none", "complex"],
+)
+def test_draws_are_arrays_of_numbers(draws):
+    with pytest.raises(ValueError, match="Expected draws of 'x' to be numbers of shape"):
+        plot_marginals({"x": draws})
+
+
+def test_tensors_with_gradients_are_drawn():
+    assert isinstance(plot_marginals({"x": torch.randn(20, requires_grad=True)}), Figure)

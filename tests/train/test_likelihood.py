@@ -662,3 +662,17 @@ def test_what_standardize_refuses(x: Any, kind: type[Exception], sentence: str) 
 def test_what_from_data_refuses(x: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="Expected"):
         Standardize.from_data(x)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("progress", "x", "progress to be True or False"),
+        ("compile", 1, "compile to be True or False"),
+        ("mixed_precision", "yes", "mixed_precision to be True or False"),
+        ("average", "x", "average to be a number"),
+    ],
+)
+def test_options_of_another_type_are_told(option: str, value: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=f"Expected {match}; got {value!r}"):
+        fit_density(pf.MAF(2), torch.randn(50, 2), **{option: value})

@@ -11,7 +11,7 @@ from pyro.infer import ELBO
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from ..._checks import check_size
+from ..._checks import check_flag, check_size
 from ...model.density import LogDensity
 from .. import processes
 
@@ -33,6 +33,7 @@ class Objective(ELBO):
 
     def __init__(self, num_particles: int = 32, vectorize_particles: bool = True) -> None:
         check_size("num_particles", num_particles)
+        check_flag("vectorize_particles", vectorize_particles)
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
 
     @abstractmethod
