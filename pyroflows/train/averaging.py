@@ -120,9 +120,11 @@ class Average:
         finally:
             copy_all([p.detach() for p in self.parameters], present)
 
+    @torch.no_grad()
     def restart(self) -> None:
-        """Forgets the past."""
+        """Forgets the past: the average begins anew at the present parameters."""
         self.steps = 0
+        copy_all(self._values, [p.detach() for p in self.parameters])
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as tensors and numbers."""

@@ -92,6 +92,16 @@ def test_a_guide_ends_with_its_average() -> None:
     assert bool((ends[1] < ends[0]).all()) and bool((ends[1] > 0.3 * ends[0]).all())
 
 
+def test_an_average_that_restarts_forgets_the_past() -> None:
+    parameter = torch.nn.Parameter(torch.full((1,), 100.0))
+    average = Average([parameter], decay=0.5)
+    with torch.no_grad():
+        parameter.fill_(2.0)
+    average.restart()
+    with average.applied():
+        assert parameter.item() == 2.0
+
+
 @pytest.mark.parametrize("average", [0.0, 1.0, 2.0])
 def test_an_average_has_a_weight_between_0_and_1(average: float) -> None:
     with pytest.raises(ValueError, match=r"Expected average between 0 and 1; got"):
