@@ -7,13 +7,14 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .._checks import check_flag, check_positive
+from .._checks import check_flag
 from .._deadline import Deadline
 from .._random import random_state, set_random_state
 from . import processes
@@ -85,7 +86,11 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         check_flag("mixed_precision", self.mixed_precision)
-        if self.average is not None and not 0 < check_positive("average", self.average) < 1:
+        if self.average is None:
+            return
+        if isinstance(self.average, bool) or not isinstance(self.average, Real):
+            raise TypeError(f"Expected average to be a number; got {self.average!r}.")
+        if not 0 < self.average < 1:
             raise ValueError(f"Expected average between 0 and 1; got {self.average!r}.")
 
 
