@@ -68,6 +68,7 @@ module = Module()
 class FakePosterior:
     """What the command line asks of a posterior, and no more."""
 
+    name = "flow, 150 steps"
     seconds = 1.25
     name = "flow, 150 steps"
 
