@@ -322,6 +322,8 @@ display(posterior.summary())
 #
 # Where the weights are good enough, `posterior.sample` uses them: it resamples the guide's draws, which corrects most of
 # what was left to correct.
+# Where they are not, the ladder's last step moves the draws by Hamiltonian trajectories (*polish*), and the verdict asks
+# whether these still move a mean or a width.
 
 # %%
 tables["AutoFlow"] = table_of(posterior.sample(DRAWS, seed=1))
