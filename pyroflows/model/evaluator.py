@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .._compat import is_mutating, make_fx, tree_flatten, tree_unflatten
+from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
 from .base import Failures
 from .handlers import DetachedData, NanWhereSingular
 from .inputs import Inputs
@@ -93,7 +93,7 @@ class _Leaves:
 def _identity(constant: Any) -> Hashable:
     if isinstance(constant, Tensor):
         # Its values may have been changed in place.
-        return id(constant), 0 if constant.is_inference() else constant._version
+        return stamp(constant)
     try:
         hash(constant)
     except TypeError:

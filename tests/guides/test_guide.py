@@ -188,7 +188,7 @@ def test_a_spec_before_the_first_call() -> None:
 def test_a_file_names_nothing_but_parts_of_flows(name: str) -> None:
     for data in ({"name": name}, {"call": name, "kwargs": {}}, {"object": name, "state": {}}):
         with pytest.raises(
-            ValueError, match="Expected a class or function of pyroflows, torch, pyro"
+            ValueError, match="Expected a class or function of which guides are made"
         ):
             _spec.build(data)
 

@@ -11,6 +11,7 @@ import torch
 
 import pyroflows as pf
 from pyroflows._deadline import Deadline
+from pyroflows.guides import Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
 from pyroflows.posterior.importance import ImportanceSummary
@@ -121,7 +122,7 @@ def test_ctrl_c_in_a_rung_returns_the_best_so_far() -> None:
 
 
 def posterior_with(ok: bool, missed: bool, ess: float) -> Posterior:
-    guide: Any = object()
+    guide = Guide()
     summary = ImportanceSummary(1000, 0.5, ess, 0.0, 0.0, 0.0)
     status = FAILED if missed else HELD
     findings = (

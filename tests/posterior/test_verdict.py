@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal, StudentT
 
 from pyroflows._deadline import Deadline
+from pyroflows.guides import Guide
 from pyroflows.posterior import Finding, Posterior, Verdict
 from pyroflows.posterior.checks import CHECKS, Check, Drift, Polish, judge_subject
 from pyroflows.posterior.importance import ImportanceSample
@@ -401,7 +402,7 @@ def test_findings_of_blocks_stand_beside_those_of_the_whole() -> None:
     assert "check_school 3_shift_value" in both.attributes()
 
 
-class Vector:
+class Vector(Guide):
     """A guide whose model is not known."""
 
     features = 2
@@ -412,7 +413,7 @@ class Vector:
 
 
 def test_a_posterior_whose_density_is_not_known_is_drawn_and_says_that_it_was_not_judged() -> None:
-    guide: Any = Vector()
+    guide = Vector()
     verdict = judge_subject(Subject(guide, None))
     assert set(statuses(verdict).values()) == {NOT_JUDGED}
     assert not verdict.ok
@@ -432,7 +433,7 @@ def test_a_posterior_whose_density_is_not_known_is_drawn_and_says_that_it_was_no
 
 
 def test_making_a_posterior_computes_nothing() -> None:
-    guide: Any = object()
+    guide = Guide()
     posterior = Posterior(guide)
     assert not posterior.verdict.ok
     assert str(posterior.verdict) == "Do not trust this posterior: it has not been judged."
