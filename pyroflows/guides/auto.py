@@ -220,7 +220,7 @@ class AutoFlow(FlowGuide):
 
     Args:
         model: A Pyro model.
-        flow: A preset such as ``RealNVP``, or any callable from the number of latent features to a
+        flow: A ready-made flow such as ``RealNVP``, or any callable from the number of features to a
             :class:`Flow` or a :class:`Transform` over the whole space. By default a ``RealNVP``
             with ``mixing=None`` and narrow, bounded networks, and for a single latent feature a
             monotone network.

@@ -87,7 +87,7 @@ def fit_posterior(
             a plate with a ``subsample_size`` does. Models with such plates, and loaders, are
             trained by stochastic gradients and judged on all data.
         kwargs: Its keyword arguments.
-        guide: ``"auto"``, the ladder; a preset such as ``pyroflows.RealNVP`` or any callable from
+        guide: ``"auto"``, the ladder; a flow such as ``pyroflows.RealNVP`` or any callable from
             the number of features to a flow; or an :class:`AutoFlow` of this model, which is
             trained in place, from where it is if it has been trained. Such a guide is trained in
             rounds until the verdict is ok, and its draws are not polished.
