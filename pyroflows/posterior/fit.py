@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from .._checks import check_device, check_flag, check_positive, check_size
 from .._compat import without_handlers
 from .._deadline import Deadline
-from .._random import seeded
+from .._random import forked, seeded
 from ..flows import Flow
 from ..guides import AutoFlow
 from ..model.checks import check_arguments
@@ -143,7 +143,9 @@ def fit_posterior(
     settings = _train_settings(training, {"seed": seed, "steps": steps})
     with seeded(processes.agree(seed)), without_handlers():
         particles = processes.share(settings["objective"].num_particles)
-        density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
+        # However many runs of the model it takes to capture it, the draws of the fit are the same.
+        with forked(0):
+            density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)

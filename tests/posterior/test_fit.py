@@ -223,13 +223,18 @@ def schools_by_quadrature() -> tuple[dict[str, Tensor], dict[str, Tensor], float
     return mean, sd, evidence
 
 
+#: Over seeds the effective share of a centred fit is .85, with a standard deviation of .06; three
+#: of these below it.
+LEAST_CENTRED_ESS = 0.66
+
+
 @pytest.mark.slow
 def test_eight_schools_centred() -> None:
     mean, sd, evidence = schools_by_quadrature()
     example = load_example("eight_schools")
     posterior = quickly(example.model, example.args, example.kwargs, steps=1500)
     assert posterior.verdict.ok, posterior
-    assert posterior.verdict.ess > 0.85
+    assert posterior.verdict.ess > LEAST_CENTRED_ESS
     # The error is that of the draws; what the guide leaves out where tau is all but zero is a hundredth of the mass.
     assert abs(posterior.log_evidence - evidence) < 0.02
     for name, draws in posterior.sample(20_000, seed=1).items():
@@ -251,7 +256,7 @@ def test_eight_schools_for_every_seed(name: str, seed: int, dtype: torch.dtype) 
         example.model, example.args, example.kwargs, seed=seed, progress=False
     )
     assert posterior.verdict.ok, posterior
-    assert posterior.verdict.ess > 0.85
+    assert posterior.verdict.ess > (LEAST_CENTRED_ESS if name == "eight_schools" else 0.85)
     assert abs(posterior.log_evidence - evidence) < 0.02
     draws = posterior.sample(20_000, seed=1)
     for site in mean:
