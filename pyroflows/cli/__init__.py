@@ -150,7 +150,7 @@ def _findings(verdict: Any) -> Iterator[str]:
     """A line for each check of the verdict: held or failed by what, or why it was not judged."""
     for finding in verdict.findings:
         name = finding.name if finding.block is None else f"{finding.name} of {finding.block}"
-        judged = finding.value is not None and finding.limit is not None
+        judged = finding.status != "not judged" and finding.value is not None
         told = f"{finding.value:.3g} (limit {finding.limit:g})" if judged else finding.sentence
         yield f"{name:<15} {finding.status}: {told}"
 
