@@ -223,8 +223,8 @@ def schools_by_quadrature() -> tuple[dict[str, Tensor], dict[str, Tensor], float
     return mean, sd, evidence
 
 
-#: Over seeds the effective share of a centred fit is .85, with a standard deviation of .06; three
-#: of these below it.
+#: Over eight seeds the effective share of a centred fit is .85, with a standard deviation of .06;
+#: three of these below it.
 LEAST_CENTRED_ESS = 0.66
 
 
