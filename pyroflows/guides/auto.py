@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .._checks import call_factory, check_positive
+from .._random import forked
 from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
@@ -160,9 +161,7 @@ class FlowGuide(AutoContinuous, Guide):
     def _reference_draws(self, pairs: int = 5000) -> Tensor:
         """Draws with a seed of their own: medians and quantiles agree, no random state moves."""
         self._check_built("median and quantiles")
-        device = next(self.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
+        with forked(0):
             return self._draws(pairs)
 
     def _check_built(self, what: str) -> None:

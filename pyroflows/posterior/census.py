@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._deadline import Deadline
+from .._random import forked
 from ..model import prediction as simulate
 from ..model.density import LogDensity
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
@@ -91,8 +92,7 @@ def take_census(
     Returns:
         The census.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked(seed):
         first, first_end = fit_gaussians(density, start.unsqueeze(0), deadline=deadline)
         count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
         others = _spread_starts(density, first.one(0), count)

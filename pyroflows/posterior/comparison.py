@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_size
 from ..model import prediction as simulate
+from ..model.sites import base_distribution
 from ..report import arviz_bridge as arviz
 from .evidence import DRAWS, LEAST_DRAWS, METHODS, evidence
 from .posterior import Posterior, check_posterior
@@ -254,7 +255,4 @@ def _warn_of_improper_priors(posteriors: Mapping[str, Posterior]) -> None:
 
 
 def _is_improper(node: Mapping[str, Any]) -> bool:
-    fn = node["fn"]
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return isinstance(fn, dist.ImproperUniform)
+    return isinstance(base_distribution(node["fn"]), dist.ImproperUniform)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["fix_draws", "latent_draws", "sample_nodes"]
+from ...model.sites import base_distribution, sample_nodes
+
+__all__ = ["fix_draws", "latent_draws"]
 
 
 def latent_draws(trace: poutine.Trace) -> dict[str, Any]:
@@ -33,16 +32,5 @@ def fix_draws(trace: poutine.Trace, points: Mapping[str, Tensor]) -> poutine.Tra
     return fixed
 
 
-def sample_nodes(trace: poutine.Trace) -> list[tuple[str, Any]]:
-    return [
-        (n, node)
-        for n, node in trace.nodes.items()
-        if node["type"] == "sample" and not site_is_subsample(node)
-    ]
-
-
 def _is_point_mass(node: Any) -> bool:
-    fn = node["fn"]
-    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, Delta)
+    return isinstance(base_distribution(node["fn"]), Delta)

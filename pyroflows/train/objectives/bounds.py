@@ -33,8 +33,9 @@ from ..._checks import check_positive
 from ...distributions import FlowDistribution
 from ...distributions.flow import log_prob_and_score
 from ...model.density import LogDensity
+from ...model.sites import sample_nodes
 from .. import processes
-from ._traces import fix_draws, latent_draws, sample_nodes
+from ._traces import fix_draws, latent_draws
 from .objective import Objective, check_distribution, check_reparametrised
 
 __all__ = ["ChiSquareBound", "ImportanceWeightedBound", "PathELBO", "RenyiBound"]
