@@ -44,7 +44,8 @@ from .start import init_to_median
 
 __all__ = ["LogDensity"]
 
-# Rows of data times points in one evaluation of a model with subsampled plates: a limit of memory.
+# Rows of data times points in one evaluation: a limit of memory, and of the time between two looks
+# at a deadline.
 ROWS_AT_ONCE = 2**21
 
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
@@ -129,6 +130,8 @@ class LogDensity(Density):
         self.subsampled = self.data.find_subsampled(trace)
         if self.subsampled:
             trace = self._take_all_rows(init_loc_fn)
+        largest = max(torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace))
+        self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // max(1, largest)))
         self._read_sites(trace)
         self._run_again(trace)
         self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
@@ -532,8 +535,6 @@ class LogDensity(Density):
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
         """Runs the model on all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
-        rows = max(size for size, _ in self.subsampled.values())
-        self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // rows))
         try:
             with pyro.validation_enabled(False):
                 self._run_from(init_loc_fn)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
+from .._deadline import check_time
 from .base import Failures
 from .handlers import DetachedData, NanWhereSingular
 from .inputs import Inputs
@@ -125,6 +126,7 @@ class Program:
 
     def _isolate(self, points: Tensor) -> tuple[Tensor, ...]:
         """Halves a batch that fails until the points that make it fail stand alone."""
+        check_time()
         try:
             return self.run(points)
         except POINT_ERRORS as error:
@@ -368,6 +370,7 @@ def map_points(
 def _run_once(
     function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, safe: Tensor | None
 ) -> dict[str, Tensor]:
+    check_time()
     try:
         return function(point)
     except POINT_ERRORS:

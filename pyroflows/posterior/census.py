@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
+from .._deadline import TimeOver
 from .._random import forked
 from ..model import prediction as simulate
 from ..model.density import LogDensity
@@ -57,12 +57,14 @@ class Census(NamedTuple):
         weights: Shares of their masses, of shape ``(modes,)``.
         flat_direction: A direction in which the density does not fall off, of shape
             ``(features,)``; ``None`` if the search has found none.
+        finished: Whether there was time for all of the search; otherwise there is one fit.
     """
 
     fits: Gaussians
     modes: Gaussians
     weights: Tensor
     flat_direction: Tensor | None = None
+    finished: bool = True
 
     @property
     def best(self) -> Gaussian:
@@ -75,7 +77,6 @@ def take_census(
     start: Tensor,
     starts: int = STARTS,
     seed: int = 0,
-    deadline: Deadline | None = None,
 ) -> Census:
     """Fits Gaussians from many starts and tells which of them are separate modes.
 
@@ -87,37 +88,44 @@ def take_census(
         start: A point of shape ``(features,)`` with a finite log density.
         starts: How many starts; fewer where there are many features.
         seed: Seed of the starts and of the draws that weigh the fits.
-        deadline: When the ascents stop where they are.
 
     Returns:
-        The census.
+        The census. If the time is over before it is finished, it has the first fit alone.
+
+    Raises:
+        TimeOver: If the time is over before the start has been evaluated.
     """
     with forked(seed):
-        first, first_end = fit_gaussians(density, start.unsqueeze(0), deadline=deadline)
-        count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
-        others = _spread_starts(density, first.one(0), count)
-        draws = _count_draws(density)
-        best, end = fit_gaussians(density, others, draws=draws, deadline=deadline)
-        fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
-        modes, weights = _find_modes(density, _drop_duplicates(_join(first_end, end)))
+        first, first_end = fit_gaussians(density, start.unsqueeze(0))
+        try:
+            return _search(density, first, first_end, starts)
+        except TimeOver:
+            none = first.pick(torch.zeros_like(first.elbo, dtype=torch.bool))
+            return Census(first, none, none.elbo, finished=False)
+
+
+def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts: int) -> Census:
+    """Takes the census from the first fit on."""
+    count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
+    others = _spread_starts(density, first.one(0), count)
+    best, end = fit_gaussians(density, others, draws=_count_draws(density))
+    fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
+    modes, weights = _find_modes(density, _drop_duplicates(_join(first_end, end)))
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
-def widen_census(
-    density: LogDensity, census: Census, points: Tensor, deadline: Deadline | None = None
-) -> Census:
+def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
     """Adds ascents from more points, such as draws of a guide whose weights are large.
 
     Args:
         density: The log density.
         census: The census so far.
         points: Where to start, of shape ``(count, features)``, with finite log densities.
-        deadline: When the ascents stop where they are.
 
     Returns:
         The census of all ascents.
     """
-    best, end = fit_gaussians(density, points, draws=_count_draws(density), deadline=deadline)
+    best, end = fit_gaussians(density, points, draws=_count_draws(density))
     fits = _score(density, _drop_duplicates(_join(census.fits, best, end)))
     modes, weights = _find_modes(density, _drop_duplicates(_join(census.modes, end)))
     return Census(fits, modes, weights, census.flat_direction)

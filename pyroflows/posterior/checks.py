@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from .._deadline import TimeOver, check_time
 from ..sampling.polishing import autocorrelation, drift
 from .subject import (
     KHAT_LIMIT,
@@ -38,8 +39,7 @@ class Check(ABC):
             for one fault.
         of_weights: Whether it looks at the guide's own draws, which do not decide where draws are
             polished.
-        costly: Whether it runs trajectories, so that it is left out once a check has failed or the
-            time is over.
+        costly: Whether it runs trajectories, so that it is left out once a check has failed.
         needs: What must be known of a subject; each returns a sentence on what is lacking, or
             ``None``.
     """
@@ -73,12 +73,14 @@ class Check(ABC):
         Returns:
             The finding.
         """
-        obstacle = self._obstacle(subject, failed)
-        if obstacle is not None:
-            return self._finding(subject, NOT_JUDGED, None, obstacle)
-        value = self.measure(subject)
-        if self.costly and subject.deadline.passed:
-            return self._finding(subject, NOT_JUDGED, None, TIME_OVER)
+        try:
+            check_time()
+            obstacle = self._obstacle(subject, failed)
+            value = self.measure(subject) if obstacle is None else None
+        except TimeOver:
+            obstacle, value = TIME_OVER, None
+        if obstacle is not None or value is None:
+            return self._finding(subject, NOT_JUDGED, None, obstacle or "")
         if self.of_weights and subject.trajectories:
             return self._finding(subject, NOT_JUDGED, value, "the guide's draws are polished.")
         held = self.holds(subject, value)
@@ -91,9 +93,7 @@ class Check(ABC):
             lack = need(subject)
             if lack is not None:
                 return lack
-        if self.costly and failed:
-            return "a check before it has failed."
-        return TIME_OVER if self.costly and subject.deadline.passed else None
+        return "a check before it has failed." if self.costly and failed else None
 
     def _finding(
         self, subject: Subject, status: str, value: float | None, sentence: str
@@ -329,7 +329,7 @@ CHECKS: list[Check] = [
 
 
 def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict:
-    """Makes all checks.
+    """Makes all checks for which there is time.
 
     Args:
         subject: The guide and all that is known of it; its draws come from torch's random state.
@@ -352,7 +352,7 @@ def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict
     for check in checks:
         failed = any(finding.status == FAILED for finding in findings)
         findings.append(check.find(subject, failed))
-    importance = subject.sample.summary() if subject.weighable else None
+    importance = subject.sample.summary() if "sample" in vars(subject) else None
     return Verdict(tuple(findings), importance)
 
 

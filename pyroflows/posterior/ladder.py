@@ -5,18 +5,19 @@ A new rung is an entry of :data:`LADDER`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
+from .._deadline import Deadline, TimeOver
 from .._random import forked
 from ..flows import Flow, RealNVP
 from ..guides import AutoFlow, AutoMixture
@@ -33,7 +34,7 @@ from .checks import judge_subject
 from .importance import ImportanceSample
 from .posterior import Attempt, Posterior
 from .subject import JUDGE_DRAWS, Subject
-from .verdict import FAILED, Verdict
+from .verdict import FAILED, NOT_JUDGED, TIME_LIMIT, Finding, Verdict
 
 __all__ = ["LADDER", "Climb", "Rung", "climb_ladder", "make_own_rung"]
 
@@ -67,6 +68,7 @@ class Climb:
         guide: The guide of the attempt under way.
         sample: The weighted draws by which the last attempt was judged.
         best: The best attempt so far.
+        judging: Seconds that the longest verdict so far has taken.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Climb:
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
         self.interrupted = False
+        self.judging = 0.0
 
     @cached_property
     def first_flow(self) -> AutoFlow:
@@ -109,7 +112,8 @@ class Climb:
     def train(self, flow: Flow, steps: int) -> int:
         """Trains a flow for as many steps as are left, and returns how many it took."""
         steps = min(steps, self.steps_left)
-        settings = {"deadline": self.deadline, **self.settings}
+        # A guide is of use only with a verdict on it.
+        settings = {"deadline": self.deadline.earlier(self.judging), **self.settings}
         report = train(flow, self.trained, self.history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
@@ -153,12 +157,13 @@ class Climb:
             automatic=self.own is None,
             remedy=REMEDY,
             draws=JUDGE_DRAWS,
-            deadline=self.deadline,
         )
+        begun = self.deadline.elapsed
         # The same draws of the base for each attempt, so that attempts differ by their guides only.
         with forked(0):
             verdict = judge_subject(subject)
-        self.sample = subject.sample
+        self.judging = max(self.judging, self.deadline.elapsed - begun)
+        self.sample = subject.sample if verdict.importance is not None else None
         self.attempts.append(Attempt(name, self.deadline.elapsed, verdict))
         posterior = Posterior(guide, self.density, verdict, trajectories, name)
         self.best = posterior if self.best is None else choose_better(self.best, posterior)
@@ -182,7 +187,7 @@ class Climb:
         return Posterior(
             guide,
             self.density,
-            best.verdict,
+            self._tell_of_time(best),
             best.trajectories,
             best.name,
             rungs=self.attempts,
@@ -190,6 +195,17 @@ class Climb:
             seconds=self.deadline.elapsed,
             interrupted=self.interrupted,
         )
+
+    def _tell_of_time(self, best: Posterior) -> Verdict:
+        """Returns the verdict of an attempt, which says so if the time limit ended the fit there."""
+        verdict = best.verdict
+        if verdict.ok or not self.deadline.passed:
+            return verdict
+        sentence = (
+            f"the time limit of {self.deadline.seconds:g} s ended the fit at the {best.name}."
+        )
+        late = Finding(TIME_LIMIT, NOT_JUDGED, None, None, sentence)
+        return replace(verdict, findings=(*verdict.findings, late))
 
 
 def train_flow(climb: Climb, guide: AutoFlow, steps: int) -> int:
@@ -236,15 +252,25 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
     Returns:
         The posterior.
     """
+    # The clocks of several processes differ, and all of them must go the same way.
+    alone = processes.world_size() == 1
     try:
-        climb.census = take_census(climb.density, climb.start, deadline=climb.deadline)
-        for rung in ladder:
-            if climb.attempt(rung):
-                break
+        with climb.deadline.enforced() if alone else contextlib.nullcontext():
+            _climb(climb, ladder)
     except KeyboardInterrupt:
         climb.interrupted = True
         climb.judge("interrupted", climb.guide or climb.first_flow)
     return climb.result()
+
+
+def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
+    with contextlib.suppress(TimeOver):
+        climb.census = take_census(climb.density, climb.start)
+        for rung in ladder:
+            if climb.attempt(rung):
+                return
+    if climb.best is None:
+        climb.judge(ladder[0].name, ladder[0].make(climb))
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
@@ -285,7 +311,7 @@ def make_mixture(climb: Climb) -> AutoMixture | None:
     if climb.census is not None and climb.sample is not None and not climb.sample.empty:
         # Ascents from draws of great weight find modes that are too narrow for the census to hit.
         points = climb.sample.heaviest()
-        climb.census = widen_census(climb.density, climb.census, points, climb.deadline)
+        climb.census = widen_census(climb.density, climb.census, points)
     if climb.census is None or len(climb.census.weights) < 2:
         return None
     modes = climb.census.modes

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from .._deadline import Deadline
 from ..sampling.polishing import polish
 from .census import Census, missed_mass
 from .gaussian import Gaussians
 from .importance import ImportanceSample, draw_importance_sample, resample
+from .verdict import TIME_OVER
 
 if TYPE_CHECKING:
     from ..guides.guide import Guide
@@ -60,7 +60,6 @@ class Subject:
             use.
         remedy: What may mend the guide if it is not exact.
         draws: How many draws of the guide are weighed.
-        deadline: The time that is left for checks that run trajectories.
         block: The block of a posterior that it is; ``None`` for a whole posterior.
 
     Example:
@@ -78,7 +77,6 @@ class Subject:
     automatic: bool = False
     remedy: str = "train the guide longer or take a richer one"
     draws: int = JUDGE_DRAWS
-    deadline: Deadline = field(default_factory=Deadline)
     block: str | None = None
 
     @classmethod
@@ -104,7 +102,7 @@ class Subject:
     @property
     def weighable(self) -> bool:
         """Whether draws can be weighed: the density is known, or weighted draws are given."""
-        return self.density is not None or "sample" in self.__dict__
+        return self.density is not None or "sample" in vars(self)
 
     @cached_property
     def sample(self) -> ImportanceSample:
@@ -163,7 +161,7 @@ class Subject:
         return self._move(self.starts, TRAJECTORIES)
 
     def _move(self, z: Tensor, trajectories: int) -> Tensor:
-        return polish(self._density, self._guide, z, trajectories, self.deadline)
+        return polish(self._density, self._guide, z, trajectories)
 
     @property
     def _guide(self) -> Guide:
@@ -192,7 +190,9 @@ def known_density(subject: Subject) -> str | None:
 
 def taken_census(subject: Subject) -> str | None:
     """Returns a sentence if no census was taken."""
-    return None if subject.census is not None else "no census of the modes was taken."
+    if subject.census is None:
+        return "no census of the modes was taken."
+    return None if subject.census.finished else TIME_OVER
 
 
 def usable_draws(subject: Subject) -> str | None:

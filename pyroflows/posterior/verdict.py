@@ -9,9 +9,11 @@ from typing import Any
 
 from .importance import ImportanceSummary
 
-__all__ = ["FAILED", "HELD", "NOT_JUDGED", "TIME_OVER", "Finding", "Verdict"]
+__all__ = ["FAILED", "HELD", "NOT_JUDGED", "TIME_LIMIT", "TIME_OVER", "Finding", "Verdict"]
 
 HELD, FAILED, NOT_JUDGED = "held", "failed", "not judged"
+#: The name of the finding that the time limit has ended a fit.
+TIME_LIMIT = "time limit"
 #: The sentence of a check for which no time was left.
 TIME_OVER = "the time limit was reached."
 
@@ -85,13 +87,17 @@ class Verdict:
     @property
     def reason(self) -> str:
         """The first failure with its remedy, or the best reason for trust."""
+        ended = self.finding(TIME_LIMIT)
         if self.failed:
             first = self.failed[0]
-            return first.sentence if first.block is None else f"{first.block}: {first.sentence}"
+            sentence = first.sentence if first.block is None else f"{first.block}: {first.sentence}"
+            return sentence if ended is None else f"{sentence} But {ended.sentence}"
         if not self._grounds:
             return "it has not been judged."
         if not self.ok:
-            return f"it has not been judged, because {self._grounds[-1].sentence}"
+            unmade = [finding for finding in self._grounds if finding.sentence == TIME_OVER]
+            because = ended or (unmade or self._grounds)[-1]
+            return f"it has not been judged, because {because.sentence}"
         held = [finding.sentence for finding in self._grounds if finding.status == HELD]
         late = [finding.name for finding in self.findings if finding.sentence == TIME_OVER]
         return held[-1] + (f" There was no time to check: {', '.join(late)}." if late else "")

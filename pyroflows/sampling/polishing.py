@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
 from ..guides import BaseSpace, Guide
 from ..model.density import LogDensity
 from .hamiltonian import hmc, latent_target
@@ -18,13 +17,7 @@ __all__ = ["autocorrelation", "drift", "polish"]
 
 
 @torch.no_grad()
-def polish(
-    density: LogDensity,
-    guide: Guide,
-    z: Tensor,
-    trajectories: int,
-    deadline: Deadline | None = None,
-) -> Tensor:
+def polish(density: LogDensity, guide: Guide, z: Tensor, trajectories: int) -> Tensor:
     r"""Moves draws towards the posterior by Hamiltonian Monte Carlo in the base space of a guide.
 
     The posterior pulled back to the base of a good guide is nearly a standard normal, which a few
@@ -39,7 +32,6 @@ def polish(
         guide: The guide, which is asked for its base spaces.
         z: Draws of shape ``(n, features)``.
         trajectories: How many of each draw.
-        deadline: After it has passed no trajectory begins.
 
     Returns:
         The moved draws, of shape ``(n, features)``.
@@ -54,7 +46,7 @@ def polish(
     for k, space in enumerate(spaces):
         mine = owner == k
         if bool(mine.any()):
-            moved[mine] = _move(density, space, z[mine], trajectories, deadline)
+            moved[mine] = _move(density, space, z[mine], trajectories)
     return moved
 
 
@@ -103,13 +95,7 @@ def autocorrelation(before: Tensor, after: Tensor) -> Tensor:
     return (a * b).mean(0) / (a.square().mean(0) * b.square().mean(0)).sqrt()
 
 
-def _move(
-    density: LogDensity,
-    space: BaseSpace,
-    z: Tensor,
-    trajectories: int,
-    deadline: Deadline | None,
-) -> Tensor:
+def _move(density: LogDensity, space: BaseSpace, z: Tensor, trajectories: int) -> Tensor:
     x, _ = space.transform.inverse_and_log_det(z)
     # A draw that the transform cannot bring back, because it lies too far out, stays where it is.
     sound = x.isfinite().all(-1)
@@ -117,7 +103,7 @@ def _move(
         return z
     # Given the component, a draw is distributed as the target times the component's share.
     target = latent_target(density, space.transform, space.log_share)
-    result = hmc(target, x[sound], trajectories, deadline=deadline)
+    result = hmc(target, x[sound], trajectories)
     moved = z.clone()
     moved[sound] = space.transform.forward_and_log_det(result.position)[0]
     return moved

@@ -11,6 +11,7 @@ import torch
 
 import pyroflows as pf
 from pyroflows._deadline import Deadline
+from pyroflows._random import forked
 from pyroflows.guides import Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
@@ -56,6 +57,50 @@ def test_a_trusted_guide_ends_the_climb() -> None:
 
     climb = Climb(LogDensity(fine), 10, Deadline())
     assert names(climb_ladder(climb, LADDER)) == ["Gaussian"]
+
+
+class Clock:
+    """A clock that moves by a second for each evaluation of a density."""
+
+    def __init__(self, density: LogDensity) -> None:
+        self.now = 0.0
+        self.run, density._program.run = density._program.run, self.tick
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, points: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.now += 1.0
+        return self.run(points)
+
+
+def late_by(limit: float | None, steps: int = 200) -> tuple[float, Posterior]:
+    """How many evaluations a fit of the banana makes after its time is over."""
+    density = LogDensity(banana, batch_size=2000)
+    climb = Climb(density, steps, Deadline())
+    clock = Clock(density)
+    climb.deadline = Deadline(limit, clock)
+    with forked(0):
+        posterior = climb_ladder(climb, LADDER)
+    return clock.now - (limit or 0.0), posterior
+
+
+def test_a_fit_makes_at_most_one_evaluation_after_its_time_is_over() -> None:
+    whole, _ = late_by(None)
+    for limit in (0.5, *(whole * k / 6 for k in range(1, 6))):
+        late, posterior = late_by(limit)
+        assert late <= 1, limit
+        ended = f"the time limit of {limit:g} s ended the fit at the {posterior.name}."
+        reason = posterior.verdict.reason
+        assert ("There was no time to check: drift." if posterior.verdict.ok else ended) in reason
+        assert set(posterior.sample(3)) == {"x"}
+
+
+def test_time_is_left_for_a_verdict_on_what_was_trained() -> None:
+    _, posterior = late_by(500.0, steps=10_000)
+    last = posterior.rungs[-1]
+    assert "flow" in last.name
+    assert last.verdict.importance is not None
 
 
 @pytest.mark.parametrize(("limit", "tried"), [(None, 3), (1000.0, 3), (10.0, 1)])
