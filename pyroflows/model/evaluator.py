@@ -11,8 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
 from .base import Failures
-from .handlers import DetachedData, NanWhereSingular
+from .handlers import DetachedData
 from .inputs import Inputs
+from .singular import NanWhereSingular
 
 __all__ = ["Evaluator", "Program", "first_sentence", "map_points"]
 
@@ -223,6 +224,14 @@ class Evaluator:
         return torch.stack(values), torch.stack(grads)
 
     def _value_and_grad(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        try:
+            return self._differentiate(point, inputs)
+        except RuntimeError:
+            # A factorisation that fails gives NaN, as it does in a batch.
+            with NanWhereSingular():
+                return self._differentiate(point, inputs)
+
+    def _differentiate(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             point = point.detach().requires_grad_()
             value = self.function(point, inputs)
@@ -242,12 +251,19 @@ class Evaluator:
         """The function of many points and of the free tensors."""
 
         def function(point: Tensor, *tensors: Tensor) -> Tensor:
-            with NanWhereSingular(), DetachedData():
+            with DetachedData():
                 return self.function(point, leaves.rebuild(free, tensors))
 
         shared = len(leaves.tensors(free))
         of_point = function if transform is None else transform(function)
-        return torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+        of_points = torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+
+        def of_batch(points: Tensor, *tensors: Tensor) -> Any:
+            # Around differentiation, because gradients factorise matrices too.
+            with NanWhereSingular():
+                return of_points(points, *tensors)
+
+        return of_batch
 
     def _cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._graphs:
@@ -309,14 +325,19 @@ class Evaluator:
     def _references(self, inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Points at which the function can be evaluated, with values and gradients by the loop."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        failed: list[tuple[Tensor, Tensor, Tensor]] = []
         last: Exception | None = None
         for point in self._candidates():
             try:
-                found.append((point, *self._value_and_grad(point, inputs)))
+                value, grad = self._value_and_grad(point, inputs)
             except POINT_ERRORS as error:
                 last = error
+                continue
+            (failed if value.isnan() else found).append((point, value, grad))
             if len(found) == count:
                 break
+        # Where the model gives NaN everywhere, its ways agree on that.
+        found = found or failed[:count]
         if not found and last is not None:
             raise last
         point, value, _ = found[0]

@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from .._compat import tree_leaves, tree_map_only, unvalidated, whole_plates
 
 __all__ = [
+    "DetachedCopies",
     "DetachedData",
     "FirstRows",
     "GivenRows",
-    "NanWhereSingular",
     "ParameterRecorder",
     "SubstituteTensors",
     "Unvalidated",
@@ -140,32 +140,6 @@ class SubstituteTensors(TorchFunctionMode):
 _READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
-def _cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
-    return _nan_where_failed(factor, info)
-
-
-def _old_cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
-    return _cholesky(matrix, upper=upper)
-
-
-def _inv(matrix: Tensor) -> Tensor:
-    inverse, info = torch.linalg.inv_ex(matrix)
-    return _nan_where_failed(inverse, info)
-
-
-def _solve(matrix: Tensor, right: Tensor, *, left: bool = True) -> Tensor:
-    solution, info = torch.linalg.solve_ex(matrix, right, left=left)
-    vector = solution.dim() == info.dim() + 1
-    if vector:
-        return solution.where((info == 0).unsqueeze(-1), torch.nan)
-    return _nan_where_failed(solution, info)
-
-
-def _nan_where_failed(matrix: Tensor, info: Tensor) -> Tensor:
-    return matrix.where((info == 0).unsqueeze(-1).unsqueeze(-1), torch.nan)
-
-
 class DetachedData(TorchFunctionMode):
     """Lets a run read ``tensor.data``, which Pyro's enumeration asks for its shape and which
     :func:`torch.func.vmap` refuses."""
@@ -175,19 +149,20 @@ class DetachedData(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class NanWhereSingular(TorchFunctionMode):
-    """Lets a factorisation that fails return NaN for its matrix, so that one matrix that has none
-    does not end the evaluation of a whole batch."""
+# What a copy may not hold
 
-    REPLACEMENTS = {  # noqa: RUF012
-        torch.linalg.cholesky: _cholesky,
-        torch.cholesky: _old_cholesky,
-        Tensor.cholesky: _old_cholesky,
-        torch.linalg.inv: _inv,
-        torch.inverse: _inv,
-        Tensor.inverse: _inv,
-        torch.linalg.solve: _solve,
-    }
+_COPY = Tensor.__deepcopy__
+
+
+class DetachedCopies(TorchFunctionMode):
+    """Lets :func:`copy.deepcopy` copy tensors that carry a graph, without the graph.
+
+    Such are the values of a trace whose priors depend on parameters of the model.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        if func is _COPY and not args[0].is_leaf:
+            tensor, memo = args
+            args = (tensor.detach(), memo)
+            return memo.setdefault(id(tensor), func(*args))
+        return func(*args, **(kwargs or {}))

@@ -14,7 +14,7 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows.model import LogDensity
-from pyroflows.model.handlers import NanWhereSingular
+from pyroflows.model.singular import NanWhereSingular
 from pyroflows.model.minibatch import log_density_of
 
 MODES = ("captured", "vmap", "loop")
