@@ -19,6 +19,7 @@ from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
+from ..model.handlers import DetachedCopies
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
@@ -200,7 +201,9 @@ class FlowGuide(AutoContinuous, Guide):
     def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The trace of the model in it carries a graph where priors depend on parameters.
+        with DetachedCopies():
+            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         object.__setattr__(new, "_model", self._model)
         return new
 

@@ -144,6 +144,10 @@ class LogDensity(Density):
 
     # What it is a density of
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogDensity:
+        # A density does not change, and its model and data may be large, or not to be copied.
+        return self
+
     @property
     def mode(self) -> str:
         """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
