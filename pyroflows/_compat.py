@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.nn import PyroModule
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -44,6 +45,7 @@ __all__ = [
     "definition_of",
     "full_name",
     "in_forward_mode",
+    "in_open_plates",
     "init_transform_of",
     "interpolate_all",
     "is_mutating",
@@ -97,6 +99,18 @@ def active_traces() -> list[Any]:
     A flow looks its name up in them, because two flows of one name would share their parameters.
     """
     return [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+
+
+def in_open_plates(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the message of a sample statement as all open plates will have made it.
+
+    Pyro lets a reparametrised site start before the plates around it have seen it.
+    """
+    seen = {**message, "cond_indep_stack": ()}
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, IndepMessenger):
+            handler._process_message(seen)
+    return seen
 
 
 @contextlib.contextmanager

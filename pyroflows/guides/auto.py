@@ -19,7 +19,7 @@ from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
-from ..model.handlers import DetachedCopies
+from ..model.handlers import DetachedCopies, StartInPlates
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
@@ -51,7 +51,7 @@ class FlowGuide(AutoContinuous, Guide):
                 "Expected flow to be a callable such as pf.RealNVP, not a made "
                 f"{type(flow).__name__}."
             )
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(StartInPlates()(model), init_loc_fn=init_loc_fn)
         self._make_flow = flow
         self._waiting_state: dict[str, Tensor] | None = None
 
@@ -279,7 +279,9 @@ class AutoFlow(FlowGuide):
     @classmethod
     def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoFlow:
         """Makes the guide of a spec."""
-        guide = cls(density.continuous_model, flow=lambda features: build(spec["flow"]))
+        guide = cls(
+            density.continuous_model, lambda features: build(spec["flow"]), density.init_loc_fn
+        )
         density.introduce(guide)
         return guide
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
 from pyro.infer.enum import config_enumerate
 from torch import Tensor
 from torch.distributions import biject_to
@@ -19,14 +19,16 @@ from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
 from .._compat import build_guide
+from .._random import forked
 from . import checks
 from .base import Density
 from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob
-from .evaluator import Evaluator, first_sentence, map_points
+from .evaluator import FAILURES, Evaluator, first_sentence, map_points
 from .handlers import (
     GivenRows,
     ParameterRecorder,
+    StartInPlates,
     SubstituteTensors,
     Unvalidated,
     WholePlates,
@@ -40,7 +42,7 @@ from .sites import (
     plate_frames,
     sample_nodes,
 )
-from .start import init_to_median
+from .start import OTHER_STARTS, init_to_median
 
 __all__ = ["LogDensity"]
 
@@ -48,8 +50,7 @@ __all__ = ["LogDensity"]
 ROWS_AT_ONCE = 2**21
 
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
-STEPS = (1.0, 0.1, 0.01)
-
+STEPS = (1.0, -1.0, 0.1, -0.1, 0.01, -0.01)
 
 class LogDensity(Density):
     r"""The unconstrained log joint density of a model.
@@ -87,6 +88,8 @@ class LogDensity(Density):
         parameters: The model's own parameters by name: the leaves that an optimiser moves, so a
             constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
             param store, as in the model if it is a module, or else by a number.
+        init_loc_fn: The initialisation function that starts there: the one given, unless the model
+            cannot be evaluated where that one starts.
         subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a
             run of the model sees.
         mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
@@ -125,7 +128,8 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
-        trace = self._prototype(init_loc_fn)
+        trace, init_loc_fn = self._find_start(init_loc_fn)
+        self.init_loc_fn = init_loc_fn
         self.subsampled = self.data.find_subsampled(trace)
         if self.subsampled:
             trace = self._take_all_rows(init_loc_fn)
@@ -514,6 +518,21 @@ class LogDensity(Density):
 
     # Construction
 
+    def _find_start(self, init_loc_fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+        """A run from the first start at which the model can be evaluated, and that start."""
+        try:
+            return self._prototype(init_loc_fn), init_loc_fn
+        except FAILURES as error:
+            for number, other in enumerate(OTHER_STARTS):
+                try:
+                    with forked(number):
+                        nodes = dict(latent_nodes(self._run_from(other)))
+                        values = {name: node["value"].detach() for name, node in nodes.items()}
+                        start = init_to_value(values=values)
+                        return self._prototype(start), start
+                except FAILURES:
+                    continue
+            raise error
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
             trace = self._run_from(init_loc_fn)
@@ -530,7 +549,8 @@ class LogDensity(Density):
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
-            model = poutine.trace(InitMessenger(start)(self.model))
+            started = InitMessenger(start)(StartInPlates()(self.model))
+            model = poutine.trace(started)
             return model.get_trace(*self.args, **self.kwargs)
 
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:

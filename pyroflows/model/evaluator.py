@@ -28,6 +28,8 @@ POINT_ERRORS = (
     IndexError,
     ValueError,
 )
+# What a run may raise that succeeds elsewhere: samplers and factorisations raise RuntimeErrors too.
+FAILURES = (*POINT_ERRORS, RuntimeError)
 
 
 class Way(NamedTuple):
@@ -382,19 +384,25 @@ def map_points(
                 return batched(points)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none
-    runs = [_run_once(function, point, safe) for point in points]
-    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+    runs = [_run_once(function, point, strict=safe is None) for point in points]
+    known = next((run for run in runs if run is not None), None)
+    if known is None:
+        known = function(points[0] if safe is None else safe)
+    # Without a dtype: NaN is no integer.
+    blank = {name: torch.full(t.shape, torch.nan, device=t.device) for name, t in known.items()}
+    return {name: torch.stack([(run or blank)[name] for run in runs]) for name in known}
 
 
 def _run_once(
-    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, safe: Tensor | None
-) -> dict[str, Tensor]:
+    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, strict: bool
+) -> dict[str, Tensor] | None:
+    """The results at a point; ``None`` where the function fails, unless that is an error."""
     try:
         return function(point)
-    except POINT_ERRORS:
-        if safe is None:
+    except FAILURES:
+        if strict:
             raise
-        return {name: torch.full_like(t, torch.nan) for name, t in function(safe).items()}
+        return None
 
 
 def agree(a: Tensor, b: Tensor) -> bool:

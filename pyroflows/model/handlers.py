@@ -11,7 +11,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._compat import tree_leaves, tree_map_only, unvalidated, whole_plates
+from .._compat import in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
 
 __all__ = [
     "DetachedCopies",
@@ -19,6 +19,7 @@ __all__ = [
     "FirstRows",
     "GivenRows",
     "ParameterRecorder",
+    "StartInPlates",
     "SubstituteTensors",
     "Unvalidated",
     "WholePlates",
@@ -80,6 +81,36 @@ class FirstRows(Messenger):
                 )
             rows = torch.arange(part, device=msg["fn"].device)
             msg["value"] = size - 1 - rows if self.flip else rows
+
+
+# The start
+
+
+class StartInPlates(Messenger):
+    """Lets a reparametrised site start with a value for each row of the plates that it is in.
+
+    Pyro asks for the start of such a site, of ``poutine.reparam`` inside of a plate, before the
+    plate has seen the site, so that all rows would share one value.
+    """
+
+    def _pyro_post_get_init_messengers(self, msg: Any) -> None:
+        msg["value"] = [_InPlates(starter) for starter in msg["value"]]
+
+
+class _InPlates:
+    """Starts a site as a handler does, once all open plates have seen the site.
+
+    Args:
+        starter: The handler.
+    """
+
+    def __init__(self, starter: Any) -> None:
+        self.starter = starter
+
+    def _process_message(self, msg: Any) -> None:
+        seen = in_open_plates(msg)
+        self.starter._process_message(seen)
+        msg["value"] = seen["value"]
 
 
 # Validation

@@ -100,8 +100,9 @@ class Climb:
         Args:
             flow: Makes a flow or transform from the number of features.
         """
-        guide = AutoFlow(self.density.continuous_model, flow=flow)
-        self.density.introduce(guide)
+        density = self.density
+        guide = AutoFlow(density.continuous_model, flow, density.init_loc_fn)
+        density.introduce(guide)
         if self.census is not None:
             guide.whiten(self.census.best.loc, self.census.best.scale_tril)
         return guide
@@ -290,8 +291,11 @@ def make_mixture(climb: Climb) -> AutoMixture | None:
         return None
     modes = climb.census.modes
     count = len(modes.elbo)
-    mixture = AutoMixture(climb.density.continuous_model, count, flow=make_narrow_flow)
-    climb.density.introduce(mixture)
+    density = climb.density
+    mixture = AutoMixture(
+        density.continuous_model, count, make_narrow_flow, init_loc_fn=density.init_loc_fn
+    )
+    density.introduce(mixture)
     for k in range(count):
         mode = modes.one(k)
         mixture.whiten(k, mode.loc, mode.scale_tril)
