@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
-from .._compat import build_guide
+from .._compat import build_guide, stored_parameters
 from .._random import forked
 from . import checks
 from .base import Density
@@ -26,6 +26,7 @@ from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob
 from .evaluator import FAILURES, Evaluator, first_sentence, map_points
 from .handlers import (
+    GivenParameters,
     GivenRows,
     ParameterRecorder,
     StartInPlates,
@@ -51,6 +52,7 @@ ROWS_AT_ONCE = 2**21
 
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
 STEPS = (1.0, -1.0, 0.1, -0.1, 0.01, -0.01)
+
 
 class LogDensity(Density):
     r"""The unconstrained log joint density of a model.
@@ -85,9 +87,6 @@ class LogDensity(Density):
         sites: The latent sites, in order.
         discrete: The names of the discrete latent sites.
         initial: The start, of shape ``(features,)``.
-        parameters: The model's own parameters by name: the leaves that an optimiser moves, so a
-            constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
-            param store, as in the model if it is a module, or else by a number.
         init_loc_fn: The initialisation function that starts there: the one given, unless the model
             cannot be evaluated where that one starts.
         subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a
@@ -181,6 +180,20 @@ class LogDensity(Density):
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the model."""
         return dict(self.inputs.kwargs)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by name: the leaves that an optimiser moves.
+
+        A constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
+        param store, as in the model if it is a module, or else by a number. Those of the param
+        store are its present ones, if it has been cleared since.
+        """
+        stored = stored_parameters()
+        return {
+            name: stored.get(name, leaf) if name in self._stored else leaf
+            for name, leaf in self._leaves.items()
+        }
 
     def bind(
         self,
@@ -465,10 +478,24 @@ class LogDensity(Density):
     @contextlib.contextmanager
     def _given(self, inputs: Inputs) -> Iterator[None]:
         """What stands around every run of the model and every use of its distributions."""
-        pairs = ((self.parameters[name], value) for name, value in inputs.parameters.items())
-        substitute = SubstituteTensors(pairs) if inputs.parameters else contextlib.nullcontext()
         # Validation reads values, which a batch under vmap does not have.
-        with self.on_device(), poutine.block(), pyro.validation_enabled(False), substitute:
+        with self.on_device(), poutine.block(), pyro.validation_enabled(False):
+            with (
+                self._holding(inputs.parameters) if inputs.parameters else contextlib.nullcontext()
+            ):
+                yield
+
+    @contextlib.contextmanager
+    def _holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Gives the model's own parameters their values, as leaves and by their names."""
+        of_statements = {name: value for name, value in values.items() if name in self._statements}
+        present = self.parameters
+        pairs = [
+            (leaf, value)
+            for name, value in values.items()
+            for leaf in (self._leaves[name], present[name])
+        ]
+        with GivenParameters(of_statements), SubstituteTensors(pairs):
             yield
 
     def _trace(self, values: Mapping[str, Tensor], inputs: Inputs) -> Any:
@@ -533,6 +560,7 @@ class LogDensity(Density):
                 except FAILURES:
                     continue
             raise error
+
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
             trace = self._run_from(init_loc_fn)
@@ -588,8 +616,12 @@ class LogDensity(Density):
         checks.check_same_shapes(first, second)
         self._check_fixed_supports(second)
         leaves = list(recorder.parameters.values())
-        self.parameters = name_parameters(self.unwrapped_model, leaves, self.inputs)
-        values = {name: leaf.detach().clone() for name, leaf in self.parameters.items()}
+        self._leaves = name_parameters(self.unwrapped_model, leaves, self.inputs)
+        self._stored = set(stored_parameters()).intersection(self._leaves)
+        # A module must keep the parameters that it has.
+        modules = {n for n, leaf in self._leaves.items() if isinstance(leaf, torch.nn.Parameter)}
+        self._statements = self._stored - modules
+        values = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
         self.inputs = self.inputs._replace(parameters=values)
 
     def _run_elsewhere(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,8 +101,16 @@ def _identity(constant: Any) -> Hashable:
     try:
         hash(constant)
     except TypeError:
-        return id(constant)
+        return type(constant), _content(constant)
     return type(constant), constant
+
+
+def _content(constant: Any) -> Hashable:
+    """What tells apart constants that may be changed in place, such as arrays of numpy."""
+    try:
+        return pickle.dumps(constant)
+    except Exception:  # what a pickle refuses is told by any type of error
+        return id(constant)
 
 
 class Program:

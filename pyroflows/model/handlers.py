@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints, transform_to
 from torch.overrides import TorchFunctionMode
 
 from .._compat import in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
@@ -17,6 +18,7 @@ __all__ = [
     "DetachedCopies",
     "DetachedData",
     "FirstRows",
+    "GivenParameters",
     "GivenRows",
     "ParameterRecorder",
     "StartInPlates",
@@ -145,6 +147,23 @@ class ParameterRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class GivenParameters(Messenger):
+    """Gives statements of ``pyro.param`` their values, whatever is in the param store.
+
+    Args:
+        values: Unconstrained values by name.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            constraint = msg["kwargs"].get("constraint", constraints.real)
+            msg["value"] = transform_to(constraint)(self.values[msg["name"]])
+
+
 class SubstituteTensors(TorchFunctionMode):
     """Puts tensors in the place of others wherever a run uses those.
 
@@ -152,7 +171,7 @@ class SubstituteTensors(TorchFunctionMode):
         pairs: The tensors to replace, each with its replacement.
     """
 
-    def __init__(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         # The originals are kept too, so that their identities cannot be reused.
         self.pairs = {id(original): (original, value) for original, value in pairs}

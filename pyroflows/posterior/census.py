@@ -250,8 +250,8 @@ def _drop_duplicates(fits: Gaussians) -> Gaussians:
         if not bool(waiting[i]):
             continue
         kept.append(i)
-        offset = torch.linalg.solve(fits.root[i], (fits.loc - fits.loc[i]).mT).mT
-        relative = torch.linalg.solve(fits.root[i], fits.root)
+        offset = torch.linalg.solve_ex(fits.root[i], (fits.loc - fits.loc[i]).mT)[0].mT
+        relative = torch.linalg.solve_ex(fits.root[i], fits.root)[0]
         alike = (
             torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0]))
             < 1.5
