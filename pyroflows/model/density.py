@@ -479,15 +479,16 @@ class LogDensity(Density):
     def _given(self, inputs: Inputs) -> Iterator[None]:
         """What stands around every run of the model and every use of its distributions."""
         # Validation reads values, which a batch under vmap does not have.
-        with self.on_device(), poutine.block(), pyro.validation_enabled(False):
-            with (
-                self._holding(inputs.parameters) if inputs.parameters else contextlib.nullcontext()
-            ):
-                yield
+        held = self._holding(inputs.parameters)
+        with self.on_device(), poutine.block(), pyro.validation_enabled(False), held:
+            yield
 
     @contextlib.contextmanager
     def _holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Gives the model's own parameters their values, as leaves and by their names."""
+        if not values:
+            yield
+            return
         of_statements = {name: value for name, value in values.items() if name in self._statements}
         present = self.parameters
         pairs = [

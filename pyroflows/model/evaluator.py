@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ def _identity(constant: Any) -> Hashable:
 def _content(constant: Any) -> Hashable:
     """What tells apart constants that may be changed in place, such as arrays of numpy."""
     try:
-        return pickle.dumps(constant)
+        return hashlib.sha256(pickle.dumps(constant)).digest()
     except Exception:  # what a pickle refuses is told by any type of error
         return id(constant)
 

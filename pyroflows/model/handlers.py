@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.overrides import TorchFunctionMode
 
-from .._compat import in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
+from .._compat import start_in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
 
 __all__ = [
     "DetachedCopies",
@@ -99,20 +99,15 @@ class StartInPlates(Messenger):
         msg["value"] = [_InPlates(starter) for starter in msg["value"]]
 
 
-class _InPlates:
-    """Starts a site as a handler does, once all open plates have seen the site.
-
-    Args:
-        starter: The handler.
-    """
+class _InPlates(Messenger):
+    """Starts a site as another handler does, once all open plates have seen the site."""
 
     def __init__(self, starter: Any) -> None:
+        super().__init__()
         self.starter = starter
 
-    def _process_message(self, msg: Any) -> None:
-        seen = in_open_plates(msg)
-        self.starter._process_message(seen)
-        msg["value"] = seen["value"]
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["value"] = start_in_open_plates(self.starter, msg)
 
 
 # Validation

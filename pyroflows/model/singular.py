@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from .._compat import tree_map_only
+from .._compat import (
+    ERROR_CHECK,
+    FACTORISATIONS_OF_FINITE,
+    FACTORISATIONS_WITH_INFO,
+    TorchDispatchMode,
+    tree_map_only,
+)
 
 __all__ = ["NanWhereSingular"]
-
-aten = torch.ops.aten
 
 
 class NanWhereSingular(TorchDispatchMode):
@@ -57,13 +60,13 @@ def _of_finite(factorise: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
-    factor, info = aten.linalg_cholesky_ex.default(matrix, upper=upper)
+    factor, info = torch.ops.aten.linalg_cholesky_ex.default(matrix, upper=upper)
     return _nan_unless(info == 0, factor)
 
 
 def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
     regular = (factor.diagonal(dim1=-2, dim2=-1) != 0).all(-1)
-    inverse = aten.cholesky_inverse.default(_unit_unless(regular, factor), upper)
+    inverse = torch.ops.aten.cholesky_inverse.default(_unit_unless(regular, factor), upper)
     return _nan_unless(regular, inverse)
 
 
@@ -86,24 +89,11 @@ def _nan_unless(condition: Tensor, results: Any) -> Any:
     return tree_map_only(Tensor, mask, results)
 
 
+# An error that is checked for is in the results already.
 _SAFE: dict[Any, Callable[..., Any]] = {
-    aten._linalg_check_errors.default: lambda *args, **kwargs: None,
-    aten.cholesky.default: _cholesky,
-    aten.cholesky_inverse.default: _cholesky_inverse,
+    ERROR_CHECK: lambda *args, **kwargs: None,
+    torch.ops.aten.cholesky.default: _cholesky,
+    torch.ops.aten.cholesky_inverse.default: _cholesky_inverse,
+    **{operation: _by_info(operation) for operation in FACTORISATIONS_WITH_INFO},
+    **{operation: _of_finite(operation) for operation in FACTORISATIONS_OF_FINITE},
 }
-for _operation in (
-    aten.linalg_cholesky_ex,
-    aten.linalg_inv_ex,
-    aten._linalg_solve_ex,
-    aten.linalg_lu_factor_ex,
-    aten.linalg_ldl_factor_ex,
-):
-    _SAFE[_operation.default] = _by_info(_operation.default)
-for _operation in (
-    aten._linalg_eigh.default,
-    aten._linalg_svd.default,
-    aten.linalg_eig.default,
-    aten.linalg_lstsq.default,
-    aten.linalg_pinv.atol_rtol_tensor,
-):
-    _SAFE[_operation] = _of_finite(_operation)
