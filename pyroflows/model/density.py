@@ -44,6 +44,7 @@ from .sites import (
     sample_nodes,
 )
 from .start import OTHER_STARTS, init_to_median
+from .validity import ArgumentChecks, validated_sites
 
 __all__ = ["LogDensity"]
 
@@ -133,6 +134,7 @@ class LogDensity(Density):
         if self.subsampled:
             trace = self._take_all_rows(init_loc_fn)
         self._read_sites(trace)
+        self._validated = validated_sites(trace)
         self._run_again(trace)
         self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
         self._program = self._evaluator.make_program(self.inputs, self.batch_size)
@@ -514,10 +516,10 @@ class LogDensity(Density):
             for site, unconstrained, value in self._unpack(z):
                 values[site.name] = value
                 log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
-            trace = self._trace(values, inputs)
-            if not self.discrete:
-                return trace.log_prob_sum() + log_det
-            return enumerated_log_prob(trace) + log_det
+            with ArgumentChecks(self._validated) as checked:
+                trace = self._trace(values, inputs)
+            total = enumerated_log_prob(trace) if self.discrete else trace.log_prob_sum()
+            return checked.nan_unless_valid(total + log_det)
 
     def _terms(self, z: Tensor) -> dict[str, Tensor]:
         with self._given(self.inputs):
