@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from .evaluator import FAILURES, Evaluator, first_sentence, map_points
 from .handlers import (
     GivenParameters,
     GivenRows,
+    LastSite,
     ParameterRecorder,
     StartInPlates,
     SubstituteTensors,
@@ -370,6 +372,37 @@ class LogDensity(Density):
         nodes = sample_nodes(self.trace(z, score=True))
         return {name: node["log_prob"].detach().sum() for name, node in nodes}
 
+    def explain(self, z: Tensor) -> str:
+        """Says why the model cannot be evaluated at a point, and where.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            The place and the first sentence of an error, or the sites whose densities are not
+            finite.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> def model():
+            ...     x = pyro.sample("x", dist.Normal(1.0, 1.0))
+            ...     pyro.sample("y", dist.Gamma(x, 1.0), obs=torch.tensor(1.0))
+            >>> LogDensity(model).explain(torch.tensor([-1.0]))[:51]
+            "after site 'x' it says: Expected parameter concentr"
+        """
+        reached = LastSite()
+        try:
+            with self._holding(self.inputs.parameters):
+                self._run_from(functools.partial(_at, self.constrain(z)), reached)
+        except FAILURES as error:
+            return f"{reached.place} it says: {first_sentence(error)}"
+        at_fault = [
+            f"site {name!r} gives {float(value):g}"
+            for name, value in self.site_log_probs(z).items()
+            if not bool(value.isfinite())
+        ]
+        return ", ".join(at_fault) or "its gradient is not finite"
+
     def _check_not_streamed(self, method: str) -> None:
         if self.streamed:
             raise ValueError(
@@ -553,16 +586,31 @@ class LogDensity(Density):
         try:
             return self._prototype(init_loc_fn), init_loc_fn
         except FAILURES as error:
-            for number, other in enumerate(OTHER_STARTS):
-                try:
-                    with forked(number):
-                        nodes = dict(latent_nodes(self._run_from(other)))
-                        values = {name: node["value"].detach() for name, node in nodes.items()}
-                        start = init_to_value(values=values)
-                        return self._prototype(start), start
-                except FAILURES:
-                    continue
-            raise error
+            values = self._start_elsewhere()
+            if values is None and isinstance(error, torch.linalg.LinAlgError):
+                raise ValueError(
+                    "Expected a model that can be evaluated where it starts or at one of "
+                    f"{len(OTHER_STARTS)} other points; {self._place_of_failure(init_loc_fn)} it "
+                    f"says: {first_sentence(error)}"
+                ) from error
+            if values is None:
+                raise
+        start = init_to_value(values=values)
+        return self._prototype(start), start
+
+    def _start_elsewhere(self) -> dict[str, Tensor] | None:
+        """Values of the latent sites in the first of some runs that does not fail."""
+        for number, init_loc_fn in enumerate(OTHER_STARTS):
+            with contextlib.suppress(*FAILURES), forked(number):
+                nodes = latent_nodes(self._run_from(init_loc_fn))
+                return {name: node["value"].detach() for name, node in nodes}
+        return None
+
+    def _place_of_failure(self, init_loc_fn: Callable[..., Any]) -> str:
+        reached = LastSite()
+        with contextlib.suppress(*FAILURES):
+            self._run_from(init_loc_fn, reached)
+        return reached.place
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
@@ -575,13 +623,13 @@ class LogDensity(Density):
         checks.check_data(trace)
         return trace
 
-    def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
+    def _run_from(self, init_loc_fn: Callable[..., Any], reached: LastSite | None = None) -> Any:
         def start(site: dict[str, Any]) -> Any:
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
-            started = InitMessenger(start)(StartInPlates()(self.model))
-            model = poutine.trace(started)
+            observed = self.model if reached is None else reached(self.model)
+            model = poutine.trace(InitMessenger(start)(StartInPlates()(observed)))
             return model.get_trace(*self.args, **self.kwargs)
 
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:

@@ -424,7 +424,8 @@ def agree(a: Tensor, b: Tensor) -> bool:
 
 def first_sentence(error: Exception) -> str:
     """The first sentence of an error's message, or the name of its type."""
-    text = " ".join(str(error).split())
+    message, *_ = str(error).split("Trace Shapes:")  # by which Pyro shows what it has run
+    text = " ".join(message.split())
     return text.split(". ")[0][:200] or type(error).__name__
 
 

@@ -144,15 +144,10 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
         usable = values.isfinite() & slopes.isfinite().all(-1)
         if bool(usable.any()):
             return points[values.masked_fill(~usable, -math.inf).argmax()]
-    at_fault = [
-        f"site {name!r} gives {float(value):g}"
-        for name, value in density.site_log_probs(density.initial).items()
-        if not bool(value.isfinite())
-    ]
-    where = ", ".join(at_fault) or "its gradient is not finite"
     raise ValueError(
-        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the "
-        "data, and for data outside of a support."
+        "Expected a model with a finite log density where it starts; "
+        f"{density.explain(density.initial)}. Look for NaN in the data, and for data outside of a "
+        "support."
     )
 
 

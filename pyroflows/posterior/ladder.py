@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import caller_level
 from .._deadline import Deadline
 from .._random import forked
 from ..flows import Flow, RealNVP
@@ -175,6 +177,7 @@ class Climb:
         best = self.best
         if best is None:
             raise RuntimeError("Expected at least one attempt; got none.")
+        self._tell_failures()
         guide = best.guide
         if self.own is not None:
             # A guide of the user is trained in place, and keeps its best numbers.
@@ -191,6 +194,16 @@ class Climb:
             seconds=self.deadline.elapsed,
             interrupted=self.interrupted,
         )
+
+    def _tell_failures(self) -> None:
+        """Warns where most points of the training could not be evaluated."""
+        failures = self.trained.failures
+        if failures.most and failures.example is not None:
+            warnings.warn(
+                f"{failures.points} of {failures.evaluated} points could not be evaluated and count "
+                f"as of density zero; at one of them, {self.density.explain(failures.example)}",
+                stacklevel=caller_level(),
+            )
 
 
 def train_flow(climb: Climb, guide: AutoFlow, steps: int) -> int:
