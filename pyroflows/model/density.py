@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,15 +11,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_value
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
 from .._compat import build_guide, stored_parameters
-from .._random import forked
 from . import checks
 from .base import Density
 from .data import GivenData, as_data
@@ -29,7 +28,6 @@ from .evaluator import FAILURES, Evaluator, first_sentence, map_points
 from .handlers import (
     GivenParameters,
     GivenRows,
-    LastSite,
     ParameterRecorder,
     StartInPlates,
     SubstituteTensors,
@@ -45,7 +43,7 @@ from .sites import (
     plate_frames,
     sample_nodes,
 )
-from .start import OTHER_STARTS, init_to_median
+from .start import init_to_median, no_start, start_elsewhere
 from .validity import ArgumentChecks, validated_sites
 
 __all__ = ["LogDensity"]
@@ -372,37 +370,6 @@ class LogDensity(Density):
         nodes = sample_nodes(self.trace(z, score=True))
         return {name: node["log_prob"].detach().sum() for name, node in nodes}
 
-    def explain(self, z: Tensor) -> str:
-        """Says why the model cannot be evaluated at a point, and where.
-
-        Args:
-            z: Point of shape ``(features,)``.
-
-        Returns:
-            The place and the first sentence of an error, or the sites whose densities are not
-            finite.
-
-        Example:
-            >>> import pyro, pyro.distributions as dist
-            >>> def model():
-            ...     x = pyro.sample("x", dist.Normal(1.0, 1.0))
-            ...     pyro.sample("y", dist.Gamma(x, 1.0), obs=torch.tensor(1.0))
-            >>> LogDensity(model).explain(torch.tensor([-1.0]))[:51]
-            "after site 'x' it says: Expected parameter concentr"
-        """
-        reached = LastSite()
-        try:
-            with self._holding(self.inputs.parameters):
-                self._run_from(functools.partial(_at, self.constrain(z)), reached)
-        except FAILURES as error:
-            return f"{reached.place} it says: {first_sentence(error)}"
-        at_fault = [
-            f"site {name!r} gives {float(value):g}"
-            for name, value in self.site_log_probs(z).items()
-            if not bool(value.isfinite())
-        ]
-        return ", ".join(at_fault) or "its gradient is not finite"
-
     def _check_not_streamed(self, method: str) -> None:
         if self.streamed:
             raise ValueError(
@@ -586,44 +553,32 @@ class LogDensity(Density):
         try:
             return self._prototype(init_loc_fn), init_loc_fn
         except FAILURES as error:
-            values = self._start_elsewhere()
-            if values is None and isinstance(error, torch.linalg.LinAlgError):
-                raise ValueError(
-                    "Expected a model that can be evaluated where it starts or at one of "
-                    f"{len(OTHER_STARTS)} other points; {self._place_of_failure(init_loc_fn)} it "
-                    f"says: {first_sentence(error)}"
-                ) from error
-            if values is None:
+            start = start_elsewhere(self.run_from)
+            if start is None and isinstance(error, torch.linalg.LinAlgError):
+                raise no_start(self.run_from, init_loc_fn) from error
+            if start is None:
                 raise
-        start = init_to_value(values=values)
         return self._prototype(start), start
-
-    def _start_elsewhere(self) -> dict[str, Tensor] | None:
-        """Values of the latent sites in the first of some runs that does not fail."""
-        for number, init_loc_fn in enumerate(OTHER_STARTS):
-            with contextlib.suppress(*FAILURES), forked(number):
-                nodes = latent_nodes(self._run_from(init_loc_fn))
-                return {name: node["value"].detach() for name, node in nodes}
-        return None
-
-    def _place_of_failure(self, init_loc_fn: Callable[..., Any]) -> str:
-        reached = LastSite()
-        with contextlib.suppress(*FAILURES):
-            self._run_from(init_loc_fn, reached)
-        return reached.place
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
-            trace = self._run_from(init_loc_fn)
+            trace = self.run_from(init_loc_fn)
         except ValueError:
             # Pyro names no site when NaN reaches the parameters of a distribution.
             with pyro.validation_enabled(False):
-                checks.check_no_nan(self._run_from(init_loc_fn))
+                checks.check_no_nan(self.run_from(init_loc_fn))
             raise
         checks.check_data(trace)
         return trace
 
-    def _run_from(self, init_loc_fn: Callable[..., Any], reached: LastSite | None = None) -> Any:
+    def run_from(self, init_loc_fn: Callable[..., Any], reached: Messenger | None = None) -> Any:
+        """A trace of the model from an initialisation function, validated as Pyro's setting says.
+
+        Args:
+            init_loc_fn: Where the sites start.
+            reached: A handler that stands around the model.
+        """
+
         def start(site: dict[str, Any]) -> Any:
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
@@ -639,7 +594,7 @@ class LogDensity(Density):
         self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // rows))
         try:
             with pyro.validation_enabled(False):
-                self._run_from(init_loc_fn)
+                self.run_from(init_loc_fn)
         except Exception as error:
             plates = ", ".join(map(repr, self.subsampled))
             raise ValueError(
@@ -680,7 +635,7 @@ class LogDensity(Density):
         for step in STEPS:
             values = self.constrain(self.initial + step)
             try:
-                return self._run_from(lambda site, values=values: _at(values, site))
+                return self.run_from(lambda site, values=values: value_at(values, site))
             except (ValueError, RuntimeError) as error:
                 failure = error
         raise failure
@@ -695,7 +650,7 @@ class LogDensity(Density):
                 )
 
 
-def _at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
+def value_at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
     """A value of a site, or a draw if there is none of its shape."""
     value = values.get(site["name"])
     if value is not None and value.shape == site["fn"].shape():

@@ -13,6 +13,7 @@ from .._deadline import Deadline
 from .._random import forked
 from ..model import prediction as simulate
 from ..model.density import LogDensity
+from ..model.explanation import explain
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 
 __all__ = [
@@ -146,7 +147,7 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
             return points[values.masked_fill(~usable, -math.inf).argmax()]
     raise ValueError(
         "Expected a model with a finite log density where it starts; "
-        f"{density.explain(density.initial)}. Look for NaN in the data, and for data outside of a "
+        f"{explain(density, density.initial)}. Look for NaN in the data, and for data outside of a "
         "support."
     )
 

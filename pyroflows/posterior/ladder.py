@@ -24,6 +24,7 @@ from ..flows import Flow, RealNVP
 from ..guides import AutoFlow, AutoMixture
 from ..guides.guide import Guide
 from ..model.density import LogDensity
+from ..model.explanation import explain
 from ..model.minibatch import MiniBatchDensity
 from ..nn import mlp
 from ..train import processes
@@ -201,7 +202,7 @@ class Climb:
         if failures.most and failures.example is not None:
             warnings.warn(
                 f"{failures.points} of {failures.evaluated} points could not be evaluated and count "
-                f"as of density zero; at one of them, {self.density.explain(failures.example)}",
+                f"as of density zero; at one of them, {explain(self.density, failures.example)}",
                 stacklevel=caller_level(),
             )
 
