@@ -11,7 +11,7 @@ from torch import Tensor
 from .._deadline import Deadline
 from ..model.density import LogDensity
 
-__all__ = ["Gaussian", "Gaussians", "fit_gaussians"]
+__all__ = ["Gaussian", "Gaussians", "antithetic_noise", "fit_gaussians"]
 
 
 # Where a density does not fall off, the widths grow until they overflow.
@@ -99,7 +99,7 @@ def fit_gaussians(
         https://arxiv.org/abs/1406.2572
     """
     n = density.features
-    noise = _antithetic_noise(draws, starts[0], seed)
+    noise = antithetic_noise(draws, starts[0], seed)
     root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
     last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))
     unimproved = torch.zeros_like(best.elbo)
@@ -124,11 +124,16 @@ def fit_gaussians(
     return best, last
 
 
-def _antithetic_noise(draws: int, like: Tensor, seed: int) -> Tensor:
+def antithetic_noise(draws: int, like: Tensor, seed: int) -> Tensor:
     """Standard normal draws of shape ``(draws, features)``, each with its opposite.
 
     Where there are enough of them their covariance is exactly one, so that the ELBOs of normal
     densities carry no sampling error.
+
+    Args:
+        draws: How many.
+        like: Vector of shape ``(features,)`` whose dtype and device they have.
+        seed: Their seed.
     """
     size = (draws // 2, len(like))
     generator = torch.Generator().manual_seed(seed)
