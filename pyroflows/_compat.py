@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import MaskedDistribution
 from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.nn import PyroModule
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import (
     tree_flatten,
     tree_leaves,
@@ -35,6 +37,10 @@ from torch.utils._pytree import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
+    "ERROR_CHECK",
+    "FACTORISATIONS_OF_FINITE",
+    "FACTORISATIONS_WITH_INFO",
+    "TorchDispatchMode",
     "WeakIdKeyDictionary",
     "active_traces",
     "apply_to_module",
@@ -54,6 +60,7 @@ __all__ = [
     "named_dims",
     "packed_dims",
     "stamp",
+    "start_in_open_plates",
     "stored_parameters",
     "transforming",
     "tree_flatten",
@@ -70,6 +77,7 @@ __all__ = [
 # Names of modules that torch has not documented. `WeakIdKeyDictionary` finds a tensor by its
 # identity: as keys of a `WeakKeyDictionary`, tensors would be compared entry by entry. `make_fx`
 # records the operations of a function, gradients among them, which `torch.compile` does not read.
+# `TorchDispatchMode` sees the operations below differentiation.
 # The trees are nested lists and dictionaries as `torch.func` and the compiler walk through them.
 
 
@@ -97,6 +105,19 @@ def active_traces() -> list[Any]:
     A flow looks its name up in them, because two flows of one name would share their parameters.
     """
     return [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
+
+
+def start_in_open_plates(starter: Any, message: Any) -> Any:
+    """Returns the value that a handler of Pyro's gives a site once all open plates have seen it.
+
+    Pyro lets a reparametrised site start before the plates around it have seen it.
+    """
+    seen: Any = {**message, "cond_indep_stack": ()}
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, IndepMessenger):
+            handler._process_message(seen)
+    starter._process_message(seen)
+    return seen["value"]
 
 
 @contextlib.contextmanager
@@ -273,3 +294,25 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 def interpolate_all(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
     """Moves tensors by a share of the way to others in place, in one kernel on a GPU."""
     torch._foreach_lerp_(targets, ends, weight)
+
+
+# torch: linear algebra
+
+# All that torch has for factorisations comes down to these operations. The first tell by their last
+# result which matrices of a batch have failed; then follows a check that raises. The others raise
+# themselves, where a matrix is not finite.
+ERROR_CHECK = torch.ops.aten._linalg_check_errors.default
+FACTORISATIONS_WITH_INFO = (
+    torch.ops.aten.linalg_cholesky_ex.default,
+    torch.ops.aten.linalg_inv_ex.default,
+    torch.ops.aten._linalg_solve_ex.default,
+    torch.ops.aten.linalg_lu_factor_ex.default,
+    torch.ops.aten.linalg_ldl_factor_ex.default,
+)
+FACTORISATIONS_OF_FINITE = (
+    torch.ops.aten._linalg_eigh.default,
+    torch.ops.aten._linalg_svd.default,
+    torch.ops.aten.linalg_eig.default,
+    torch.ops.aten.linalg_lstsq.default,
+    torch.ops.aten.linalg_pinv.atol_rtol_tensor,
+)

@@ -280,6 +280,43 @@ def test_many_tensors_are_copied_and_interpolated_in_place():
     assert [t.tolist() for t in targets] == [[1.0] * 2, [1.0] * 3]
 
 
+def test_factorisations_tell_by_their_last_result_which_have_failed():
+    batch = torch.stack([torch.eye(2), torch.zeros(2, 2)])
+    seen = []
+
+    class Recorder(_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for factorise in (torch.linalg.cholesky, torch.linalg.inv):
+        with Recorder(), pytest.raises(torch.linalg.LinAlgError):
+            factorise(batch)
+        operation, check = [f for f in seen if "linalg" in str(f)][-2:]
+        assert operation in _compat.FACTORISATIONS_WITH_INFO
+        assert check is _compat.ERROR_CHECK
+        assert (operation(batch)[-1] != 0).tolist() == [False, True]
+    for operation in _compat.FACTORISATIONS_OF_FINITE:
+        assert operation.namespace == "aten"
+
+
+def test_a_site_is_started_as_open_plates_have_made_it():
+    started = pyro.infer.autoguide.initialization.InitMessenger(lambda site: site["fn"].mean)
+    message = {
+        "type": "sample",
+        "name": "x",
+        "fn": dist.Normal(1.0, 1.0),
+        "value": None,
+        "done": False,
+        "scale": 1.0,
+        "mask": None,
+    }
+    with pyro.plate("n", 3):
+        value = _compat.start_in_open_plates(started, message)
+    assert value.tolist() == [1.0] * 3
+    assert message["value"] is None
+
+
 # All use goes by one door
 
 #: Modules of torch whose names have no underscore, but which torch does not document.

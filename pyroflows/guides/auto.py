@@ -19,6 +19,7 @@ from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
+from ..model.handlers import DetachedCopies, StartInPlates
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
@@ -50,7 +51,7 @@ class FlowGuide(AutoContinuous, Guide):
                 "Expected flow to be a callable such as pf.RealNVP, not a made "
                 f"{type(flow).__name__}."
             )
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(StartInPlates()(model), init_loc_fn=init_loc_fn)
         self._make_flow = flow
         self._waiting_state: dict[str, Tensor] | None = None
 
@@ -200,7 +201,9 @@ class FlowGuide(AutoContinuous, Guide):
     def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The trace of the model in it carries a graph where priors depend on parameters.
+        with DetachedCopies():
+            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         object.__setattr__(new, "_model", self._model)
         return new
 
@@ -276,7 +279,9 @@ class AutoFlow(FlowGuide):
     @classmethod
     def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoFlow:
         """Makes the guide of a spec."""
-        guide = cls(density.continuous_model, flow=lambda features: build(spec["flow"]))
+        guide = cls(
+            density.continuous_model, lambda features: build(spec["flow"]), density.init_loc_fn
+        )
         density.introduce(guide)
         return guide
 

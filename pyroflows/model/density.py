@@ -13,20 +13,23 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
-from .._compat import build_guide
+from .._compat import build_guide, stored_parameters
 from . import checks
 from .base import Density
 from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob
-from .evaluator import Evaluator, first_sentence, map_points
+from .evaluator import FAILURES, Evaluator, first_sentence, map_points
 from .handlers import (
+    GivenParameters,
     GivenRows,
     ParameterRecorder,
+    StartInPlates,
     SubstituteTensors,
     Unvalidated,
     WholePlates,
@@ -40,7 +43,8 @@ from .sites import (
     plate_frames,
     sample_nodes,
 )
-from .start import init_to_median
+from .start import init_to_median, no_start, start_elsewhere
+from .validity import ArgumentChecks, validated_sites
 
 __all__ = ["LogDensity"]
 
@@ -49,7 +53,7 @@ __all__ = ["LogDensity"]
 ROWS_AT_ONCE = 2**21
 
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
-STEPS = (1.0, 0.1, 0.01)
+STEPS = (1.0, -1.0, 0.1, -0.1, 0.01, -0.01)
 
 
 class LogDensity(Density):
@@ -85,9 +89,8 @@ class LogDensity(Density):
         sites: The latent sites, in order.
         discrete: The names of the discrete latent sites.
         initial: The start, of shape ``(features,)``.
-        parameters: The model's own parameters by name: the leaves that an optimiser moves, so a
-            constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
-            param store, as in the model if it is a module, or else by a number.
+        init_loc_fn: The initialisation function that starts there: the one given, unless the model
+            cannot be evaluated where that one starts.
         subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a
             run of the model sees.
         mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
@@ -126,13 +129,15 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
-        trace = self._prototype(init_loc_fn)
+        trace, init_loc_fn = self._find_start(init_loc_fn)
+        self.init_loc_fn = init_loc_fn
         self.subsampled = self.data.find_subsampled(trace)
         if self.subsampled:
             trace = self._take_all_rows(init_loc_fn)
         largest = max(torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace))
         self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // max(1, largest)))
         self._read_sites(trace)
+        self._validated = validated_sites(trace)
         self._run_again(trace)
         self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
         self._program = self._evaluator.make_program(self.inputs, self.batch_size)
@@ -146,6 +151,10 @@ class LogDensity(Density):
             )
 
     # What it is a density of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogDensity:
+        # A density does not change, and its model and data may be large, or not to be copied.
+        return self
 
     @property
     def mode(self) -> str:
@@ -176,6 +185,20 @@ class LogDensity(Density):
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the model."""
         return dict(self.inputs.kwargs)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by name: the leaves that an optimiser moves.
+
+        A constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
+        param store, as in the model if it is a module, or else by a number. Those of the param
+        store are its present ones, if it has been cleared since.
+        """
+        stored = stored_parameters()
+        return {
+            name: stored.get(name, leaf) if name in self._stored else leaf
+            for name, leaf in self._leaves.items()
+        }
 
     def bind(
         self,
@@ -460,10 +483,25 @@ class LogDensity(Density):
     @contextlib.contextmanager
     def _given(self, inputs: Inputs) -> Iterator[None]:
         """What stands around every run of the model and every use of its distributions."""
-        pairs = ((self.parameters[name], value) for name, value in inputs.parameters.items())
-        substitute = SubstituteTensors(pairs) if inputs.parameters else contextlib.nullcontext()
         # Validation reads values, which a batch under vmap does not have.
-        with self.on_device(), poutine.block(), pyro.validation_enabled(False), substitute:
+        held = self._holding(inputs.parameters)
+        with self.on_device(), poutine.block(), pyro.validation_enabled(False), held:
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Gives the model's own parameters their values, as leaves and by their names."""
+        if not values:
+            yield
+            return
+        of_statements = {name: value for name, value in values.items() if name in self._statements}
+        present = self.parameters
+        pairs = [
+            (leaf, value)
+            for name, value in values.items()
+            for leaf in (self._leaves[name], present[name])
+        ]
+        with GivenParameters(of_statements), SubstituteTensors(pairs):
             yield
 
     def _trace(self, values: Mapping[str, Tensor], inputs: Inputs) -> Any:
@@ -481,10 +519,10 @@ class LogDensity(Density):
             for site, unconstrained, value in self._unpack(z):
                 values[site.name] = value
                 log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
-            trace = self._trace(values, inputs)
-            if not self.discrete:
-                return trace.log_prob_sum() + log_det
-            return enumerated_log_prob(trace) + log_det
+            with ArgumentChecks(self._validated) as checked:
+                trace = self._trace(values, inputs)
+            total = enumerated_log_prob(trace) if self.discrete else trace.log_prob_sum()
+            return checked.nan_unless_valid(total + log_det)
 
     def _terms(self, z: Tensor) -> dict[str, Tensor]:
         with self._given(self.inputs):
@@ -513,23 +551,43 @@ class LogDensity(Density):
 
     # Construction
 
+    def _find_start(self, init_loc_fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+        """A run from the first start at which the model can be evaluated, and that start."""
+        try:
+            return self._prototype(init_loc_fn), init_loc_fn
+        except FAILURES as error:
+            start = start_elsewhere(self.run_from)
+            if start is None and isinstance(error, torch.linalg.LinAlgError):
+                raise no_start(self.run_from, init_loc_fn) from error
+            if start is None:
+                raise
+        return self._prototype(start), start
+
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
-            trace = self._run_from(init_loc_fn)
+            trace = self.run_from(init_loc_fn)
         except ValueError:
             # Pyro names no site when NaN reaches the parameters of a distribution.
             with pyro.validation_enabled(False):
-                checks.check_no_nan(self._run_from(init_loc_fn))
+                checks.check_no_nan(self.run_from(init_loc_fn))
             raise
         checks.check_data(trace)
         return trace
 
-    def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
+    def run_from(self, init_loc_fn: Callable[..., Any], reached: Messenger | None = None) -> Any:
+        """A trace of the model from an initialisation function, validated as Pyro's setting says.
+
+        Args:
+            init_loc_fn: Where the sites start.
+            reached: A handler that stands around the model.
+        """
+
         def start(site: dict[str, Any]) -> Any:
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
-            model = poutine.trace(InitMessenger(start)(self.model))
+            observed = self.model if reached is None else reached(self.model)
+            model = poutine.trace(InitMessenger(start)(StartInPlates()(observed)))
             return model.get_trace(*self.args, **self.kwargs)
 
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
@@ -537,7 +595,7 @@ class LogDensity(Density):
         self.model = WholePlates(self.model)
         try:
             with pyro.validation_enabled(False):
-                self._run_from(init_loc_fn)
+                self.run_from(init_loc_fn)
         except Exception as error:
             plates = ", ".join(map(repr, self.subsampled))
             raise ValueError(
@@ -565,8 +623,12 @@ class LogDensity(Density):
         checks.check_same_shapes(first, second)
         self._check_fixed_supports(second)
         leaves = list(recorder.parameters.values())
-        self.parameters = name_parameters(self.unwrapped_model, leaves, self.inputs)
-        values = {name: leaf.detach().clone() for name, leaf in self.parameters.items()}
+        self._leaves = name_parameters(self.unwrapped_model, leaves, self.inputs)
+        self._stored = set(stored_parameters()).intersection(self._leaves)
+        # A module must keep the parameters that it has.
+        modules = {n for n, leaf in self._leaves.items() if isinstance(leaf, torch.nn.Parameter)}
+        self._statements = self._stored - modules
+        values = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
         self.inputs = self.inputs._replace(parameters=values)
 
     def _run_elsewhere(self) -> Any:
@@ -574,7 +636,7 @@ class LogDensity(Density):
         for step in STEPS:
             values = self.constrain(self.initial + step)
             try:
-                return self._run_from(lambda site, values=values: _at(values, site))
+                return self.run_from(lambda site, values=values: value_at(values, site))
             except (ValueError, RuntimeError) as error:
                 failure = error
         raise failure
@@ -589,7 +651,7 @@ class LogDensity(Density):
                 )
 
 
-def _at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
+def value_at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
     """A value of a site, or a draw if there is none of its shape."""
     value = values.get(site["name"])
     if value is not None and value.shape == site["fn"].shape():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +14,9 @@ from torch.fx import Graph, GraphModule, Node
 from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
 from .._deadline import check_time
 from .base import Failures
-from .handlers import DetachedData, NanWhereSingular
+from .handlers import DetachedData
 from .inputs import Inputs
+from .singular import NanWhereSingular
 
 __all__ = ["Evaluator", "Program", "first_sentence", "map_points"]
 
@@ -28,6 +31,8 @@ POINT_ERRORS = (
     IndexError,
     ValueError,
 )
+# What a run may raise that succeeds elsewhere: samplers and factorisations raise RuntimeErrors too.
+FAILURES = (*POINT_ERRORS, RuntimeError)
 
 
 class Way(NamedTuple):
@@ -98,8 +103,16 @@ def _identity(constant: Any) -> Hashable:
     try:
         hash(constant)
     except TypeError:
-        return id(constant)
+        return type(constant), _content(constant)
     return type(constant), constant
+
+
+def _content(constant: Any) -> Hashable:
+    """What tells apart constants that may be changed in place, such as arrays of numpy."""
+    try:
+        return hashlib.sha256(pickle.dumps(constant)).digest()
+    except Exception:  # what a pickle refuses is told by any type of error
+        return id(constant)
 
 
 class Program:
@@ -225,6 +238,14 @@ class Evaluator:
         return torch.stack(values), torch.stack(grads)
 
     def _value_and_grad(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        try:
+            return self._differentiate(point, inputs)
+        except RuntimeError:
+            # A factorisation that fails gives NaN, as it does in a batch.
+            with NanWhereSingular():
+                return self._differentiate(point, inputs)
+
+    def _differentiate(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             point = point.detach().requires_grad_()
             value = self.function(point, inputs)
@@ -244,12 +265,19 @@ class Evaluator:
         """The function of many points and of the free tensors."""
 
         def function(point: Tensor, *tensors: Tensor) -> Tensor:
-            with NanWhereSingular(), DetachedData():
+            with DetachedData():
                 return self.function(point, leaves.rebuild(free, tensors))
 
         shared = len(leaves.tensors(free))
         of_point = function if transform is None else transform(function)
-        return torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+        of_points = torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+
+        def of_batch(points: Tensor, *tensors: Tensor) -> Any:
+            # Around differentiation, because gradients factorise matrices too.
+            with NanWhereSingular():
+                return of_points(points, *tensors)
+
+        return of_batch
 
     def _cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._graphs:
@@ -311,14 +339,19 @@ class Evaluator:
     def _references(self, inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Points at which the function can be evaluated, with values and gradients by the loop."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        failed: list[tuple[Tensor, Tensor, Tensor]] = []
         last: Exception | None = None
         for point in self._candidates():
             try:
-                found.append((point, *self._value_and_grad(point, inputs)))
+                value, grad = self._value_and_grad(point, inputs)
             except POINT_ERRORS as error:
                 last = error
+                continue
+            (failed if value.isnan() else found).append((point, value, grad))
             if len(found) == count:
                 break
+        # Where the model gives NaN everywhere, its ways agree on that.
+        found = found or failed[:count]
         if not found and last is not None:
             raise last
         point, value, _ = found[0]
@@ -363,20 +396,26 @@ def map_points(
                 return batched(points)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none
-    runs = [_run_once(function, point, safe) for point in points]
-    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+    runs = [_run_once(function, point, strict=safe is None) for point in points]
+    known = next((run for run in runs if run is not None), None)
+    if known is None:
+        known = function(points[0] if safe is None else safe)
+    # Without a dtype: NaN is no integer.
+    blank = {name: torch.full(t.shape, torch.nan, device=t.device) for name, t in known.items()}
+    return {name: torch.stack([(run or blank)[name] for run in runs]) for name in known}
 
 
 def _run_once(
-    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, safe: Tensor | None
-) -> dict[str, Tensor]:
+    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, strict: bool
+) -> dict[str, Tensor] | None:
+    """The results at a point; ``None`` where the function fails, unless that is an error."""
     check_time()
     try:
         return function(point)
-    except POINT_ERRORS:
-        if safe is None:
+    except FAILURES:
+        if strict:
             raise
-        return {name: torch.full_like(t, torch.nan) for name, t in function(safe).items()}
+        return None
 
 
 def agree(a: Tensor, b: Tensor) -> bool:
@@ -388,7 +427,8 @@ def agree(a: Tensor, b: Tensor) -> bool:
 
 def first_sentence(error: Exception) -> str:
     """The first sentence of an error's message, or the name of its type."""
-    text = " ".join(str(error).split())
+    message, *_ = str(error).split("Trace Shapes:")  # by which Pyro shows what it has run
+    text = " ".join(message.split())
     return text.split(". ")[0][:200] or type(error).__name__
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..report import arviz_bridge as arviz
 from .density import LogDensity
-from .evaluator import map_points
+from .evaluator import FAILURES, map_points
 from .sites import base_distribution, site_plates
 
 __all__ = [
@@ -101,7 +101,7 @@ def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
         nodes = density.trace(row).nodes.items()
         return {name: site["value"] for name, site in nodes if _is_deterministic(site)}
 
-    return _map(density, values_of, z)
+    return _map(density, values_of, z, density.initial)
 
 
 def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
@@ -125,7 +125,7 @@ def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
         names = [name for name in _observed(trace) if name in observed]
         return {name: trace.nodes[name]["log_prob"] for name in names}
 
-    return _map(density, likelihood_of, z)
+    return _map(density, likelihood_of, z, density.initial)
 
 
 def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
@@ -149,13 +149,14 @@ def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
         return {name: trace.nodes[name]["value"] for name in names}
 
     try:
-        return _map(density, simulate, z)
+        return _map(density, simulate, z, density.initial)
     except NotImplementedError:
         return {}
 
 
 def prior_draws(density: LogDensity, draws: int) -> Draws:
-    """Draws of the latent sites from the prior; nothing where a prior is improper."""
+    """Draws of the latent sites from the prior, without those at which the model fails; nothing
+    where a prior is improper, or where all fail."""
     rows = density.initial.new_zeros(draws, 1)
 
     def simulate(row: Tensor) -> Draws:
@@ -163,9 +164,12 @@ def prior_draws(density: LogDensity, draws: int) -> Draws:
         return {site.name: trace.nodes[site.name]["value"] for site in density.sites}
 
     try:
-        return _map(density, simulate, rows)
-    except NotImplementedError:
+        values = _map(density, simulate, rows, safe=rows[:1].squeeze(0))
+    except FAILURES:
         return {}
+    missing = [value.isnan().reshape(draws, -1).any(-1) for value in values.values()]
+    known = ~torch.stack(missing).any(0)
+    return {name: value[known] for name, value in values.items()} if bool(known.any()) else {}
 
 
 def observed_data(density: LogDensity) -> Draws:
@@ -203,8 +207,10 @@ def _is_factor(site: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def _map(density: LogDensity, run: Callable[[Tensor], Draws], rows: Tensor) -> Draws:
+def _map(
+    density: LogDensity, run: Callable[[Tensor], Draws], rows: Tensor, safe: Tensor | None = None
+) -> Draws:
     with warnings.catch_warnings():
         # torch says so of its own binomial sampler; the samples are right.
         warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
-        return map_points(run, rows, DRAWS_AT_ONCE if density.batched else 1)
+        return map_points(run, rows, DRAWS_AT_ONCE if density.batched else 1, safe)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from pyro.infer.autoguide import init_to_median as _pyro_init_to_median
+from pyro.infer.autoguide import init_to_sample, init_to_uniform, init_to_value
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-__all__ = ["init_to_median"]
+from .._random import forked
+from .evaluator import FAILURES, first_sentence
+from .handlers import LastSite
+from .sites import latent_nodes
+
+__all__ = ["OTHER_STARTS", "init_to_median"]
 
 
 def init_to_median(site: dict[str, Any] | None = None, num_samples: int = 15) -> Any:
@@ -53,3 +61,67 @@ def check_support(name: str, support: constraints.Constraint) -> Transform:
             f"{name!r} on {support}, for which biject_to knows none. Build it from sites that have "
             "one, a covariance for instance from LKJCholesky and scales."
         ) from None
+
+
+def start_elsewhere(run_from: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Looks for a start at which a model does not fail: at draws from the prior, and around the
+    image of zero, far and near.
+
+    Args:
+        run_from: Gives a trace of the model from an initialisation function.
+
+    Returns:
+        The initialisation function that starts there; ``None`` if there is none.
+    """
+    for number, init_loc_fn in enumerate(OTHER_STARTS):
+        with contextlib.suppress(*FAILURES), forked(number):
+            nodes = latent_nodes(run_from(init_loc_fn))
+            values = {name: node["value"].detach() for name, node in nodes}
+            return cast("Callable[..., Any]", init_to_value(values=values))
+    return None
+
+
+def no_start(run_from: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> ValueError:
+    """The error for a model that fails wherever it starts.
+
+    Args:
+        run_from: Gives a trace of the model from an initialisation function, under a handler.
+        init_loc_fn: The start that was tried first.
+    """
+    return ValueError(
+        "Expected a model that can be evaluated where it starts or at one of "
+        f"{len(OTHER_STARTS)} other points; {find_failure(run_from, init_loc_fn)}"
+    )
+
+
+def find_failure(run_from: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> str:
+    """The place at which a run fails, and the first sentence of its error; empty if it does not.
+
+    Args:
+        run_from: Gives a trace of the model from an initialisation function, under a handler.
+        init_loc_fn: Where the sites start.
+    """
+    reached = LastSite()
+    try:
+        run_from(init_loc_fn, reached)
+    except FAILURES as error:
+        return f"{reached.place} it says: {first_sentence(error)}"
+    return ""
+
+
+def _or_zero(init: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    """A start by an initialisation function of Pyro; an improper site's is the image of zero."""
+
+    def start(site: dict[str, Any]) -> Any:
+        try:
+            return init(site)
+        except NotImplementedError:
+            return init_to_median(site)
+
+    return start
+
+
+OTHER_STARTS = 4 * (
+    _or_zero(init_to_sample),
+    *(_or_zero(init_to_uniform(radius=radius)) for radius in (2.0, 1.0, 0.5, 0.1)),
+)

@@ -13,6 +13,7 @@ from .._deadline import TimeOver
 from .._random import forked
 from ..model import prediction as simulate
 from ..model.density import LogDensity
+from ..model.explanation import explain
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 
 __all__ = [
@@ -152,15 +153,10 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
         usable = values.isfinite() & slopes.isfinite().all(-1)
         if bool(usable.any()):
             return points[values.masked_fill(~usable, -math.inf).argmax()]
-    at_fault = [
-        f"site {name!r} gives {float(value):g}"
-        for name, value in density.site_log_probs(density.initial).items()
-        if not bool(value.isfinite())
-    ]
-    where = ", ".join(at_fault) or "its gradient is not finite"
     raise ValueError(
-        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the "
-        "data, and for data outside of a support."
+        "Expected a model with a finite log density where it starts; "
+        f"{explain(density, density.initial)}. Look for NaN in the data, and for data outside of a "
+        "support."
     )
 
 
@@ -258,8 +254,8 @@ def _drop_duplicates(fits: Gaussians) -> Gaussians:
         if not bool(waiting[i]):
             continue
         kept.append(i)
-        offset = torch.linalg.solve(fits.root[i], (fits.loc - fits.loc[i]).mT).mT
-        relative = torch.linalg.solve(fits.root[i], fits.root)
+        offset = torch.linalg.solve_ex(fits.root[i], (fits.loc - fits.loc[i]).mT)[0].mT
+        relative = torch.linalg.solve_ex(fits.root[i], fits.root)[0]
         alike = (
             torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0]))
             < 1.5

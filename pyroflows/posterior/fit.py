@@ -177,9 +177,9 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
     if isinstance(guide, AutoFlow):
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
-        made = guide(density.continuous_model)
+        made = guide(density.continuous_model, init_loc_fn=density.init_loc_fn)
     elif callable(guide) and not _is_kind(guide, (torch.nn.Module, AutoGuide)):
-        made = AutoFlow(density.continuous_model, flow=guide)
+        made = AutoFlow(density.continuous_model, guide, density.init_loc_fn)
     else:
         kind = type(guide).__name__
         got = f"a made {kind}" if isinstance(guide, torch.nn.Module) else repr(guide)

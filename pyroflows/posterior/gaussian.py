@@ -11,7 +11,7 @@ from torch import Tensor
 from .._deadline import TimeOver
 from ..model.density import LogDensity
 
-__all__ = ["Gaussian", "Gaussians", "fit_gaussians"]
+__all__ = ["Gaussian", "Gaussians", "antithetic_noise", "fit_gaussians"]
 
 
 # Where a density does not fall off, the widths grow until they overflow.
@@ -100,17 +100,7 @@ def fit_gaussians(
         https://arxiv.org/abs/1406.2572
     """
     n = density.features
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(draws // 2, n, generator=generator, device="cpu", dtype=starts.dtype).to(
-        starts.device
-    )
-    if len(noise) >= n:
-        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no
-        # sampling error.
-        noise = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False
-        ).mT
-    noise = torch.cat([noise, -noise])
+    noise = antithetic_noise(draws, starts[0], seed)
     root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
     last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))
     unimproved = torch.zeros_like(best.elbo)
@@ -147,6 +137,27 @@ def _newton_step(
     direction = (root @ (root.mT @ gradient.unsqueeze(-1))).squeeze(-1)
     loc, moved = _line_searches(density, now.loc, direction)
     return Gaussians(loc, root, _elbos(density, loc, root, noise)), moved, sound
+
+
+def antithetic_noise(draws: int, like: Tensor, seed: int) -> Tensor:
+    """Standard normal draws of shape ``(draws, features)``, each with its opposite.
+
+    Where there are enough of them their covariance is exactly one, so that the ELBOs of normal
+    densities carry no sampling error.
+
+    Args:
+        draws: How many.
+        like: Vector of shape ``(features,)`` whose dtype and device they have.
+        seed: Their seed.
+    """
+    size = (draws // 2, len(like))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(size, generator=generator, device="cpu", dtype=like.dtype)
+    if size[0] >= size[1]:
+        # Not by the Gram matrix, which is nearly singular for as many draws as features.
+        orthogonal, triangle = torch.linalg.qr(noise)
+        noise = orthogonal * triangle.diagonal().sign() * math.sqrt(size[0])
+    return torch.cat([noise, -noise]).to(like.device)
 
 
 def _put(into: Gaussians, index: Tensor, new: Gaussians) -> Gaussians:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import caller_level
 from .._deadline import Deadline, TimeOver
 from .._random import forked
 from ..flows import Flow, RealNVP
 from ..guides import AutoFlow, AutoMixture
 from ..guides.guide import Guide
 from ..model.density import LogDensity
+from ..model.explanation import explain
 from ..model.minibatch import MiniBatchDensity
 from ..nn import mlp
 from ..train import processes
@@ -103,8 +106,9 @@ class Climb:
         Args:
             flow: Makes a flow or transform from the number of features.
         """
-        guide = AutoFlow(self.density.continuous_model, flow=flow)
-        self.density.introduce(guide)
+        density = self.density
+        guide = AutoFlow(density.continuous_model, flow, density.init_loc_fn)
+        density.introduce(guide)
         if self.census is not None:
             guide.whiten(self.census.best.loc, self.census.best.scale_tril)
         return guide
@@ -179,6 +183,7 @@ class Climb:
         best = self.best
         if best is None:
             raise RuntimeError("Expected at least one attempt; got none.")
+        self._tell_failures()
         guide = best.guide
         if self.own is not None:
             # A guide of the user is trained in place, and keeps its best numbers.
@@ -206,6 +211,16 @@ class Climb:
         )
         late = Finding(TIME_LIMIT, NOT_JUDGED, None, None, sentence)
         return replace(verdict, findings=(*verdict.findings, late))
+
+    def _tell_failures(self) -> None:
+        """Warns where most points of the training could not be evaluated."""
+        failures = self.trained.failures
+        if failures.most and failures.example is not None:
+            warnings.warn(
+                f"{failures.points} of {failures.evaluated} points could not be evaluated and count "
+                f"as of density zero; at one of them, {explain(self.density, failures.example)}",
+                stacklevel=caller_level(),
+            )
 
 
 def train_flow(climb: Climb, guide: AutoFlow, steps: int) -> int:
@@ -316,8 +331,11 @@ def make_mixture(climb: Climb) -> AutoMixture | None:
         return None
     modes = climb.census.modes
     count = len(modes.elbo)
-    mixture = AutoMixture(climb.density.continuous_model, count, flow=make_narrow_flow)
-    climb.density.introduce(mixture)
+    density = climb.density
+    mixture = AutoMixture(
+        density.continuous_model, count, make_narrow_flow, init_loc_fn=density.init_loc_fn
+    )
+    density.introduce(mixture)
     for k in range(count):
         mode = modes.one(k)
         mixture.whiten(k, mode.loc, mode.scale_tril)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from .._random import forked
 from ..guides.guide import Guide
 from ..model import prediction as simulate
 from ..model.density import LogDensity
+from ..model.handlers import DetachedCopies
 from ..report import arviz_bridge as arviz
 from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
@@ -108,6 +110,12 @@ class Posterior:
     def __repr__(self) -> str:
         interrupted = " The fit was interrupted." if self.interrupted else ""
         return f"<Posterior of {self._sites}. {self.verdict}{interrupted}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        new = memo[id(self)] = copy.copy(self)
+        with DetachedCopies():
+            vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
 
     @property
     def _sites(self) -> str:

@@ -14,7 +14,6 @@ from pyro.infer.autoguide import init_to_value
 from torch import Tensor
 
 from pyroflows.model import LogDensity
-from pyroflows.model.handlers import NanWhereSingular
 from pyroflows.model.minibatch import log_density_of
 
 MODES = ("captured", "vmap", "loop")
@@ -199,38 +198,3 @@ def test_a_gaussian_process_whose_covariance_fails_at_wide_length_scales() -> No
     assert bool(found.usable[:20].all()) and not bool(found.usable[-20:].any())
     alone = torch.stack([density.evaluate(row).log_prob for row in z[:20:5]])
     torch.testing.assert_close(found.log_prob[:20:5], alone)
-
-
-# Factorisations
-
-
-REGULAR = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
-SINGULAR = torch.tensor([[1.0, 1.0], [1.0, 1.0]]) - 1e-3 * torch.eye(2)
-ZERO = torch.zeros(2, 2)
-RIGHT = torch.ones(2, 3)
-
-FACTORISATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-    "linalg.cholesky": (torch.linalg.cholesky, SINGULAR),
-    "upper": (lambda a: torch.linalg.cholesky(a, upper=True), SINGULAR),
-    "cholesky": (torch.cholesky, SINGULAR),
-    "Tensor.cholesky": (lambda a: a.cholesky(), SINGULAR),
-    "linalg.inv": (torch.linalg.inv, ZERO),
-    "inverse": (torch.inverse, ZERO),
-    "Tensor.inverse": (lambda a: a.inverse(), ZERO),
-    "solve": (lambda a: torch.linalg.solve(a, RIGHT), ZERO),
-    "solve from the right": (lambda a: torch.linalg.solve(a, RIGHT.mT, left=False), ZERO),
-    "solve a vector": (lambda a: torch.linalg.solve(a, RIGHT[:, 0]), ZERO),
-}
-
-
-@pytest.mark.parametrize("name", FACTORISATIONS)
-@pytest.mark.filterwarnings("ignore:torch.cholesky is deprecated")
-def test_a_matrix_that_cannot_be_factorised_gives_nan(name: str) -> None:
-    factorise, bad = FACTORISATIONS[name]
-    with pytest.raises(torch.linalg.LinAlgError):
-        factorise(bad)
-    with NanWhereSingular():
-        torch.testing.assert_close(factorise(REGULAR), factorise(REGULAR.clone()))
-        of_batch = torch.func.vmap(factorise)(torch.stack([REGULAR, bad]))
-    torch.testing.assert_close(of_batch[0], factorise(REGULAR))
-    assert bool(of_batch[1].isnan().all())
