@@ -358,10 +358,11 @@ class Loop:
     def _resume(self, steps: int, deadline: Deadline, checkpoint: Checkpoint | None) -> bool:
         """Goes back to the state in the checkpoint; tells whether the training ended in it."""
         saved = None if checkpoint is None else checkpoint.begin(self._settings(steps))
-        if saved is None:
+        if checkpoint is None or saved is None:
             return False
-        self.load_state_dict(saved)
-        self._begun = deadline.elapsed - saved["seconds"]
+        with checkpoint.restoring():
+            self.load_state_dict(saved)
+            self._begun = deadline.elapsed - saved["seconds"]
         return self._reason is not None
 
     def _settings(self, steps: int) -> dict[str, Any]:
