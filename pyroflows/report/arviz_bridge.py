@@ -11,6 +11,7 @@ into a vector (0.23) and notes the time, so that two runs with one seed differ.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 import warnings
@@ -483,11 +484,21 @@ def _groups(data: Any) -> Iterator[tuple[str, xarray.Dataset]]:
 
 
 def _import_arviz() -> Any:
-    # ArviZ 0.23 announces its successor once a day, by a warning at import.
+    # At its first import ArviZ 0.23 announces its successor, by a warning once a day, and logs
+    # which parts of the successor are not installed.
+    log = logging.getLogger("arviz.preview")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        import arviz
+        log.addFilter(_refuse)
+        try:
+            import arviz
+        finally:
+            log.removeFilter(_refuse)
     return arviz
+
+
+def _refuse(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _has_datatree(arviz: Any) -> bool:

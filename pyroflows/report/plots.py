@@ -258,7 +258,7 @@ def _written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
         try:
             write_whole(name, content.getvalue())
         except OSError as error:
-            raise ValueError(f"Cannot write {name!r}: {reason(error)}.") from None
+            raise ValueError(f"Cannot write {name!r}: {reason(error)}.") from error
     return figure
 
 
