@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
+from .._vmap import vmap
 from .base import Failures
 from .handlers import DetachedData, NanWhereSingular
 from .inputs import Inputs
@@ -247,7 +248,7 @@ class Evaluator:
 
         shared = len(leaves.tensors(free))
         of_point = function if transform is None else transform(function)
-        return torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+        return vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
 
     def _cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._graphs:
@@ -357,7 +358,7 @@ def map_points(
     if batch_size > 1:
         try:
             with NanWhereSingular(), DetachedData():
-                batched = torch.func.vmap(function, randomness="different", chunk_size=batch_size)
+                batched = vmap(function, randomness="different", chunk_size=batch_size)
                 return batched(points)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none

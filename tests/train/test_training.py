@@ -254,6 +254,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
     assert bool(parameters(flow).isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (TrainingReport(150, 1, 0, ""), False),
+        (TrainingReport(150, 4, 0, ""), True),
+        (TrainingReport(1500, 20, 1, ""), True),
+    ],
+)
+def test_a_few_skipped_steps_are_not_worth_a_word(report: TrainingReport, told: bool) -> None:
+    assert (report.warning is not None) == told
+
+
 def test_particles_without_a_density_are_left_out() -> None:
     def cliff(call: int, value: Tensor, grad: Tensor) -> None:
         value[::2] = -torch.inf
