@@ -34,7 +34,7 @@ __all__ = [
 
 # Steps without a finite gradient in a row, after which the last good parameters are restored.
 PATIENCE = 20
-# The share of skipped steps that changes no fit, so that a user need not hear of it.
+#: The share of skipped steps that changes no fit, so that a user need not hear of it.
 FEW = 0.02
 # How often they are restored before the training gives up.
 RESTORATIONS = 5
