@@ -12,6 +12,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .._random import forked
+from .._vmap import vmap
 from ..model.checks import check_call
 from ..model.density import LatentSite, LogDensity
 from .guide import Guide
@@ -144,11 +145,11 @@ class TracedGuide(Guide):
 
     @property
     def _draw_batch(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return torch.func.vmap(self._draw, randomness="different", chunk_size=AT_ONCE)
+        return vmap(self._draw, randomness="different", chunk_size=AT_ONCE)
 
     @property
     def _score_batch(self) -> Callable[[Tensor], Tensor]:
-        return torch.func.vmap(self._score, chunk_size=AT_ONCE)
+        return vmap(self._score, chunk_size=AT_ONCE)
 
     @torch.no_grad()
     def _find_batched(self) -> tuple[bool, bool]:

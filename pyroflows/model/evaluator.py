@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
 from .._deadline import check_time
+from .._vmap import vmap
 from .base import Failures
 from .handlers import DetachedData
 from .inputs import Inputs
@@ -270,7 +271,7 @@ class Evaluator:
 
         shared = len(leaves.tensors(free))
         of_point = function if transform is None else transform(function)
-        of_points = torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+        of_points = vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
 
         def of_batch(points: Tensor, *tensors: Tensor) -> Any:
             # Around differentiation, because gradients factorise matrices too.
@@ -392,7 +393,7 @@ def map_points(
     if batch_size > 1:
         try:
             with NanWhereSingular(), DetachedData():
-                batched = torch.func.vmap(function, randomness="different", chunk_size=batch_size)
+                batched = vmap(function, randomness="different", chunk_size=batch_size)
                 return batched(points)
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ..model.handlers import DetachedCopies
 from ..report import arviz_bridge as arviz
 from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
+from .fingerprint import take_fingerprint
 from .importance import ImportanceSample, draw_importance_sample, resample
 from .subject import KHAT_LIMIT, entry_names
 from .verdict import Verdict
@@ -282,6 +283,25 @@ class Posterior:
         """
         write_state(self._to_plain(), path)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "Expected Posterior.save and pyroflows.load_posterior, because a pickle cannot hold "
+            "the model; got a posterior to pickle."
+        )
+
+    # Without these two, copies would go by way of a pickle.
+
+    def __copy__(self) -> Posterior:
+        return self._with(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, fields: Mapping[str, Any]) -> Posterior:
+        made = type(self).__new__(type(self))
+        vars(made).update(fields)
+        return made
+
     def _to_plain(self) -> dict[str, Any]:
         density = self.density
         arguments = None if density.streamed else [list(density.args), density.kwargs]
@@ -290,6 +310,7 @@ class Posterior:
             "guide": self.guide.spec(),
             "parameters": self.guide.state_dict(),
             "arguments": arguments if is_plain(arguments) else None,
+            "fingerprint": list(take_fingerprint(density)),
             "verdict": self.verdict.to_plain(),
             "trajectories": self.trajectories,
             "name": self.name,

@@ -10,17 +10,18 @@ into a vector (0.23) and notes the time, so that two runs with one seed differ.
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .._files import whole_file
+from .._files import check_path, reason, write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loo",
+    "check_mapping",
     "diagnostics",
     "hdi",
     "load",
@@ -117,6 +119,12 @@ def to_inference_data(
         >>> data["posterior"]["theta"].dims
         ('chain', 'draw', 'school')
     """
+    check_mapping("groups", groups, to="groups of arrays")
+    for group, arrays in groups.items():
+        check_mapping(f"the group {group!r}", arrays)
+    check_mapping("dims", {} if dims is None else dims, to="dimensions")
+    check_mapping("coords", {} if coords is None else coords, to="labels")
+    check_mapping("attrs", {} if attrs is None else attrs, to="notes")
     datasets = {
         group: _dataset(group, arrays, dims or {}, coords or {})
         for group, arrays in groups.items()
@@ -179,7 +187,11 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
         >>> psis(np.zeros(4000))[1]
         -inf
     """
-    given = np.asarray(log_weights, dtype=np.float64)
+    try:
+        given = np.asarray(log_weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        kind = type(log_weights).__name__
+        raise TypeError(f"Expected log_weights to be real numbers; got {kind}.") from error
     weights = _normalise(_checked_log_weights(given.ravel()))
     ordered = np.sort(weights)
     length = _tail_length(len(weights))
@@ -226,6 +238,7 @@ def loo(log_likelihood: Mapping[str, Any]) -> Loo:
         >>> result.elpd.shape, bool((result.khat < 0.7).all())
         ((8,), True)
     """
+    check_mapping("log_likelihood", log_likelihood)
     arrays = [
         _checked_array("log_likelihood", name, values).astype(np.float64)
         for name, values in log_likelihood.items()
@@ -280,6 +293,9 @@ def summary(
     """
     import pandas
 
+    check_mapping("draws", draws)
+    check_mapping("dims", {} if dims is None else dims, to="dimensions")
+    check_mapping("coords", {} if coords is None else coords, to="labels")
     with_chain = {name: np.asarray(values)[None] for name, values in draws.items()}
     dataset = _dataset("posterior", with_chain, dims or {}, coords or {})
     labels: list[str] = []
@@ -346,6 +362,7 @@ def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
         >>> bool(diagnostics({"mu": apart})["rhat"]["mu"] > 1.5)
         True
     """
+    check_mapping("draws", draws)
     arviz = _import_arviz()
     # Numbers for names, so that no variable is called as a dimension.
     dataset = _dataset(
@@ -390,16 +407,13 @@ def save(data: Any, path: str | os.PathLike[str]) -> None:
         ...     load(path)["posterior"]["mu"].shape
         (1, 100)
     """
-    if not hasattr(data, "to_netcdf"):
+    if not (hasattr(data, "to_netcdf") and hasattr(data, "groups")):
         raise TypeError(f"Expected an InferenceData or a DataTree; got {type(data).__name__}.")
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"Expected path to name a file; got the folder {str(target)!r}.")
+    target = check_path("path", path)
     try:
-        with whole_file(target) as temporary:
-            data.to_netcdf(temporary, engine=ENGINE)
+        write_whole(target, _netcdf(data))
     except OSError as error:
-        raise ValueError(f"Cannot write {str(target)!r}: {_reason(error)}.") from error
+        raise ValueError(f"Cannot write {target!r}: {reason(error)}.") from error
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -417,7 +431,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     Example:
         See ``save``.
     """
-    source = str(Path(path))
+    source = check_path("path", path)
     arviz = _import_arviz()
     try:
         if not _has_datatree(arviz):
@@ -428,15 +442,63 @@ def load(path: str | os.PathLike[str]) -> Any:
         with open_datatree(source, engine=ENGINE) as tree:
             return tree.load()
     except OSError as error:
-        raise ValueError(f"Cannot read {source!r} as netCDF: {_reason(error)}.") from error
+        raise ValueError(f"Cannot read {source!r} as netCDF: {reason(error)}.") from error
+    except Exception as error:  # of any type, from whatever reads a damaged file
+        raise ValueError(f"Cannot read {source!r} as netCDF: {error!r}.") from error
+
+
+def check_mapping(name: str, value: Any, to: str = "arrays") -> None:
+    """Raises ``TypeError`` unless ``value`` maps names to something."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"Expected {name} to map names to {to}; got {type(value).__name__}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"Expected {name} to have names as keys; got {key!r}.")
+
+
+def _netcdf(data: Any) -> memoryview:
+    """The bytes of a netCDF file, made in memory, because HDF5 crashes where a disk is full."""
+    import h5netcdf
+    from xarray import Dataset
+    from xarray.backends import H5NetCDFStore
+
+    buffer = io.BytesIO()
+    with h5netcdf.File(buffer, "w") as file:
+        Dataset(attrs=data.attrs).dump_to_store(H5NetCDFStore(file))
+        for name, dataset in _groups(data):
+            compressed = [key for key, v in dataset.variables.items() if v.dtype.kind in "biuf"]
+            dataset.dump_to_store(
+                H5NetCDFStore(file, group=name, mode="a"),
+                encoding={key: {"zlib": True} for key in compressed},
+            )
+    return buffer.getbuffer()
+
+
+def _groups(data: Any) -> Iterator[tuple[str, xarray.Dataset]]:
+    if hasattr(data, "subtree"):
+        for node in data.subtree:
+            if node.path != "/":
+                yield node.path, node.to_dataset(inherit=False)
+    else:
+        yield from data.items()
 
 
 def _import_arviz() -> Any:
-    # ArviZ 0.23 announces its successor once a day, by a warning at import.
+    # At its first import ArviZ 0.23 announces its successor, by a warning once a day, and logs
+    # which parts of the successor are not installed.
+    log = logging.getLogger("arviz.preview")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        import arviz
+        log.addFilter(_refuse)
+        try:
+            import arviz
+        finally:
+            log.removeFilter(_refuse)
     return arviz
+
+
+def _refuse(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _has_datatree(arviz: Any) -> bool:
@@ -472,7 +534,12 @@ def _dataset(
 
 
 def _checked_array(group: str, name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # of lists whose inner lists differ in length
+        raise ValueError(
+            f"Expected {name!r} in {group!r} to be an array; got {type(values).__name__}."
+        ) from error
     if array.dtype.kind not in ("biufU" if _is_data(group) else "biuf"):
         raise TypeError(
             f"Expected real numbers for {name!r} in {group!r}; got dtype {array.dtype}."
@@ -579,7 +646,3 @@ def _statistics(draws: np.ndarray) -> np.ndarray:
     if not columns.shape[1]:
         return np.empty((0, 4))
     return np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior, load_posterior
+from pyroflows._archive import write_archive
 from pyroflows.posterior import importance
-from pyroflows.posterior.files import FIELDS
+from pyroflows.posterior.loading import Saved
 from pyroflows.posterior.subject import JUDGE_DRAWS
 
 with warnings.catch_warnings():
@@ -697,12 +698,12 @@ def test_a_truncated_file_is_refused(posterior: pf.Posterior, tmp_path: Path) ->
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 99}, tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"of format 4; .* has format 99"):
+    write_archive({"format": 99}, str(tmp_path / "p.pt"))
+    with pytest.raises(ValueError, match=r"of format 5; .* has format 99"):
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", Saved.__annotations__)
 def test_a_file_that_lacks_a_field_is_refused(
     name: str, posterior: pf.Posterior, tmp_path: Path
 ) -> None:
@@ -710,7 +711,7 @@ def test_a_file_that_lacks_a_field_is_refused(
     posterior.save(path)
     state = torch.load(path, weights_only=True)
     del state[name]
-    torch.save(state, path)
+    write_archive(state, str(path))
     with pytest.raises(
         ValueError, match=rf"Expected the file of a saved posterior; .* lacks {name}"
     ):

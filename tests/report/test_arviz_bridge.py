@@ -5,6 +5,7 @@ pytest --noconftest tests/report/test_arviz_bridge.py
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -279,24 +280,41 @@ def test_save_replaces_a_file_that_was_loaded(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.nc"]
 
 
-def test_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
-    class Broken:
-        def to_netcdf(self, path: str, engine: str) -> None:
-            Path(path).write_text("half")
-            raise OSError(28, "No space left on device")
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = tmp_path / "x.nc"
     path.write_text("old")
-    with pytest.raises(ValueError, match=r"Cannot write .*No space left"):
-        bridge.save(Broken(), path)
+    monkeypatch.setattr(os, "fsync", full)
+    data = bridge.to_inference_data({"posterior": {"mu": np.zeros((1, 100))}})
+    with pytest.raises(ValueError, match=r"^Cannot write '.*x\.nc': No space left on device\.$"):
+        bridge.save(data, path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.nc"]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", [1.0], np.zeros((1, 100)), {3: np.zeros(100)}])
+@pytest.mark.parametrize(
+    "report",
+    [
+        bridge.to_inference_data,
+        lambda groups: bridge.to_inference_data({"posterior": groups}),
+        lambda notes: bridge.to_inference_data({}, attrs=[1] if notes is None else notes),
+        bridge.loo,
+        bridge.summary,
+        bridge.diagnostics,
+    ],
+)
+def test_what_maps_no_names_is_told(report: Any, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Expected .* (to map names to|to have names as keys).*;"):
+        report(wrong)
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        (".", "path to name a file; got the folder"),
+        (".", "Cannot write .*Is a directory"),
         ("missing/x.nc", "Cannot write .*No such"),
     ],
 )
