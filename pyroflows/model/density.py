@@ -23,7 +23,8 @@ from . import checks
 from .base import Density
 from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob
-from .evaluator import Evaluator, first_sentence, map_points
+from .evaluator import Evaluator, map_points
+from .faults import describe_error, explained
 from .handlers import (
     GivenRows,
     ParameterRecorder,
@@ -37,6 +38,7 @@ from .sites import (
     find_latent_sites,
     is_discrete,
     latent_nodes,
+    observed_names,
     plate_frames,
     sample_nodes,
 )
@@ -83,6 +85,7 @@ class LogDensity(Density):
         features: Entries of :math:`z`.
         sites: The latent sites, in order.
         discrete: The names of the discrete latent sites.
+        observed: The names of the sites that have data, those of ``pyro.factor`` among them.
         initial: The start, of shape ``(features,)``.
         parameters: The model's own parameters by name: the leaves that an optimiser moves, so a
             constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
@@ -125,15 +128,13 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
-        trace = self._prototype(init_loc_fn)
-        self.subsampled = self.data.find_subsampled(trace)
-        if self.subsampled:
-            trace = self._take_all_rows(init_loc_fn)
-        self._read_sites(trace)
-        self._run_again(trace)
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
-        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
-        self.data.check(self, trace)
+        with explained(lambda: self._run_unvalidated(init_loc_fn)):
+            trace = self._prototype(init_loc_fn)
+            self._read_sites(trace)
+            self._run_again(trace)
+            self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
+            self._program = self._evaluator.make_program(self.inputs, self.batch_size)
+            self.data.check(self, trace)
         if not self.batched:
             warnings.warn(
                 "This model cannot be evaluated for a batch of points, so its log density is "
@@ -511,45 +512,50 @@ class LogDensity(Density):
     # Construction
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
-        try:
-            trace = self._run_from(init_loc_fn)
-        except ValueError:
-            # Pyro names no site when NaN reaches the parameters of a distribution.
-            with pyro.validation_enabled(False):
-                checks.check_no_nan(self._run_from(init_loc_fn))
-            raise
+        """A first trace of the model, with all rows of its plates, whose data are checked."""
+        trace = self._run_from(init_loc_fn)
         checks.check_data(trace)
+        self.subsampled = self.data.find_subsampled(trace)
+        if self.subsampled:
+            self._take_all_rows(init_loc_fn)
+            trace = self._run_from(init_loc_fn)
         return trace
 
     def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
         def start(site: dict[str, Any]) -> Any:
+            checks.check_distribution(site["name"], site["fn"])
+            checks.check_sizes(site["name"], site["fn"])
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
             model = poutine.trace(InitMessenger(start)(self.model))
             return model.get_trace(*self.args, **self.kwargs)
 
-    def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
-        """Runs the model on all rows of its subsampled plates from here on."""
+    def _run_unvalidated(self, init_loc_fn: Callable[..., Any]) -> Any:
+        with pyro.validation_enabled(False):
+            return self._run_from(init_loc_fn)
+
+    def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> None:
+        """Lets the model see all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
         rows = max(size for size, _ in self.subsampled.values())
         self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // rows))
         try:
-            with pyro.validation_enabled(False):
-                self._run_from(init_loc_fn)
+            checks.check_data(self._run_unvalidated(init_loc_fn))
         except Exception as error:
-            plates = ", ".join(map(repr, self.subsampled))
+            plates = [f"{size} rows of {name!r}" for name, (size, _) in self.subsampled.items()]
             raise ValueError(
-                f"Expected a model that runs on all rows of its subsampled plates ({plates}) too; "
-                f"got one that says: {first_sentence(error)}."
+                f"Expected a model that runs on all {' and '.join(plates)} too; got "
+                f"{describe_error(error)}. Index the data by the plate, or give a DataLoader as "
+                "args."
             ) from error
-        return self._prototype(init_loc_fn)
 
     def _read_sites(self, trace: Any) -> None:
         checks.check_latents(trace)
         self.sites = find_latent_sites(trace)
         checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
+        self.observed = observed_names(trace)
         self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
         self.initial = self.unconstrain(values)
