@@ -515,14 +515,23 @@ def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, se
     assert err.count("\n") == 1
 
 
-def test_data_of_a_wrong_shape_are_told_with_their_site(fit, capsys):
-    fit.result = RuntimeError("The size of tensor a (2) must match the size of tensor b (3).")
-    assert main(["fit", "eight_schools", "--data", data(y=[1.0, 2.0], sigma=[1.0, 2.0, 3.0])]) == 2
-    sentence = _one_sentence(capsys)
-    assert (
-        "site 'y' holds a value of shape (2,) that its distribution, of shape (3,), cannot score"
-        in sentence
-    )
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "broken",
+            "got AttributeError ('Tensor' object has no attribute 'missing') after site 'z'",
+        ),
+        ("misshapen", "'n') at site y dim -1, 3 vs 2) at site 'y'"),
+        ("model", "site 'y' observes shape (2, 1) under a distribution of batch shape (2,)"),
+    ],
+)
+def test_a_model_that_cannot_be_fitted_is_told_with_its_site(capsys, name, sentence):
+    given = {"y": [[1.0], [2.0]], "sigma": 1.0} if name == "model" else {"y": [1.0, 2.0]}
+    assert main(["fit", f"m.py:{name}", "--data", data(**given)]) == 2
+    told = _one_sentence(capsys)
+    assert sentence in told
+    assert ("See m.py, line " in told) == (name != "model")
 
 
 def test_warnings_are_sentences(monkeypatch, capsys):

@@ -103,10 +103,10 @@ def _posterior(problem: Problem, options: Options, device: str | None) -> Any:
             where = f"{problem.source}, line {line}"
             raise UserError(f"The model raised {describe(error)} at {where}.") from error
         if isinstance(error, (ValueError, TypeError)):
-            raise UserError(sentence(error)) from error
-        site = _site_at_fault(problem)
-        if site is not None:
-            raise UserError(site) from error
+            cause = error.__cause__
+            line = None if cause is None else line_in(problem.source, cause)
+            where = "" if line is None else f" See {problem.source}, line {line}."
+            raise UserError(sentence(error) + where) from error
         raise  # a mistake of this package: its traceback is of use
 
 
@@ -203,26 +203,6 @@ def _check_device(name: str | None) -> str | None:
         return None if name is None else check_device("--device", name)
     except ValueError as error:
         raise UserError(sentence(error)) from error
-
-
-def _site_at_fault(problem: Problem) -> str | None:
-    """A sentence on the first site whose value its distribution cannot score."""
-    from pyro import poutine
-
-    trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
-    site: Any
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        fn, value = site["fn"], site["value"]
-        try:
-            fn.log_prob(value)
-        except Exception as error:  # of any type: the distribution may be the user's own
-            return (
-                f"The site {name!r} holds a value of shape {tuple(value.shape)} that its "
-                f"distribution, of shape {tuple(fn.shape())}, cannot score: {sentence(error)}"
-            )
-    return None
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -43,7 +43,7 @@ __all__ = [
 
 
 # More latent entries than this are a mistake, and the memory for them would end the process.
-MOST_ENTRIES = 10**8
+MOST_ENTRIES = 10**7
 
 
 def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -216,9 +216,10 @@ def check_data(trace: Any) -> None:
     for name, node in sample_nodes(trace):
         check_distribution(name, node["fn"])
         if node["is_observed"]:
-            _check_kind_of_data(name, node["value"])
+            value = node["value"]
+            _check_kind_of_data(name, value)
             check_shape(name, node)
-            _check_support_of_data(name, node["fn"], node["value"])
+            _check_support_of_data(name, node["fn"], value)
         check_mask(name, node)
 
 

@@ -130,6 +130,9 @@ class LogDensity(Density):
         self.model = self.data.wrap(model)
         with explained(lambda: self._run_unvalidated(init_loc_fn)):
             trace = self._prototype(init_loc_fn)
+            self.subsampled = self.data.find_subsampled(trace)
+            if self.subsampled:
+                trace = self._take_all_rows(init_loc_fn)
             self._read_sites(trace)
             self._run_again(trace)
             self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
@@ -512,13 +515,8 @@ class LogDensity(Density):
     # Construction
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
-        """A first trace of the model, with all rows of its plates, whose data are checked."""
         trace = self._run_from(init_loc_fn)
         checks.check_data(trace)
-        self.subsampled = self.data.find_subsampled(trace)
-        if self.subsampled:
-            self._take_all_rows(init_loc_fn)
-            trace = self._run_from(init_loc_fn)
         return trace
 
     def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
@@ -535,8 +533,8 @@ class LogDensity(Density):
         with pyro.validation_enabled(False):
             return self._run_from(init_loc_fn)
 
-    def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> None:
-        """Lets the model see all rows of its subsampled plates from here on."""
+    def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
+        """Runs the model on all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
         rows = max(size for size, _ in self.subsampled.values())
         self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // rows))
@@ -549,6 +547,7 @@ class LogDensity(Density):
                 f"{describe_error(error)}. Index the data by the plate, or give a DataLoader as "
                 "args."
             ) from error
+        return self._prototype(init_loc_fn)
 
     def _read_sites(self, trace: Any) -> None:
         checks.check_latents(trace)
