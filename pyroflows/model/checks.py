@@ -225,10 +225,17 @@ def check_data(trace: Any) -> None:
 
 def _check_kind_of_data(name: str, value: Any) -> None:
     if not isinstance(value, (Tensor, Number)):
-        raise TypeError(
-            f"Expected observed values to be tensors, as torch.as_tensor makes; site {name!r} "
-            f"observes an object of type {type(value).__name__}."
-        )
+        got = f"an object of type {type(value).__name__}"
+    elif torch.as_tensor(value).is_complex():
+        got = "complex numbers"
+    elif isinstance(value, Tensor) and value.is_meta:
+        got = "a tensor without numbers, of the device meta"
+    else:
+        return
+    raise TypeError(
+        "Expected observed values to be tensors of numbers, as torch.as_tensor makes; site "
+        f"{name!r} observes {got}."
+    )
 
 
 def _check_support_of_data(name: str, fn: Any, value: Any) -> None:

@@ -61,7 +61,7 @@ def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
         yield
     except Exception as error:
         # Pyro raises an error anew, with the shapes of the trace.
-        retold = "Trace Shapes:" in str(error) and error.__cause__ is not None
+        retold = "Trace Shapes:" in _text(error) and error.__cause__ is not None
         root = error.__cause__ if retold else error
         if isinstance(root, (TypeError, ValueError)) and _raised_here(root):
             raise root from root.__cause__
@@ -73,12 +73,19 @@ def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """The type of an error and what it says, in one line without a full stop."""
-    text = " ".join(str(error).split("Trace Shapes:")[0].split())
-    text = text.split(", but found invalid values")[0]
+    text = _text(error).split("Trace Shapes:")[0].split(", but found invalid values")[0]
+    text = " ".join(text.split())
     # The allocator of torch begins with a place in its own source.
     text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text).rstrip(".")
     name = type(error).__name__.lstrip("_")
     return f"{name} ({textwrap.shorten(text, WIDTH, placeholder=' ...')})" if text else name
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a class of the user's, whose own text fails
+        return ""
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -167,6 +167,38 @@ def a_string_is_observed() -> Problem:
     return model, ("0.3",)
 
 
+@hostile("'y'", "function")
+def a_function_is_observed() -> Problem:
+    def model(y):
+        pyro.sample("y", dist.Normal(slope(), 1.0), obs=y)
+
+    return model, (lambda: 0.3,)
+
+
+@hostile("'y'", "complex")
+def complex_numbers_are_observed() -> Problem:
+    def model(y):
+        pyro.sample("y", dist.Normal(slope(), 1.0), obs=y)
+
+    return model, (torch.tensor(1j),)
+
+
+@hostile("'y'", "meta")
+def a_tensor_without_numbers_is_observed() -> Problem:
+    def model(y):
+        pyro.sample("y", dist.Normal(slope(), 1.0), obs=y)
+
+    return model, (torch.zeros((), device="meta"),)
+
+
+@hostile("'y'", "bool")
+def truths_of_a_bernoulli() -> Problem:
+    def model(y):
+        pyro.sample("y", dist.Bernoulli(logits=slope()), obs=y)
+
+    return model, (torch.tensor(True),)
+
+
 @hostile("'k'", "outside of")
 def counts_beyond_their_categories() -> Problem:
     def model(k):
@@ -357,7 +389,43 @@ def means_and_scales_of_two_sizes() -> Problem:
     return model, (Y,)
 
 
-# Sites
+@hostile("'y'", "reinterpreted_batch_ndims")
+def an_event_too_many() -> Problem:
+    def model(y):
+        pyro.sample("y", dist.Normal(slope(), 1.0).to_event(1), obs=y)
+
+    return model, (torch.tensor(0.3),)
+
+
+@hostile("'y'", "(4)", "(3)")
+def inputs_of_another_width() -> Problem:
+    def model(y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("n", N):
+            pyro.sample("y", dist.Normal((torch.ones(N, 4) * w).sum(-1), 1.0), obs=y)
+
+    return model, (Y,)
+
+
+@hostile("'w'", "inplace")
+def a_latent_changed_in_place() -> Problem:
+    def model(y):
+        w = slope()
+        w += 1
+        pyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    return model, (torch.tensor(0.3),)
+
+
+@hostile("'bias'")
+def a_parameter_without_value() -> Problem:
+    def model():
+        return slope() + pyro.param("bias")
+
+    return model, ()
+
+
+# Names and sizes
 
 
 @hostile("'w'")
@@ -373,6 +441,15 @@ def duplicate_names() -> Problem:
 def a_number_as_name() -> Problem:
     def model():
         pyro.sample(3, dist.Normal(0.0, 1.0))
+
+    return model, ()
+
+
+@hostile("3")
+def a_number_as_name_of_a_plate() -> Problem:
+    def model():
+        with pyro.plate(3, N):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
 
     return model, ()
 
@@ -577,6 +654,18 @@ def an_error_of_ones_own() -> Problem:
     def model():
         slope()
         raise Odd("stop here")
+
+    return model, ()
+
+
+@hostile("Mute", "before its first site")
+def an_error_that_cannot_be_told() -> Problem:
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    def model():
+        raise Mute
 
     return model, ()
 
