@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import list_names
 from .._compat import unvalidated, validates
-from .faults import check_distribution, describe_error
+from .faults import check_site, describe_error
 from .shapes import check_mask, check_shape
 from .sites import (
     LatentSite,
@@ -214,7 +214,7 @@ def _told(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 def check_data(trace: Any) -> None:
     """Refuses data to which a distribution would give a meaningless density or none."""
     for name, node in sample_nodes(trace):
-        check_distribution(name, node["fn"])
+        check_site(name, node["fn"])
         if node["is_observed"]:
             value = node["value"]
             _check_kind_of_data(name, value)

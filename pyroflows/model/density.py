@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
 from .._compat import build_guide
+from .._random import forked
 from . import checks
 from .base import Density
 from .data import GivenData, as_data
@@ -203,7 +204,8 @@ class LogDensity(Density):
 
         Raises:
             TypeError: If ``args`` is no sequence or ``kwargs`` no mapping.
-            ValueError: If a parameter or plate is unknown, or a parameter has another shape.
+            ValueError: If a parameter or plate is unknown, a parameter has another shape, or data
+                broadcast their site.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -228,6 +230,8 @@ class LogDensity(Density):
         bound = copy.copy(self)
         bound.inputs = inputs.with_parameters(parameters or {})
         bound.data = GivenData(bound.inputs)
+        if bound.inputs.shapes() != self.inputs.shapes():
+            bound._check_shapes()
         bound.batch_size = check_size(
             "batch_size", self.batch_size if batch_size is None else batch_size
         )
@@ -521,7 +525,7 @@ class LogDensity(Density):
 
     def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
         def start(site: dict[str, Any]) -> Any:
-            checks.check_distribution(site["name"], site["fn"])
+            checks.check_site(site["name"], site["fn"])
             checks.check_sizes(site["name"], site["fn"])
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
@@ -533,6 +537,12 @@ class LogDensity(Density):
         with pyro.validation_enabled(False):
             return self._run_from(init_loc_fn)
 
+    def _check_shapes(self) -> None:
+        """Checks the data among inputs of other shapes than the first."""
+        values = self.constrain(self.initial)
+        with forked(0), explained(), pyro.validation_enabled(False), torch.no_grad():
+            checks.check_data(self._run_from(lambda site: _at(values, site)))
+
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
         """Runs the model on all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
@@ -541,7 +551,9 @@ class LogDensity(Density):
         try:
             checks.check_data(self._run_unvalidated(init_loc_fn))
         except Exception as error:
-            plates = [f"{size} rows of {name!r}" for name, (size, _) in self.subsampled.items()]
+            plates = [
+                f"{size} rows of plate {name!r}" for name, (size, _) in self.subsampled.items()
+            ]
             raise ValueError(
                 f"Expected a model that runs on all {' and '.join(plates)} too; got "
                 f"{describe_error(error)}. Index the data by the plate, or give a DataLoader as "

@@ -23,7 +23,7 @@ from torch.distributions.utils import lazy_property
 from .._compat import message_in, plate_in, trace_in
 from .sites import base_distribution, distribution_name, sample_nodes
 
-__all__ = ["check_distribution", "check_parameters", "describe_error", "explained"]
+__all__ = ["check_parameters", "check_site", "describe_error", "explained"]
 
 HERE = str(Path(__file__).parent)
 LIBRARIES = ("pyro", "pyroflows", "torch")
@@ -119,7 +119,7 @@ def _sentence(error: Exception) -> str:
     if message is not None:
         name, fn = message["name"], message["fn"]
         if not isinstance(name, str):
-            return f"Expected sites whose names are strings; got {name!r}."
+            return f"Expected sites whose names are strings with letters; got {name!r}."
         if message["type"] == "sample" and not isinstance(fn, Distribution):
             return _not_a_distribution(name, fn)
     return f"Expected a model that runs; got {describe_error(error)} {_place(error)}."
@@ -128,8 +128,10 @@ def _sentence(error: Exception) -> str:
 # Distributions at fault
 
 
-def check_distribution(name: str, fn: Any) -> None:
-    """Refuses a site whose distribution is none of Pyro."""
+def check_site(name: str, fn: Any) -> None:
+    """Refuses a site without a name, or whose distribution is none of Pyro."""
+    if not name:
+        raise ValueError(f"Expected sites whose names are strings with letters; got {name!r}.")
     if not isinstance(fn, Distribution):
         raise TypeError(_not_a_distribution(name, fn))
 

@@ -445,6 +445,14 @@ def a_number_as_name() -> Problem:
     return model, ()
 
 
+@hostile("''")
+def an_empty_name() -> Problem:
+    def model():
+        pyro.sample("", dist.Normal(0.0, 1.0))
+
+    return model, ()
+
+
 @hostile("3")
 def a_number_as_name_of_a_plate() -> Problem:
     def model():

@@ -227,6 +227,12 @@ def test_a_column_of_a_loader_is_refused() -> None:
         log_density_of(model, loader)
 
 
+def test_a_column_that_is_bound_later_is_refused() -> None:
+    density = LogDensity(regression(ROWS), (Y,))
+    with pytest.raises(ValueError, match=r"'y' observes shape \(6, 1\)"):
+        density.bind((Y[:, None],))
+
+
 def mixture(y: Tensor) -> None:
     means = pyro.sample("means", dist.Normal(torch.zeros(2), 3.0).to_event(1))
     with pyro.plate("rows", N):
