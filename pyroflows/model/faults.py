@@ -36,8 +36,9 @@ WIDTH = 300
 def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
     """Context manager that tells an error of the model in one sentence.
 
-    The sentence names the site at which the model failed, its error is a ``TypeError`` where the
-    model's was one and else a ``ValueError``, and its ``__cause__`` is the error of the model.
+    The sentence names the site at which the model failed. Its error is of the type that the model
+    raised, so that code that catches that type still does, and is a ``ValueError`` too unless it is
+    a ``TypeError``. Its ``__cause__`` is the error of the model.
 
     Args:
         run: Runs the model without validation and gives its trace. If given, the trace is searched
@@ -45,7 +46,7 @@ def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
 
     Raises:
         TypeError: If the model raises one.
-        ValueError: If the model raises any other exception.
+        ValueError: If the model raises any other exception, of whose type this one is too.
 
     Example:
         >>> import pyro
@@ -55,7 +56,7 @@ def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
         ...     pyro.poutine.trace(model).get_trace()
         Traceback (most recent call last):
             ...
-        ValueError: Expected a model that runs; got KeyError ('prior') before its first site.
+        KeyError: Expected a model that runs; got KeyError ('prior') before its first site.
     """
     try:
         yield
@@ -67,8 +68,24 @@ def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
             raise root from root.__cause__
         if run is not None:
             _look_for_parameters(run, error)
-        kind = TypeError if isinstance(root, TypeError) else ValueError
-        raise kind(_sentence(error)) from error
+        raise _like(error, _sentence(error)) from error
+
+
+def _like(error: Exception, sentence: str) -> Exception:
+    """An error of the same type, and a ``ValueError`` or ``TypeError``, that says a sentence."""
+    kind = type(error)
+    if kind in (TypeError, ValueError):
+        return kind(sentence)
+    bases = (kind,) if issubclass(kind, (TypeError, ValueError)) else (ValueError, kind)
+    if issubclass(kind, StopIteration):  # which would end the generator that raises it
+        return ValueError(sentence)
+    try:
+        members = {"__str__": lambda self: sentence, "__module__": kind.__module__}
+        made = type(kind.__name__, bases, members)
+        # The user's class may need other arguments than a sentence.
+        return kind.__new__(made, sentence)
+    except TypeError:  # a class that may not be extended
+        return ValueError(sentence)
 
 
 def describe_error(error: BaseException) -> str:

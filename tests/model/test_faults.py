@@ -38,16 +38,55 @@ def failing(error: Exception) -> Any:
     return model
 
 
+class Own(Exception):
+    """An error that takes two arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first}\n{second}")
+
+
+class Final(Exception):
+    """An error that cannot be extended."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("this class is final")
+
+
 @pytest.mark.parametrize(
-    "kind", [KeyError, LookupError, OSError, RuntimeError, ValueError, UnicodeError, Exception]
+    "error",
+    [
+        KeyError("first\nsecond"),
+        LookupError("first\nsecond"),
+        OSError(3, "first\nsecond"),
+        RuntimeError("first\nsecond"),
+        ValueError("first\nsecond"),
+        AttributeError("first\nsecond"),
+        Exception("first\nsecond"),
+        Own("first", "second"),
+        torch.linalg.LinAlgError("first\nsecond"),
+    ],
+    ids=lambda error: type(error).__name__,
 )
-def test_the_error_of_the_model_is_the_cause(kind: type[Exception]) -> None:
-    error = kind("first\nsecond")
-    with pytest.raises(ValueError, match=f"got {kind.__name__}") as caught:
+def test_the_sentence_has_the_type_of_the_error_of_the_model_which_is_its_cause(
+    error: Exception,
+) -> None:
+    kind = type(error)
+    with pytest.raises(kind) as caught:
         log_density_of(failing(error))
+    assert isinstance(caught.value, ValueError)
+    assert f"got {kind.__name__.lstrip('_')} (" in str(caught.value)
+    assert str(caught.value).endswith("after site 'x'.")
+    assert "\n" not in str(caught.value)
     cause = caught.value.__cause__
-    assert isinstance(cause, kind)
+    assert cause is not None
     assert error in (cause, cause.__cause__)  # Pyro raises some anew
+
+
+def test_an_error_whose_class_cannot_be_extended_is_a_value_error() -> None:
+    error = Final("no more")
+    with pytest.raises(ValueError, match=r"got Final \(no more\) after site 'x'") as caught:
+        log_density_of(failing(error))
+    assert caught.value.__cause__ is error
 
 
 def test_a_type_error_of_the_model_is_told_as_one() -> None:
