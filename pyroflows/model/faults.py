@@ -256,6 +256,5 @@ def _sample_statement(code: CodeType, line: int) -> str | None:
 
 def _sample_name(call: ast.Call) -> str | None:
     function = getattr(call.func, "attr", getattr(call.func, "id", None))
-    first = call.args[0] if call.args else None
-    is_name = isinstance(first, ast.Constant) and isinstance(first.value, str)
-    return first.value if function == "sample" and is_name else None  # type: ignore[union-attr,return-value]
+    name = getattr(call.args[0], "value", None) if call.args else None
+    return name if function == "sample" and isinstance(name, str) else None

@@ -1,9 +1,9 @@
 r"""Shapes of observed values against those of their sites.
 
 A distribution of batch shape :math:`B`, which plates have expanded to their sizes, and a value of
-batch shape :math:`V` broadcast to a log density of shape :math:`B \vee V`. Where that is larger than
-:math:`B`, rows meet rows of which they know nothing: a column :math:`(n, 1)` of data under :math:`n`
-means gives :math:`n \times n` residuals. So, dimension by dimension:
+batch shape :math:`V` broadcast to a log density of shape :math:`B \vee V`. Where that is larger
+than :math:`B`, rows meet rows of which they know nothing: a column :math:`(n, 1)` of data under
+:math:`n` means gives :math:`n \times n` residuals. So, dimension by dimension:
 
 - A value may not be larger than the distribution. Only a single distribution outside of all plates
   takes any number of draws.
