@@ -179,6 +179,12 @@ def _pattern(shape: Sequence[int]) -> str:
     return "(" + ", ".join(["*", *map(str, shape)]) + ")"
 
 
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """Returns names for a sentence: quoted, and counted beyond some."""
+    told = ", ".join(map(repr, names[:most]))
+    return told if len(names) <= most else f"{told} and {len(names) - most} more"
+
+
 def caller_level() -> int:
     """Returns the ``stacklevel`` at which a warning points to the first caller outside of this package."""
     package = str(Path(__file__).parent)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from traceback import walk_tb
 from typing import Any
 
 import pyro
@@ -19,9 +20,9 @@ from pyro.distributions import MaskedDistribution
 from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _PYRO_STACK, apply_stack
 from pyro.poutine.subsample_messenger import SubsampleMessenger
-from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributions import Distribution
@@ -56,12 +57,15 @@ __all__ = [
     "location_and_scale",
     "make_fx",
     "mask_of",
+    "message_in",
     "module_name",
     "named_dims",
     "packed_dims",
+    "plate_in",
     "stamp",
     "start_in_open_plates",
     "stored_parameters",
+    "trace_in",
     "transforming",
     "tree_flatten",
     "tree_leaves",
@@ -139,6 +143,33 @@ def whole_plates() -> Iterator[None]:
         yield
     finally:
         SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]
+
+
+def message_in(error: BaseException) -> Any:
+    """Returns the message of the innermost statement that an error passed through, or ``None``.
+
+    Errors of Pyro do not know their site, and only the frames of the traceback have its message.
+    """
+    frames = _frames_of(apply_stack, error)
+    return frames[-1]["msg"] if frames else None
+
+
+def plate_in(error: BaseException) -> tuple[str, Any] | None:
+    """Returns name and size of the plate in whose making an error arose, or ``None``."""
+    frames = _frames_of(IndepMessenger.__init__, error)
+    return (frames[-1]["name"], frames[-1]["size"]) if frames else None
+
+
+def trace_in(error: BaseException) -> Any:
+    """Returns the trace of the outermost run of a model that an error ended, or ``None``."""
+    frames = _frames_of(TraceHandler.__call__, error)
+    return frames[0]["self"].trace if frames else None
+
+
+def _frames_of(function: Any, error: BaseException) -> list[Mapping[str, Any]]:
+    """The local variables of the calls of a function that an error passed through."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return [frame.f_locals for frame in frames if frame.f_code is function.__code__]
 
 
 # Pyro: modules, parameters, guides

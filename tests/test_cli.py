@@ -644,6 +644,25 @@ def test_whole_numbers_are_real_where_the_model_needs_it(fit, name):
     assert not list(pyro.get_param_store())
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "broken",
+            "got AttributeError ('Tensor' object has no attribute 'missing') after site 'z'",
+        ),
+        ("misshapen", "'n') at site y dim -1, 3 vs 2) at site 'y'"),
+        ("model", "site 'y' observes shape (2, 1) under a distribution of batch shape (2,)"),
+    ],
+)
+def test_a_model_that_cannot_be_fitted_is_told_with_its_site(capsys, name, sentence):
+    given = {"y": [[1.0], [2.0]], "sigma": 1.0} if name == "model" else {"y": [1.0, 2.0]}
+    assert main(["fit", f"m.py:{name}", "--data", data(**given)]) == 2
+    told = _one_sentence(capsys)
+    assert sentence in told
+    assert ("(m.py, line " in told) == (name != "model")
+
+
 def test_warnings_are_sentences(monkeypatch, capsys):
     def warn(*_: Any, **__: Any) -> FakePosterior:
         warnings.warn("The model is\nslow.", stacklevel=1)

@@ -49,6 +49,22 @@ def test_active_traces_are_those_around():
         assert set(map(id, _compat.active_traces())) == {id(outer.trace), id(inner.trace)}
 
 
+def test_an_error_knows_its_statement_its_plate_and_its_trace():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        poutine.trace(model).get_trace()
+    assert _compat.message_in(caught.value)["name"] == "y"
+    assert "x" in _compat.trace_in(caught.value)
+    assert _compat.plate_in(caught.value) is None
+    with pytest.raises(ZeroDivisionError) as caught:
+        pyro.plate("rows", 0)
+    assert _compat.plate_in(caught.value) == ("rows", 0)
+    assert _compat.message_in(caught.value) is _compat.trace_in(caught.value) is None
+
+
 def test_whole_plates_see_all_rows():
     def rows() -> tuple[int, float]:
         with pyro.plate("rows", 10, subsample_size=4) as index:

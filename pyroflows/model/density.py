@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
 from .._compat import build_guide, stored_parameters
+from .._random import forked
 from . import checks
 from .base import Density
 from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob
-from .evaluator import FAILURES, Evaluator, first_sentence, map_points
+from .evaluator import FAILURES, Evaluator, map_points
+from .faults import describe_error, explained
 from .handlers import (
     GivenParameters,
     GivenRows,
@@ -40,6 +42,7 @@ from .sites import (
     find_latent_sites,
     is_discrete,
     latent_nodes,
+    observed_names,
     plate_frames,
     sample_nodes,
 )
@@ -88,6 +91,7 @@ class LogDensity(Density):
         features: Entries of :math:`z`.
         sites: The latent sites, in order.
         discrete: The names of the discrete latent sites.
+        observed: The names of the sites that have data, those of ``pyro.factor`` among them.
         initial: The start, of shape ``(features,)``.
         init_loc_fn: The initialisation function that starts there: the one given, unless the model
             cannot be evaluated where that one starts.
@@ -129,19 +133,19 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
-        trace, init_loc_fn = self._find_start(init_loc_fn)
-        self.init_loc_fn = init_loc_fn
-        self.subsampled = self.data.find_subsampled(trace)
-        if self.subsampled:
-            trace = self._take_all_rows(init_loc_fn)
-        largest = max(torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace))
-        self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // max(1, largest)))
-        self._read_sites(trace)
-        self._validated = validated_sites(trace)
-        self._run_again(trace)
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
-        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
-        self.data.check(self, trace)
+        with explained(lambda: self._run_unvalidated(init_loc_fn)):
+            trace, self.init_loc_fn = self._find_start(init_loc_fn)
+            self.subsampled = self.data.find_subsampled(trace)
+            if self.subsampled:
+                trace = self._take_all_rows(self.init_loc_fn)
+            largest = max(torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace))
+            self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // max(1, largest)))
+            self._read_sites(trace)
+            self._validated = validated_sites(trace)
+            self._run_again(trace)
+            self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
+            self._program = self._evaluator.make_program(self.inputs, self.batch_size)
+            self.data.check(self, trace)
         if not self.batched:
             warnings.warn(
                 "This model cannot be evaluated for a batch of points, so its log density is "
@@ -225,7 +229,8 @@ class LogDensity(Density):
 
         Raises:
             TypeError: If ``args`` is no sequence or ``kwargs`` no mapping.
-            ValueError: If a parameter or plate is unknown, or a parameter has another shape.
+            ValueError: If a parameter or plate is unknown, a parameter has another shape, or data
+                broadcast their site.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -250,6 +255,8 @@ class LogDensity(Density):
         bound = copy.copy(self)
         bound.inputs = inputs.with_parameters(parameters or {})
         bound.data = GivenData(bound.inputs)
+        if bound.inputs.shapes() != self.inputs.shapes():
+            bound._check_shapes()
         bound.batch_size = check_size(
             "batch_size", self.batch_size if batch_size is None else batch_size
         )
@@ -564,13 +571,7 @@ class LogDensity(Density):
         return self._prototype(start), start
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
-        try:
-            trace = self.run_from(init_loc_fn)
-        except ValueError:
-            # Pyro names no site when NaN reaches the parameters of a distribution.
-            with pyro.validation_enabled(False):
-                checks.check_no_nan(self.run_from(init_loc_fn))
-            raise
+        trace = self.run_from(init_loc_fn)
         checks.check_data(trace)
         return trace
 
@@ -583,6 +584,8 @@ class LogDensity(Density):
         """
 
         def start(site: dict[str, Any]) -> Any:
+            checks.check_site(site["name"], site["fn"])
+            checks.check_sizes(site["name"], site["fn"])
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
@@ -590,17 +593,29 @@ class LogDensity(Density):
             model = poutine.trace(InitMessenger(start)(StartInPlates()(observed)))
             return model.get_trace(*self.args, **self.kwargs)
 
+    def _run_unvalidated(self, init_loc_fn: Callable[..., Any]) -> Any:
+        with pyro.validation_enabled(False):
+            return self.run_from(init_loc_fn)
+
+    def _check_shapes(self) -> None:
+        """Checks the data among inputs of other shapes than the first."""
+        values = self.constrain(self.initial)
+        with forked(0), explained(), pyro.validation_enabled(False), torch.no_grad():
+            checks.check_data(self.run_from(lambda site: value_at(values, site)))
+
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
         """Runs the model on all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
         try:
-            with pyro.validation_enabled(False):
-                self.run_from(init_loc_fn)
+            checks.check_data(self._run_unvalidated(init_loc_fn))
         except Exception as error:
-            plates = ", ".join(map(repr, self.subsampled))
+            plates = [
+                f"{size} rows of plate {name!r}" for name, (size, _) in self.subsampled.items()
+            ]
             raise ValueError(
-                f"Expected a model that runs on all rows of its subsampled plates ({plates}) too; "
-                f"got one that says: {first_sentence(error)}."
+                f"Expected a model that runs on all {' and '.join(plates)} too; got "
+                f"{describe_error(error)}. Index the data by the plate, or give a DataLoader as "
+                "args."
             ) from error
         return self._prototype(init_loc_fn)
 
@@ -609,6 +624,7 @@ class LogDensity(Density):
         self.sites = find_latent_sites(trace)
         checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
+        self.observed = observed_names(trace)
         self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
         self.initial = self.unconstrain(values)

@@ -23,6 +23,7 @@ __all__ = [
     "find_latent_sites",
     "is_discrete",
     "latent_nodes",
+    "observed_names",
     "plate_frames",
     "sample_nodes",
     "site_plates",
@@ -117,6 +118,16 @@ def latent_nodes(trace: Any) -> Iterator[tuple[str, Node]]:
     for name, node in sample_nodes(trace):
         if not node["is_observed"]:
             yield name, node
+
+
+def observed_names(trace: Any) -> list[str]:
+    """The names of the sample statements that are given data, or are a ``pyro.factor``."""
+    return [name for name, node in sample_nodes(trace) if node["is_observed"] and _has_data(node)]
+
+
+def _has_data(node: Node) -> bool:
+    is_factor = isinstance(base_distribution(node["fn"]), dist.Unit)
+    return is_factor or torch.as_tensor(node["value"]).numel() > 0
 
 
 def plate_frames(trace: Any) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from ..guides import AutoFlow
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
+from ..model.notices import warn_of_oversights
 from ..train import processes
 from ..train.checkpoint import Checkpoint
 from ..train.objectives import Objective, PathELBO
@@ -76,7 +77,9 @@ def fit_posterior(
     variance vanishes at an exact guide, with Adam and a step size that
     decays to zero along a cosine.
 
-    Discrete latent sites are summed out. Ctrl-C ends the training and returns the best posterior so
+    Discrete latent sites are summed out. Parameters of the model, of ``pyro.param`` and of modules,
+    are held at their present values, and a warning names them unless they require no gradient;
+    another one says that nothing is observed. Ctrl-C ends the training and returns the best posterior so
     far. Under an initialised ``torch.distributed`` group all processes call this alike; the
     particles of a step are shared out among them, and the result is that of one process.
 
@@ -113,8 +116,9 @@ def fit_posterior(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the model cannot be fitted: it has no continuous latent site, its density is
-            not finite where it starts, a latent changes its shape; or if the guide belongs to
-            another model.
+            not finite where it starts, a latent changes its shape, data broadcast their site; if
+            the model raises an error, whose sentence names the site and whose ``__cause__`` is
+            that error; or if the guide belongs to another model.
 
     Reference:
         Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting,
@@ -146,6 +150,8 @@ def fit_posterior(
         # However many runs of the model it takes to capture it, the draws of the fit are the same.
         with forked(0):
             density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
+        if processes.is_main():
+            warn_of_oversights(density.full)
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)

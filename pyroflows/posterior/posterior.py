@@ -112,12 +112,6 @@ class Posterior:
         interrupted = " The fit was interrupted." if self.interrupted else ""
         return f"<Posterior of {self._sites}. {self.verdict}{interrupted}>"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
-        new = memo[id(self)] = copy.copy(self)
-        with DetachedCopies():
-            vars(new).update(copy.deepcopy(vars(self), memo))
-        return new
-
     @property
     def _sites(self) -> str:
         if self._density is None:
@@ -295,7 +289,8 @@ class Posterior:
         return self._with(vars(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
-        return self._with(copy.deepcopy(vars(self), memo))
+        with DetachedCopies():
+            return self._with(copy.deepcopy(vars(self), memo))
 
     def _with(self, fields: Mapping[str, Any]) -> Posterior:
         made = type(self).__new__(type(self))
