@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.enum import config_enumerate
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils.data import DataLoader
@@ -46,7 +45,7 @@ from .sites import (
     plate_frames,
     sample_nodes,
 )
-from .start import init_to_median, no_start, start_elsewhere
+from .start import init_to_median, start_elsewhere
 from .validity import ArgumentChecks, validated_sites
 
 __all__ = ["LogDensity"]
@@ -138,8 +137,7 @@ class LogDensity(Density):
             self.subsampled = self.data.find_subsampled(trace)
             if self.subsampled:
                 trace = self._take_all_rows(self.init_loc_fn)
-            largest = max(torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace))
-            self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // max(1, largest)))
+            self.batch_size = limit_batch(self.batch_size, trace)
             self._read_sites(trace)
             self._validated = validated_sites(trace)
             self._run_again(trace)
@@ -562,10 +560,8 @@ class LogDensity(Density):
         """A run from the first start at which the model can be evaluated, and that start."""
         try:
             return self._prototype(init_loc_fn), init_loc_fn
-        except FAILURES as error:
+        except FAILURES:
             start = start_elsewhere(self.run_from)
-            if start is None and isinstance(error, torch.linalg.LinAlgError):
-                raise no_start(self.run_from, init_loc_fn) from error
             if start is None:
                 raise
         return self._prototype(start), start
@@ -575,12 +571,11 @@ class LogDensity(Density):
         checks.check_data(trace)
         return trace
 
-    def run_from(self, init_loc_fn: Callable[..., Any], reached: Messenger | None = None) -> Any:
+    def run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
         """A trace of the model from an initialisation function, validated as Pyro's setting says.
 
         Args:
             init_loc_fn: Where the sites start.
-            reached: A handler that stands around the model.
         """
 
         def start(site: dict[str, Any]) -> Any:
@@ -589,8 +584,7 @@ class LogDensity(Density):
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
         with self.on_device(), poutine.block():
-            observed = self.model if reached is None else reached(self.model)
-            model = poutine.trace(InitMessenger(start)(StartInPlates()(observed)))
+            model = poutine.trace(InitMessenger(start)(StartInPlates()(self.model)))
             return model.get_trace(*self.args, **self.kwargs)
 
     def _run_unvalidated(self, init_loc_fn: Callable[..., Any]) -> Any:
@@ -665,6 +659,12 @@ class LogDensity(Density):
                     f"{site.name!r}, whose support depends on other latent sites. Write it as a "
                     "function of a site with a fixed support."
                 )
+
+
+def limit_batch(batch_size: int, trace: Any) -> int:
+    """How many points an evaluation takes, at most so many, given the sizes of the sites."""
+    sizes = [torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace)]
+    return max(1, min(batch_size, ROWS_AT_ONCE // max([1, *sizes])))
 
 
 def value_at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:

@@ -7,7 +7,8 @@ import functools
 from torch import Tensor
 
 from .density import LogDensity, value_at
-from .start import find_failure
+from .evaluator import FAILURES
+from .faults import describe_error, find_place
 
 __all__ = ["explain"]
 
@@ -20,20 +21,21 @@ def explain(density: LogDensity, z: Tensor) -> str:
         z: Point of shape ``(features,)``.
 
     Returns:
-        The place and the first sentence of an error, or the sites whose densities are not finite.
+        The error and its place, or the sites whose densities are not finite.
 
     Example:
         >>> import pyro, pyro.distributions as dist, torch
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(1.0, 1.0))
         ...     pyro.sample("y", dist.Gamma(x, 1.0), obs=torch.tensor(1.0))
-        >>> explain(LogDensity(model), torch.tensor([-1.0]))[:51]
-        "after site 'x' it says: Expected parameter concentr"
+        >>> explain(LogDensity(model), torch.tensor([-1.0]))[:45]
+        'ValueError (Expected parameter concentration '
     """
     start = functools.partial(value_at, density.constrain(z))
-    failure = find_failure(density.run_from, start)
-    if failure:
-        return failure
+    try:
+        density.run_from(start)
+    except FAILURES as error:
+        return f"{describe_error(error)} {find_place(error)}"
     at_fault = [
         f"site {name!r} gives {float(value):g}"
         for name, value in density.site_log_probs(z).items()

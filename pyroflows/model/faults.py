@@ -23,7 +23,7 @@ from torch.distributions.utils import lazy_property
 from .._compat import message_in, plate_in, trace_in
 from .sites import base_distribution, distribution_name, sample_nodes
 
-__all__ = ["check_parameters", "check_site", "describe_error", "explained"]
+__all__ = ["check_parameters", "check_site", "describe_error", "explained", "find_place"]
 
 HERE = str(Path(__file__).parent)
 LIBRARIES = ("pyro", "pyroflows", "torch")
@@ -139,7 +139,7 @@ def _sentence(error: Exception) -> str:
             return f"Expected sites whose names are strings with letters; got {name!r}."
         if message["type"] == "sample" and not isinstance(fn, Distribution):
             return _not_a_distribution(name, fn)
-    return f"Expected a model that runs; got {describe_error(error)} {_place(error)}."
+    return f"Expected a model that runs; got {describe_error(error)} {find_place(error)}."
 
 
 # Distributions at fault
@@ -204,7 +204,7 @@ def _check_parameter(name: str, fn: Any, parameter: str, constraint: Any) -> Non
 # Where a model failed
 
 
-def _place(error: Exception) -> str:
+def find_place(error: Exception) -> str:
     """Where in the model an error arose, as far as it can be told."""
     plate, message = plate_in(error), message_in(error)
     if plate is not None:

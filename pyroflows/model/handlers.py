@@ -20,7 +20,6 @@ __all__ = [
     "FirstRows",
     "GivenParameters",
     "GivenRows",
-    "LastSite",
     "ParameterRecorder",
     "StartInPlates",
     "SubstituteTensors",
@@ -109,23 +108,6 @@ class _InPlates(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["value"] = start_in_open_plates(self.starter, msg)
-
-
-# Where a run has come to
-
-
-class LastSite(Messenger):
-    """Knows the sample statement that a run has reached, to tell where it has failed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = "at its beginning"
-
-    def _pyro_sample(self, msg: Any) -> None:
-        self.place = f"at site {msg['name']!r}"
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        self.place = f"after site {msg['name']!r}"
 
 
 # Validation

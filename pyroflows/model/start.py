@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from .._random import forked
-from .evaluator import FAILURES, first_sentence
-from .handlers import LastSite
+from .evaluator import FAILURES
 from .sites import latent_nodes
 
 __all__ = ["OTHER_STARTS", "init_to_median"]
@@ -79,34 +78,6 @@ def start_elsewhere(run_from: Callable[..., Any]) -> Callable[..., Any] | None:
             values = {name: node["value"].detach() for name, node in nodes}
             return cast("Callable[..., Any]", init_to_value(values=values))
     return None
-
-
-def no_start(run_from: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> ValueError:
-    """The error for a model that fails wherever it starts.
-
-    Args:
-        run_from: Gives a trace of the model from an initialisation function, under a handler.
-        init_loc_fn: The start that was tried first.
-    """
-    return ValueError(
-        "Expected a model that can be evaluated where it starts or at one of "
-        f"{len(OTHER_STARTS)} other points; {find_failure(run_from, init_loc_fn)}"
-    )
-
-
-def find_failure(run_from: Callable[..., Any], init_loc_fn: Callable[..., Any]) -> str:
-    """The place at which a run fails, and the first sentence of its error; empty if it does not.
-
-    Args:
-        run_from: Gives a trace of the model from an initialisation function, under a handler.
-        init_loc_fn: Where the sites start.
-    """
-    reached = LastSite()
-    try:
-        run_from(init_loc_fn, reached)
-    except FAILURES as error:
-        return f"{reached.place} it says: {first_sentence(error)}"
-    return ""
 
 
 def _or_zero(init: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:

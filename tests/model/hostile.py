@@ -335,7 +335,7 @@ def a_covariance_that_is_not_positive() -> Problem:
 @hostile("'y'", "probs")
 def probabilities_above_one() -> Problem:
     def model():
-        pyro.sample("y", dist.Bernoulli(slope() + 2), obs=torch.tensor(1.0))
+        pyro.sample("y", dist.Bernoulli(slope().exp() + 1), obs=torch.tensor(1.0))
 
     return model, ()
 

@@ -49,7 +49,7 @@ def test_a_model_that_fails_everywhere_is_told_in_one_sentence() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         torch.linalg.cholesky(-torch.eye(2) * (1 + x**2))
 
-    with pytest.raises(ValueError, match="after site 'x' it says: linalg") as told:
+    with pytest.raises(ValueError, match=r"got LinAlgError \(.*\) after site 'x'") as told:
         LogDensity(model)
     assert "\n" not in str(told.value)
 
@@ -57,7 +57,7 @@ def test_a_model_that_fails_everywhere_is_told_in_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("z", "sentence"),
     [
-        (3.0, "after site 'x' it says: linalg.cholesky: The factorization could not be completed"),
+        (3.0, "LinAlgError (linalg.cholesky: The factorization could not be completed"),
         (torch.nan, "at site 'y' gives nan"),
     ],
 )
