@@ -111,9 +111,9 @@ class TracedGuide(Guide):
         parts, log_det = [], like.new_zeros(())
         for site in self.sites:
             value = trace.nodes[site.name]["value"]
-            unconstrained = site.transform.inv(value)
-            parts.append(unconstrained.reshape(-1))
-            log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+            part = site.pack(value)
+            parts.append(part)
+            log_det = log_det + site.log_det(site.unpack(part), value).sum()
         return torch.cat(parts), trace.log_prob_sum() + log_det
 
     def _score(self, z: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ class TracedGuide(Guide):
         values, log_det = {}, z.new_zeros(())
         blocks = z.split([site.features for site in self.sites])
         for site, block in zip(self.sites, blocks, strict=True):
-            unconstrained = block.reshape(site.unconstrained_shape)
+            unconstrained = site.unpack(block)
             values[site.name] = value = site.transform(unconstrained)
-            log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+            log_det = log_det + site.log_det(unconstrained, value).sum()
         return self._trace_sites(values).log_prob_sum() + log_det
 
     def _trace_sites(self, values: Mapping[str, Tensor] | None = None) -> Any:

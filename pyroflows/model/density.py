@@ -32,8 +32,10 @@ from .handlers import (
     WholePlates,
 )
 from .inputs import Inputs, name_parameters
+from .masks import settle_masks
 from .sites import (
     LatentSite,
+    SiteKind,
     find_latent_sites,
     is_discrete,
     latent_nodes,
@@ -363,7 +365,8 @@ class LogDensity(Density):
             z: Points of shape ``(*, features)``.
 
         Returns:
-            For each site a tensor of shape ``(*, *site_shape)``.
+            For each site a tensor of shape ``(*, *site_shape)``; an entry that a mask switches off
+            has the image of zero.
         """
         check_tensor("z", z, (self.features,))
         return {site.name: value for site, _, value in self._unpack(z)}
@@ -377,12 +380,7 @@ class LogDensity(Density):
         Returns:
             Tensor of shape ``(*, features)``.
         """
-        parts = []
-        for site in self.sites:
-            value = values[site.name]
-            batch = value.shape[: value.dim() - len(site.shape)]
-            parts.append(site.transform.inv(value).reshape(*batch, site.features))
-        return torch.cat(parts, -1)
+        return torch.cat([site.pack(values[site.name]) for site in self.sites], -1)
 
     def has_support(self, name: str, support: Any) -> bool:
         """Whether a latent site is mapped to a support, judged by one point.
@@ -392,11 +390,13 @@ class LogDensity(Density):
             support: A constraint.
 
         Returns:
-            Whether ``biject_to(support)`` is the map of the site.
+            Whether ``biject_to(support)`` is the map of the site, or, for angles, the identity.
         """
-        unconstrained, value = next(
-            (u, v) for site, u, v in self._unpack(self.initial + 1) if site.name == name
+        site, unconstrained, value = next(
+            found for found in self._unpack(self.initial + 1) if found[0].name == name
         )
+        if site.kind is SiteKind.CIRCLE:
+            value = unconstrained
         try:
             image = biject_to(support)(unconstrained)
         except (NotImplementedError, RuntimeError):
@@ -477,7 +477,7 @@ class LogDensity(Density):
             values, log_det = {}, z.new_zeros(())
             for site, unconstrained, value in self._unpack(z):
                 values[site.name] = value
-                log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+                log_det = log_det + site.log_det(unconstrained, value).sum()
             trace = self._trace(values, inputs)
             if not self.discrete:
                 return trace.log_prob_sum() + log_det
@@ -496,16 +496,15 @@ class LogDensity(Density):
                 first = next(name for name in group.names if name in self.discrete)
                 terms[first] = group.log_prob
             for site, unconstrained, value in self._unpack(z):
-                log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
+                log_det = site.log_det(unconstrained, value)
                 batch_dim = len(nodes[site.name]["fn"].batch_shape)
                 terms[site.name] = terms.get(site.name, 0.0) + _sum_beyond(log_det, batch_dim)
         return terms
 
     def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
-        batch = z.shape[:-1]
         parts = z.split([site.features for site in self.sites], -1)
         for site, part in zip(self.sites, parts, strict=True):
-            unconstrained = part.reshape(batch + site.unconstrained_shape)
+            unconstrained = site.unpack(part)
             yield site, unconstrained, site.transform(unconstrained)
 
     # Construction
@@ -547,10 +546,12 @@ class LogDensity(Density):
 
     def _read_sites(self, trace: Any) -> None:
         checks.check_latents(trace)
-        self.sites = find_latent_sites(trace)
-        checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
         self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
+        with self._given(self.inputs):
+            found = find_latent_sites(trace)
+            self.sites = settle_masks(found, trace, lambda v: self._trace(v, self.inputs))
+        checks.check_entries(self.sites)
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
         self.initial = self.unconstrain(values)
         self.features = self.initial.numel()
