@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._random import forked
 from ..model.checks import check_call
 from ..model.density import LatentSite, LogDensity
+from ..model.sites import CIRCULAR, SiteKind, base_distribution, distribution_name
 from .guide import Guide
 
 __all__ = ["TracedGuide", "check_sites"]
@@ -233,6 +234,11 @@ def check_sites(nodes: Mapping[str, Any], density: LogDensity) -> list[LatentSit
                 f"Expected a guide with {name!r} of shape {expected}, as in the model; got {got}."
             )
         if not _has_support(density, known[name], node["fn"]):
+            if known[name].kind is SiteKind.CIRCLE:
+                raise ValueError(
+                    f"Expected a guide with a distribution of angles at {name!r}, such as a "
+                    f"VonMises; got {distribution_name(node['fn'])}."
+                )
             raise ValueError(
                 f"Expected a guide with {name!r} on the support that it has in the model; "
                 f"got {node['fn'].support}."
@@ -241,6 +247,8 @@ def check_sites(nodes: Mapping[str, Any], density: LogDensity) -> list[LatentSit
 
 
 def _has_support(density: LogDensity, site: LatentSite, fn: Any) -> bool:
+    if site.kind is SiteKind.CIRCLE:
+        return isinstance(base_distribution(fn), CIRCULAR)
     if isinstance(fn, torch.distributions.TransformedDistribution):
         # It gives the codomain of its last transform, which may be larger than its support: draws
         # tell more.

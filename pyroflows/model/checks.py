@@ -20,6 +20,7 @@ from .sites import (
     latent_nodes,
     plate_frames,
     sample_nodes,
+    unmasked_entries,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "check_outside_of_parts",
     "check_plate_sizes",
     "check_rows",
+    "check_same_masks",
     "check_same_shapes",
     "check_same_values",
     "check_scaled",
@@ -164,6 +166,17 @@ def check_same_shapes(first: Any, second: Any) -> None:
             raise ValueError(
                 "Expected latent sites of one shape in every run of the model; "
                 f"{name!r} was {_told(was, name)} in one run and {_told(now, name)} in the next."
+            )
+
+
+def check_same_masks(sites: Sequence[LatentSite], trace: Any) -> None:
+    """Refuses inputs of a model by which entries are needed that a mask has switched off before."""
+    for site in sites:
+        now = unmasked_entries(trace.nodes[site.name]).to(site.active.device)
+        if bool((now & ~site.active).any()):
+            raise ValueError(
+                f"Expected inputs with the same masks; latent site {site.name!r} has entries that "
+                "a mask switched off before and does not now. Make another LogDensity of them."
             )
 
 

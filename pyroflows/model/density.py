@@ -21,6 +21,7 @@ from .._checks import caller_level, check_device, check_size, check_tensor
 from .._compat import build_guide
 from . import checks
 from .base import Density
+from .cuts import find_centres
 from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob
 from .evaluator import Evaluator, first_sentence, map_points
@@ -40,6 +41,7 @@ from .sites import (
     is_discrete,
     latent_nodes,
     plate_frames,
+    rotated,
     sample_nodes,
 )
 from .start import init_to_median
@@ -133,8 +135,8 @@ class LogDensity(Density):
             trace = self._take_all_rows(init_loc_fn)
         self._read_sites(trace)
         self._run_again(trace)
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
-        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
+        self._make_program()
+        self._set_centres(find_centres(self, self.sites))
         self.data.check(self, trace)
         if not self.batched:
             warnings.warn(
@@ -226,12 +228,46 @@ class LogDensity(Density):
         bound = copy.copy(self)
         bound.inputs = inputs.with_parameters(parameters or {})
         bound.data = GivenData(bound.inputs)
+        if not all(site.complete for site in self.sites):
+            checks.check_same_masks(self.sites, bound.trace())
         bound.batch_size = check_size(
             "batch_size", self.batch_size if batch_size is None else batch_size
         )
         with torch.no_grad():
             bound._program = self._evaluator.make_program(bound.inputs, bound.batch_size)
         return bound
+
+    @property
+    def centres(self) -> dict[str, Tensor]:
+        """For each circular site the angles at zero, opposite to which its circle is cut."""
+        return {site.name: site.centres for site in self.sites if site.kind is SiteKind.CIRCLE}
+
+    def rotated(self, centres: Mapping[str, Tensor]) -> LogDensity:
+        """The density of the same model with other :attr:`centres`.
+
+        Args:
+            centres: For some circular sites the angles at zero, of shape ``(features,)``.
+
+        Returns:
+            The density; this one if these are its centres.
+        """
+        own = self.centres
+        if all(torch.equal(own[name], centre.to(own[name])) for name, centre in centres.items()):
+            return self
+        other = copy.copy(self)
+        other._set_centres(centres)
+        return other
+
+    def _set_centres(self, centres: Mapping[str, Tensor]) -> None:
+        if centres:
+            values = self.constrain(self.initial)
+            self.sites = rotated(self.sites, centres)
+            self.initial = self.unconstrain(values)
+            self._make_program()
+
+    def _make_program(self) -> None:
+        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
+        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
 
     def _check_plates(self, rows: Mapping[str, Tensor]) -> None:
         if rows and set(rows) != set(self.subsampled):
@@ -415,6 +451,8 @@ class LogDensity(Density):
         is built."""
         with self.on_device(), poutine.block():
             build_guide(guide, self.args, self.kwargs)
+        if self.centres:
+            guide.rotate(self.centres)
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Context manager that puts tensors created by the model on its device."""

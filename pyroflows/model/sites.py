@@ -98,6 +98,12 @@ class LatentSite:
         return bool(self.active.all())
 
     @property
+    def centres(self) -> Tensor:
+        """The angles that stand at zero of a circular site, of shape ``(features,)``."""
+        zero = torch.zeros(self.features, device=self.active.device)
+        return self.transform(self.unpack(zero))[self.active]
+
+    @property
     def indices(self) -> list[tuple[int, ...]]:
         """The index of each entry of the unconstrained vector in the unconstrained shape."""
         every = list(itertools.product(*map(range, self.unconstrained_shape)))

@@ -80,6 +80,7 @@ def judge(
     with seeded(seed), without_handlers():
         density = log_density_of(model, args, kwargs).full
         adapted = as_guide(guide, density)
+        density = density.rotated(adapted.centres())
         census = take_census(density, find_start(density), deadline=deadline)
         subject = Subject(adapted, density, census, draws=draws, deadline=deadline)
         verdict = judge_subject(subject)

@@ -67,7 +67,7 @@ def load_posterior(
     with reading(path):
         return Posterior(
             guide=made,
-            density=density,
+            density=density.rotated(made.centres()),
             verdict=Verdict.from_plain(state["verdict"]),
             trajectories=check_size("trajectories", state["trajectories"], least=0),
             name=state["name"],
