@@ -25,6 +25,7 @@ __all__ = [
     "observed_data",
     "posterior_predictive",
     "prior_draws",
+    "site_draws",
 ]
 
 Draws = dict[str, Tensor]
@@ -53,7 +54,7 @@ def inference_data(
     chains, draws = z.shape[:2]
     rows = z.reshape(-1, density.features)
     of_draws = {
-        "posterior": {**density.constrain(rows), **deterministic_sites(density, rows)},
+        "posterior": site_draws(density, rows),
         "log_likelihood": log_likelihood(density, rows),
         "posterior_predictive": posterior_predictive(density, rows),
     }
@@ -71,6 +72,22 @@ def inference_data(
         for group, values in groups.items()
     }
     return arviz.to_inference_data(arrays, dims=dimension_names(density), attrs=attrs)
+
+
+def site_draws(density: LogDensity, z: Tensor) -> Draws:
+    """Values of the latent and the deterministic sites.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+
+    Returns:
+        For each site a tensor of shape ``(draws, *site_shape)``; NaN, that is missing, at latent
+        entries that a mask switches off.
+    """
+    values = density.constrain(z)
+    latent = {site.name: site.blank(values[site.name]) for site in density.sites}
+    return {**latent, **deterministic_sites(density, z)}
 
 
 def dimension_names(density: LogDensity) -> dict[str, list[str | None]]:
