@@ -391,8 +391,8 @@ class AutoFlow(FlowGuide):
         if self.centres():
             raise ValueError(
                 "Expected a guide without angles, which NeuTraReparam takes for real numbers; got "
-                f"one with {', '.join(map(repr, self.centres()))}. Use pyroflows.neutra, or flow "
-                "Monte Carlo."
+                f"one with {', '.join(map(repr, self.centres()))}. Use "
+                "pyroflows.posterior.neutra."
             )
         return self.flow.transform
 

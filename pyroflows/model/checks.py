@@ -12,9 +12,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._compat import unvalidated, validates
+from .missing import TAKE_NAN
 from .sites import (
     LatentSite,
     Node,
+    base_distribution,
     distribution_name,
     is_discrete,
     latent_nodes,
@@ -208,6 +210,8 @@ def check_data(trace: Any) -> None:
     for name, node in sample_nodes(trace):
         if node["is_observed"] and validates(node["fn"]):
             value = torch.as_tensor(node["value"])
+            if isinstance(base_distribution(node["fn"]), TAKE_NAN):
+                value = value.nan_to_num(nan=0.0)
             log_prob = torch.as_tensor(unvalidated(node["fn"]).log_prob(value))
             _check_shape_of_data(name, node, value, log_prob)
             _check_support_of_data(name, node["fn"], value, log_prob)

@@ -34,6 +34,7 @@ from .handlers import (
 )
 from .inputs import Inputs, name_parameters
 from .masks import settle_masks
+from .missing import MissingData
 from .sites import (
     LatentSite,
     SiteKind,
@@ -507,7 +508,7 @@ class LogDensity(Density):
             enumerated = config_enumerate(model, default="parallel")
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
         model = poutine.trace(poutine.condition(model, data=dict(values)))
-        with Unvalidated():
+        with Unvalidated(), MissingData():
             return model.get_trace(*inputs.args, **inputs.kwargs)
 
     def _log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
