@@ -23,7 +23,7 @@ from . import checks
 from .base import Density
 from .cuts import find_centres
 from .data import GivenData, as_data
-from .enumeration import enumerated_groups, enumerated_log_prob
+from .enumeration import enumerated_groups, enumerated_log_prob, sample_enumerated
 from .evaluator import Evaluator, first_sentence, map_points
 from .handlers import (
     GivenRows,
@@ -42,6 +42,7 @@ from .sites import (
     is_discrete,
     latent_nodes,
     plate_frames,
+    plate_size,
     rotated,
     sample_nodes,
 )
@@ -368,6 +369,42 @@ class LogDensity(Density):
             name: term[: len(points)].reshape(z.shape[:-1] + term.shape[1:])
             for name, term in terms.items()
         }
+
+    def sample_discrete(self, z: Tensor) -> dict[str, Tensor]:
+        """Draws the discrete sites from their posterior given the continuous ones.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each discrete site its value.
+        """
+        with self._given(self.inputs):
+            return sample_enumerated(self._trace(self.constrain(z), self.inputs))
+
+    def observed_terms(self, z: Tensor) -> dict[str, Tensor]:
+        """The log density of each entry of the observed sites, summed over the discrete sites.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each observed site a tensor of the shape of its plates. Sites and rows that depend
+            on the same discrete sites have no terms of their own, and are left out.
+        """
+        with self._given(self.inputs):
+            trace = self._trace(self.constrain(z), self.inputs)
+            groups = enumerated_groups(trace) if self.discrete else []
+            trace.compute_log_prob()
+        nodes = dict(sample_nodes(trace))
+        grouped = {name for group in groups for name in group.names}
+        observed = [name for name, node in nodes.items() if node["is_observed"]]
+        terms = {name: nodes[name]["log_prob"] for name in observed if name not in grouped}
+        for group in groups:
+            rest = [name for name in group.names if name not in self.discrete]
+            if len(rest) == 1 and group.log_prob.numel() == plate_size(nodes[rest[0]]):
+                terms[rest[0]] = group.log_prob
+        return {name: terms[name] for name in observed if name in terms}
 
     def site_log_probs(self, z: Tensor) -> dict[str, Tensor]:
         """The summed log density of every site at one point, to tell which is at fault.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -28,6 +29,7 @@ __all__ = [
     "is_discrete",
     "latent_nodes",
     "plate_frames",
+    "plate_size",
     "rotated",
     "sample_nodes",
     "site_plates",
@@ -258,6 +260,12 @@ def plate_frames(trace: Any) -> Iterator[Any]:
     for node in trace.nodes.values():
         if node["type"] == "sample":
             yield from (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+
+
+def plate_size(node: Node) -> int:
+    """How many rows the vectorised plates around a sample statement have together."""
+    frames = (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+    return math.prod(frame.size for frame in frames)
 
 
 def is_discrete(node: Node) -> bool:

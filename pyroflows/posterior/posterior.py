@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_size
+from .._checks import check_flag, check_size
 from .._random import forked
 from ..guides.guide import Guide
 from ..model import prediction as simulate
@@ -148,7 +148,9 @@ class Posterior:
         """Names of the entries of the unconstrained vector, such as ``theta[0]``."""
         return entry_names(self.density)
 
-    def sample(self, n: int = 4000, seed: int | None = None) -> dict[str, Tensor]:
+    def sample(
+        self, n: int = 4000, seed: int | None = None, discrete: bool = False
+    ) -> dict[str, Tensor]:
         r"""Draws from the posterior, on the constrained scale.
 
         Where importance weights are reliable the draws are resampled by them, which corrects the
@@ -157,6 +159,8 @@ class Posterior:
         Args:
             n: How many draws.
             seed: Seed of the draws; ``None`` takes them from torch's random state.
+            discrete: Whether to draw the discrete latent sites too, which the fit sums out, each
+                from its posterior given the continuous ones.
 
         Returns:
             For each latent and deterministic site a tensor of shape ``(n, *site_shape)``, with NaN
@@ -167,10 +171,12 @@ class Posterior:
         Raises:
             ValueError: If ``n`` is not positive.
         """
+        check_flag("discrete", discrete)
         z = self.sample_unconstrained(n, seed)
         if self._density is None:
             return {"latent": z}
-        return simulate.site_draws(self.density, z)
+        with forked(seed):
+            return simulate.site_draws(self.density, z, discrete)
 
     def sample_unconstrained(self, n: int = 4000, seed: int | None = None) -> Tensor:
         """Draws from the posterior as unconstrained vectors.
