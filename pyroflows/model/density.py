@@ -111,6 +111,8 @@ class LogDensity(Density):
         tensor([-0.9189, -0.9189, -0.9189])
     """
 
+    sites: list[LatentSite]
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -107,9 +107,9 @@ def sample_enumerated(trace: Any) -> dict[str, Tensor]:
         chosen[dim] = _sample_dim(table, dim)
     values = {}
     for name, site in trace.nodes.items():
-        dim = site["infer"].get("_enumerate_dim") if site["type"] == "sample" else None
-        if dim is not None:
-            index = chosen[site["infer"]["_dim_to_symbol"][dim]]
+        own = site["infer"].get("_enumerate_dim") if site["type"] == "sample" else None
+        if own is not None:
+            index = chosen[site["infer"]["_dim_to_symbol"][own]]
             values[name] = _choose_value(site, unpack(index, trace.symbol_to_dim))
     return values
 
@@ -236,7 +236,7 @@ class _EliminationRing(LogRing):
             left.remove(dim)
         return _product(terms)
 
-    def eliminate(self, dim: str, product: Tensor) -> None:  # noqa: B027
+    def eliminate(self, dim: str, product: Tensor) -> None:
         """Is told the product of all terms in a variable, over which it is summed out next."""
 
 

@@ -67,7 +67,8 @@ def _drop_needed(
     for point in points:
         leaves = {name: value.clone().requires_grad_() for name, value in point.items()}
         try:
-            trace, log_joint = _evaluate(sites, leaves, run)
+            with torch.enable_grad():
+                trace, log_joint = _evaluate(run, _images(sites, leaves))
             slopes = torch.autograd.grad(log_joint, list(leaves.values()), allow_unused=True)
         except (ValueError, RuntimeError):
             continue  # the model cannot be run here
@@ -92,20 +93,22 @@ def _is_flat(
     run: Run,
 ) -> bool:
     """Whether the log density stays the same when all candidates move."""
-    moved = [replace(site, active=~candidates[site.name]) for site in sites]
-    values = {site.name: site.transform(start[site.name]) for site in sites}
-    elsewhere = {s.name: s.transform(s.unpack(s.pack(values[s.name]))) for s in moved}
-    with torch.no_grad(), forked(0):
-        here = run(values).log_prob_sum()
-    with torch.no_grad(), forked(0):
-        there = run(elsewhere).log_prob_sum()
-    return torch.equal(here, there)
+    here = _images(sites, start)
+    with torch.no_grad():
+        expected = _evaluate(run, here)[1]
+        for seed in range(RUNS):
+            there = _images(sites, next(_points_around(start, seed)))
+            mixed = {name: there[name].where(candidates[name], here[name]) for name in here}
+            if not torch.equal(_evaluate(run, mixed)[1], expected):
+                return False
+    return True
 
 
-def _evaluate(
-    sites: Sequence[LatentSite], unconstrained: Mapping[str, Tensor], run: Run
-) -> tuple[Any, Tensor]:
-    values = {site.name: site.transform(unconstrained[site.name]) for site in sites}
-    with torch.enable_grad(), forked(0):
+def _images(sites: Sequence[LatentSite], unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {site.name: site.transform(unconstrained[site.name]) for site in sites}
+
+
+def _evaluate(run: Run, values: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
+    with forked(0):
         trace = run(values)
-        return trace, trace.log_prob_sum()
+    return trace, trace.log_prob_sum()
