@@ -123,7 +123,7 @@ class _Search:
         return ~((at_ends[:, 0] - at_ends[:, 1]).abs() < JUMP)
 
     def _with_angles(self, modes: Tensor, values: Tensor) -> Tensor:
-        """Modes in which one angle has one of some values: ``(modes, angles, values, features)``."""
+        """Modes with one angle at some values, ``(modes, angles, values, features)``."""
         x = modes[:, None, None].repeat(1, len(self.angles), len(values), 1)
         for j, place in enumerate(self.angles):
             x[:, j, :, place] = values

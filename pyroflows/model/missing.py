@@ -49,7 +49,7 @@ class _Normal(dist.Normal):
 
 
 class _MultivariateNormal(dist.MultivariateNormal):
-    """The marginal of the entries that are seen: the others get variance one, and deviation zero."""
+    """The marginal of the entries that are seen; the others have variance one, no deviation."""
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         new = self._get_checked_instance(_MultivariateNormal, _instance)
