@@ -159,7 +159,7 @@ def _report(name: str, posterior: Any, draws: Mapping[str, Any]) -> Iterator[str
 
     verdict = posterior.verdict
     yield f"Posterior of {name}:\n"
-    yield _format(summary(draws))
+    yield _format(summary(draws, circular=posterior.density.centres))
     yield f"\n{verdict}\n"
     yield from _findings(verdict)
     error = f"Monte Carlo error {verdict.log_evidence_error:.1g}"

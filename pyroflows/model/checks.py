@@ -15,14 +15,17 @@ from torch import Tensor
 from .._checks import list_names
 from .._compat import unvalidated, validates
 from .faults import check_site, describe_error
+from .missing import TAKE_NAN
 from .shapes import check_mask, check_shape
 from .sites import (
     LatentSite,
+    base_distribution,
     distribution_name,
     is_discrete,
     latent_nodes,
     plate_frames,
     sample_nodes,
+    unmasked_entries,
 )
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "check_outside_of_parts",
     "check_plate_sizes",
     "check_rows",
+    "check_same_masks",
     "check_same_shapes",
     "check_same_values",
     "check_scaled",
@@ -200,6 +204,17 @@ def check_same_shapes(first: Any, second: Any) -> None:
             )
 
 
+def check_same_masks(sites: Sequence[LatentSite], trace: Any) -> None:
+    """Refuses inputs of a model by which entries are needed that a mask has switched off before."""
+    for site in sites:
+        now = unmasked_entries(trace.nodes[site.name]).to(site.active.device)
+        if bool((now & ~site.active).any()):
+            raise ValueError(
+                f"Expected inputs with the same masks; latent site {site.name!r} has entries that "
+                "a mask switched off before and does not now. Make another LogDensity of them."
+            )
+
+
 def _latent_shapes(trace: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(node["value"].shape) for name, node in latent_nodes(trace)}
 
@@ -219,6 +234,8 @@ def check_data(trace: Any) -> None:
             value = node["value"]
             _check_kind_of_data(name, value)
             check_shape(name, node)
+            if isinstance(base_distribution(node["fn"]), TAKE_NAN):
+                value = torch.as_tensor(value).nan_to_num(nan=0.0)
             _check_support_of_data(name, node["fn"], value)
         check_mask(name, node)
 

@@ -22,8 +22,9 @@ from .._compat import build_guide, stored_parameters
 from .._random import forked
 from . import checks
 from .base import Density
+from .cuts import find_centres
 from .data import GivenData, as_data
-from .enumeration import enumerated_groups, enumerated_log_prob
+from .enumeration import enumerated_groups, enumerated_log_prob, sample_enumerated
 from .evaluator import FAILURES, Evaluator, map_points
 from .faults import describe_error, explained
 from .handlers import (
@@ -36,13 +37,18 @@ from .handlers import (
     WholePlates,
 )
 from .inputs import Inputs, name_parameters
+from .masks import settle_masks
+from .missing import MissingData
 from .sites import (
     LatentSite,
+    SiteKind,
     find_latent_sites,
     is_discrete,
     latent_nodes,
     observed_names,
     plate_frames,
+    plate_size,
+    rotated,
     sample_nodes,
 )
 from .start import init_to_median, start_elsewhere
@@ -112,6 +118,8 @@ class LogDensity(Density):
         tensor([-0.9189, -0.9189, -0.9189])
     """
 
+    sites: list[LatentSite]
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -141,8 +149,8 @@ class LogDensity(Density):
             self._read_sites(trace)
             self._validated = validated_sites(trace)
             self._run_again(trace)
-            self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
-            self._program = self._evaluator.make_program(self.inputs, self.batch_size)
+            self._make_program()
+            self._set_centres(find_centres(self, self.sites))
             self.data.check(self, trace)
         if not self.batched:
             warnings.warn(
@@ -255,12 +263,46 @@ class LogDensity(Density):
         bound.data = GivenData(bound.inputs)
         if bound.inputs.shapes() != self.inputs.shapes():
             bound._check_shapes()
+        if not all(site.complete for site in self.sites):
+            checks.check_same_masks(self.sites, bound.trace())
         bound.batch_size = check_size(
             "batch_size", self.batch_size if batch_size is None else batch_size
         )
         with torch.no_grad():
             bound._program = self._evaluator.make_program(bound.inputs, bound.batch_size)
         return bound
+
+    @property
+    def centres(self) -> dict[str, Tensor]:
+        """For each circular site the angles at zero, opposite to which its circle is cut."""
+        return {site.name: site.centres for site in self.sites if site.kind is SiteKind.CIRCLE}
+
+    def rotated(self, centres: Mapping[str, Tensor]) -> LogDensity:
+        """The density of the same model with other :attr:`centres`.
+
+        Args:
+            centres: For some circular sites the angles at zero, of shape ``(features,)``.
+
+        Returns:
+            The density; this one if these are its centres.
+        """
+        own = self.centres
+        if all(torch.equal(own[name], centre.to(own[name])) for name, centre in centres.items()):
+            return self
+        other = copy.copy(self)
+        other._set_centres(centres)
+        return other
+
+    def _set_centres(self, centres: Mapping[str, Tensor]) -> None:
+        if centres:
+            values = self.constrain(self.initial)
+            self.sites = rotated(self.sites, centres)
+            self.initial = self.unconstrain(values)
+            self._make_program()
+
+    def _make_program(self) -> None:
+        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
+        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
 
     def _check_plates(self, rows: Mapping[str, Tensor]) -> None:
         if rows and set(rows) != set(self.subsampled):
@@ -361,6 +403,42 @@ class LogDensity(Density):
             for name, term in terms.items()
         }
 
+    def sample_discrete(self, z: Tensor) -> dict[str, Tensor]:
+        """Draws the discrete sites from their posterior given the continuous ones.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each discrete site its value.
+        """
+        with self._given(self.inputs):
+            return sample_enumerated(self._trace(self.constrain(z), self.inputs))
+
+    def observed_terms(self, z: Tensor) -> dict[str, Tensor]:
+        """The log density of each entry of the observed sites, summed over the discrete sites.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each observed site a tensor of the shape of its plates. Sites and rows that depend
+            on the same discrete sites have no terms of their own, and are left out.
+        """
+        with self._given(self.inputs):
+            trace = self._trace(self.constrain(z), self.inputs)
+            groups = enumerated_groups(trace) if self.discrete else []
+            trace.compute_log_prob()
+        nodes = dict(sample_nodes(trace))
+        grouped = {name for group in groups for name in group.names}
+        observed = [name for name, node in nodes.items() if node["is_observed"]]
+        terms = {name: nodes[name]["log_prob"] for name in observed if name not in grouped}
+        for group in groups:
+            rest = [name for name in group.names if name not in self.discrete]
+            if len(rest) == 1 and group.log_prob.numel() == plate_size(nodes[rest[0]]):
+                terms[rest[0]] = group.log_prob
+        return {name: terms[name] for name in observed if name in terms}
+
     def site_log_probs(self, z: Tensor) -> dict[str, Tensor]:
         """The summed log density of every site at one point, to tell which is at fault.
 
@@ -394,7 +472,8 @@ class LogDensity(Density):
             z: Points of shape ``(*, features)``.
 
         Returns:
-            For each site a tensor of shape ``(*, *site_shape)``.
+            For each site a tensor of shape ``(*, *site_shape)``; an entry that a mask switches off
+            has the image of zero.
         """
         check_tensor("z", z, (self.features,))
         return {site.name: value for site, _, value in self._unpack(z)}
@@ -408,12 +487,7 @@ class LogDensity(Density):
         Returns:
             Tensor of shape ``(*, features)``.
         """
-        parts = []
-        for site in self.sites:
-            value = values[site.name]
-            batch = value.shape[: value.dim() - len(site.shape)]
-            parts.append(site.transform.inv(value).reshape(*batch, site.features))
-        return torch.cat(parts, -1)
+        return torch.cat([site.pack(values[site.name]) for site in self.sites], -1)
 
     def has_support(self, name: str, support: Any) -> bool:
         """Whether a latent site is mapped to a support, judged by one point.
@@ -423,11 +497,13 @@ class LogDensity(Density):
             support: A constraint.
 
         Returns:
-            Whether ``biject_to(support)`` is the map of the site.
+            Whether ``biject_to(support)`` is the map of the site, or, for angles, the identity.
         """
-        unconstrained, value = next(
-            (u, v) for site, u, v in self._unpack(self.initial + 1) if site.name == name
+        site, unconstrained, value = next(
+            found for found in self._unpack(self.initial + 1) if found[0].name == name
         )
+        if site.kind is SiteKind.CIRCLE:
+            value = unconstrained
         try:
             image = biject_to(support)(unconstrained)
         except (NotImplementedError, RuntimeError):
@@ -446,6 +522,8 @@ class LogDensity(Density):
         is built."""
         with self.on_device(), poutine.block():
             build_guide(guide, self.args, self.kwargs)
+        if self.centres:
+            guide.rotate(self.centres)
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Context manager that puts tensors created by the model on its device."""
@@ -515,7 +593,7 @@ class LogDensity(Density):
             enumerated = config_enumerate(model, default="parallel")
             model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
         model = poutine.trace(poutine.condition(model, data=dict(values)))
-        with Unvalidated():
+        with Unvalidated(), MissingData():
             return model.get_trace(*inputs.args, **inputs.kwargs)
 
     def _log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
@@ -523,7 +601,7 @@ class LogDensity(Density):
             values, log_det = {}, z.new_zeros(())
             for site, unconstrained, value in self._unpack(z):
                 values[site.name] = value
-                log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+                log_det = log_det + site.log_det(unconstrained, value).sum()
             with ArgumentChecks(self._validated) as checked:
                 trace = self._trace(values, inputs)
             total = enumerated_log_prob(trace) if self.discrete else trace.log_prob_sum()
@@ -542,16 +620,15 @@ class LogDensity(Density):
                 first = next(name for name in group.names if name in self.discrete)
                 terms[first] = group.log_prob
             for site, unconstrained, value in self._unpack(z):
-                log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
+                log_det = site.log_det(unconstrained, value)
                 batch_dim = len(nodes[site.name]["fn"].batch_shape)
                 terms[site.name] = terms.get(site.name, 0.0) + _sum_beyond(log_det, batch_dim)
         return terms
 
     def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
-        batch = z.shape[:-1]
         parts = z.split([site.features for site in self.sites], -1)
         for site, part in zip(self.sites, parts, strict=True):
-            unconstrained = part.reshape(batch + site.unconstrained_shape)
+            unconstrained = site.unpack(part)
             yield site, unconstrained, site.transform(unconstrained)
 
     # Construction
@@ -615,11 +692,13 @@ class LogDensity(Density):
 
     def _read_sites(self, trace: Any) -> None:
         checks.check_latents(trace)
-        self.sites = find_latent_sites(trace)
-        checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
         self.observed = observed_names(trace)
         self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
+        with self._given(self.inputs):
+            found = find_latent_sites(trace)
+            self.sites = settle_masks(found, trace, lambda v: self._trace(v, self.inputs))
+        checks.check_entries(self.sites)
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
         self.initial = self.unconstrain(values)
         self.features = self.initial.numel()

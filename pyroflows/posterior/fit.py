@@ -155,6 +155,7 @@ def fit_posterior(
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)
+        density = density.rotated(own.centres())
         climb = Climb(density, steps, deadline, own, **settings)
         return climb_ladder(climb, [make_own_rung(own, fresh, steps)])
 

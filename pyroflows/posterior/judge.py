@@ -82,6 +82,7 @@ def judge(
     with seeded(seed), without_handlers():
         density = log_density_of(model, args, kwargs).full
         adapted = as_guide(guide, density)
+        density = density.rotated(adapted.centres())
         with deadline.enforced():
             census = _census(density)
             verdict = judge_subject(Subject(adapted, density, census, draws=draws))

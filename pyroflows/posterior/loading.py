@@ -106,7 +106,7 @@ def load_posterior(
         _try_out(made)
         return Posterior(
             guide=made,
-            density=density,
+            density=density.rotated(made.centres()),
             verdict=verdict,
             trajectories=state["trajectories"],
             name=state["name"],

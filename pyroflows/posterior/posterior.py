@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_size
+from .._checks import check_flag, check_size
 from .._random import forked
 from ..guides.guide import Guide
 from ..model import prediction as simulate
@@ -151,8 +151,10 @@ class Posterior:
         """Names of the entries of the unconstrained vector, such as ``theta[0]``."""
         return entry_names(self.density)
 
-    def sample(self, n: int = 4000, seed: int | None = None) -> dict[str, Tensor]:
-        """Draws from the posterior, on the constrained scale.
+    def sample(
+        self, n: int = 4000, seed: int | None = None, discrete: bool = False
+    ) -> dict[str, Tensor]:
+        r"""Draws from the posterior, on the constrained scale.
 
         Where importance weights are reliable the draws are resampled by them, which corrects the
         guide's errors.
@@ -160,19 +162,24 @@ class Posterior:
         Args:
             n: How many draws.
             seed: Seed of the draws; ``None`` takes them from torch's random state.
+            discrete: Whether to draw the discrete latent sites too, which the fit sums out, each
+                from its posterior given the continuous ones.
 
         Returns:
-            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``; where the
-            density is not known, so that the sites are not known either, unconstrained vectors by
-            the name ``"latent"``.
+            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``, with NaN
+            at latent entries that a mask switches off, and angles in :math:`[-\pi, \pi)`; where
+            the density is not known, so that the sites are not known either, unconstrained vectors
+            by the name ``"latent"``.
 
         Raises:
             ValueError: If ``n`` is not positive.
         """
+        check_flag("discrete", discrete)
         z = self.sample_unconstrained(n, seed)
         if self._density is None:
             return {"latent": z}
-        return {**self.density.constrain(z), **simulate.deterministic_sites(self.density, z)}
+        with forked(seed):
+            return simulate.site_draws(self.density, z, discrete)
 
     def sample_unconstrained(self, n: int = 4000, seed: int | None = None) -> Tensor:
         """Draws from the posterior as unconstrained vectors.
@@ -220,7 +227,12 @@ class Posterior:
             return draw_importance_sample(self.guide, self.density, n)
 
     def summary(self, n: int = 4000, seed: int | None = 0) -> pandas.DataFrame:
-        """Returns a table with mean, sd and 94 % interval of highest density of each scalar.
+        r"""Returns a table with mean, sd and 94 % interval of highest density of each scalar.
+
+        Those of an angle are taken on the circle: the mean direction, the circular standard
+        deviation :math:`\sqrt{-2 \log R}` with the length :math:`R` of the mean of the points on
+        the unit circle, and an interval that may run across :math:`\pm\pi`. Entries that a mask
+        switches off have NaN.
 
         Args:
             n: How many draws it rests on.
@@ -230,7 +242,7 @@ class Posterior:
             A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``.
         """
         draws = {name: value.cpu().numpy() for name, value in self.sample(n, seed).items()}
-        return arviz.summary(draws)
+        return arviz.summary(draws, circular=[] if self._density is None else self.density.centres)
 
     def to_arviz(self, draws: int = 4000, seed: int | None = 0) -> Any:
         """Returns the posterior in ArviZ's container, with all groups that the model allows.

@@ -4,7 +4,6 @@ asked for.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,6 +220,6 @@ def entry_names(density: LogDensity) -> list[str]:
     """Returns names of the entries of the unconstrained vector, such as ``theta[0]``."""
     names = []
     for site in density.sites:
-        for index in itertools.product(*map(range, site.unconstrained_shape)):
+        for index in site.indices:
             names.append(site.name + (f"[{', '.join(map(str, index))}]" if index else ""))
     return names

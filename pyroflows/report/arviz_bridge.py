@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -265,19 +265,25 @@ def summary(
     draws: Mapping[str, Any],
     dims: Mapping[str, Sequence[str | None]] | None = None,
     coords: Mapping[str, Any] | None = None,
+    circular: Collection[str] = (),
 ) -> pandas.DataFrame:
-    """Tabulates mean, standard deviation and 94 % interval of every scalar parameter.
+    r"""Tabulates mean, standard deviation and 94 % interval of every scalar parameter.
 
     Args:
         draws: Variable name -> equally weighted draws of shape ``(draws, *shape)``.
         dims: Variable name -> names of the dimensions of ``shape``, as in ``to_inference_data``.
         coords: Dimension name -> labels, as in ``to_inference_data``.
+        circular: Names of variables that are angles in radians. Their mean is the mean direction,
+            their ``sd`` the circular one, :math:`\sqrt{-2 \log R}` with the length :math:`R` of the
+            mean of the points on the unit circle, and their interval may run from a larger number
+            to a smaller one, across :math:`\pm\pi`.
 
     Returns:
         A data frame with a row for each scalar, labelled as ArviZ does (``mu``, ``theta[0]``,
         ``theta[1, 2]``, ``theta[Choate]`` where ``coords`` has labels), and the columns ``mean``,
         ``sd`` (of the sample, with the divisor ``draws - 1``), ``hdi_3%`` and ``hdi_97%`` (the ends
-        of the shortest interval that holds 94 % of the draws, as ArviZ computes it).
+        of the shortest interval that holds 94 % of the draws, as ArviZ computes it). All are NaN
+        where the draws are.
 
     Raises:
         ValueError: If a variable has fewer than two draws, or if ``dims`` or ``coords`` do not fit
@@ -300,13 +306,15 @@ def summary(
     dataset = _dataset("posterior", with_chain, dims or {}, coords or {})
     labels: list[str] = []
     rows = [np.empty((0, 4))]
+    angles = {_storable_name(name) for name in circular}
     for name, variable in dataset.data_vars.items():
         if variable.sizes["draw"] < 2:
             raise ValueError(
                 f"Expected at least 2 draws of {name!r}; got {variable.sizes['draw']}."
             )
         labels.extend(_labels(str(name), variable))
-        rows.append(_statistics(variable.values[0]))
+        statistics = _circular_statistics if name in angles else _statistics
+        rows.append(statistics(variable.values[0]))
     columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
     return pandas.DataFrame(np.concatenate(rows), index=labels, columns=columns)
 
@@ -335,11 +343,15 @@ def hdi(columns: np.ndarray, probability: float = HDI_PROBABILITY) -> np.ndarray
     return np.asarray(array_stats.hdi(columns, prob=probability, axis=0))
 
 
-def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def diagnostics(
+    draws: Mapping[str, Any], circular: Collection[str] = ()
+) -> dict[str, dict[str, np.ndarray]]:
     """Judges Markov chains by what ArviZ computes from them, for every scalar parameter.
 
     Args:
         draws: Variable name -> draws of shape ``(chain, draw, *shape)``.
+        circular: Names of variables that are angles, which are taken relative to their mean
+            direction.
 
     Returns:
         For ``"rhat"`` (of split, rank-normalised chains), ``"ess_bulk"``, ``"ess_tail"`` and
@@ -364,10 +376,12 @@ def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """
     check_mapping("draws", draws)
     arviz = _import_arviz()
+    arrays = {name: np.asarray(values) for name, values in draws.items()}
+    for name in circular:
+        arrays[name] = _wrap(arrays[name] - _mean_direction(arrays[name], axis=(0, 1)))
     # Numbers for names, so that no variable is called as a dimension.
-    dataset = _dataset(
-        "posterior", {f"{i}": np.asarray(values) for i, values in enumerate(draws.values())}, {}, {}
-    )
+    numbered = {f"{i}": values for i, values in enumerate(arrays.values())}
+    dataset = _dataset("posterior", numbered, {}, {})
     if dataset.data_vars and dataset.sizes["draw"] < 4:
         raise ValueError(f"Expected at least 4 draws a chain; got {dataset.sizes['draw']}.")
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -642,7 +656,35 @@ def _labels(name: str, variable: xarray.DataArray) -> Iterator[str]:
 
 
 def _statistics(draws: np.ndarray) -> np.ndarray:
-    columns = draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
-    if not columns.shape[1]:
-        return np.empty((0, 4))
-    return np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
+    columns = _columns(draws)
+    table = np.full((columns.shape[1], 4), np.nan)
+    known = ~np.isnan(columns).any(0)
+    if known.any():
+        columns = columns[:, known]
+        table[known] = np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
+    return table
+
+
+def _circular_statistics(draws: np.ndarray) -> np.ndarray:
+    columns = _columns(draws)
+    mean = _mean_direction(columns)
+    length = np.hypot(np.cos(columns).mean(0), np.sin(columns).mean(0)).clip(max=1.0)
+    table = _statistics(_wrap(columns - mean))
+    table[:, 0] = _wrap(mean)
+    table[:, 1] = np.sqrt(-2 * np.log(length))
+    table[:, 2:] = _wrap(table[:, 2:] + mean[:, None])
+    return table
+
+
+def _columns(draws: np.ndarray) -> np.ndarray:
+    return draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
+
+
+def _mean_direction(angles: np.ndarray, axis: Any = 0) -> np.ndarray:
+    direction: np.ndarray = np.arctan2(np.sin(angles).mean(axis), np.cos(angles).mean(axis))
+    return direction
+
+
+def _wrap(angles: np.ndarray) -> np.ndarray:
+    wrapped: np.ndarray = np.mod(angles + math.pi, 2 * math.pi) - math.pi
+    return wrapped

@@ -328,8 +328,7 @@ def pyros_log_density(model: Model, density: LogDensity, z: Tensor) -> tuple[Ten
         row = row.clone().requires_grad_()
         parts = row.split([site.features for site in density.sites])
         unpacked = {
-            site.name: part.reshape(site.unconstrained_shape)
-            for site, part in zip(density.sites, parts, strict=True)
+            site.name: site.unpack(part) for site, part in zip(density.sites, parts, strict=True)
         }
         value = -potential(unpacked)
         grads.append(torch.autograd.grad(value, row)[0])
@@ -494,11 +493,7 @@ def test_a_proper_density_integrates_to_one_on_the_unconstrained_line(
     law: Callable[[], Any],
 ) -> None:
     density = LogDensity(lambda: pyro.sample("x", law()))
-    real = density.sites[0].transform.codomain == constraints.real and isinstance(
-        law(), dist.VonMises
-    )
-    edge = math.pi if real else 60.0
-    z = torch.linspace(-edge, edge, 200_001)
+    z = torch.linspace(-60.0, 60.0, 200_001)
     total = torch.trapezoid(density.log_prob(z.unsqueeze(-1)).exp(), z)
     assert abs(float(total) - 1) < 1e-4
 

@@ -639,3 +639,29 @@ def test_loo_of_a_likelihood_that_no_parameter_moves() -> None:
 def test_misuse_of_loo(log_likelihood: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bridge.loo(log_likelihood)
+
+
+def test_moments_of_angles_are_taken_on_the_circle() -> None:
+    rng = np.random.default_rng(0)
+    angles = np.stack([rng.vonmises(3.0, 8.0, 4000), rng.vonmises(0.5, 8.0, 4000)], 1)
+    table = bridge.summary({"mu": angles, "x": angles}, circular=["mu"])
+    assert table.loc["mu[0]", "mean"] == pytest.approx(3.0, abs=0.03)
+    # sqrt(-2 log R) with R = I1(8) / I0(8)
+    assert table.loc["mu[0]", "sd"] == pytest.approx(0.366, abs=0.01)
+    assert table.loc["mu[0]", "hdi_97%"] < 0 < 2 < table.loc["mu[0]", "hdi_3%"]
+    assert table.loc["x[0]", "sd"] > 1
+    ends = ["hdi_3%", "hdi_97%"]
+    np.testing.assert_allclose(
+        table.loc["mu[1]", ends].tolist(), table.loc["x[1]", ends].tolist(), atol=1e-6
+    )
+    chains = angles.reshape(2, 2000, 2)
+    rhat = bridge.diagnostics({"mu": chains}, circular=["mu"])["rhat"]["mu"]
+    assert bool((rhat < 1.02).all())
+
+
+def test_missing_entries_have_a_row_without_numbers() -> None:
+    draws = np.random.default_rng(0).normal(size=(100, 2))
+    draws[:, 1] = np.nan
+    table = bridge.summary({"x": draws, "mu": draws}, circular=["mu"])
+    assert table.loc[["x[1]", "mu[1]"]].isna().all().all()
+    assert table.loc[["x[0]", "mu[0]"]].notna().all().all()
