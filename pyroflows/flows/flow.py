@@ -64,6 +64,9 @@ class Flow(Recorded, PyroModule):
         standardize: Whether to add a last layer :class:`pyroflows.transforms.Standardize`, which
             :func:`pyroflows.fit_density` fits to the means and scales of its data.
 
+    Values and contexts may be of any floating-point dtype. They are computed in the dtype of the
+    parameters, which samples and log-densities have too: ``flow.double()`` for float64.
+
     To compile a flow, take its distribution first: ``torch.compile(flow().log_prob,
     fullgraph=True)``.
 
