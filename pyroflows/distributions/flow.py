@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -172,7 +173,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values of shape ``(*, *batch_shape, *event_shape)``."""
-        value = self._cast(check_tensor("value", value, self.event_shape))
+        value = self._cast(self._check_value(value))
         # torch's check of a support fails on empty batches, and reads values, which a compiled graph cannot.
         if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
@@ -205,6 +206,12 @@ class FlowDistribution(dist.TransformedDistribution):
         # Equal to log q(x) in value; its gradient is the score times dx, with the density's own parameters held fixed.
         path = sum_rightmost((x - x.detach()) * score, len(self.event_shape))
         return ScoreParts(parts.log_prob, parts.score_function, parts.log_prob.detach() + path)
+
+    def _check_value(self, value: Any) -> Tensor:
+        try:
+            return check_tensor("value", value, self.event_shape)
+        except ValueError as error:
+            raise ValueError(f"{error}{advise_features(self, value.shape)}") from None
 
     def _draw_base(self, draw: Callable[[torch.Size], Tensor], sample_shape: Any) -> Tensor:
         return self._cast(draw(check_batch_shape("sample_shape", sample_shape)))
@@ -247,6 +254,31 @@ class FlowDistribution(dist.TransformedDistribution):
             return base.log_prob(x).to(x.dtype)
         of_entries = base.base_dist.log_prob(x).to(x.dtype)
         return sum_rightmost(of_entries, base.reinterpreted_batch_ndims)
+
+
+def advise_features(distribution: Any, shape: torch.Size) -> str:
+    """Says how many features a support asks for, where values of a flow have another shape.
+
+    Args:
+        distribution: A distribution.
+        shape: Shape of values that do not fit it.
+
+    Returns:
+        A sentence after a space; nothing where the support keeps shapes, or has none such as these.
+    """
+    if not isinstance(distribution, FlowDistribution):
+        return ""
+    for onto in distribution._onto:
+        dims = onto.codomain.event_dim
+        with contextlib.suppress(ValueError):
+            event = shape[max(0, len(shape) - dims) :]
+            needed = onto.inverse_shape(event)
+            if needed != event and needed.numel():
+                return (
+                    f" Values of shape {tuple(event)} with the support {distribution._support} "
+                    f"need features={needed.numel()}."
+                )
+    return ""
 
 
 def log_prob_and_score(

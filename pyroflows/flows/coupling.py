@@ -5,6 +5,8 @@
 import copy
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
 from typing_extensions import Unpack
 
 from .._checks import check_choice, check_shape, check_size
@@ -40,7 +42,8 @@ class CouplingFlow(LayeredFlow):
         context_features: Entries of the context, or ``None``.
         context_shape: Shape of the context, of which ``context_features`` is the short form for
             vectors.
-        transforms: Number of couplings.
+        transforms: Number of couplings. One more follows where they would leave an entry that none
+            of them moves, as a single one does.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         network: Factory of each coupling's network.
         fast: The direction that evaluates :math:`f` itself: ``"forward"``, as above, or
@@ -80,6 +83,7 @@ class CouplingFlow(LayeredFlow):
     ) -> None:
         check_choice("fast", fast, ("forward", "inverse"))
         channels = check_shape("features", features, least=1)[0]
+        masks = coupling_masks(mask, channels, check_size("transforms", transforms))
         # Copies, because a map may have parameters, which belong to its layer.
         layers: list[Transform] = [
             Coupling(
@@ -90,11 +94,26 @@ class CouplingFlow(LayeredFlow):
                 mask=chosen,
                 network=network,
             )
-            for chosen in coupling_masks(mask, channels, check_size("transforms", transforms))
+            for chosen in move_every_entry(masks)
         ]
         if fast == "inverse":
             layers = [layer.inv for layer in layers]
         super().__init__(layers, last, **options)
+
+
+def move_every_entry(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Returns masks of couplings, with one more if they leave entries that none of them moves.
+
+    Args:
+        masks: Boolean tensors of shape ``(features,)``; ``True`` marks the entries that stay.
+
+    Example:
+        >>> import torch
+        >>> move_every_entry([torch.tensor([True, False, False])])[1]
+        tensor([False,  True,  True])
+    """
+    never_moved = torch.stack(list(masks)).all(0)
+    return [*masks, ~never_moved] if bool(never_moved.any()) else list(masks)
 
 
 class NICE(CouplingFlow):

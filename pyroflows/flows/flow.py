@@ -56,7 +56,8 @@ class Flow(Recorded, PyroModule):
             without arguments, such as :class:`pyroflows.distributions.StudentTBase`, whose
             parameters train with the flow.
         support: Any constraint with a bijection from real vectors, such as
-            ``constraints.positive``. It moves likewise.
+            ``constraints.positive``. It moves likewise. The transforms give events of the shape
+            that is mapped onto it: two features for a simplex of 3 entries.
         name: Name in the param store; the class's by default. Two flows in one model need two
             names.
         reversible: Whether training recomputes activations by inversion instead of keeping them;

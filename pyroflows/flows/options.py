@@ -45,7 +45,9 @@ class FlowOptions(TypedDict, total=False):
             learned degrees; or ``None``, the default.
         base: Base distribution, or a module that makes one; the standard normal by default. See
             :class:`pyroflows.Flow`.
-        support: Constraint that values satisfy; the whole space by default.
+        support: Constraint that values satisfy; the whole space by default. Features are counted
+            before values are mapped onto it: a simplex of 3 entries takes 2 of them, the Cholesky
+            factor of a correlation matrix of 3 rows takes 3.
         name: Name in the param store; that of the class by default.
         reversible: Whether training recomputes activations by inversion instead of keeping them, so
             that memory does not grow with depth. Every layer must be fast in both directions.

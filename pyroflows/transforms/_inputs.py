@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import check_context, check_tensor
 from .._compat import dtype_of
 
-__all__ = ["admit", "check_directions", "set_aside"]
+__all__ = ["admit", "check_directions", "check_pull", "check_push", "set_aside"]
 
 Method = Callable[..., Any]
 
@@ -49,7 +49,8 @@ def admit(
 def _check_batches(name: str, value: Tensor, dims: int, context: Tensor, context_dims: int) -> None:
     batch = value.shape[: value.dim() - dims]
     given = context.shape[: context.dim() - context_dims]
-    if not given or given == batch:  # by far the most common, and much cheaper to see
+    # Seldom anything else, and cheap to see; a tracer warns of comparisons.
+    if not given or torch.jit.is_tracing() or given == batch:
         return
     try:
         torch.broadcast_shapes(batch, given)
@@ -95,7 +96,9 @@ def check_directions(owner: type) -> None:
             setattr(owner, name, wrap(vars(owner)[name]))
 
 
-def _forward(method: Method) -> Method:
+def check_forward(method: Method) -> Method:
+    """Makes a method such as ``forward_and_log_det`` check what it is given."""
+
     @functools.wraps(method)
     def checked(self: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return method(self, *admit(self, "x", x, self.event_shape, context))
@@ -103,7 +106,9 @@ def _forward(method: Method) -> Method:
     return checked
 
 
-def _inverse(method: Method) -> Method:
+def check_inverse(method: Method) -> Method:
+    """Makes a method such as ``inverse_and_log_det`` check what it is given."""
+
     @functools.wraps(method)
     def checked(self: Any, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return method(self, *admit(self, "y", y, self.image_shape, context))
@@ -111,7 +116,9 @@ def _inverse(method: Method) -> Method:
     return checked
 
 
-def _push(method: Method) -> Method:
+def check_push(method: Method) -> Method:
+    """Makes a method such as ``push_score`` check what it is given."""
+
     @functools.wraps(method)
     def checked(self: Any, x: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
         x, context = admit(self, "x", x, self.event_shape, context)
@@ -120,7 +127,9 @@ def _push(method: Method) -> Method:
     return checked
 
 
-def _pull(method: Method) -> Method:
+def check_pull(method: Method) -> Method:
+    """Makes a method such as ``pull_score`` check what it is given."""
+
     @functools.wraps(method)
     def checked(self: Any, y: Tensor, score: Tensor, context: Tensor | None = None) -> Any:
         y, context = admit(self, "y", y, self.image_shape, context)
@@ -130,8 +139,8 @@ def _pull(method: Method) -> Method:
 
 
 _WRAPS: dict[str, Callable[[Method], Method]] = {
-    "forward_and_log_det": _forward,
-    "inverse_and_log_det": _inverse,
-    "push_score": _push,
-    "pull_score": _pull,
+    "forward_and_log_det": check_forward,
+    "inverse_and_log_det": check_inverse,
+    "push_score": check_push,
+    "pull_score": check_pull,
 }

@@ -21,7 +21,7 @@ from .._checks import (
 from .._compat import definition_of, dtype_of
 from .._memory import Memory
 from .._spec import Recorded
-from ._inputs import admit, check_directions
+from ._inputs import admit, check_directions, check_pull, check_push
 
 __all__ = ["Conditioned", "Inverse", "Transform"]
 
@@ -169,6 +169,7 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det.")
 
+    @check_push
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +194,7 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         """
         return _carry_score(self.forward_and_log_det, self.inverse_and_log_det, x, score, context)
 
+    @check_pull
     def pull_score(
         self, y: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
