@@ -5,7 +5,6 @@
 import copy
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -15,7 +14,7 @@ from ..transforms import Coupling, GlowStep, Rescale, Transform, coupling_masks
 from ..transforms.coupling import Mask
 from ..univariate import Affine, LogisticMixture, Shift, Univariate
 from .layered import LayeredFlow
-from .options import FlowOptions
+from .options import FlowOptions, mix_layers, never_moved
 
 __all__ = ["NICE", "CouplingFlow", "CouplingOptions", "FlowPlusPlus", "Glow", "RealNVP"]
 
@@ -84,9 +83,10 @@ class CouplingFlow(LayeredFlow):
         check_choice("fast", fast, ("forward", "inverse"))
         channels = check_shape("features", features, least=1)[0]
         masks = coupling_masks(mask, channels, check_size("transforms", transforms))
-        # Copies, because a map may have parameters, which belong to its layer.
-        layers: list[Transform] = [
-            Coupling(
+
+        def couple(chosen: Tensor) -> Transform:
+            # A copy, because a map may have parameters, which belong to its layer.
+            layer = Coupling(
                 copy.deepcopy(univariate),
                 features,
                 context_features,
@@ -94,26 +94,15 @@ class CouplingFlow(LayeredFlow):
                 mask=chosen,
                 network=network,
             )
-            for chosen in move_every_entry(masks)
-        ]
-        if fast == "inverse":
-            layers = [layer.inv for layer in layers]
+            return layer if fast == "forward" else layer.inv
+
+        mixing = self.find_mixing(options.get("mixing", "auto"))
+        layers = mix_layers(list(map(couple, masks)), mixing)
+        still = never_moved(layers, masks)
+        if bool(still.any()):
+            layers.append(couple(~still))
+        options["mixing"] = None  # they are mixed
         super().__init__(layers, last, **options)
-
-
-def move_every_entry(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Returns masks of couplings, with one more if they leave entries that none of them moves.
-
-    Args:
-        masks: Boolean tensors of shape ``(features,)``; ``True`` marks the entries that stay.
-
-    Example:
-        >>> import torch
-        >>> move_every_entry([torch.tensor([True, False, False])])[1]
-        tensor([False,  True,  True])
-    """
-    never_moved = torch.stack(list(masks)).all(0)
-    return [*masks, ~never_moved] if bool(never_moved.any()) else list(masks)
 
 
 class NICE(CouplingFlow):

@@ -104,16 +104,17 @@ class NSF(LayeredFlow):
         structure: Callable[..., LayeredFlow] = (
             CouplingFlow if check_flag("coupling", coupling) else AutoregressiveFlow
         )
+        if spline == "circular":
+            shared = _on_circles(features, shared)
         made = structure(
             SPLINES[spline](bins, bound),
             features,
             context_features,
             transforms=transforms,
+            mixing=self.find_mixing(shared.pop("mixing", "auto")),
             **chosen,
         )
-        if spline == "circular":
-            shared = _on_circles(features, shared)
-        super().__init__(cast("list[Transform]", made.transform.layers), **shared)
+        super().__init__(cast("list[Transform]", made.transform.layers), mixing=None, **shared)
 
 
 #: Makers of splines of so many bins within a bound.
