@@ -5,7 +5,7 @@ asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -221,6 +221,11 @@ def entry_names(density: LogDensity) -> list[str]:
     """Returns names of the entries of the unconstrained vector, such as ``theta[0]``."""
     names = []
     for site in density.sites:
-        for index in itertools.product(*map(range, site.unconstrained_shape)):
-            names.append(site.name + (f"[{', '.join(map(str, index))}]" if index else ""))
+        names += scalar_names(site.name, site.unconstrained_shape)
     return names
+
+
+def scalar_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Returns names of the scalars of a site: ``mu``, or ``theta[0]``, or ``theta[1, 2]``."""
+    indices = itertools.product(*map(range, shape))
+    return [name + (f"[{', '.join(map(str, index))}]" if index else "") for index in indices]

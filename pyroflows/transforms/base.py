@@ -502,6 +502,11 @@ class Inverse(Transform):
 class Conditioned(Transform):
     """A transform whose context is fixed; its batch shape is broadcast against that of the context.
 
+    So a context of shape ``(1, c)`` gives one vector a batch of one, and ``forward_shape``, on which
+    the batch shape of a distribution rests, says so: ``(1, d)`` for ``(d,)``. Pyro's own conditional
+    transforms say ``(d,)`` there, which is not the shape that they give. A context of shape
+    ``(c,)`` keeps ``(d,)``.
+
     Args:
         transform: A transform with a context.
         context: Context of shape ``(*, *context_shape)``; a buffer, saved and moved with the

@@ -199,6 +199,14 @@ def test_checks_are_taken_along_into_graphs(device):
     )[0].shape == (4, 3)
 
 
+def test_shapes_of_a_fixed_context_are_those_that_the_map_gives(device):
+    t, x = Rescale(3, 2).to(device), torch.zeros(3, device=device)
+    for batch in ((), (1,), (4, 1)):
+        fixed = t.condition(torch.zeros(*batch, 2, device=device))
+        assert fixed.forward_shape(x.shape) == fixed(x).shape == (*batch, 3)
+        assert fixed.inverse_shape(x.shape) == fixed.inv(x).shape == (*batch, 3)
+
+
 # Contexts that are not finite
 
 
