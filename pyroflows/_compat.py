@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from traceback import walk_tb
 from typing import Any
 
@@ -49,6 +49,7 @@ __all__ = [
     "copy_all",
     "default_validation",
     "definition_of",
+    "dtype_of",
     "full_name",
     "in_forward_mode",
     "init_transform_of",
@@ -304,6 +305,30 @@ def definition_of(module: nn.Module) -> list[Tensor | bool]:
         parts += [tensor for tensor in tensors if tensor is not None]
         modules += [child for child in here._modules.values() if child is not None]
     return parts
+
+
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Returns the dtype of the floating-point parameters of a module, or else of its buffers.
+
+    Several times faster than ``parameters()``, because every evaluation of a transform asks for it.
+    """
+    of_buffers = None
+    modules = [module]
+    while modules:
+        here = modules.pop()
+        of_parameters = _floating(here._parameters.values())
+        if of_parameters is not None:
+            return of_parameters
+        of_buffers = of_buffers or _floating(here._buffers.values())
+        modules += [child for child in here._modules.values() if child is not None]
+    return of_buffers
+
+
+def _floating(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.dtype
+    return None
 
 
 def apply_to_module(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:

@@ -225,6 +225,13 @@ def test_stamp_of_inference_tensors():
     assert _compat.stamp(tensor) == _compat.stamp(tensor)
 
 
+def test_dtype_of_a_module_is_that_of_its_parameters_or_else_of_its_buffers():
+    module = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.ReLU(), nn.Linear(2, 2).double())
+    assert _compat.dtype_of(module) == torch.float64
+    assert _compat.dtype_of(module[:2]) == torch.float32
+    assert _compat.dtype_of(nn.ReLU()) is None
+
+
 def test_definition_of_a_module_is_all_that_it_holds():
     module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)), nn.ReLU())
     module[2].eval()

@@ -21,7 +21,7 @@ from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
 from .fingerprint import take_fingerprint
 from .importance import ImportanceSample, draw_importance_sample, resample
-from .subject import KHAT_LIMIT, entry_names
+from .subject import KHAT_LIMIT, entry_names, scalar_names
 from .verdict import Verdict
 
 if TYPE_CHECKING:
@@ -244,6 +244,52 @@ class Posterior:
         draws = {name: value.cpu().numpy() for name, value in self.sample(n, seed).items()}
         return arviz.summary(draws, circular=[] if self._density is None else self.density.centres)
 
+    def covariance(
+        self, n: int = 4000, seed: int | None = 0, sites: Sequence[str] | None = None
+    ) -> pandas.DataFrame:
+        r"""Returns the covariance matrix of the scalars, on the constrained scale.
+
+        .. math:: \hat\Sigma_{ij} = \frac{1}{n - 1} \sum_{k=1}^n
+            (\theta_i^{(k)} - \bar\theta_i) (\theta_j^{(k)} - \bar\theta_j),
+
+        whose diagonal holds the squares of the ``sd`` of :meth:`summary` for as many draws of the
+        same seed.
+
+        Args:
+            n: How many draws it rests on.
+            seed: Seed of these draws.
+            sites: Names of the sites, deterministic ones among them; all latent sites by default.
+
+        Returns:
+            A square data frame whose rows and columns are named as the rows of :meth:`summary`.
+
+        Raises:
+            TypeError: If ``sites`` is no sequence of names.
+            ValueError: If ``n`` is below 2, or if there is no site of a name.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, pyroflows as pf
+            >>> def model():
+            ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(x, 1.0))
+            >>> covariance = pf.fit_posterior(model, steps=0, progress=False).covariance()
+            >>> list(covariance.columns), bool(covariance.loc["x", "y"] > 0)
+            (['x', 'y'], True)
+        """
+        import pandas
+
+        check_size("n", n, least=2)
+        draws = self.sample(n, seed)
+        chosen = self._latent_names if sites is None else _check_sites(sites, draws)
+        names = [scalar for name in chosen for scalar in scalar_names(name, draws[name].shape[1:])]
+        values = torch.cat([draws[name].reshape(n, -1) for name in chosen], -1)
+        matrix = values.double().mT.cov().reshape(len(names), len(names))
+        return pandas.DataFrame(matrix.cpu().numpy(), index=names, columns=names)
+
+    @property
+    def _latent_names(self) -> list[str]:
+        return ["latent"] if self._density is None else [s.name for s in self._density.sites]
+
     def to_arviz(self, draws: int = 4000, seed: int | None = 0) -> Any:
         """Returns the posterior in ArviZ's container, with all groups that the model allows.
 
@@ -326,6 +372,15 @@ class Posterior:
             "seconds": self.seconds,
             "interrupted": self.interrupted,
         }
+
+
+def _check_sites(sites: Any, draws: Mapping[str, Tensor]) -> list[str]:
+    if isinstance(sites, (str, bytes)) or not isinstance(sites, Sequence):
+        raise TypeError(f"Expected sites to be a sequence of names; got {sites!r}.")
+    for name in sites:
+        if name not in draws:
+            raise ValueError(f"Expected sites to be among {', '.join(draws)}; got {name!r}.")
+    return list(sites)
 
 
 def check_posterior(name: str, value: Any) -> None:

@@ -4,7 +4,8 @@ asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -220,6 +221,14 @@ def entry_names(density: LogDensity) -> list[str]:
     """Returns names of the entries of the unconstrained vector, such as ``theta[0]``."""
     names = []
     for site in density.sites:
-        for index in site.indices:
-            names.append(site.name + (f"[{', '.join(map(str, index))}]" if index else ""))
+        names += [_scalar_name(site.name, index) for index in site.indices]
     return names
+
+
+def scalar_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Returns names of the scalars of a site: ``mu``, or ``theta[0]``, or ``theta[1, 2]``."""
+    return [_scalar_name(name, index) for index in itertools.product(*map(range, shape))]
+
+
+def _scalar_name(name: str, index: Sequence[int]) -> str:
+    return name + (f"[{', '.join(map(str, index))}]" if index else "")

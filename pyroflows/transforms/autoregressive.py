@@ -15,6 +15,7 @@ from ..nn import MADE
 from ..nn.made import Weights
 from ..nn.stages import Folding, Unfolding
 from ..univariate import Affine, Univariate
+from ._inputs import set_aside
 from .base import Transform, vjp
 from .elementwise import identity_table
 
@@ -197,8 +198,8 @@ class Autoregressive(Transform):
 
     def _solve(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Finds what the fast direction maps to ``u``."""
+        u, context = set_aside(self, u, context)
         context = self.read_context(context)
-        u = u.expand(broadcast_batch(u.shape, 1, context))
         weights = self.conditioner.weights()
         if self.conditioner.stages == 1:
             v, log_slope = self.univariate.inverse_and_log_det(u, self._raw(u, context, weights))

@@ -84,6 +84,7 @@ class Compose(Transform):
             raise ValueError(f"Expected one shape of context in all transforms; got {described}.")
         super().__init__(layers[0].event_shape, context_shape=next(iter(contexts), None))
         self.layers = nn.ModuleList(layers)
+        self._image_shape = shape
         # Torch asks a dozen times per distribution.
         self._domain, self._codomain = layers[0].domain, layers[-1].codomain
         self.reversible = check_flag("reversible", reversible)
@@ -96,6 +97,10 @@ class Compose(Transform):
         if len(limits) > 1:
             return "neither"
         return limits.pop() if limits else "both"  # type: ignore[return-value]
+
+    @property
+    def image_shape(self) -> torch.Size:
+        return self._image_shape
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -251,6 +252,34 @@ def test_the_summary_has_a_row_for_every_scalar(posterior: pf.Posterior) -> None
     )
     assert float(inside.float().mean()) == pytest.approx(0.94, abs=0.005)
     assert posterior.summary(2000).equals(table)
+
+
+def test_the_covariance_goes_with_the_summary(posterior: pf.Posterior) -> None:
+    covariance = posterior.covariance(2000)
+    labels = ["mu", "tau", *(f"eta[{i}]" for i in range(3))]
+    assert list(covariance.index) == list(covariance.columns) == labels
+    sd = posterior.summary(2000).loc[labels, "sd"].to_numpy()
+    assert covariance.to_numpy().diagonal() ** 0.5 == pytest.approx(sd, rel=1e-4)
+    draws = posterior.sample(2000, seed=0)
+    both = torch.stack([draws["mu"], draws["theta"][:, 2]]).cov()
+    chosen = posterior.covariance(2000, sites=["theta", "mu"])
+    assert chosen.loc["mu", "theta[2]"] == chosen.loc["theta[2]", "mu"]
+    assert chosen.loc["mu", "theta[2]"] == pytest.approx(float(both[0, 1]), rel=1e-3, abs=1e-4)
+    assert posterior.covariance(2, sites=["mu"]).shape == (1, 1)
+    assert pf.Posterior(posterior.guide).covariance(10).shape == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"n": 1}, ValueError, "Expected n >= 2; got 1."),
+        ({"sites": "mu"}, TypeError, "Expected sites to be a sequence of names; got 'mu'."),
+        ({"sites": ["nu"]}, ValueError, "Expected sites to be among mu, tau, eta, theta, total"),
+    ],
+)
+def test_a_covariance_that_cannot_be_is_told(posterior, options, error, sentence) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        posterior.covariance(**{"n": 10, **options})
 
 
 # ArviZ
