@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from .._checks import check_batch_shape, check_context, check_tensor
 from .._compat import dtype_of
 from .._memory import Memory
+from .._saturation import limit
 from ..transforms import Transform
 from ..transforms.base import check_transform
 
@@ -249,11 +250,29 @@ class FlowDistribution(dist.TransformedDistribution):
         return len(self.event_shape) - onto.codomain.event_dim
 
     def _base_log_prob(self, x: Tensor) -> Tensor:
+        size = x.detach().abs().amax(tuple(range(-len(self.base_dist.event_shape), 0)))
+        x = _without_gradient_far_out(x, size)
         base = self.base_dist
-        if not isinstance(base, torch.distributions.Independent):
-            return base.log_prob(x).to(x.dtype)
-        of_entries = base.base_dist.log_prob(x).to(x.dtype)
-        return sum_rightmost(of_entries, base.reinterpreted_batch_ndims)
+        if isinstance(base, torch.distributions.Independent):
+            log_prob = sum_rightmost(base.base_dist.log_prob(x), base.reinterpreted_batch_ndims)
+        else:
+            log_prob = base.log_prob(x)
+        return log_prob.to(x.dtype).masked_fill(size > limit(x.dtype, _EDGE), -math.inf)
+
+
+#: Powers of the largest number of a dtype up to which a base gives gradients, and a density.
+_REACH, _EDGE = 0.25, 0.45
+
+
+def _without_gradient_far_out(x: Tensor, size: Tensor) -> Tensor:
+    """Points, those out of reach as constants, and their entries at the edge.
+
+    The gradient of a point grows with its size, and so does all that it multiplies on its way to
+    the parameters: the product would overflow.
+    """
+    edge, dims = limit(x.dtype, _EDGE), x.dim() - size.dim()
+    far = (size > limit(x.dtype, _REACH)).reshape(size.shape + (1,) * dims)
+    return torch.where(far, x.detach().clamp(-edge, edge), x)
 
 
 def advise_features(distribution: Any, shape: torch.Size) -> str:

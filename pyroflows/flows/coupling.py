@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._checks import check_choice, check_shape, check_size
+from .._checks import check_choice, check_positive, check_shape, check_size
 from ..nn import Network, mlp
 from ..transforms import Coupling, GlowStep, Rescale, Transform, coupling_masks
 from ..transforms.coupling import Mask
 from ..univariate import Affine, LogisticMixture, Shift, Univariate
 from .layered import LayeredFlow
-from .options import FlowOptions, mix_layers, never_moved
+from .options import SHALLOW, FlowOptions, depth_share, mix_layers, never_moved
 
 __all__ = ["NICE", "CouplingFlow", "CouplingOptions", "FlowPlusPlus", "Glow", "RealNVP"]
 
@@ -94,6 +94,8 @@ class CouplingFlow(LayeredFlow):
                 mask=chosen,
                 network=network,
             )
+            if transforms > SHALLOW:
+                layer.temper(depth_share(transforms))
             return layer if fast == "forward" else layer.inv
 
         mixing = self.find_mixing(options.get("mixing", "auto"))
@@ -152,7 +154,8 @@ class RealNVP(CouplingFlow):
         context_features: Entries of the context, or ``None``.
         transforms: Number of couplings.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
-        bound: Bound of the soft clip on the log-scale.
+        bound: Bound of the soft clip on the log-scale; of more than 8 layers each has a share of
+            8 bounds, so that scales do not multiply up.
 
     Other options: see :class:`CouplingFlow` and :class:`FlowOptions`.
 
@@ -179,7 +182,10 @@ class RealNVP(CouplingFlow):
         bound: float = 3.0,
         **options: Unpack[CouplingOptions],
     ) -> None:
-        univariate = Affine(scale, bound)
+        univariate = Affine(
+            scale,
+            check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
+        )
         super().__init__(univariate, features, context_features, transforms=transforms, **options)
 
 
@@ -241,7 +247,8 @@ class Glow(LayeredFlow):
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         network: Factory of each coupling's network.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
-        bound: Bound of the soft clip on the log-scale.
+        bound: Bound of the soft clip on the log-scale; of more than 8 layers each has a share of
+            8 bounds, so that scales do not multiply up.
 
     Other options: see :class:`FlowOptions`.
 
@@ -267,6 +274,7 @@ class Glow(LayeredFlow):
         bound: float = 3.0,
         **options: Unpack[FlowOptions],
     ) -> None:
+        share = depth_share(check_size("transforms", transforms))
         layers = [
             GlowStep(
                 features,
@@ -275,8 +283,10 @@ class Glow(LayeredFlow):
                 mask=chosen,
                 network=network,
                 scale=scale,
-                bound=bound,
+                bound=check_positive("bound", bound) * share,
             )
-            for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
+            for chosen in coupling_masks(mask, features, transforms)
         ]
+        for layer in layers if transforms > SHALLOW else []:
+            layer.layers[0].temper(share)  # type: ignore[operator]
         super().__init__(layers, **options)

@@ -109,6 +109,9 @@ class Flow(Recorded, PyroModule):
             last = Standardize(self.transform.image_shape)
             layers: list[Any] = [*self.transform.layers, last]
             self.transform = Compose(layers, reversible)
+        for part in self.transform.modules():
+            if isinstance(part, Transform):
+                part.exact = False
         # Copies, for they move with the module.
         self.support = (
             None if support is None else copy.deepcopy(_check_support(support, self.transform))

@@ -238,6 +238,21 @@ def event_size(layers: list[Transform]) -> Any:
     return shape[0] if len(shape) == 1 else tuple(shape)
 
 
+# Depth
+
+#: Layers of a flow whose scales and shifts may be as large as they are for one layer alone.
+SHALLOW = 8
+
+
+def depth_share(transforms: int) -> float:
+    r"""The share :math:`\min(1, 8 / K)` of what one layer may do that each of :math:`K` may.
+
+    What layers do multiplies up: a step of training that moves each by a little moves a deep flow
+    far, and far out its values grow exponentially with depth.
+    """
+    return min(1.0, SHALLOW / transforms)
+
+
 # Tails
 
 

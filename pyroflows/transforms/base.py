@@ -20,6 +20,7 @@ from .._checks import (
 )
 from .._compat import definition_of, dtype_of
 from .._memory import Memory
+from .._saturation import saturate
 from .._spec import Recorded
 from ._inputs import admit, check_directions, check_pull, check_push
 
@@ -109,6 +110,11 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
     bijective = True
     #: Whether a second evaluation at the same point gives the same, so that it can replace what was not kept.
     repeatable: bool = True
+    #: Whether numbers of any size pass, as far as they do; in a flow they saturate, because an
+    #: overflow in one row of a batch would make the gradients of all NaN.
+    exact: bool = True
+    #: Whether it is there to bring numbers of any size to the size of one, and takes them as they are.
+    scales_down: ClassVar[bool] = False
     #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
     exempt_laws: ClassVar[Mapping[str, str]] = {}
 
@@ -232,6 +238,10 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         """The context as a vector, of shape ``(*, context_features)``."""
         dims = len(self.context_shape or ())
         return context if context is None or dims < 2 else context.flatten(-dims)
+
+    def keep_within(self, x: Tensor) -> Tensor:
+        """Entries as the layers of a flow see them, which saturate."""
+        return x if self.exact else saturate(x)
 
     def broadcast(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Points with the batch dimensions that they share with their contexts."""

@@ -164,6 +164,7 @@ class BlockAutoregressive(Transform):
         for entry, value in enumerate(u.unbind(-1)):
             blocks = [reader.block(entry) for reader in readers]
             v, log_slope = solve(partial(_through, blocks), value, entry)
+            v = self.keep_within(v)
             found.append(v)
             log_det = log_det + log_slope
             h = slope = seen = v.unsqueeze(-1).unsqueeze(-1)

@@ -125,14 +125,12 @@ class Compose(Transform):
         if inverted:
             layers.reverse()
         if self.reversible and torch.is_grad_enabled() and not transforming():
-            return recompute([Step(layer, inverted) for layer, _ in layers], x, context)
+            steps = [Step(layer, inverted) for layer, _ in layers]
+            return recompute(steps, x, context)
         total: Tensor | None = None
         for layer, given in layers:
-            x, log_det = (
-                layer.inverse_and_log_det(x, given)
-                if inverted
-                else layer.forward_and_log_det(x, given)
-            )
+            move = layer.inverse_and_log_det if inverted else layer.forward_and_log_det
+            x, log_det = move(x if layer.scales_down else self.keep_within(x), given)
             total = log_det if total is None else total + log_det
         return x, total  # type: ignore[return-value]
 
