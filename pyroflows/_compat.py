@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -22,9 +23,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.distributions import Distribution
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import (
     tree_flatten,
     tree_leaves,
@@ -38,22 +41,28 @@ __all__ = [
     "WeakIdKeyDictionary",
     "active_traces",
     "apply_to_module",
+    "array_of",
     "build_guide",
     "copy_all",
     "default_validation",
     "definition_of",
     "full_name",
+    "functions_of_any_style",
     "in_forward_mode",
     "init_transform_of",
     "interpolate_all",
+    "is_batched",
     "is_mutating",
     "location_and_scale",
     "make_fx",
     "mask_of",
     "module_name",
     "named_dims",
+    "number_of",
     "packed_dims",
+    "record_operations",
     "stamp",
+    "storage_of",
     "stored_parameters",
     "transforming",
     "tree_flatten",
@@ -62,6 +71,7 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "unvalidated",
+    "unwrapped",
     "validates",
     "whole_plates",
     "without_handlers",
@@ -210,7 +220,104 @@ def unvalidated(distribution: Any) -> Any:
     return copied
 
 
+# torch: functions of autograd
+
+
+@contextlib.contextmanager
+def functions_of_any_style() -> Iterator[None]:
+    """Lets ``torch.func`` transform functions of autograd that have no ``setup_context``.
+
+    Pyro's are of the old style, in which ``forward`` takes the context. ``torch.func`` refuses them
+    in ``Function.apply``, and no mode sees that call.
+    """
+    apply = vars(Function)["apply"]
+
+    def apply_any(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        old = cls.setup_context is Function.setup_context
+        return apply.__get__(None, _modern(cls) if old and transforming() else cls)(*args, **kwargs)
+
+    Function.apply = classmethod(apply_any)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Function.apply = apply  # type: ignore[method-assign]
+
+
+@functools.cache
+def _modern(cls: type[Function]) -> type[Function]:
+    """A function of the old style in the new one, whose forward pass is run for its context too."""
+
+    def forward(*args: Any) -> Any:
+        return cls.forward(_NoContext(), *args)
+
+    def setup_context(context: Any, args: tuple[Any, ...], _: Any) -> None:
+        cls.forward(context, *args)
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": cls.__dict__["backward"],
+        "generate_vmap_rule": True,
+    }
+    return type(cls.__name__, (Function,), members)
+
+
+class _NoContext:
+    """Takes what the forward pass of a function says to its context, and forgets it."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 # torch: tensors and modules
+
+
+def record_operations(function: Callable[..., Any]) -> Callable[..., GraphModule]:
+    """Returns ``make_fx`` of a function that may read values, which are noted in the graph.
+
+    Without its private option, ``make_fx`` refuses even to read constants.
+    """
+    return make_fx(function, _error_on_data_dependent_ops=False)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Returns whether a tensor stands for many, one for each point of a ``torch.func.vmap``.
+
+    An operation must know whether it may read values, and ``torch.func`` has no public question.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def number_of(tensor: Tensor) -> bool | float:
+    """Returns the first of the numbers that a tensor holds, unseen by function transforms and recording.
+
+    Under ``torch.func.vmap``, which refuses to tell, this is the number for the first point.
+    """
+    with torch._C._DisableFuncTorch(), _disable_current_modes():
+        return unwrapped(tensor).detach().flatten()[0].item()
+
+
+def array_of(tensor: Tensor) -> Any:
+    """Returns what a tensor holds as an array of numpy, unseen by
+    function transforms and recording."""
+    with torch._C._DisableFuncTorch(), _disable_current_modes():
+        return unwrapped(tensor).numpy(force=True).copy()
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Returns the tensor inside of those by which ``torch.func`` stands around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Returns what tensors have in common that are views of the same memory."""
+    return unwrapped(tensor).untyped_storage()._cdata
 
 
 def transforming() -> bool:
