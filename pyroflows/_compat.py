@@ -16,7 +16,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, stable, stable_log_prob
 from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
@@ -61,6 +61,9 @@ __all__ = [
     "number_of",
     "packed_dims",
     "record_operations",
+    "stable_density_at_zero",
+    "stable_density_of",
+    "stable_integral",
     "stamp",
     "storage_of",
     "stored_parameters",
@@ -220,25 +223,59 @@ def unvalidated(distribution: Any) -> Any:
     return copied
 
 
+# Pyro: distributions
+
+
+@contextlib.contextmanager
+def stable_density_of(
+    near_zero: Callable[..., Tensor], near_one: Callable[..., Tensor]
+) -> Iterator[Any]:
+    """Puts functions in the place of two within the density of Pyro's stable distributions.
+
+    Pyro's select the entries that need another formula, of which each point has another number.
+    What is yielded is the module, whose other functions they call.
+    """
+    module = stable_log_prob
+    originals = module._unsafe_alpha_stable_log_prob_S0, stable._stable_log_prob
+    module._unsafe_alpha_stable_log_prob_S0 = near_zero
+    stable._stable_log_prob = near_one
+    try:
+        yield
+    finally:
+        module._unsafe_alpha_stable_log_prob_S0, stable._stable_log_prob = originals
+
+
+def stable_integral(alpha: Tensor, beta: Tensor, value: Tensor) -> Tensor:
+    """Returns the log density of a stable distribution away from one and zero."""
+    return stable_log_prob._unsafe_stable_log_prob(alpha, beta, value)
+
+
+def stable_density_at_zero(alpha: Tensor) -> Tensor:
+    """Returns the log density of a symmetric stable distribution at zero."""
+    return stable_log_prob._unsafe_alpha_stable_log_prob_at_zero(alpha, 0)
+
+
 # torch: functions of autograd
 
 
 @contextlib.contextmanager
-def functions_of_any_style() -> Iterator[None]:
+def functions_of_any_style() -> Iterator[list[Any]]:
     """Lets ``torch.func`` transform functions of autograd that have no ``setup_context``.
 
     Pyro's are of the old style, in which ``forward`` takes the context. ``torch.func`` refuses them
-    in ``Function.apply``, and no mode sees that call.
+    in ``Function.apply``, and no mode sees that call. What is yielded are the functions applied.
     """
     apply = vars(Function)["apply"]
+    applied: list[Any] = []
 
     def apply_any(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        applied.append(cls)
         old = cls.setup_context is Function.setup_context
         return apply.__get__(None, _modern(cls) if old and transforming() else cls)(*args, **kwargs)
 
     Function.apply = classmethod(apply_any)  # type: ignore[method-assign,assignment]
     try:
-        yield
+        yield applied
     finally:
         Function.apply = apply  # type: ignore[method-assign]
 

@@ -61,7 +61,9 @@ class Batchable(TorchFunctionMode):
             return self._decide(func, args[0])
         if func in _SIZED:
             args = tuple(map(self._size, args))
-        replacement = REPLACEMENTS.get(func)
+        elif func in _INDEXED:
+            args = (args[0], self._index(args[1]), *args[2:])
+        replacement = REPLACEMENTS.get(func) or _out_of_place(func, target)
         result = (replacement or func)(*args, **kwargs)
         if func in _COMPARISONS:
             return self.__torch_function__(Tensor.__bool__, (), (result,))
@@ -79,6 +81,14 @@ class Batchable(TorchFunctionMode):
         if isinstance(argument, Tensor) and _is_integer(argument) and is_batched(argument):
             return self._decide(Tensor.__index__, argument)
         return argument
+
+    def _index(self, index: Any) -> Any:
+        """An index whose slices have numbers as their ends."""
+        if isinstance(index, tuple):
+            return tuple(map(self._index, index))
+        if not isinstance(index, slice):
+            return index
+        return slice(self._size(index.start), self._size(index.stop), self._size(index.step))
 
     def _decide(self, func: Any, tensor: Tensor) -> bool | int:
         """The number that a tensor has for the first point; other points may not follow it."""
@@ -169,6 +179,7 @@ _TRUTHS = {Tensor.__bool__, Tensor.is_nonzero}
 _NUMBERS = {*_TRUTHS, Tensor.__int__, Tensor.__index__, Tensor.item}
 
 
+_INDEXED = {Tensor.__getitem__, Tensor.__setitem__}
 # Functions that take numbers for the shape of what they make.
 _SIZED = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.eye}
 
@@ -177,6 +188,24 @@ def _is_decision(func: Any, tensor: Tensor) -> bool:
     """Whether a conversion to a number leaves few numbers that it may be."""
     countable = func is not Tensor.item or not tensor.is_floating_point()
     return countable and tensor.numel() == 1 and is_batched(tensor)
+
+
+def _out_of_place(func: Any, target: Tensor | None) -> Callable[..., Any] | None:
+    """An operation in place as one that is not, which vmap is more likely to know, and a copy."""
+    name = getattr(func, "__name__", "")
+    pure = getattr(Tensor, name[:-1], None) if name.endswith("_") else None
+    if target is None or pure is None or name in _MAKING or not is_batched(target):
+        return None
+
+    def write(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Of a clone, because its gradient may need what is overwritten here.
+        return tensor.copy_(pure(tensor.clone(), *args, **kwargs))
+
+    return write
+
+
+# Operations in place whose namesakes do something else, or that copy takes too.
+_MAKING = {"copy_", "requires_grad_", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_"}
 
 
 def _any_batched(arguments: Any) -> bool:
@@ -291,8 +320,16 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.dtype in _DTYPES_OF_MASKS)
 
 
+def _is_close(
+    a: Tensor, b: Tensor, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> Tensor:
+    near = (a - b).abs() <= atol + rtol * b.abs()
+    near = (near & b.isfinite()) | (a == b)
+    return near | (a.isnan() & b.isnan()) if equal_nan else near
+
+
 def _all_close(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return torch.isclose(a, b, *args, **kwargs).all()
+    return _is_close(a, b, *args, **kwargs).all()
 
 
 def _equal(a: Tensor, b: Tensor) -> Any:
@@ -323,6 +360,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     Tensor.__format__: _format,
     Tensor.__repr__: _text,
 }
+REPLACEMENTS |= {torch.isclose: _is_close, Tensor.isclose: _is_close}
 _COMPARISONS: dict[Any, Callable[..., Tensor]] = {
     torch.allclose: _all_close,
     Tensor.allclose: _all_close,

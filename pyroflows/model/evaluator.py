@@ -16,6 +16,7 @@ from .branches import Branches
 from .capture import Captured, ReadsInputsError, capture
 from .handlers import NanWhereSingular
 from .inputs import Inputs
+from .stable import selecting_no_entries
 
 __all__ = ["Evaluator", "Program", "first_sentence", "map_points"]
 
@@ -161,6 +162,8 @@ class Evaluator:
         self.function, self.start, self.failures = function, start, failures
         self._ways: dict[Hashable, Way] = {}
         self._graphs: dict[Hashable, list[Captured]] = {}
+        # Whether it has functions of autograd, whose gradients a graph of values does not know.
+        self._own_gradients = False
         # Kept so that the identities in the keys of the graphs cannot be reused.
         self._constants: list[Any] = []
 
@@ -196,6 +199,8 @@ class Evaluator:
         """
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size)
+        if self._own_gradients and way.mode == "captured":
+            way = way._replace(mode="vmap")
         run = self._make_run(leaves, batch_size, way, gradients=False)
         size = 1 if way.mode == "loop" else batch_size
         return Program(run, size, self.failures, way, gradients=False)
@@ -270,8 +275,10 @@ class Evaluator:
         batched = torch.func.vmap(of_point, in_dims=(0, *shared))
 
         def run(points: Tensor, *tensors: Tensor) -> Any:
-            with functions_of_any_style():
-                return batched(points, *tensors)
+            with functions_of_any_style() as applied, selecting_no_entries():
+                results = batched(points, *tensors)
+            self._own_gradients |= bool(applied)
+            return results
 
         return run
 
@@ -405,7 +412,7 @@ def map_points(
 
     if batch_size > 1:
         try:
-            with functions_of_any_style():
+            with functions_of_any_style(), selecting_no_entries():
                 batched = torch.func.vmap(of_point, randomness="different", chunk_size=batch_size)
                 found, held = batched(points)
             for i in (~held).nonzero().squeeze(-1).tolist():

@@ -82,8 +82,8 @@ def into_rows_of_a_matrix(x: Tensor, y: Tensor) -> Tensor:
 
 def into_copies_of_data(x: Tensor, y: Tensor) -> Tensor:
     loc = y.clone()
-    first, rest = loc.split([1, 4])
-    first[0] = x
+    loc[:1][0] = x
+    rest = loc.narrow(0, 1, 4)
     rest.copy_(x)
     return loc + y
 
@@ -153,6 +153,7 @@ def by_search(x: Tensor, y: Tensor) -> Tensor:
 
 def as_a_place(x: Tensor, y: Tensor) -> Tensor:
     matrix = y.unsqueeze(-1) * torch.arange(3)
+    matrix = matrix * matrix[: (x > 0).long() + 1].sum()
     place = (x > 0).long()
     return matrix[:, place] * x + matrix[place, 1] + matrix[..., -1 - place, None][:, 0]
 
