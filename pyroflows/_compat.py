@@ -74,7 +74,6 @@ __all__ = [
     "tree_map_only",
     "tree_unflatten",
     "unvalidated",
-    "unwrapped",
     "validates",
     "whole_plates",
     "without_handlers",
@@ -228,21 +227,20 @@ def unvalidated(distribution: Any) -> Any:
 
 @contextlib.contextmanager
 def stable_density_of(
-    near_zero: Callable[..., Tensor], near_one: Callable[..., Tensor]
-) -> Iterator[Any]:
+    away_from_one: Callable[..., Tensor], anywhere: Callable[..., Tensor]
+) -> Iterator[None]:
     """Puts functions in the place of two within the density of Pyro's stable distributions.
 
     Pyro's select the entries that need another formula, of which each point has another number.
-    What is yielded is the module, whose other functions they call.
     """
-    module = stable_log_prob
-    originals = module._unsafe_alpha_stable_log_prob_S0, stable._stable_log_prob
-    module._unsafe_alpha_stable_log_prob_S0 = near_zero
-    stable._stable_log_prob = near_one
+    originals = stable_log_prob._unsafe_alpha_stable_log_prob_S0, stable._stable_log_prob
+    stable_log_prob._unsafe_alpha_stable_log_prob_S0 = away_from_one
+    stable._stable_log_prob = anywhere
     try:
         yield
     finally:
-        module._unsafe_alpha_stable_log_prob_S0, stable._stable_log_prob = originals
+        stable_log_prob._unsafe_alpha_stable_log_prob_S0 = originals[0]
+        stable._stable_log_prob = originals[1]
 
 
 def stable_integral(alpha: Tensor, beta: Tensor, value: Tensor) -> Tensor:
@@ -330,31 +328,30 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def number_of(tensor: Tensor) -> bool | float:
-    """Returns the first of the numbers that a tensor holds, unseen by function transforms and recording.
+    """Returns the first of the numbers that a tensor holds, unseen by transforms and recording.
 
     Under ``torch.func.vmap``, which refuses to tell, this is the number for the first point.
     """
     with torch._C._DisableFuncTorch(), _disable_current_modes():
-        return unwrapped(tensor).detach().flatten()[0].item()
+        return _unwrapped(tensor).detach().flatten()[0].item()
 
 
 def array_of(tensor: Tensor) -> Any:
-    """Returns what a tensor holds as an array of numpy, unseen by
-    function transforms and recording."""
+    """Returns what a tensor holds as an array of numpy, unseen by transforms and recording."""
     with torch._C._DisableFuncTorch(), _disable_current_modes():
-        return unwrapped(tensor).numpy(force=True).copy()
-
-
-def unwrapped(tensor: Tensor) -> Tensor:
-    """Returns the tensor inside of those by which ``torch.func`` stands around it."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
+        return _unwrapped(tensor).numpy(force=True).copy()
 
 
 def storage_of(tensor: Tensor) -> int:
     """Returns what tensors have in common that are views of the same memory."""
-    return unwrapped(tensor).untyped_storage()._cdata
+    return _unwrapped(tensor).untyped_storage()._cdata
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside of those by which ``torch.func`` stands around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def transforming() -> bool:

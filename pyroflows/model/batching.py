@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._compat import array_of, is_batched, number_of, storage_of, tree_leaves, tree_map_only
@@ -90,7 +90,7 @@ class Batchable(TorchFunctionMode):
             return index
         return slice(self._size(index.start), self._size(index.stop), self._size(index.step))
 
-    def _decide(self, func: Any, tensor: Tensor) -> bool | int:
+    def _decide(self, func: Any, tensor: Tensor) -> bool | float:
         """The number that a tensor has for the first point; other points may not follow it."""
         number = number_of(tensor)
         if func in _TRUTHS:
@@ -226,7 +226,7 @@ def _expanded(tensor: Tensor, zero: Tensor) -> Tensor:
 def _set_item(target: Tensor, index: Any, value: Any) -> None:
     mask = _whole_mask(target, index)
     if mask is None or (isinstance(value, Tensor) and value.dim() > target.dim() - mask.dim()):
-        operator.setitem(target, index, value)
+        target[index] = value
         return
     mask = mask.reshape(mask.shape + (1,) * (target.dim() - mask.dim()))
     value = torch.as_tensor(value, dtype=target.dtype, device=target.device)
@@ -270,6 +270,25 @@ def _bucketize(
     values: Any, boundaries: Tensor, *, out_int32: bool = False, right: bool = False
 ) -> Tensor:
     return _search(boundaries, values, out_int32=out_int32, right=right)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The negative log density of Bernoulli distributions, in three operations where vmap's own
+    rule takes fourteen."""
+    options = {name: value for name, value in kwargs.items() if value is not None}
+    if args or options != {"reduction": "none"} or logits.shape != target.shape:
+        return nn.functional.binary_cross_entropy_with_logits(logits, target, *args, **kwargs)
+    # Distributions expand their parameters to the shape of the data before they use them.
+    softplus = nn.functional.softplus(_narrowed(logits), threshold=40.0)
+    return softplus - target * logits
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    """An expanded tensor with its own size, one, along the dimensions of the expansion."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _to_list(tensor: Tensor) -> Any:
@@ -357,6 +376,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     Tensor.tolist: _to_list,
     Tensor.numpy: _to_array,
     Tensor.__array__: _to_array,
+    nn.functional.binary_cross_entropy_with_logits: _cross_entropy,
     Tensor.__format__: _format,
     Tensor.__repr__: _text,
 }

@@ -89,7 +89,7 @@ class LogDensity(Density):
             param store, as in the model if it is a module, or else by a number.
         subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a
             run of the model sees.
-        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
+        mode: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
         failures: Counts the points of :meth:`evaluate` that could not be evaluated.
 
     Raises:
@@ -131,22 +131,22 @@ class LogDensity(Density):
             trace = self._take_all_rows(init_loc_fn)
         self._read_sites(trace)
         self._run_again(trace)
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
+        self._evaluator = Evaluator(
+            self._log_joint,
+            self.initial,
+            self.failures,
+            None if self.discrete else self._log_joints,
+        )
         self._program = self._evaluator.make_program(self.inputs, self.batch_size)
         self.data.check(self, trace)
-        if not self.batched:
-            warnings.warn(
-                "This model cannot be evaluated for a batch of points, so its log density is "
-                "evaluated one point at a time, which is slow. What torch.func.vmap says: "
-                f"{self._program.way.reason}",
-                stacklevel=caller_level(),
-            )
+        if self._program.way.warning:
+            warnings.warn(self._program.way.warning, stacklevel=caller_level())
 
     # What it is a density of
 
     @property
     def mode(self) -> str:
-        """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
+        """How points are evaluated: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``."""
         return self._program.way.mode
 
     @property
@@ -483,6 +483,22 @@ class LogDensity(Density):
                 return trace.log_prob_sum() + log_det
             return enumerated_log_prob(trace) + log_det
 
+    def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
+        """The log density at many points ``(n, features)``, by a plate around the model."""
+        n, values = len(z), {}
+        total = z.new_zeros(n)
+        for site, unconstrained, value in self._unpack(z):
+            log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
+            total = total + log_det.reshape(n, -1).sum(-1)
+            between = (1,) * (self._batch_dims - self._batch_dims_of[site.name])
+            values[site.name] = value.reshape(n, *between, *site.shape)
+        with self._given(inputs), pyro.plate("_points", n, dim=-1 - self._batch_dims):
+            trace = self._trace(values, inputs)
+            trace.compute_log_prob()
+        for _, node in sample_nodes(trace):
+            total = total + node["log_prob"].reshape(n, -1).sum(-1)
+        return total
+
     def _terms(self, z: Tensor) -> dict[str, Tensor]:
         with self._given(self.inputs):
             trace = self._trace(self.constrain(z), self.inputs)
@@ -551,6 +567,9 @@ class LogDensity(Density):
         checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
         self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
+        nodes = sample_nodes(trace)
+        self._batch_dims_of = {name: len(node["fn"].batch_shape) for name, node in nodes}
+        self._batch_dims = max([self._max_plate_nesting, *self._batch_dims_of.values()])
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
         self.initial = self.unconstrain(values)
         self.features = self.initial.numel()

@@ -33,6 +33,8 @@ POINT_ERRORS = (
 )
 
 
+DIFFERENT = "its values differ from those of single traces"
+
 # Errors that a model raises on purpose, once it has looked at values.
 REFUSALS = (ArithmeticError, AssertionError, ValueError)
 
@@ -41,15 +43,36 @@ class Way(NamedTuple):
     """How points are evaluated.
 
     Attributes:
-        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
+        mode: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
         reason: Why a slow way is taken, if it is.
         constants: Which of the inputs, by their places, are constants of a captured graph though
             they are tensors, because the model reads their values.
+        in_plate: Whether points are the rows of a plate around the model, not of a ``vmap``.
     """
 
     mode: str
     reason: str = ""
     constants: frozenset[int] = frozenset()
+    in_plate: bool = False
+
+    @property
+    def warning(self) -> str:
+        """What to tell whoever waits, if the way is slow."""
+        return WARNINGS[self.mode] + self.reason if self.mode in WARNINGS else ""
+
+
+_UNCAPTURED = (
+    "This model cannot be captured as a graph of operations, so every evaluation runs all of it, "
+    "which is slow. What the capture says: "
+)
+WARNINGS = {
+    "vmap": _UNCAPTURED,
+    "plate": _UNCAPTURED,
+    "loop": (
+        "This model cannot be evaluated for a batch of points, so its log density is evaluated one "
+        "point at a time, which is slow. What torch.func.vmap says: "
+    ),
+}
 
 
 class _Leaves:
@@ -146,19 +169,26 @@ class Program:
 class Evaluator:
     """A function of one point and of inputs, evaluated with its gradient for many points.
 
-    By the fastest of three ways whose results agree: as a captured graph of tensor operations, by
-    :func:`torch.func.vmap`, or one point at a time. The tensors among the inputs are inputs of the
+    By the fastest of the ways whose results agree: as a captured graph of tensor operations, by
+    :func:`torch.func.vmap`, in a plate, or one point at a time. The tensors among the inputs are inputs of the
     graph too, and the part of it that depends on no point is run once for each of their values.
 
     Args:
         function: From a point of shape ``(features,)`` and the inputs to a number.
         start: A point.
         failures: Is told why a point could not be evaluated.
+        in_plate: From points of shape ``(n, features)`` and the inputs to ``n`` numbers, the same
+            ones if the function can be written so.
     """
 
     def __init__(
-        self, function: Callable[[Tensor, Inputs], Tensor], start: Tensor, failures: Failures
+        self,
+        function: Callable[[Tensor, Inputs], Tensor],
+        start: Tensor,
+        failures: Failures,
+        in_plate: Callable[[Tensor, Inputs], Tensor] | None = None,
     ) -> None:
+        self.in_plate = in_plate
         self.function, self.start, self.failures = function, start, failures
         self._ways: dict[Hashable, Way] = {}
         self._graphs: dict[Hashable, list[Captured]] = {}
@@ -200,7 +230,7 @@ class Evaluator:
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size)
         if self._own_gradients and way.mode == "captured":
-            way = way._replace(mode="vmap")
+            way = way._replace(mode="vmap")  # or the plate's, if that is how it was captured
         run = self._make_run(leaves, batch_size, way, gradients=False)
         size = 1 if way.mode == "loop" else batch_size
         return Program(run, size, self.failures, way, gradients=False)
@@ -215,14 +245,16 @@ class Evaluator:
         tensors = leaves.tensors(way.constants)
         if gradients:
             tensors = [tensor.detach() for tensor in tensors]
-        batched = self._batched(leaves, way.constants, gradients)
-        if way.mode == "vmap":
+        batch = self._in_plate if way.in_plate else self._batched
+        batched = batch(leaves, way.constants, gradients)
+        if way.mode != "captured":
 
             def run(points: Tensor) -> tuple[Tensor, ...]:
                 return batched(points, *tensors)
 
             return Branches(run, lambda *_: run, alone)
-        graphs = self._graphs.setdefault((gradients, leaves.key(way.constants), batch_size), [])
+        key = (gradients, way.in_plate, leaves.key(way.constants), batch_size)
+        graphs = self._graphs.setdefault(key, [])
 
         def follow(i: int, point: Tensor) -> Run:
             if i == len(graphs):
@@ -282,6 +314,26 @@ class Evaluator:
 
         return run
 
+    def _in_plate(
+        self, leaves: _Leaves, constants: frozenset[int], gradients: bool
+    ) -> Callable[..., Any]:
+        """As :meth:`_batched`, by one run of the model for all points."""
+
+        def run(points: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            assert self.in_plate is not None
+            inputs = leaves.rebuild(constants, tensors)
+            held = torch.ones(len(points), dtype=torch.bool, device=points.device)
+            with NanWhereSingular(), selecting_no_entries():
+                if not gradients:
+                    return self.in_plate(points, inputs), held
+                with torch.enable_grad():
+                    points = points.detach().requires_grad_()
+                    values = self.in_plate(points, inputs)
+                    (grads,) = torch.autograd.grad(values.sum(), points)
+            return values.detach(), grads, held
+
+        return run
+
     def _follow(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """The function along the branches of the first point, and whether they are this one's."""
         batchable = Batchable(point)
@@ -332,29 +384,40 @@ class Evaluator:
             value, grad = self._make_run(leaves, batch_size, way)(batch)
             return agree(value[:n], values) and agree(grad[:n], grads)
 
-        captured = self._capturing(lambda constants: agrees(Way("captured", "", constants)))
-        if isinstance(captured, frozenset):
-            return Way("captured", "", captured)
-        try:
-            if not agrees(Way("vmap")):
-                return Way("loop", reason="its values differ from those of single traces")
-        except Exception as error:
-            return Way("loop", reason=first_sentence(error))
-        return Way("vmap", captured)
+        ways = (
+            [Way("vmap")] if self.in_plate is None else [Way("vmap"), Way("plate", in_plate=True)]
+        )
+        reasons = []
+        for way in ways:
+            captured = self._capturing(agrees, way._replace(mode="captured"))
+            if isinstance(captured, Way):
+                return captured
+            why = self._failure(lambda way=way: agrees(way))  # type: ignore[misc]
+            if not why:
+                return way._replace(reason=captured)
+            reasons.append(why)
+        return Way("loop", reasons[0])
 
     @staticmethod
-    def _capturing(attempt: Callable[[frozenset[int]], bool]) -> frozenset[int] | str:
-        """The inputs that must be constants for a capture to succeed, or why it does not."""
-        constants: frozenset[int] = frozenset()
+    def _capturing(agrees: Callable[[Way], bool], way: Way) -> Way | str:
+        """The way with those inputs as constants that must be for a capture, or why it fails."""
         while True:
             try:
-                agreed = attempt(constants)
+                agreed = agrees(way)
             except ReadsInputsError as error:
-                constants |= error.places
+                way = way._replace(constants=way.constants | error.places)
             except Exception as error:
                 return first_sentence(error)
             else:
-                return constants if agreed else "its values differ from those of single traces"
+                return way if agreed else DIFFERENT
+
+    @staticmethod
+    def _failure(agrees: Callable[[], bool]) -> str:
+        """Why a way of evaluation fails; empty if it does not."""
+        try:
+            return "" if agrees() else DIFFERENT
+        except Exception as error:
+            return first_sentence(error)
 
     def _references(self, inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Points at which the function can be evaluated, with values and gradients by the loop."""
