@@ -285,7 +285,7 @@ def test_functions_of_the_old_style_are_transformed():
             return ctx.factor * grad
 
     x = torch.tensor([1.0, 2.0])
-    slopes = torch.func.vmap(torch.func.grad(Double.apply))
+    slopes = torch.func.vmap(torch.func.grad(lambda entry: Double.apply(entry)))
     with pytest.raises(RuntimeError, match="setup_context"):
         slopes(x)
     with _compat.functions_of_any_style() as applied:

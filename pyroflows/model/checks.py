@@ -190,27 +190,34 @@ def check_no_nan(trace: Any) -> None:
         ) from None
 
 
-def check_data(trace: Any) -> None:
-    """Refuses data to which a distribution, unvalidated, would give a meaningless density."""
+def check_data(trace: Any, nesting: int | None = None) -> None:
+    """Refuses data to which a distribution, unvalidated, would give a meaningless density.
+
+    Args:
+        trace: A trace of the model.
+        nesting: The dimensions from the right that plates have, if those on their left are of
+            enumerated sites.
+    """
     for name, node in sample_nodes(trace):
         if node["is_observed"] and validates(node["fn"]):
             value = torch.as_tensor(node["value"])
             log_prob = torch.as_tensor(unvalidated(node["fn"]).log_prob(value))
-            _check_shape_of_data(name, node, value, log_prob)
+            enumerated = 0 if nesting is None else max(0, log_prob.dim() - nesting)
+            _check_shape_of_data(name, node, value, log_prob.shape[enumerated:])
             _check_support_of_data(name, node["fn"], value, log_prob)
 
 
-def _check_shape_of_data(name: str, node: Node, value: Tensor, log_prob: Tensor) -> None:
+def _check_shape_of_data(name: str, node: Node, value: Tensor, shape: torch.Size) -> None:
     fn = node["fn"]
     given = value.shape[: value.dim() - fn.event_dim]
     plates = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
-    for k, size in enumerate(reversed(log_prob.shape), start=1):
+    for k, size in enumerate(reversed(shape), start=1):
         grows = k > len(given) or given[-k] != size
         if size > 1 and -k not in plates and grows:
             raise ValueError(
                 f"Expected data of the shape of their site; site {name!r} observes shape "
                 f"{tuple(value.shape)} under a distribution of batch shape "
-                f"{tuple(fn.batch_shape)}, which together make {tuple(log_prob.shape)}."
+                f"{tuple(fn.batch_shape)}, which together make {tuple(shape)}."
             )
 
 

@@ -47,6 +47,9 @@ __all__ = ["LogDensity"]
 # Rows of data times points in one evaluation of a model with subsampled plates: a limit of memory.
 ROWS_AT_ONCE = 2**21
 
+# Numbers of nested plates that are tried for a model that runs under enumeration only.
+NESTINGS = range(4)
+
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
 STEPS = (1.0, 0.1, 0.01)
 
@@ -125,6 +128,7 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
+        self._enumerated_nesting: int | None = None
         trace = self._prototype(init_loc_fn)
         self.subsampled = self.data.find_subsampled(trace)
         if self.subsampled:
@@ -153,6 +157,11 @@ class LogDensity(Density):
     def batched(self) -> bool:
         """Whether many points are evaluated at a time."""
         return self.mode != "loop"
+
+    @property
+    def needs_enumeration(self) -> bool:
+        """Whether the model runs with all values of its discrete sites only, not with one."""
+        return self._enumerated_nesting is not None
 
     @property
     def full(self) -> LogDensity:
@@ -466,8 +475,7 @@ class LogDensity(Density):
     def _trace(self, values: Mapping[str, Tensor], inputs: Inputs) -> Any:
         model = GivenRows(inputs.rows)(self.unwrapped_model) if inputs.rows else self.model
         if self.discrete:
-            enumerated = config_enumerate(model, default="parallel")
-            model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
+            model = self._enumerate(model, self._max_plate_nesting)
         model = poutine.trace(poutine.condition(model, data=dict(values)))
         with Unvalidated():
             return model.get_trace(*inputs.args, **inputs.kwargs)
@@ -528,22 +536,54 @@ class LogDensity(Density):
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
+            return self._first_run(init_loc_fn)
+        except Exception:
+            trace = self._first_enumerated_run(init_loc_fn)
+            if trace is None:
+                raise
+            return trace
+
+    def _first_run(self, init_loc_fn: Callable[..., Any]) -> Any:
+        try:
             trace = self._run_from(init_loc_fn)
         except ValueError:
             # Pyro names no site when NaN reaches the parameters of a distribution.
             with pyro.validation_enabled(False):
                 checks.check_no_nan(self._run_from(init_loc_fn))
             raise
-        checks.check_data(trace)
+        checks.check_data(trace, self._enumerated_nesting)
         return trace
+
+    def _first_enumerated_run(self, init_loc_fn: Callable[..., Any]) -> Any:
+        """A run with discrete sites enumerated, for a model that runs in no other way."""
+        for nesting in NESTINGS:
+            self._enumerated_nesting = nesting
+            try:
+                trace = self._first_run(init_loc_fn)
+            except Exception:
+                continue  # plates nested deeper, or an error that no enumeration mends
+            discrete = any(is_discrete(node) for _, node in latent_nodes(trace))
+            if discrete and _depth(trace) <= nesting:
+                return trace
+        self._enumerated_nesting = None
+        return None
 
     def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
         def start(site: dict[str, Any]) -> Any:
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
+        model = self.model
+        if self._enumerated_nesting is not None:
+            model = self._enumerate(model, self._enumerated_nesting)
         with self.on_device(), poutine.block():
-            model = poutine.trace(InitMessenger(start)(self.model))
+            model = poutine.trace(InitMessenger(start)(model))
             return model.get_trace(*self.args, **self.kwargs)
+
+    @staticmethod
+    def _enumerate(model: Callable[..., Any], nesting: int) -> Callable[..., Any]:
+        """A model with its discrete sites enumerated, on the left of so many dimensions."""
+        enumerated = config_enumerate(model, default="parallel")
+        return poutine.enum(enumerated, first_available_dim=-1 - nesting)
 
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
         """Runs the model on all rows of its subsampled plates from here on."""
@@ -566,7 +606,7 @@ class LogDensity(Density):
         self.sites = find_latent_sites(trace)
         checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
-        self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
+        self._max_plate_nesting = max(self._enumerated_nesting or 0, _depth(trace))
         nodes = sample_nodes(trace)
         self._batch_dims_of = {name: len(node["fn"].batch_shape) for name, node in nodes}
         self._batch_dims = max([self._max_plate_nesting, *self._batch_dims_of.values()])
@@ -605,6 +645,11 @@ class LogDensity(Density):
                     f"{site.name!r}, whose support depends on other latent sites. Write it as a "
                     "function of a site with a fixed support."
                 )
+
+
+def _depth(trace: Any) -> int:
+    """How many dimensions from the right the plates of a trace take."""
+    return max([0, *(-frame.dim for frame in plate_frames(trace))])
 
 
 def _at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:

@@ -276,3 +276,49 @@ def test_functions_of_autograd_of_any_style() -> None:
     assert density.mode == "captured"
     check(density)
     assert math.isfinite(float(Clipped.apply(torch.tensor(1.0))))
+
+
+# Slow ways
+
+
+class Sinh(torch.autograd.Function):
+    """A function that leaves torch, so that it takes batches, but neither vmap nor a capture."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.sinh(x.detach().numpy()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * torch.from_numpy(np.cosh(x.detach().numpy()))
+
+
+def through_numpy(y: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        slope = pyro.sample("slope", dist.Normal(x, 1.0))
+        pyro.sample("y", dist.Normal(Sinh.apply(slope) + weights[..., 0], 1.0), obs=y)
+
+
+def test_a_plate_around_the_model_comes_before_the_loop() -> None:
+    with pytest.warns(UserWarning, match="cannot be captured as a graph of operations"):
+        density = LogDensity(through_numpy, (Y,), batch_size=4)
+    assert density.mode == "plate"
+    assert density.batched
+    torch.manual_seed(0)
+    check(density, 0.5 * torch.randn(6, density.features))
+
+
+def test_a_slow_way_is_told_once_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("no capture today. Or ever")
+
+    monkeypatch.setattr("pyroflows.model.evaluator.capture", refuse)
+    with pytest.warns(UserWarning, match="slow. What the capture says: no capture today$") as told:
+        density = density_of(by_entry)
+    density.bind((Y + 1,)).log_prob(Z)
+    assert density.mode == "vmap"
+    assert len(told) == 1

@@ -52,13 +52,13 @@ def hmm(x: Tensor, family: Any = dist.GaussianHMM, observe: Any = dist.Normal) -
     normal = dist.Normal(ZEROS, ONES).to_event(1)
     noise = observe(ZEROS, x[2].exp() * ONES).to_event(1)
     moves = dist.Normal(x[:2], ONES).to_event(1)
-    return family(normal, EYE, moves, EYE, noise, duration=3)
+    return family(normal, EYE, moves, EYE, noise, duration=2)
 
 
 def gamma_hmm(x: Tensor) -> Any:
     normal = dist.MultivariateNormal(ZEROS, covariance_matrix=covariance(x))
     gamma = dist.Gamma(x[0].exp(), 1.0)
-    return dist.GammaGaussianHMM(gamma, normal, EYE, normal, EYE, normal, duration=3)
+    return dist.GammaGaussianHMM(gamma, normal, EYE, normal, EYE, normal, duration=2)
 
 
 #: For each distribution one whose parameters are functions of three latent numbers.
@@ -77,13 +77,13 @@ TABLE: dict[str, Make] = {
     "Chi2": lambda x: dist.Chi2(x[0].exp()),
     "CoalescentTimes": lambda x: dist.CoalescentTimes(torch.tensor([0.0, 0.1, 0.2]), x[0].exp()),
     "CoalescentTimesWithRate": lambda x: dist.CoalescentTimesWithRate(
-        torch.tensor([0.0, 1.0, 2.0]), x[0].exp() * torch.ones(3)
+        torch.tensor([2.0, 2.0, 2.5]), x[0].exp() * torch.ones(3)
     ),
     "ContinuousBernoulli": lambda x: dist.ContinuousBernoulli(logits=x[0] + 3),
     "Dirichlet": lambda x: dist.Dirichlet(x.exp()),
     "DirichletMultinomial": lambda x: dist.DirichletMultinomial(x.exp(), 5),
     "DiscreteHMM": lambda x: dist.DiscreteHMM(
-        x[:2], rows(x).log(), dist.Normal(x[1:], 1.0), duration=3
+        x[:2], rows(x).log(), dist.Normal(x[1:], 1.0), duration=2
     ),
     "ExpandedDistribution": lambda x: dist.Normal(x[0], 1.0).expand([2]),
     "Exponential": lambda x: dist.Exponential(x[0].exp()),
@@ -103,7 +103,7 @@ TABLE: dict[str, Make] = {
     "GeneralizedPareto": lambda x: dist.GeneralizedPareto(0.0, x[0].exp(), x[1].exp()),
     "Geometric": lambda x: dist.Geometric(logits=x[0]),
     "GroupedNormalNormal": lambda x: dist.GroupedNormalNormal(
-        x[0], x[1].exp(), torch.ones(3), torch.tensor([0, 1, 1])
+        x[:2], x[1:].exp(), torch.ones(3), torch.tensor([0, 1, 1])
     ),
     "Gumbel": lambda x: dist.Gumbel(x[0], x[1].exp()),
     "HalfCauchy": lambda x: dist.HalfCauchy(x[0].exp()),
@@ -116,7 +116,7 @@ TABLE: dict[str, Make] = {
             dist.Normal(x[:2].reshape(2, 1, 1), 1.0).to_event(1),
             torch.ones(2, 1, 1, 1),
             dist.Normal(torch.zeros(2, 1, 1), 1.0).to_event(1),
-            duration=3,
+            duration=2,
         )
     ),
     "InverseGamma": lambda x: dist.InverseGamma(x[0].exp(), x[1].exp()),
@@ -206,15 +206,15 @@ TABLE: dict[str, Make] = {
 
 #: Data of distributions that cannot be drawn.
 DATA = {
-    "GammaGaussianHMM": torch.tensor([[0.3, -0.2], [0.1, 0.8], [-1.0, 0.4]]),
-    "CoalescentTimesWithRate": torch.tensor([1.5, 2.5]),
+    "GammaGaussianHMM": torch.tensor([[0.3, -0.2], [0.1, 0.8]]),
+    "CoalescentTimesWithRate": torch.tensor([0.5, 1.5]),
     "GaussianMRF": torch.tensor([[0.3, -0.2]]),
     "GroupedNormalNormal": torch.tensor([0.3, -0.2, 0.8]),
     "LogNormalNegativeBinomial": torch.tensor(3.0),
     "VonMises3D": torch.tensor([0.6, 0.0, -0.8]),
     "GeneralizedPareto": torch.tensor(0.4),
-    "DiscreteHMM": torch.tensor([0.3, -0.2, 0.8]),
-    "IndependentHMM": torch.tensor([[0.3, -0.2], [0.1, 0.8], [-1.0, 0.4]]),
+    "DiscreteHMM": torch.tensor([0.3, -0.2]),
+    "IndependentHMM": torch.tensor([[0.3, -0.2], [0.1, 0.8]]),
     "OneOneMatching": torch.tensor([1, 0]),
     "OneTwoMatching": torch.tensor([0, 0, 1, 1]),
     "SpanningTree": torch.tensor([[0, 1], [1, 2]]),
@@ -224,6 +224,7 @@ DATA = {
 
 #: Distributions that are in no batch, each with the reason.
 LEFT_OUT = {
+    "Delta": "a point has no density to compare; see test_log_density",
     "Empirical": "a list of draws; it has no parameters, and no density where it has no draw",
     "ExponentialFamily": "a base class",
     "GaussianScaleMixture": "its gradient fails in single traces too: Pyro writes into an output",
@@ -250,6 +251,16 @@ def has_bijection(support: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+#: Distributions that are no priors here, each with the reason.
+NO_PRIOR = {
+    "GeneralizedPareto": "torch says that its support is an interval with an infinite end",
+    **{
+        name: "a likelihood of series, whose prior costs seconds to capture"
+        for name in ("GammaGaussianHMM", "GaussianHMM", "GaussianMRF", "IndependentHMM")
+    },
+}
 
 
 def is_distribution(value: Any) -> bool:
@@ -288,7 +299,7 @@ def test_a_batch_agrees_with_single_traces(name: str) -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("likelihood", make(x), obs=data)
-        if is_continuous(fixed):
+        if name not in NO_PRIOR and is_continuous(fixed):
             pyro.sample("prior", make(torch.full((3,), 0.1)))
 
     check_batch(model)
@@ -304,7 +315,7 @@ def test_a_stable_distribution_by_its_reparametrisation() -> None:
 
 
 def test_a_linear_hmm_by_its_reparametrisation() -> None:
-    data = torch.tensor([[0.3, -0.2], [0.1, 0.8], [-1.0, 0.4]])
+    data = torch.tensor([[0.3, -0.2], [0.1, 0.8]])
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
