@@ -170,8 +170,10 @@ class Evaluator:
     """A function of one point and of inputs, evaluated with its gradient for many points.
 
     By the fastest of the ways whose results agree: as a captured graph of tensor operations, by
-    :func:`torch.func.vmap`, in a plate, or one point at a time. The tensors among the inputs are inputs of the
-    graph too, and the part of it that depends on no point is run once for each of their values.
+    :func:`torch.func.vmap`, in a plate around it, or one point at a time. The tensors among the
+    inputs are inputs of the graph too, but for those whose values it reads, and the part that
+    depends on no point is run once for each of their values. Where the function branches on values
+    of the points, there is one graph for each combination of branches that is met.
 
     Args:
         function: From a point of shape ``(features,)`` and the inputs to a number.

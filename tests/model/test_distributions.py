@@ -255,6 +255,7 @@ def has_bijection(support: Any) -> bool:
 
 #: Distributions that are no priors here, each with the reason.
 NO_PRIOR = {
+    "GroupedNormalNormal": "Pyro says that its values are single numbers, which they are not",
     "GeneralizedPareto": "torch says that its support is an interval with an infinite end",
     **{
         name: "a likelihood of series, whose prior costs seconds to capture"
