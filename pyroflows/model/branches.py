@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .._checks import caller_level
 
 __all__ = ["Branches"]
 
@@ -20,7 +23,7 @@ class Branches:
 
     Args:
         first: The function along the branches of one point: for points of shape ``(n, features)``
-            tensors of results with ``n`` rows, and last for which rows they hold, of shape ``(n,)``.
+            tensors of results with ``n`` rows, and last for which of them they hold.
         follow: Gives one along other branches, those of a given point if it must be made, by its
             number.
         alone: The function, one point at a time.
@@ -28,6 +31,7 @@ class Branches:
 
     def __init__(self, first: Run, follow: Callable[[int, Tensor], Run], alone: Run) -> None:
         self.known, self.follow, self.alone = [first], follow, alone
+        self._told = False
 
     def __call__(self, points: Tensor) -> tuple[Tensor, ...]:
         """The results for points of shape ``(n, features)``."""
@@ -54,4 +58,12 @@ class Branches:
         if turn < len(self.known):
             *found, held = self.known[turn](points)
             return found, held
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"This model branches on values of its latent sites in more ways than the {turn} "
+                "that are evaluated in a batch, so the points that take others are evaluated one "
+                "at a time, which is slow.",
+                stacklevel=caller_level(),
+            )
         return list(self.alone(points)), points.new_ones(len(points), dtype=torch.bool)

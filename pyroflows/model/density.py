@@ -63,9 +63,9 @@ class LogDensity(Density):
     the reals by ``biject_to`` of its support, as Pyro's autoguides do. Discrete sites are summed
     out by enumeration. The model is batched by :func:`torch.func.vmap` and captured once as a graph
     of tensor operations, so that an evaluation costs mathematics and not effect handlers; the
-    result is checked against single traces. A model that cannot be batched, for instance because it
-    computes with a latent value as a Python number, is evaluated one point at a time, with a warning
-    that says so.
+    result is checked against single traces. A model that cannot be batched, because it computes
+    with a latent value as a Python number, is evaluated one point at a time, with a warning that
+    says so.
 
     Data and the model's own parameters are inputs of the graph. They are read when the density is
     made, and parameters are held at these values; :meth:`bind` gives the density of other ones. A

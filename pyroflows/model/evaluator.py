@@ -33,6 +33,9 @@ POINT_ERRORS = (
 )
 
 
+# Graphs that are made for other values of inputs that a model reads, such as mini-batches.
+CAPTURES = 8
+
 DIFFERENT = "its values differ from those of single traces"
 
 # Errors that a model raises on purpose, once it has looked at values.
@@ -194,6 +197,8 @@ class Evaluator:
         self.function, self.start, self.failures = function, start, failures
         self._ways: dict[Hashable, Way] = {}
         self._graphs: dict[Hashable, list[Captured]] = {}
+        # How many graphs there are of inputs whose values they depend on.
+        self._captures = 0
         # Whether it has functions of autograd, whose gradients a graph of values does not know.
         self._own_gradients = False
         # Kept so that the identities in the keys of the graphs cannot be reused.
@@ -216,6 +221,7 @@ class Evaluator:
         """
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size) if mode is None else Way(mode)
+        way = self._affordable(way, leaves, batch_size, gradients=True)
         run = self._make_run(leaves, batch_size, way)
         return Program(run, 1 if way.mode == "loop" else batch_size, self.failures, way)
 
@@ -232,7 +238,8 @@ class Evaluator:
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size)
         if self._own_gradients and way.mode == "captured":
-            way = way._replace(mode="vmap")  # or the plate's, if that is how it was captured
+            way = _uncaptured(way, "it has gradients of its own")
+        way = self._affordable(way, leaves, batch_size, gradients=False)
         run = self._make_run(leaves, batch_size, way, gradients=False)
         size = 1 if way.mode == "loop" else batch_size
         return Program(run, size, self.failures, way, gradients=False)
@@ -255,8 +262,7 @@ class Evaluator:
                 return batched(points, *tensors)
 
             return Branches(run, lambda *_: run, alone)
-        key = (gradients, way.in_plate, leaves.key(way.constants), batch_size)
-        graphs = self._graphs.setdefault(key, [])
+        graphs = self._graphs.setdefault(_key(leaves, batch_size, way, gradients), [])
 
         def follow(i: int, point: Tensor) -> Run:
             if i == len(graphs):
@@ -370,6 +376,16 @@ class Evaluator:
 
     # The choice of a way
 
+    def _affordable(self, way: Way, leaves: _Leaves, batch_size: int, gradients: bool) -> Way:
+        """The way without a capture, where the constants of the graphs change all the time."""
+        key = _key(leaves, batch_size, way, gradients)
+        if way.mode != "captured" or not way.constants or key in self._graphs:
+            return way
+        self._captures += 1
+        if self._captures > CAPTURES:
+            return _uncaptured(way, "its operations depend on values of data that change")
+        return way
+
     def _way(self, leaves: _Leaves, batch_size: int) -> Way:
         kind = leaves.kind()
         if kind not in self._ways:
@@ -449,6 +465,15 @@ class Evaluator:
         yield from self.start + 0.1 * noise
         yield self.start
         yield from self.start + 0.01 * noise
+
+
+def _key(leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Hashable:
+    """What evaluations have in common that share graphs."""
+    return gradients, way.in_plate, leaves.key(way.constants), batch_size
+
+
+def _uncaptured(way: Way, reason: str) -> Way:
+    return way._replace(mode="plate" if way.in_plate else "vmap", reason=reason)
 
 
 def map_points(

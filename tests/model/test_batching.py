@@ -239,7 +239,19 @@ def test_only_data_that_are_read_become_constants(monkeypatch: pytest.MonkeyPatc
 
 def test_more_branches_than_are_followed_are_evaluated_alone() -> None:
     density = density_of(lambda x, y: x * int(10 * x))
-    check(density, torch.linspace(-1.55, 1.55, 24).unsqueeze(-1))
+    z = torch.linspace(-1.55, 1.55, 24).unsqueeze(-1)
+    with pytest.warns(UserWarning, match="branches on values of its latent sites in more ways"):
+        density.log_prob(z)
+    check(density.bind((Y,)), z[::8])
+
+
+def test_data_that_are_read_and_change_all_the_time_are_not_captured_every_time() -> None:
+    density = density_of(as_a_number)
+    modes = [density.bind((Y + i,)).mode for i in range(12)]
+    assert modes[:4] == ["captured"] * 4
+    assert modes[-1] == "vmap"
+    check(density.bind((Y + 20,)))
+    assert density.bind().mode == "captured"
 
 
 def test_terms_follow_the_branches_of_each_point() -> None:

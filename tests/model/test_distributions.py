@@ -1,4 +1,4 @@
-"""Every distribution of Pyro that has a density is evaluated in a batch, as prior and as likelihood."""
+"""Every distribution of Pyro with a density is evaluated in a batch, as prior and likelihood."""
 
 from __future__ import annotations
 
