@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from .._compat import tree_leaves, tree_map_only, unvalidated, whole_plates
 
 __all__ = [
-    "DetachedData",
     "FirstRows",
     "GivenRows",
     "NanWhereSingular",
@@ -137,8 +136,6 @@ class SubstituteTensors(TorchFunctionMode):
 
 # What a run under vmap may not do
 
-_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
 
 def _cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
@@ -164,15 +161,6 @@ def _solve(matrix: Tensor, right: Tensor, *, left: bool = True) -> Tensor:
 
 def _nan_where_failed(matrix: Tensor, info: Tensor) -> Tensor:
     return matrix.where((info == 0).unsqueeze(-1).unsqueeze(-1), torch.nan)
-
-
-class DetachedData(TorchFunctionMode):
-    """Lets a run read ``tensor.data``, which Pyro's enumeration asks for its shape and which
-    :func:`torch.func.vmap` refuses."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.detach if func == _READ_DATA else func
-        return func(*args, **(kwargs or {}))
 
 
 class NanWhereSingular(TorchFunctionMode):
