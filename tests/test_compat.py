@@ -271,6 +271,67 @@ def test_make_fx_records_gradients():
     torch.testing.assert_close(graph(torch.tensor([2.0, 3.0])), torch.tensor([12.0, 27.0]))
 
 
+def test_recorded_operations_may_read_constants_and_say_so():
+    constant = torch.tensor([2.0, 3.0])
+    graph = _compat.record_operations(lambda x: x * constant.max().item())(torch.ones(2))
+    assert any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_what_is_batched_and_what_it_holds():
+    shared, points = torch.tensor([4.0, 5.0]), torch.tensor([[1.0], [2.0]])
+    row = shared[1:]
+    found = []
+
+    def look(point: Tensor) -> Tensor:
+        found.append((_compat.is_batched(point), _compat.is_batched(shared * 2)))
+        found.append((_compat.number_of(point), _compat.number_of(shared)))
+        found.append(_compat.array_of(shared + 1).tolist())
+        found.append(_compat.storage_of(point) == _compat.storage_of(points))
+        found.append(_compat.storage_of(row) == _compat.storage_of(shared))
+        return point.sum()
+
+    torch.func.vmap(torch.func.grad(look))(points)
+    assert found == [(True, False), (1.0, 4.0), [5.0, 6.0], True, True]
+    assert not _compat.is_batched(shared)
+
+
+def test_functions_of_the_old_style_are_transformed():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.factor = 3.0  # not the slope, to tell this gradient from torch's own
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.factor * grad
+
+    x = torch.tensor([1.0, 2.0])
+    slopes = torch.func.vmap(torch.func.grad(lambda entry: Double.apply(entry)))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        slopes(x)
+    with _compat.functions_of_any_style() as applied:
+        assert slopes(x).tolist() == [3.0, 3.0]
+        assert applied
+    with pytest.raises(RuntimeError, match="setup_context"):
+        slopes(x)
+
+
+def test_parts_of_the_stable_density():
+    alpha, zero = torch.tensor([1.7]), torch.zeros(1)
+    scored = dist.StableWithLogProb(alpha, zero, 1.0, 0.0)
+    value = torch.tensor([0.8])
+    integral = _compat.stable_integral(alpha, zero, value).float()
+    torch.testing.assert_close(integral, scored.log_prob(value))
+    at_zero = _compat.stable_density_at_zero(alpha)
+    torch.testing.assert_close(at_zero, scored.log_prob(zero), rtol=1e-4, atol=1e-4)
+    ones = torch.ones(1)
+    with _compat.stable_density_of(lambda *_: ones, lambda *_: ones):
+        assert torch.equal(scored.log_prob(value), ones)
+    assert not torch.equal(scored.log_prob(value), ones)
+
+
 def test_trees_are_taken_apart_and_made_again():
     tree = {"a": torch.ones(2), "b": [torch.zeros(1), 3]}
     leaves, spec = _compat.tree_flatten(tree)

@@ -226,18 +226,24 @@ def _told(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 # Data
 
 
-def check_data(trace: Any) -> None:
-    """Refuses data to which a distribution would give a meaningless density or none."""
+def check_data(trace: Any, nesting: int | None = None) -> None:
+    """Refuses data to which a distribution would give a meaningless density or none.
+
+    Args:
+        trace: A trace of the model.
+        nesting: The dimensions from the right that plates have, if those on their left are of
+            enumerated sites.
+    """
     for name, node in sample_nodes(trace):
         check_site(name, node["fn"])
         if node["is_observed"]:
             value = node["value"]
             _check_kind_of_data(name, value)
-            check_shape(name, node)
+            check_shape(name, node, nesting)
             if isinstance(base_distribution(node["fn"]), TAKE_NAN):
                 value = torch.as_tensor(value).nan_to_num(nan=0.0)
             _check_support_of_data(name, node["fn"], value)
-        check_mask(name, node)
+        check_mask(name, node, nesting)
 
 
 def _check_kind_of_data(name: str, value: Any) -> None:

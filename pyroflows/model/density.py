@@ -60,6 +60,9 @@ __all__ = ["LogDensity"]
 # at a deadline.
 ROWS_AT_ONCE = 2**21
 
+# Numbers of nested plates that are tried for a model that runs under enumeration only.
+NESTINGS = range(4)
+
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
 STEPS = (1.0, -1.0, 0.1, -0.1, 0.01, -0.01)
 
@@ -73,8 +76,9 @@ class LogDensity(Density):
     the reals by ``biject_to`` of its support, as Pyro's autoguides do. Discrete sites are summed
     out by enumeration. The model is batched by :func:`torch.func.vmap` and captured once as a graph
     of tensor operations, so that an evaluation costs mathematics and not effect handlers; the
-    result is checked against single traces. A model that cannot be batched, for instance because it
-    branches on a value, is evaluated one point at a time, with a warning that says so.
+    result is checked against single traces. A model that cannot be batched, because it computes
+    with a latent value as a Python number, is evaluated one point at a time, with a warning that
+    says so.
 
     Data and the model's own parameters are inputs of the graph. They are read when the density is
     made, and parameters are held at these values; :meth:`bind` gives the density of other ones. A
@@ -102,7 +106,7 @@ class LogDensity(Density):
             cannot be evaluated where that one starts.
         subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a
             run of the model sees.
-        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
+        mode: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
         failures: Counts the points of :meth:`evaluate` that could not be evaluated.
 
     Raises:
@@ -140,6 +144,7 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
+        self._enumerated_nesting: int | None = None
         with explained(lambda: self._run_unvalidated(init_loc_fn)):
             trace, self.init_loc_fn = self._find_start(init_loc_fn)
             self.subsampled = self.data.find_subsampled(trace)
@@ -152,13 +157,8 @@ class LogDensity(Density):
             self._make_program()
             self._set_centres(find_centres(self, self.sites))
             self.data.check(self, trace)
-        if not self.batched:
-            warnings.warn(
-                "This model cannot be evaluated for a batch of points, so its log density is "
-                "evaluated one point at a time, which is slow. What torch.func.vmap says: "
-                f"{self._program.way.reason}",
-                stacklevel=caller_level(),
-            )
+        if self._program.way.warning:
+            warnings.warn(self._program.way.warning, stacklevel=caller_level())
 
     # What it is a density of
 
@@ -168,13 +168,18 @@ class LogDensity(Density):
 
     @property
     def mode(self) -> str:
-        """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
+        """How points are evaluated: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``."""
         return self._program.way.mode
 
     @property
     def batched(self) -> bool:
         """Whether many points are evaluated at a time."""
         return self.mode != "loop"
+
+    @property
+    def needs_enumeration(self) -> bool:
+        """Whether the model runs with all values of its discrete sites only, not with one."""
+        return self._enumerated_nesting is not None
 
     @property
     def full(self) -> LogDensity:
@@ -301,7 +306,8 @@ class LogDensity(Density):
             self._make_program()
 
     def _make_program(self) -> None:
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
+        in_plate = None if self.discrete else self._log_joints
+        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures, in_plate)
         self._program = self._evaluator.make_program(self.inputs, self.batch_size)
 
     def _check_plates(self, rows: Mapping[str, Tensor]) -> None:
@@ -590,8 +596,7 @@ class LogDensity(Density):
     def _trace(self, values: Mapping[str, Tensor], inputs: Inputs) -> Any:
         model = GivenRows(inputs.rows)(self.unwrapped_model) if inputs.rows else self.model
         if self.discrete:
-            enumerated = config_enumerate(model, default="parallel")
-            model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
+            model = self._enumerate(model, self._max_plate_nesting)
         model = poutine.trace(poutine.condition(model, data=dict(values)))
         with Unvalidated(), MissingData():
             return model.get_trace(*inputs.args, **inputs.kwargs)
@@ -606,6 +611,21 @@ class LogDensity(Density):
                 trace = self._trace(values, inputs)
             total = enumerated_log_prob(trace) if self.discrete else trace.log_prob_sum()
             return checked.nan_unless_valid(total + log_det)
+
+    def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
+        """The log density at many points ``(n, features)``, by a plate around the model."""
+        n, values = len(z), {}
+        total = z.new_zeros(n)
+        for site, unconstrained, value in self._unpack(z):
+            total = total + site.log_det(unconstrained, value).reshape(n, -1).sum(-1)
+            between = (1,) * (self._batch_dims - self._batch_dims_of[site.name])
+            values[site.name] = value.reshape(n, *between, *site.shape)
+        with self._given(inputs), pyro.plate("_points", n, dim=-1 - self._batch_dims):
+            trace = self._trace(values, inputs)
+            trace.compute_log_prob()
+        for _, node in sample_nodes(trace):
+            total = total + node["log_prob"].reshape(n, -1).sum(-1)
+        return total
 
     def _terms(self, z: Tensor) -> dict[str, Tensor]:
         with self._given(self.inputs):
@@ -644,9 +664,32 @@ class LogDensity(Density):
         return self._prototype(start), start
 
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
+        try:
+            return self._first_run(init_loc_fn)
+        except Exception:
+            trace = self._first_enumerated_run(init_loc_fn)
+            if trace is None:
+                raise
+            return trace
+
+    def _first_run(self, init_loc_fn: Callable[..., Any]) -> Any:
         trace = self.run_from(init_loc_fn)
-        checks.check_data(trace)
+        checks.check_data(trace, self._enumerated_nesting)
         return trace
+
+    def _first_enumerated_run(self, init_loc_fn: Callable[..., Any]) -> Any:
+        """A run with discrete sites enumerated, for a model that runs in no other way."""
+        for nesting in NESTINGS:
+            self._enumerated_nesting = nesting
+            try:
+                trace = self._first_run(init_loc_fn)
+            except Exception:
+                continue  # plates nested deeper, or an error that no enumeration mends
+            discrete = any(is_discrete(node) for _, node in latent_nodes(trace))
+            if discrete and _depth(trace) <= nesting:
+                return trace
+        self._enumerated_nesting = None
+        return None
 
     def run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
         """A trace of the model from an initialisation function, validated as Pyro's setting says.
@@ -660,9 +703,18 @@ class LogDensity(Density):
             checks.check_sizes(site["name"], site["fn"])
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
+        model = self.model
+        if self._enumerated_nesting is not None:
+            model = self._enumerate(model, self._enumerated_nesting)
         with self.on_device(), poutine.block():
-            model = poutine.trace(InitMessenger(start)(StartInPlates()(self.model)))
+            model = poutine.trace(InitMessenger(start)(StartInPlates()(model)))
             return model.get_trace(*self.args, **self.kwargs)
+
+    @staticmethod
+    def _enumerate(model: Callable[..., Any], nesting: int) -> Callable[..., Any]:
+        """A model with its discrete sites enumerated, on the left of so many dimensions."""
+        enumerated = config_enumerate(model, default="parallel")
+        return poutine.enum(enumerated, first_available_dim=-1 - nesting)
 
     def _run_unvalidated(self, init_loc_fn: Callable[..., Any]) -> Any:
         with pyro.validation_enabled(False):
@@ -672,13 +724,14 @@ class LogDensity(Density):
         """Checks the data among inputs of other shapes than the first."""
         values = self.constrain(self.initial)
         with forked(0), explained(), pyro.validation_enabled(False), torch.no_grad():
-            checks.check_data(self.run_from(lambda site: value_at(values, site)))
+            trace = self.run_from(lambda site: value_at(values, site))
+            checks.check_data(trace, self._enumerated_nesting)
 
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
         """Runs the model on all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
         try:
-            checks.check_data(self._run_unvalidated(init_loc_fn))
+            checks.check_data(self._run_unvalidated(init_loc_fn), self._enumerated_nesting)
         except Exception as error:
             plates = [
                 f"{size} rows of plate {name!r}" for name, (size, _) in self.subsampled.items()
@@ -694,7 +747,10 @@ class LogDensity(Density):
         checks.check_latents(trace)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
         self.observed = observed_names(trace)
-        self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
+        self._max_plate_nesting = max(self._enumerated_nesting or 0, _depth(trace))
+        nodes = sample_nodes(trace)
+        self._batch_dims_of = {name: len(node["fn"].batch_shape) for name, node in nodes}
+        self._batch_dims = max([self._max_plate_nesting, *self._batch_dims_of.values()])
         with self._given(self.inputs):
             found = find_latent_sites(trace)
             self.sites = settle_masks(found, trace, lambda v: self._trace(v, self.inputs))
@@ -744,6 +800,11 @@ def limit_batch(batch_size: int, trace: Any) -> int:
     """How many points an evaluation takes, at most so many, given the sizes of the sites."""
     sizes = [torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace)]
     return max(1, min(batch_size, ROWS_AT_ONCE // max([1, *sizes])))
+
+
+def _depth(trace: Any) -> int:
+    """How many dimensions from the right the plates of a trace take."""
+    return max([0, *(-frame.dim for frame in plate_frames(trace))])
 
 
 def value_at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -257,16 +258,17 @@ def _touched(terms: list[Tensor], dim: str) -> list[Tensor]:
 
 def _logsumexp(term: Tensor, dim: int) -> Tensor:
     """As torch's, but with gradient zero, not NaN, where all is impossible."""
-    shift = term.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(term.dtype).min)
-    total = (term - shift).exp().sum(dim)
+    slices = term.detach().unbind(dim)
+    shift = functools.reduce(torch.maximum, slices).clamp(min=torch.finfo(term.dtype).min)
+    # Sums of slices: torch's reductions of a few entries cost several times as much.
+    total = functools.reduce(torch.add, (term - shift.unsqueeze(dim)).exp().unbind(dim))
     possible = total > 0
-    return torch.where(
-        possible, torch.where(possible, total, 1.0).log() + shift.squeeze(dim), -torch.inf
-    )
+    return torch.where(possible, torch.where(possible, total, 1.0).log() + shift, -torch.inf)
 
 
 def _product(terms: list[Tensor]) -> Tensor:
-    dims = "".join(sorted(set("".join(map(packed_dims, terms)))))
+    # As they lie in memory: those of plates last, those of enumerated sites before them.
+    dims = "".join(sorted(set("".join(map(packed_dims, terms))), reverse=True))
     total: Any = 0
     for term in terms:
         names = packed_dims(term)

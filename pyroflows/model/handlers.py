@@ -16,7 +16,6 @@ from .._compat import start_in_open_plates, tree_leaves, tree_map_only, unvalida
 
 __all__ = [
     "DetachedCopies",
-    "DetachedData",
     "FirstRows",
     "GivenParameters",
     "GivenRows",
@@ -178,20 +177,6 @@ class SubstituteTensors(TorchFunctionMode):
     def _replace(self, tensor: Tensor) -> Tensor:
         pair = self.pairs.get(id(tensor))
         return tensor if pair is None else pair[1]
-
-
-# What a run under vmap may not do
-
-_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-class DetachedData(TorchFunctionMode):
-    """Lets a run read ``tensor.data``, which Pyro's enumeration asks for its shape and which
-    :func:`torch.func.vmap` refuses."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.detach if func == _READ_DATA else func
-        return func(*args, **(kwargs or {}))
 
 
 # What a copy may not hold

@@ -114,7 +114,7 @@ class MiniBatchDensity(Density):
     @property
     @abc.abstractmethod
     def mode(self) -> str:
-        """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
+        """How points are evaluated: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``."""
 
     @abc.abstractmethod
     def _next(self) -> LogDensity:

@@ -198,8 +198,10 @@ def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
 
 
 def prior_draws(density: LogDensity, draws: int) -> Draws:
-    """Draws of the latent sites from the prior, without those at which the model fails; nothing
-    where a prior is improper, or where all fail."""
+    """Draws of the latent sites from the prior; nothing where a prior is improper, or where the
+    model has no values of its discrete sites."""
+    if density.needs_enumeration:
+        return {}
     rows = density.initial.new_zeros(draws, 1)
 
     def simulate(row: Tensor) -> Draws:

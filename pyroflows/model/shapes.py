@@ -32,12 +32,14 @@ __all__ = ["check_mask", "check_shape"]
 HIDDEN_MARKOV = (dist.hmm.HiddenMarkovModel, dist.IndependentHMM)
 
 
-def check_shape(name: str, node: Node) -> None:
+def check_shape(name: str, node: Node, nesting: int | None = None) -> None:
     """Refuses an observed value that broadcasts its site, or a mask that does.
 
     Args:
         name: Name of the site.
         node: The sample statement, in a trace.
+        nesting: The dimensions from the right that plates have, if those on their left are of
+            enumerated sites.
 
     Raises:
         ValueError: If the shapes do not fit; the sentence names the site and has both shapes.
@@ -60,7 +62,7 @@ def check_shape(name: str, node: Node) -> None:
     plates = {frame.dim: frame for frame in node["cond_indep_stack"] if frame.vectorized}
     if isinstance(base_distribution(fn), dist.Unit):
         _check_factor(name, batch, plates)
-    sizes = list(_aligned(batch, fn.batch_shape))
+    sizes = list(_aligned(batch, _of_plates(fn.batch_shape, nesting)))
     if not _is_spread(sizes, plates) and not _is_repeated(sizes, plates):
         return
     where = _told_plates(plates)
@@ -71,12 +73,13 @@ def check_shape(name: str, node: Node) -> None:
     )
 
 
-def check_mask(name: str, node: Node) -> None:
+def check_mask(name: str, node: Node, nesting: int | None = None) -> None:
     """Refuses a mask or scale that is larger than the log density to which it applies.
 
     Args:
         name: Name of the site.
         node: The sample statement, in a trace.
+        nesting: As in :func:`check_shape`.
 
     Raises:
         ValueError: If it is.
@@ -85,7 +88,7 @@ def check_mask(name: str, node: Node) -> None:
     batch = value.shape[: value.dim() - fn.event_dim]
     scored = [max(pair) for pair in _aligned(batch, fn.batch_shape)]
     for kind in ("mask", "scale"):
-        shape = getattr(node[kind], "shape", ())
+        shape = _of_plates(getattr(node[kind], "shape", ()), nesting)
         pairs = _aligned(shape, scored[::-1])
         if any(size not in (1, most) for size, most in pairs):
             raise ValueError(
@@ -117,6 +120,11 @@ def _check_factor(name: str, batch: Sequence[int], plates: dict[int, Any]) -> No
 
 
 # Batch shapes, dimension by dimension from the right
+
+
+def _of_plates(shape: Sequence[int], nesting: int | None) -> Sequence[int]:
+    """The dimensions of a shape on the right of those of enumerated sites."""
+    return shape if nesting is None else shape[max(0, len(shape) - nesting) :]
 
 
 def _from_the_right(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -36,7 +36,7 @@ def forbid_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr(evaluator, "make_fx", fail)
+    monkeypatch.setattr(evaluator, "capture", fail)
 
 
 # Data

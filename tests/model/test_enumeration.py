@@ -23,6 +23,7 @@ from pyroflows.model.prediction import (
     inference_data,
     log_likelihood,
     posterior_predictive,
+    prior_draws,
     site_draws,
 )
 
@@ -419,3 +420,42 @@ def test_likelihoods_and_predictions_with_discrete_sites() -> None:
     data = inference_data(shared, torch.zeros(1, 5, 1), stats)
     assert data.attrs["log_likelihood"].startswith("Left out: y,")
     assert data["posterior_predictive"]["y"].shape == (1, 5, 2)
+
+
+def test_a_model_that_runs_under_enumeration_only() -> None:
+    """Detections of two objects on a line, or spurious ones: the means of each lie along the
+    dimension of the discrete site, which is there under enumeration only."""
+    y = torch.tensor([[-1.1, 0.9], [-0.7, 3.0], [1.4, -0.8]])
+    chances = torch.tensor([0.4, 0.4, 0.2])
+
+    def model() -> None:
+        with pyro.plate("objects", 2):
+            positions = pyro.sample("positions", dist.Normal(0.0, 1.0))
+        with pyro.plate("detections", 2, dim=-1), pyro.plate("time", 3, dim=-2):
+            object_ = pyro.sample("object", dist.Categorical(chances))
+            means = torch.cat([positions, torch.zeros(1)])[object_.reshape(3)].reshape(3, 1, 1)
+            spurious = object_ == 2
+            pyro.sample("y", dist.Normal(means, torch.where(spurious, 5.0, 0.3)), obs=y)
+
+    density = LogDensity(model)
+    assert density.needs_enumeration
+    z = torch.tensor([[-1.0, 1.0], [0.2, 0.3]])
+    means = torch.cat([z, torch.zeros(2, 1)], -1)
+    scales = torch.tensor([0.3, 0.3, 5.0])
+    of_objects = dist.Normal(means, scales).log_prob(y[..., None, None]) + chances.log()
+    expected = of_objects.logsumexp(-1).sum((0, 1)) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(density.log_prob(z), expected)
+    assert prior_draws(density, 3) == {}
+
+
+def test_data_are_checked_under_enumeration_too() -> None:
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            means = torch.stack([x, -x])[k.reshape(2).long()].reshape(2, 1)
+            pyro.sample("y", dist.Normal(means, 1.0), obs=y)
+
+    assert LogDensity(model, (torch.zeros(3),)).needs_enumeration
+    with pytest.raises((ValueError, RuntimeError)):
+        LogDensity(model, (torch.zeros(3, 1),))

@@ -304,7 +304,7 @@ def test_terms_of_no_points_and_of_a_model_that_is_looped_over() -> None:
     density = LogDensity(test_log_density.CASES["nested_plates"]())
     assert density.site_terms(torch.zeros(0, density.features))["y"].shape == (0, 3, 2)
     with pytest.warns(UserWarning, match="one point at a time"):
-        looped = LogDensity(test_log_density.branches)
+        looped = LogDensity(test_log_density.reads_a_value)
     assert {n: tuple(t.shape) for n, t in looped.site_terms(torch.zeros(4, 1)).items()} == {
         "x": (4,),
         "y": (4,),

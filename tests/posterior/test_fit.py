@@ -358,7 +358,7 @@ def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        noise = 1.0 if x > -20 else 2.0
+        noise = 1.0 if x.item() > -20 else 2.0
         pyro.sample("y", dist.Normal(x, noise), obs=torch.tensor(1.0))
 
     with pytest.warns(UserWarning, match="one point at a time") as caught:
