@@ -19,6 +19,7 @@ __all__ = [
     "Census",
     "find_flat_direction",
     "find_start",
+    "has_missed",
     "missed_mass",
     "take_census",
     "widen_census",
@@ -198,10 +199,21 @@ def missed_mass(
     """
     z, log_p, log_c = _weigh(density, fits)
     with torch.no_grad():
-        log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape).nan_to_num(nan=-math.inf)
-    missed = log_p - log_evidence - log_guide > math.log(MISSED)
+        log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape)
+    missed = has_missed(log_p, log_guide, log_evidence)
     ratio = (log_p - log_c - log_evidence).exp()
     return torch.where(missed, ratio, 0.0).mean(-1).nan_to_num(nan=0.0)
+
+
+def has_missed(log_p: Tensor, log_q: Tensor, log_evidence: float) -> Tensor:
+    """Tells at which points a guide has next to none of the density that the posterior has.
+
+    Args:
+        log_p: Log joint at the points, of any shape.
+        log_q: Log density of the guide there; NaN where the guide cannot reach.
+        log_evidence: The guide's estimate of the log evidence.
+    """
+    return log_p - log_evidence - log_q.nan_to_num(nan=-math.inf) > math.log(MISSED)
 
 
 def _count_draws(density: LogDensity) -> int:

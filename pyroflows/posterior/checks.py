@@ -17,6 +17,7 @@ from .subject import (
     KHAT_LIMIT,
     Need,
     Subject,
+    gained,
     known_density,
     polished_draws,
     taken_census,
@@ -280,6 +281,29 @@ class Drift(Check):
         return drift(subject.starts, subject.moved, subject.effective_starts)
 
 
+class Reach(Check):
+    """Looks for mass next to what a guide covers, by chains that roam from its draws."""
+
+    name, limit, costly = "reach", 0.01, True
+    needs = (known_density, usable_trajectories, usable_draws)
+
+    def measure(self, subject: Subject) -> float:
+        """The share of the chains that come to where the guide has next to no density."""
+        starts, ends = subject.roamers, subject.roamed
+        return gained(subject.lies_beyond(starts), subject.lies_beyond(ends))
+
+    def explain(self, subject: Subject, value: float, held: bool) -> str:
+        """Says how many chains leave what the guide covers, and where to."""
+        if held:
+            return "long trajectories from the guide's draws stay where it has density."
+        beyond = subject.roamed[subject.lies_beyond(subject.roamed)]
+        return (
+            f"long trajectories take at least {value:.0%} of the draws to where the guide has next to no density, "
+            f"{subject.describe(beyond[0])}, so the guide cuts the posterior short. "
+            f"{_capitalise(subject.remedy)}, or reparametrise."
+        )
+
+
 class Polish(Check):
     """Looks at whether polished draws still depend on their starts, so that modes weigh wrongly."""
 
@@ -323,6 +347,7 @@ CHECKS: list[Check] = [
     Weights(),
     Outliers(),
     Shift(),
+    Reach(),
     Drift(),
     Polish(),
 ]

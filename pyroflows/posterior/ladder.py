@@ -24,6 +24,7 @@ from ..guides.guide import Guide
 from ..model.density import LogDensity
 from ..model.minibatch import MiniBatchDensity
 from ..nn import mlp
+from ..sampling.spaces import mean_and_root
 from ..train import processes
 from ..train.training import train
 from ..transforms import Elementwise, Transform
@@ -32,6 +33,7 @@ from .census import Census, find_start, take_census, widen_census
 from .checks import judge_subject
 from .importance import ImportanceSample
 from .posterior import Attempt, Posterior
+from .refit import VectorKL, roam_components
 from .subject import JUDGE_DRAWS, Subject
 from .verdict import FAILED, Verdict
 
@@ -43,6 +45,9 @@ SHORT, LONG, WIDE = 150, 1500, 2500
 # Steps between two verdicts on a guide that is trained on.
 ROUNDS = (150, 1350)
 MIXTURE_ROUNDS = (0, 150, 450)
+# Steps on chains; the rounds after them are steps for the ELBO.
+REFIT_STEPS = 450
+REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
@@ -108,9 +113,26 @@ class Climb:
 
     def train(self, flow: Flow, steps: int) -> int:
         """Trains a flow for as many steps as are left, and returns how many it took."""
+        return self._train(flow, steps, self.history)
+
+    def train_on(self, z: Tensor, flow: Flow, steps: int) -> int:
+        """Trains a flow by maximum likelihood, for as many steps as are left.
+
+        Args:
+            z: Draws of the posterior, of shape ``(n, features)``.
+            flow: The flow.
+            steps: Most steps to take.
+
+        Returns:
+            How many it took.
+        """
+        # The history holds ELBOs.
+        return self._train(flow, steps, [], objective=VectorKL(z))
+
+    def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
         steps = min(steps, self.steps_left)
-        settings = {"deadline": self.deadline, **self.settings}
-        report = train(flow, self.trained, self.history, steps, **settings)
+        settings = {"deadline": self.deadline, **self.settings, **options}
+        report = train(flow, self.trained, history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
 
@@ -248,14 +270,20 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
-    """Returns the posterior that is trusted, misses no mode, or has more effective draws."""
+    """Returns the posterior that is trusted, or has more effective draws for what it misses."""
+    return second if _merit(second) >= _merit(first) else first
 
-    def merit(posterior: Posterior) -> tuple[bool, bool, float, bool]:
-        verdict = posterior.verdict
-        judged = verdict.ok or bool(verdict.failed)
-        return verdict.ok, not _has_failed(verdict, "census"), verdict.ess, judged
 
-    return second if merit(second) >= merit(first) else first
+def _merit(posterior: Posterior) -> tuple[bool, float, bool]:
+    """Trust first; then effective draws, divided by how often the mass missed exceeds a limit."""
+    verdict = posterior.verdict
+    excess = 1.0
+    for name in ("census", "reach"):
+        finding = verdict.finding(name)
+        if finding is not None and finding.value is not None and finding.limit:
+            excess = max(excess, finding.value / finding.limit)
+    judged = verdict.ok or bool(verdict.failed)
+    return verdict.ok, verdict.ess / excess, judged
 
 
 def _has_failed(verdict: Verdict, name: str) -> bool:
@@ -307,6 +335,32 @@ def train_mixture(climb: Climb, mixture: AutoMixture, steps: int) -> int:
     return steps
 
 
+def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
+    """Makes a guide of fresh flows that are fitted to chains from the best guide so far.
+
+    It is made where the best guide is a mixture or cuts the posterior short. Fresh flows, because
+    the map of a flow that was cut short is bad where it has had no draws.
+    """
+    best = climb.best
+    if best is None or best.verdict.ok or climb.sample is None or climb.sample.empty:
+        return None
+    count = max(1, len(best.guide.base_spaces()))
+    if count == 1 and not _has_failed(best.verdict, "reach"):
+        return None
+    sample = best.propose(JUDGE_DRAWS, seed=0)
+    chains = roam_components(climb.density, best.guide, sample, climb.deadline)
+    chains = [z for z in chains if len(z)]
+    if not chains:
+        return None
+    guide = AutoMixture(climb.density.continuous_model, len(chains), flow=make_narrow_flow)
+    climb.density.introduce(guide)
+    for k, z in enumerate(chains):
+        guide.whiten(k, *mean_and_root(z))
+        climb.train_on(z, guide.flows[k], REFIT_STEPS)
+    weigh_components(climb.density, guide)
+    return guide
+
+
 def find_polishable(climb: Climb, least_ess: float = 0.0) -> Guide | None:
     """Returns the best guide so far, unless it misses a mode or has too few effective draws."""
     best = climb.best
@@ -353,8 +407,10 @@ def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 20
 LADDER: list[Rung] = [
     Rung("Gaussian", make=lambda climb: climb.first_flow),
     Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
+    Rung("refit", make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung("flow", make=lambda climb: climb.first_flow, rounds=(SHORT,)),
     Rung("flow", make=lambda climb: climb.make_flow(make_narrow_flow), rounds=(LONG,)),
+    Rung("refit", make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung(
         "polish",
         make=functools.partial(find_polishable, least_ess=POLISH_ESS),
