@@ -51,7 +51,9 @@ REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
-REMEDY = "give the guide more steps or a wider flow"
+# What is left to do, once all rungs have been tried or a guide of the user's has been trained.
+REMEDY = "hand a richer flow to guide="
+OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
 # With so many effective draws, trajectories in the base space cost less than more training.
 POLISH_ESS = 0.5
 
@@ -92,7 +94,7 @@ class Climb:
         self.best: Posterior | None = None
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
-        self.interrupted = False
+        self.interrupted = self.out_of_steps = False
 
     @cached_property
     def first_flow(self) -> AutoFlow:
@@ -130,6 +132,7 @@ class Climb:
         return self._train(flow, steps, [], objective=VectorKL(z))
 
     def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
+        self.out_of_steps |= steps > self.steps_left
         steps = min(steps, self.steps_left)
         settings = {"deadline": self.deadline, **self.settings, **options}
         report = train(flow, self.trained, history, steps, **settings)
@@ -151,6 +154,7 @@ class Climb:
         self.guide, taken = guide, 0
         for steps in rung.rounds:
             if steps and not self.steps_left:
+                self.out_of_steps = True
                 break
             taken += rung.train(self, guide, steps) if steps else 0
             verdict = self.judge(rung.label(taken), guide, rung.trajectories)
@@ -172,8 +176,7 @@ class Climb:
             self.density,
             self.census,
             trajectories,
-            automatic=self.own is None,
-            remedy=REMEDY,
+            remedy=REMEDY if self.own is None else OWN_REMEDY,
             draws=JUDGE_DRAWS,
             deadline=self.deadline,
         )
@@ -191,12 +194,24 @@ class Climb:
         over = verdict.ok or _has_failed(verdict, "proper") or self.deadline.passed
         return bool(processes.agree(over))
 
+    def _ending(self) -> str:
+        """Returns a sentence on what has ended the fit before all was tried, or nothing."""
+        if self.interrupted:
+            return "Let the fit run to its end."
+        last = self.attempts[-1].name.split(",")[0]
+        if self.deadline.passed and self.deadline.seconds is not None:
+            limit = f"The time limit of {self.deadline.seconds:g} s"
+            return f"{limit} ended the fit at the {last}; allow more time."
+        if self.out_of_steps and self.own is None:
+            return f"The steps of training were used up at the {last}; allow more steps."
+        return ""
+
     def result(self) -> Posterior:
         """Returns the best attempt, with the record of the whole fit."""
         best = self.best
         if best is None:
             raise RuntimeError("Expected at least one attempt; got none.")
-        guide = best.guide
+        guide, ending = best.guide, self._ending()
         if self.own is not None:
             # A guide of the user is trained in place, and keeps its best numbers.
             self.own.load_state_dict(guide.state_dict())
@@ -204,7 +219,7 @@ class Climb:
         return Posterior(
             guide,
             self.density,
-            best.verdict,
+            best.verdict.with_remedy(ending) if ending else best.verdict,
             best.trajectories,
             best.name,
             rungs=self.attempts,
@@ -344,8 +359,8 @@ def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
     best = climb.best
     if best is None or best.verdict.ok or climb.sample is None or climb.sample.empty:
         return None
-    count = max(1, len(best.guide.base_spaces()))
-    if count == 1 and not _has_failed(best.verdict, "reach"):
+    cut_short = any(_has_failed(best.verdict, name) for name in ("drift", "reach"))
+    if len(best.guide.base_spaces()) < 2 and not cut_short:
         return None
     sample = best.propose(JUDGE_DRAWS, seed=0)
     chains = roam_components(climb.density, best.guide, sample, climb.deadline)

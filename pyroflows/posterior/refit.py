@@ -66,4 +66,3 @@ def roam_components(
         chains = roam(density, guide, z, TRAJECTORIES, deadline)
         found.append(chains[len(chains) // 2 :].flatten(0, 1))
     return found
-

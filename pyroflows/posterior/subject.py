@@ -63,9 +63,7 @@ class Subject:
         density: The log density of the model; ``None`` if it is not known.
         census: A census of the modes; ``None`` if none was taken.
         trajectories: Hamiltonian trajectories by which draws of the guide are polished.
-        automatic: Whether the ladder has chosen the guide, so that advice to let it do so is of no
-            use.
-        remedy: What may mend the guide if it is not exact.
+        remedy: What may mend the guide if it is not exact, in the imperative.
         draws: How many draws of the guide are weighed.
         deadline: The time that is left for checks that run trajectories.
         block: The block of a posterior that it is; ``None`` for a whole posterior.
@@ -82,8 +80,7 @@ class Subject:
     density: LogDensity | None
     census: Census | None = None
     trajectories: int = 0
-    automatic: bool = False
-    remedy: str = "train the guide longer or take a richer one"
+    remedy: str = 'train the guide longer or fit with guide="auto"'
     draws: int = JUDGE_DRAWS
     deadline: Deadline = field(default_factory=Deadline)
     block: str | None = None

@@ -9,7 +9,7 @@ from .._deadline import Deadline
 from ..guides import Guide
 from ..model.density import LogDensity
 from .hamiltonian import hmc, latent_target
-from .spaces import plain_space
+from .spaces import mean_and_root, plain_space
 
 __all__ = ["roam"]
 
@@ -17,6 +17,8 @@ __all__ = ["roam"]
 WARM_UP, SHORT = 10, 8
 # So many steps still cross a posterior that is a hundred times longer than it is wide.
 LONG = 128
+# The share of draws that the units come from: under heavy tails those of all are far too wide.
+BULK = 0.9
 
 
 @torch.no_grad()
@@ -57,7 +59,7 @@ def roam(
         >>> chains.shape, bool((chains[-1].std() - 2).abs() < 0.2)
         (torch.Size([10, 1000, 1]), True)
     """
-    space = plain_space(guide, z)
+    space = plain_space(guide, _bulk(z))
     target = latent_target(density, space.transform)
     x, _ = space.transform.inverse_and_log_det(z)
     settled = hmc(target, x, WARM_UP, leapfrog=SHORT, deadline=deadline)
@@ -74,3 +76,10 @@ def roam(
     assert chains is not None
     moved, _ = space.transform.forward_and_log_det(chains.flatten(0, 1))
     return moved.reshape(chains.shape)
+
+
+def _bulk(z: Tensor) -> Tensor:
+    """The draws that are not far out, in units of all."""
+    mean, root = mean_and_root(z)
+    radius = torch.linalg.solve_triangular(root, (z - mean).mT, upper=False).norm(dim=0)
+    return z[radius <= radius.quantile(BULK)]
