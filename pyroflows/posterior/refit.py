@@ -19,7 +19,7 @@ __all__ = ["VectorKL", "roam_components"]
 # Chains of all components, and the most for one of them.
 CHAINS, MOST = 4000, 1000
 # The first half forgets where the guide's draws were.
-TRAJECTORIES = 20
+ROUNDS = 6
 
 
 class VectorKL(ForwardKL):
@@ -63,6 +63,6 @@ def roam_components(
             found.append(sample.z[:0])
             continue
         z = resample(sample.z, weights / total, min(MOST, CHAINS // count))
-        chains = roam(density, guide, z, TRAJECTORIES, deadline)
+        chains = roam(density, guide, z, ROUNDS, deadline)
         found.append(chains[len(chains) // 2 :].flatten(0, 1))
     return found

@@ -176,7 +176,7 @@ class Subject:
         """The roamers after long trajectories, more of them as long as they find more."""
         z, gain = self.roamers, -math.inf
         for _ in range(ROUNDS):
-            chains = roam(self._density, self._guide, z, TRAJECTORIES, self.deadline)
+            chains = roam(self._density, self._guide, z, deadline=self.deadline)
             z = chains[-1] if len(chains) else z
             before, gain = gain, gained(self.lies_beyond(self.roamers), self.lies_beyond(z))
             if not before < gain or gain == 0.0 or self.deadline.passed:

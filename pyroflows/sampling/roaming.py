@@ -17,6 +17,8 @@ __all__ = ["roam"]
 WARM_UP, SHORT = 10, 8
 # So many steps still cross a posterior that is a hundred times longer than it is wide.
 LONG = 128
+# The step size that fits most chains is too long for those at a narrow end.
+SCALES = (1.0, 0.5, 0.25, 0.125)
 # The share of draws that the units come from: under heavy tails those of all are far too wide.
 BULK = 0.9
 
@@ -26,7 +28,7 @@ def roam(
     density: LogDensity,
     guide: Guide,
     z: Tensor,
-    trajectories: int,
+    rounds: int = 1,
     deadline: Deadline | None = None,
 ) -> Tensor:
     """Moves draws by long Hamiltonian trajectories in the unconstrained space, in their own units.
@@ -40,12 +42,13 @@ def roam(
         density: The log density.
         guide: The guide.
         z: Draws of shape ``(n, features)``, of finite density.
-        trajectories: How many of each draw, after some that find the step size.
+        rounds: How often to make four long trajectories of each draw, with steps of several sizes,
+            after short ones that find the size for most. Each round takes its units from the draws as they are then.
         deadline: After it has passed no trajectory begins.
 
     Returns:
-        The draws after each trajectory, of shape ``(trajectories, n, features)``, or fewer where
-        the time was over.
+        The draws after each long trajectory, of shape ``(4 * rounds, n, features)``, or fewer
+        where the time was over.
 
     Reference:
         Neal, "MCMC using Hamiltonian dynamics", 2011, https://arxiv.org/abs/1206.1901
@@ -55,27 +58,31 @@ def roam(
         >>> density = pf.model.LogDensity(lambda: pyro.sample("x", dist.Normal(0.0, 2.0)))
         >>> guide = pf.AutoFlow(density.model)
         >>> density.introduce(guide)
-        >>> chains = roam(density, guide, torch.rand(1000, 1), trajectories=10)
+        >>> chains = roam(density, guide, torch.rand(1000, 1), rounds=2)
         >>> chains.shape, bool((chains[-1].std() - 2).abs() < 0.2)
-        (torch.Size([10, 1000, 1]), True)
+        (torch.Size([8, 1000, 1]), True)
     """
+    chains = []
+    for _ in range(rounds):
+        moved = _roam_once(density, guide, z, deadline)
+        chains.append(moved)
+        z = moved[-1] if len(moved) else z
+    return torch.cat(chains)
+
+
+def _roam_once(density: LogDensity, guide: Guide, z: Tensor, deadline: Deadline | None) -> Tensor:
     space = plain_space(guide, _bulk(z))
     target = latent_target(density, space.transform)
     x, _ = space.transform.inverse_and_log_det(z)
     settled = hmc(target, x, WARM_UP, leapfrog=SHORT, deadline=deadline)
-    chains = hmc(
-        target,
-        settled.position,
-        trajectories,
-        leapfrog=LONG,
-        step_size=settled.step_size,
-        adapt=False,
-        keep=True,
-        deadline=deadline,
-    ).history
-    assert chains is not None
-    moved, _ = space.transform.forward_and_log_det(chains.flatten(0, 1))
-    return moved.reshape(chains.shape)
+    x, positions = settled.position, []
+    for scale in SCALES:
+        if deadline is not None and deadline.passed:
+            break
+        step_size = scale * settled.step_size
+        x = hmc(target, x, 1, leapfrog=LONG, step_size=step_size, adapt=False).position
+        positions.append(space.transform.forward_and_log_det(x)[0])
+    return torch.stack(positions) if positions else z.new_empty(0, *z.shape)
 
 
 def _bulk(z: Tensor) -> Tensor:
