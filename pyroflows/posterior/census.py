@@ -34,8 +34,10 @@ DRAWS = 256
 MOST_FITS = 24
 # Spread of the starts around the first fit, in its standard deviations.
 SPREADS = (3.0, 10.0)
-# Stan's own: uniform numbers of the unconstrained space.
+# Stan's own: uniform numbers of the unconstrained space. Others lie further out, because the first
+# fit may be of a mode so thin that nothing around it, in its widths, is far.
 UNIFORM = 2.0
+FAR_OUT = (6.0, 20.0)
 # A mode has no slope, in units of its own width.
 FLAT = 0.1
 # Nats by which the density dips on the line between two modes.
@@ -100,7 +102,7 @@ def take_census(
         draws = _count_draws(density)
         best, end = fit_gaussians(density, others, draws=draws, deadline=deadline)
         fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
-        modes, weights = _find_modes(density, _drop_duplicates(_join(first_end, end)))
+        modes, weights = _find_modes(density, _join(first_end, end))
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
@@ -120,7 +122,7 @@ def widen_census(
     """
     best, end = fit_gaussians(density, points, draws=_count_draws(density), deadline=deadline)
     fits = _score(density, _drop_duplicates(_join(census.fits, best, end)))
-    modes, weights = _find_modes(density, _drop_duplicates(_join(census.modes, end)))
+    modes, weights = _find_modes(density, _join(census.modes, end))
     return Census(fits, modes, weights, census.flat_direction)
 
 
@@ -234,6 +236,8 @@ def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     ]
     if prior:
         points.append(density.unconstrain(prior).to(like))
+    for size in FAR_OUT:
+        points.append(size * (2 * torch.rand(quarter, n, device="cpu") - 1).to(like))
     candidates = torch.cat(points)
     values, slopes = density.value_and_grad(candidates)
     usable = values.isfinite() & slopes.isfinite().all(-1) & candidates.isfinite().all(-1)
@@ -288,7 +292,8 @@ def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
 def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
     slope = density.value_and_grad(fits.loc)[1]
     flat = (fits.root.mT @ slope.unsqueeze(-1)).squeeze(-1).abs().amax(-1) < FLAT
-    fits = fits.pick(flat)
+    # First those that slope, of which there may be many on the ridge of one mode.
+    fits = _drop_duplicates(fits.pick(flat))
     if not len(fits.loc):
         return fits, fits.elbo
     _, log_p, log_c = _weigh(density, fits)

