@@ -46,7 +46,7 @@ SHORT, LONG, WIDE = 150, 1500, 2500
 ROUNDS = (150, 1350)
 MIXTURE_ROUNDS = (0, 150, 450)
 # Steps on chains; the rounds after them are steps for the ELBO.
-REFIT_STEPS = 450
+REFIT, REFIT_STEPS = "refit", 450
 REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
@@ -353,11 +353,13 @@ def train_mixture(climb: Climb, mixture: AutoMixture, steps: int) -> int:
 def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
     """Makes a guide of fresh flows that are fitted to chains from the best guide so far.
 
-    It is made where the best guide is a mixture or cuts the posterior short. Fresh flows, because
-    the map of a flow that was cut short is bad where it has had no draws.
+    It is made, once, where the best guide is a mixture or cuts the posterior short. Fresh flows,
+    because the map of a flow that was cut short is bad where it has had no draws.
     """
     best = climb.best
     if best is None or best.verdict.ok or climb.sample is None or climb.sample.empty:
+        return None
+    if best.name.startswith(REFIT):
         return None
     cut_short = any(_has_failed(best.verdict, name) for name in ("drift", "reach"))
     if len(best.guide.base_spaces()) < 2 and not cut_short:
@@ -422,10 +424,10 @@ def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 20
 LADDER: list[Rung] = [
     Rung("Gaussian", make=lambda climb: climb.first_flow),
     Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
-    Rung("refit", make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
+    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung("flow", make=lambda climb: climb.first_flow, rounds=(SHORT,)),
     Rung("flow", make=lambda climb: climb.make_flow(make_narrow_flow), rounds=(LONG,)),
-    Rung("refit", make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
+    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung(
         "polish",
         make=functools.partial(find_polishable, least_ess=POLISH_ESS),
