@@ -33,7 +33,7 @@ from .census import Census, find_start, take_census, widen_census
 from .checks import judge_subject
 from .importance import ImportanceSample
 from .posterior import Attempt, Posterior
-from .refit import VectorKL, roam_components
+from .refit import VectorKL, roam_components, roam_missed
 from .subject import JUDGE_DRAWS, Subject
 from .verdict import FAILED, Verdict
 
@@ -366,6 +366,9 @@ def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
         return None
     sample = best.propose(JUDGE_DRAWS, seed=0)
     chains = roam_components(climb.density, best.guide, sample, climb.deadline)
+    if climb.census is not None:
+        fits = climb.census.fits
+        chains += roam_missed(climb.density, best.guide, sample, fits, climb.deadline)
     chains = [z for z in chains if len(z)]
     if not chains:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._deadline import Deadline
@@ -12,14 +13,18 @@ from ..model.density import LogDensity
 from ..sampling.polishing import draw_spaces
 from ..sampling.roaming import roam
 from ..train.objectives import ForwardKL
+from .census import missed_mass
+from .gaussian import Gaussians
 from .importance import ImportanceSample, resample
 
-__all__ = ["VectorKL", "roam_components"]
+__all__ = ["VectorKL", "roam_components", "roam_missed"]
 
 # Chains of all components, and the most for one of them.
 CHAINS, MOST = 4000, 1000
 # The first half forgets where the guide's draws were.
 ROUNDS = 6
+# Mass, relative to the evidence, that is worth a component of its own.
+LEAST_MISSED = 0.02
 
 
 class VectorKL(ForwardKL):
@@ -66,3 +71,38 @@ def roam_components(
         chains = roam(density, guide, z, ROUNDS, deadline)
         found.append(chains[len(chains) // 2 :].flatten(0, 1))
     return found
+
+
+def roam_missed(
+    density: LogDensity,
+    guide: Guide,
+    sample: ImportanceSample,
+    fits: Gaussians,
+    deadline: Deadline,
+) -> list[Tensor]:
+    """Runs chains from the local fit that is furthest from what a guide covers, if it misses any.
+
+    Args:
+        density: The log density.
+        guide: The guide.
+        sample: Weighted draws of it.
+        fits: Local fits of the density.
+        deadline: After it has passed no trajectory begins.
+
+    Returns:
+        Positions of shape ``(n, features)``; none where the guide misses nothing.
+    """
+    missed = missed_mass(density, guide.log_prob, sample.log_evidence, fits)
+    if float(missed.amax()) <= LEAST_MISSED:
+        return []
+    with torch.no_grad():
+        # Next to what the guide covers its components send out chains of their own.
+        distance = -guide.log_prob(fits.loc).nan_to_num(nan=-torch.inf)
+    worst = int(distance.masked_fill(missed <= LEAST_MISSED, -torch.inf).argmax())
+    noise = torch.randn(MOST, density.features, device="cpu").to(fits.loc)
+    z = fits.loc[worst] + 0.1 * noise @ fits.root[worst].mT
+    z = z[density.log_prob(z).isfinite()]
+    if not len(z):
+        return []
+    chains = roam(density, guide, z, ROUNDS, deadline)
+    return [chains[len(chains) // 2 :].flatten(0, 1)]

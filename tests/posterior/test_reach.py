@@ -17,9 +17,10 @@ from pyroflows.guides import AutoMixture, Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Posterior, refit
 from pyroflows.posterior.checks import judge_subject
+from pyroflows.posterior.gaussian import Gaussians
 from pyroflows.posterior.importance import draw_importance_sample
 from pyroflows.posterior.ladder import Climb, refit_to_chains
-from pyroflows.posterior.refit import VectorKL, roam_components
+from pyroflows.posterior.refit import VectorKL, roam_components, roam_missed
 from pyroflows.posterior.subject import Subject, gained
 from pyroflows.posterior.verdict import FAILED, HELD
 
@@ -107,6 +108,25 @@ def test_each_component_sends_out_as_many_chains(monkeypatch: pytest.MonkeyPatch
     # They begin with a standard deviation of one, and go on along the arms.
     for z in (left, right):
         assert float(z[:, 1].std()) > 1.15
+
+
+def test_chains_start_at_a_mode_that_a_guide_misses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit, "ROUNDS", 1)
+    torch.manual_seed(0)
+    density = LogDensity(two_arcs)
+    guide = short_mixture(density)
+    both = Gaussians(
+        torch.tensor([[-5.3, 0.0], [5.3, 0.0]]),
+        torch.diag(torch.tensor([0.2, 1.0])).expand(2, 2, 2),
+        torch.zeros(2),
+    )
+    sample = draw_importance_sample(guide, density, 1000)
+    assert roam_missed(density, guide, sample, both, Deadline()) == []
+    with torch.no_grad():
+        guide.logits.copy_(torch.tensor([0.0, -40.0]))
+    sample = draw_importance_sample(guide, density, 1000)
+    (found,) = roam_missed(density, guide, sample, both, Deadline())
+    assert float(found[:, 0].min()) > 0
 
 
 def test_without_time_there_are_no_chains() -> None:
