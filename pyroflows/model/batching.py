@@ -44,7 +44,7 @@ class Batchable(TorchFunctionMode):
         super().__init__()
         self.held = torch.ones((), dtype=torch.bool, device=point.device)
         self.branched = False
-        self._zero = torch.zeros_like(point.detach()[:1].sum())
+        self._zero = torch.zeros_like(point.detach().reshape(-1)[:1].sum())
         # Originals are kept with what stands for them, so that no identity is used twice.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._views: list[_View] = []

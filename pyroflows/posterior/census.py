@@ -20,6 +20,7 @@ __all__ = [
     "Census",
     "find_flat_direction",
     "find_start",
+    "has_missed",
     "missed_mass",
     "take_census",
     "widen_census",
@@ -34,8 +35,10 @@ DRAWS = 256
 MOST_FITS = 24
 # Spread of the starts around the first fit, in its standard deviations.
 SPREADS = (3.0, 10.0)
-# Stan's own: uniform numbers of the unconstrained space.
+# Stan's own: uniform numbers of the unconstrained space. Others lie further out, because the first
+# fit may be of a mode so thin that nothing around it, in its widths, is far.
 UNIFORM = 2.0
+FAR_OUT = (6.0, 20.0)
 # A mode has no slope, in units of its own width.
 FLAT = 0.1
 # Nats by which the density dips on the line between two modes.
@@ -111,7 +114,7 @@ def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts:
     others = _spread_starts(density, first.one(0), count)
     best, end = fit_gaussians(density, others, draws=_count_draws(density))
     fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
-    modes, weights = _find_modes(density, _drop_duplicates(_join(first_end, end)))
+    modes, weights = _find_modes(density, _join(first_end, end))
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
@@ -128,7 +131,7 @@ def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
     """
     best, end = fit_gaussians(density, points, draws=_count_draws(density))
     fits = _score(density, _drop_duplicates(_join(census.fits, best, end)))
-    modes, weights = _find_modes(density, _drop_duplicates(_join(census.modes, end)))
+    modes, weights = _find_modes(density, _join(census.modes, end))
     return Census(fits, modes, weights, census.flat_direction)
 
 
@@ -202,10 +205,21 @@ def missed_mass(
     """
     z, log_p, log_c = _weigh(density, fits)
     with torch.no_grad():
-        log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape).nan_to_num(nan=-math.inf)
-    missed = log_p - log_evidence - log_guide > math.log(MISSED)
+        log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape)
+    missed = has_missed(log_p, log_guide, log_evidence)
     ratio = (log_p - log_c - log_evidence).exp()
     return torch.where(missed, ratio, 0.0).mean(-1).nan_to_num(nan=0.0)
+
+
+def has_missed(log_p: Tensor, log_q: Tensor, log_evidence: float) -> Tensor:
+    """Tells at which points a guide has next to none of the density that the posterior has.
+
+    Args:
+        log_p: Log joint at the points, of any shape.
+        log_q: Log density of the guide there; NaN where the guide cannot reach.
+        log_evidence: The guide's estimate of the log evidence.
+    """
+    return log_p - log_evidence - log_q.nan_to_num(nan=-math.inf) > math.log(MISSED)
 
 
 def _count_draws(density: LogDensity) -> int:
@@ -226,6 +240,8 @@ def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     ]
     if prior:
         points.append(density.unconstrain(prior).to(like))
+    for size in FAR_OUT:
+        points.append(size * (2 * torch.rand(quarter, n, device="cpu") - 1).to(like))
     candidates = torch.cat(points)
     values, slopes = density.value_and_grad(candidates)
     usable = values.isfinite() & slopes.isfinite().all(-1) & candidates.isfinite().all(-1)
@@ -280,7 +296,8 @@ def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
 def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
     slope = density.value_and_grad(fits.loc)[1]
     flat = (fits.root.mT @ slope.unsqueeze(-1)).squeeze(-1).abs().amax(-1) < FLAT
-    fits = fits.pick(flat)
+    # First those that slope, of which there may be many on the ridge of one mode.
+    fits = _drop_duplicates(fits.pick(flat))
     if not len(fits.loc):
         return fits, fits.elbo
     _, log_p, log_c = _weigh(density, fits)

@@ -64,7 +64,8 @@ def fit_posterior(
     The model is captured as one batched log density. Newton steps in whitened units, from many
     starts at once, take a census of its modes and give a Gaussian for each. Then come, until the
     verdict is ok: the best Gaussian; where there are separate modes, a mixture of flows, one for
-    each; a flow, trained for few steps and for many; a wider and deeper one; and the best guide's
+    each; a flow, trained for few steps and for many; where either is cut short, fresh flows that
+    are fitted to Hamiltonian chains from its draws; a wider and deeper one; and the best guide's
     draws polished by Hamiltonian trajectories in its base space. The best attempt is kept, and all
     are listed in ``rungs`` of the posterior. A flow is trained to maximise the ELBO
 

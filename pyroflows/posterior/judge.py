@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from .._checks import check_positive, check_size
 from .._compat import without_handlers
 from .._deadline import Deadline, TimeOver
-from .._random import seeded
+from .._random import forked, seeded
 from ..guides import as_guide
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
@@ -80,9 +80,11 @@ def judge(
     check_size("draws", draws)
     deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
     with seeded(seed), without_handlers():
-        density = log_density_of(model, args, kwargs).full
-        adapted = as_guide(guide, density)
-        density = density.rotated(adapted.centres())
+        # However many runs of model and guide it takes to get there, the draws are the same.
+        with forked(0):
+            density = log_density_of(model, args, kwargs).full
+            adapted = as_guide(guide, density)
+            density = density.rotated(adapted.centres())
         with deadline.enforced():
             census = _census(density)
             verdict = judge_subject(Subject(adapted, density, census, draws=draws))

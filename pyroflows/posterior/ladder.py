@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..model.density import LogDensity
 from ..model.explanation import explain
 from ..model.minibatch import MiniBatchDensity
 from ..nn import mlp
+from ..sampling.spaces import mean_and_root
 from ..train import processes
 from ..train.training import train
 from ..transforms import Elementwise, Transform
@@ -36,8 +37,9 @@ from .census import Census, find_start, take_census, widen_census
 from .checks import judge_subject
 from .importance import ImportanceSample
 from .posterior import Attempt, Posterior
+from .refit import VectorKL, roam_components, roam_missed
 from .subject import JUDGE_DRAWS, Subject
-from .verdict import FAILED, NOT_JUDGED, TIME_LIMIT, Finding, Verdict
+from .verdict import FAILED, Verdict
 
 __all__ = ["LADDER", "Climb", "Rung", "climb_ladder", "make_own_rung"]
 
@@ -47,10 +49,15 @@ SHORT, LONG, WIDE = 150, 1500, 2500
 # Steps between two verdicts on a guide that is trained on.
 ROUNDS = (150, 1350)
 MIXTURE_ROUNDS = (0, 150, 450)
+# Steps on chains; the rounds after them are steps for the ELBO.
+REFIT, REFIT_STEPS = "refit", 450
+REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
-REMEDY = "give the guide more steps or a wider flow"
+# What is left to do, once all rungs have been tried or a guide of the user's has been trained.
+REMEDY = "hand a richer flow to guide="
+OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
 # With so many effective draws, trajectories in the base space cost less than more training.
 POLISH_ESS = 0.5
 
@@ -92,7 +99,7 @@ class Climb:
         self.best: Posterior | None = None
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
-        self.interrupted = False
+        self.interrupted = self.out_of_steps = False
         self.judging = 0.0
 
     @cached_property
@@ -115,10 +122,28 @@ class Climb:
 
     def train(self, flow: Flow, steps: int) -> int:
         """Trains a flow for as many steps as are left, and returns how many it took."""
+        return self._train(flow, steps, self.history)
+
+    def train_on(self, z: Tensor, flow: Flow, steps: int) -> int:
+        """Trains a flow by maximum likelihood, for as many steps as are left.
+
+        Args:
+            z: Draws of the posterior, of shape ``(n, features)``.
+            flow: The flow.
+            steps: Most steps to take.
+
+        Returns:
+            How many it took.
+        """
+        # The history holds ELBOs.
+        return self._train(flow, steps, [], objective=VectorKL(z))
+
+    def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
+        self.out_of_steps |= steps > self.steps_left
         steps = min(steps, self.steps_left)
         # A guide is of use only with a verdict on it.
-        settings = {"deadline": self.deadline.earlier(self.judging), **self.settings}
-        report = train(flow, self.trained, self.history, steps, **settings)
+        settings = {"deadline": self.deadline.earlier(self.judging), **self.settings, **options}
+        report = train(flow, self.trained, history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
 
@@ -137,6 +162,7 @@ class Climb:
         self.guide, taken = guide, 0
         for steps in rung.rounds:
             if steps and not self.steps_left:
+                self.out_of_steps = True
                 break
             taken += rung.train(self, guide, steps) if steps else 0
             verdict = self.judge(rung.label(taken), guide, rung.trajectories)
@@ -158,8 +184,7 @@ class Climb:
             self.density,
             self.census,
             trajectories,
-            automatic=self.own is None,
-            remedy=REMEDY,
+            remedy=REMEDY if self.own is None else OWN_REMEDY,
             draws=JUDGE_DRAWS,
         )
         begun = self.deadline.elapsed
@@ -178,13 +203,25 @@ class Climb:
         over = verdict.ok or _has_failed(verdict, "proper") or self.deadline.passed
         return bool(processes.agree(over))
 
+    def _ending(self) -> str:
+        """Returns a sentence on what has ended the fit before all was tried, or nothing."""
+        if self.interrupted:
+            return "Let the fit run to its end."
+        last = self.attempts[-1].name.split(",")[0]
+        if self.deadline.passed and self.deadline.seconds is not None:
+            limit = f"The time limit of {self.deadline.seconds:g} s"
+            return f"{limit} ended the fit at the {last}; allow more time."
+        if self.out_of_steps and self.own is None:
+            return f"The steps of training were used up at the {last}; allow more steps."
+        return ""
+
     def result(self) -> Posterior:
         """Returns the best attempt, with the record of the whole fit."""
         best = self.best
         if best is None:
             raise RuntimeError("Expected at least one attempt; got none.")
         self._tell_failures()
-        guide = best.guide
+        guide, ending = best.guide, self._ending()
         if self.own is not None:
             # A guide of the user is trained in place, and keeps its best numbers.
             self.own.load_state_dict(guide.state_dict())
@@ -192,7 +229,7 @@ class Climb:
         return Posterior(
             guide,
             self.density,
-            self._tell_of_time(best),
+            best.verdict.with_remedy(ending) if ending else best.verdict,
             best.trajectories,
             best.name,
             rungs=self.attempts,
@@ -200,17 +237,6 @@ class Climb:
             seconds=self.deadline.elapsed,
             interrupted=self.interrupted,
         )
-
-    def _tell_of_time(self, best: Posterior) -> Verdict:
-        """Returns the verdict of an attempt, which says so if the time limit ended the fit there."""
-        verdict = best.verdict
-        if verdict.ok or not self.deadline.passed:
-            return verdict
-        sentence = (
-            f"the time limit of {self.deadline.seconds:g} s ended the fit at the {best.name}."
-        )
-        late = Finding(TIME_LIMIT, NOT_JUDGED, None, None, sentence)
-        return replace(verdict, findings=(*verdict.findings, late))
 
     def _tell_failures(self) -> None:
         """Warns where most points of the training could not be evaluated."""
@@ -289,14 +315,20 @@ def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
-    """Returns the posterior that is trusted, misses no mode, or has more effective draws."""
+    """Returns the posterior that is trusted, or has more effective draws for what it misses."""
+    return second if _merit(second) >= _merit(first) else first
 
-    def merit(posterior: Posterior) -> tuple[bool, bool, float, bool]:
-        verdict = posterior.verdict
-        judged = verdict.ok or bool(verdict.failed)
-        return verdict.ok, not _has_failed(verdict, "census"), verdict.ess, judged
 
-    return second if merit(second) >= merit(first) else first
+def _merit(posterior: Posterior) -> tuple[bool, float, bool]:
+    """Trust first; then effective draws, divided by how often the mass missed exceeds a limit."""
+    verdict = posterior.verdict
+    excess = 1.0
+    for name in ("census", "reach"):
+        finding = verdict.finding(name)
+        if finding is not None and finding.value is not None and finding.limit:
+            excess = max(excess, finding.value / finding.limit)
+    judged = verdict.ok or bool(verdict.failed)
+    return verdict.ok, verdict.ess / excess, judged
 
 
 def _has_failed(verdict: Verdict, name: str) -> bool:
@@ -351,6 +383,37 @@ def train_mixture(climb: Climb, mixture: AutoMixture, steps: int) -> int:
     return steps
 
 
+def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
+    """Makes a guide of fresh flows that are fitted to chains from the best guide so far.
+
+    It is made, once, where the best guide is a mixture or cuts the posterior short. Fresh flows,
+    because the map of a flow that was cut short is bad where it has had no draws.
+    """
+    best = climb.best
+    if best is None or best.verdict.ok or climb.sample is None or climb.sample.empty:
+        return None
+    if best.name.startswith(REFIT):
+        return None
+    cut_short = any(_has_failed(best.verdict, name) for name in ("drift", "reach"))
+    if len(best.guide.base_spaces()) < 2 and not cut_short:
+        return None
+    sample = best.propose(JUDGE_DRAWS, seed=0)
+    chains = roam_components(climb.density, best.guide, sample)
+    if climb.census is not None:
+        fits = climb.census.fits
+        chains += roam_missed(climb.density, best.guide, sample, fits)
+    chains = [z for z in chains if len(z)]
+    if not chains:
+        return None
+    guide = AutoMixture(climb.density.continuous_model, len(chains), flow=make_narrow_flow)
+    climb.density.introduce(guide)
+    for k, z in enumerate(chains):
+        guide.whiten(k, *mean_and_root(z))
+        climb.train_on(z, guide.flows[k], REFIT_STEPS)
+    weigh_components(climb.density, guide)
+    return guide
+
+
 def find_polishable(climb: Climb, least_ess: float = 0.0) -> Guide | None:
     """Returns the best guide so far, unless it misses a mode or has too few effective draws."""
     best = climb.best
@@ -397,8 +460,10 @@ def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 20
 LADDER: list[Rung] = [
     Rung("Gaussian", make=lambda climb: climb.first_flow),
     Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
+    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung("flow", make=lambda climb: climb.first_flow, rounds=(SHORT,)),
     Rung("flow", make=lambda climb: climb.make_flow(make_narrow_flow), rounds=(LONG,)),
+    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung(
         "polish",
         make=functools.partial(find_polishable, least_ess=POLISH_ESS),

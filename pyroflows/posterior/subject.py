@@ -5,15 +5,18 @@ asked for.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..sampling.polishing import polish
-from .census import Census, missed_mass
+from ..sampling.roaming import roam
+from .census import Census, has_missed, missed_mass
 from .gaussian import Gaussians
 from .importance import ImportanceSample, draw_importance_sample, resample
 from .verdict import TIME_OVER
@@ -28,6 +31,7 @@ __all__ = [
     "Need",
     "Subject",
     "entry_names",
+    "gained",
     "known_density",
     "polished_draws",
     "taken_census",
@@ -45,6 +49,11 @@ KHAT_LIMIT = 0.7
 # quarters of an orbit.
 CHAINS = 2000
 TRAJECTORIES = 5
+# Chains that roam, and how often they go on while they find more.
+ROAMERS = 1000
+ROUNDS = 6
+# A gain so large that a larger one would change nothing.
+ENOUGH = 0.05
 
 
 @dataclass(eq=False)
@@ -56,9 +65,7 @@ class Subject:
         density: The log density of the model; ``None`` if it is not known.
         census: A census of the modes; ``None`` if none was taken.
         trajectories: Hamiltonian trajectories by which draws of the guide are polished.
-        automatic: Whether the ladder has chosen the guide, so that advice to let it do so is of no
-            use.
-        remedy: What may mend the guide if it is not exact.
+        remedy: What may mend the guide if it is not exact, in the imperative.
         draws: How many draws of the guide are weighed.
         block: The block of a posterior that it is; ``None`` for a whole posterior.
 
@@ -74,8 +81,7 @@ class Subject:
     density: LogDensity | None
     census: Census | None = None
     trajectories: int = 0
-    automatic: bool = False
-    remedy: str = "train the guide longer or take a richer one"
+    remedy: str = 'train the guide longer or fit with guide="auto"'
     draws: int = JUDGE_DRAWS
     block: str | None = None
 
@@ -160,6 +166,33 @@ class Subject:
             return self._move(self.halfway, self.trajectories // 2)
         return self._move(self.starts, TRAJECTORIES)
 
+    @cached_property
+    def roamers(self) -> Tensor:
+        """Draws of the posterior, as the user gets them, from which chains roam."""
+        return (self.moved if self.trajectories else self.starts)[:ROAMERS]
+
+    @cached_property
+    def roamed(self) -> Tensor:
+        """The roamers after long trajectories, more of them as long as they find more."""
+        z, gain = self.roamers, -math.inf
+        for _ in range(ROUNDS):
+            z = roam(self._density, self._guide, z)[-1]
+            before, gain = gain, gained(self.lies_beyond(self.roamers), self.lies_beyond(z))
+            if not (before < gain and 0.0 < gain < ENOUGH):
+                break
+        return z
+
+    def lies_beyond(self, z: Tensor) -> Tensor:
+        """Tells which of some draws lie where the guide has next to no density.
+
+        Args:
+            z: Draws of shape ``(n, features)``.
+        """
+        log_evidence = self.sample.log_evidence
+        with torch.no_grad():
+            log_p, log_q = self._density.log_prob(z), self._guide.log_prob(z)
+        return has_missed(log_p, log_q, log_evidence)
+
     def _move(self, z: Tensor, trajectories: int) -> Tensor:
         return polish(self._density, self._guide, z, trajectories)
 
@@ -178,6 +211,17 @@ class Subject:
             numbers = ", ".join(f"{float(v):.3g}" for v in value.flatten()[:3])
             parts.append(f"{name} = {numbers}")
         return "near " + "; ".join(parts)
+
+
+def gained(before: Tensor, after: Tensor) -> float:
+    """Returns by how much a share has grown, beyond two standard errors.
+
+    Args:
+        before: Which chains were counted at first, as booleans of shape ``(n,)``.
+        after: Which of the same chains are counted now.
+    """
+    entered, left = int((after & ~before).sum()), int((before & ~after).sum())
+    return max(0.0, entered - left - 2 * math.sqrt(entered + left)) / len(before)
 
 
 Need = Callable[[Subject], str | None]

@@ -13,7 +13,7 @@ from ..model.density import LogDensity
 from .hamiltonian import hmc, latent_target
 from .spaces import plain_space
 
-__all__ = ["autocorrelation", "drift", "polish"]
+__all__ = ["autocorrelation", "draw_spaces", "drift", "polish"]
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def polish(density: LogDensity, guide: Guide, z: Tensor, trajectories: int) -> T
         Hamiltonian Monte Carlo using neural transport", 2019, https://arxiv.org/abs/1903.03704
     """
     spaces = guide.base_spaces() or (plain_space(guide, z),)
-    owner = _draw_spaces(spaces, z)
+    owner = draw_spaces(spaces, z)
     moved = z.clone()
     for k, space in enumerate(spaces):
         mine = owner == k
@@ -50,8 +50,16 @@ def polish(density: LogDensity, guide: Guide, z: Tensor, trajectories: int) -> T
     return moved
 
 
-def _draw_spaces(spaces: Sequence[BaseSpace], z: Tensor) -> Tensor:
-    """For each draw the number of a space, by the shares of their components."""
+def draw_spaces(spaces: Sequence[BaseSpace], z: Tensor) -> Tensor:
+    """Draws a space for each draw, by the shares of their components.
+
+    Args:
+        spaces: The base spaces of a guide; none counts as one.
+        z: Draws of shape ``(n, features)``.
+
+    Returns:
+        Numbers of spaces, of shape ``(n,)``.
+    """
     log_shares = [space.log_share(z) for space in spaces if space.log_share is not None]
     if not log_shares:
         return torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -98,7 +106,7 @@ def autocorrelation(before: Tensor, after: Tensor) -> Tensor:
 def _move(density: LogDensity, space: BaseSpace, z: Tensor, trajectories: int) -> Tensor:
     x, _ = space.transform.inverse_and_log_det(z)
     # A draw that the transform cannot bring back, because it lies too far out, stays where it is.
-    sound = x.isfinite().all(-1)
+    sound = (x.isfinite() & z.isfinite()).all(-1)
     if not bool(sound.any()):
         return z
     # Given the component, a draw is distributed as the target times the component's share.

@@ -544,7 +544,7 @@ def test_a_time_limit_that_is_over_at_once_still_gives_a_posterior() -> None:
     posterior = quickly(correlated, time_limit=1e-6)
     assert str(posterior.verdict) == (
         "Do not trust this posterior: it has not been judged, because the time limit of 1e-06 s "
-        "ended the fit at the Gaussian."
+        "ended the fit at the Gaussian; allow more time."
     )
     assert posterior.history == []
     assert posterior.sample(3)["x"].shape == (3, 2)
