@@ -419,6 +419,7 @@ HOOKS = {
     ],
     pyro.infer.ELBO: ["_get_trace", "_get_traces"],
     pyro.infer.autoguide.AutoContinuous: [
+        "_create_plates",
         "_init_loc",
         "_init_scale",
         "_loc_scale",
