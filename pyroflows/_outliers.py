@@ -11,8 +11,9 @@ __all__ = ["bounded", "few", "list_rows", "outlying", "tail_end"]
 
 #: Fewer numbers than this tell nothing of a tail.
 LEAST = 20
-#: The fractions of a sample at which its tail is measured; a percent of outliers moves neither.
-INNER, OUTER = 0.95, 0.99
+#: The quantiles at which a tail is measured; outliers, a percent of a sample and two of its half
+#: below the median, move neither.
+INNER, OUTER = 0.9, 0.98
 #: How many times farther than the tail's extrapolated end a number has to be.
 FACTOR = 5.0
 
@@ -27,8 +28,8 @@ def tail_end(deviations: Tensor) -> float:
 
     The tail is continued as a power law through two quantiles, up to the largest of :math:`n`,
 
-    .. math:: d_{\max} = 5\, d_{0.99} \max(1, 0.01\, n)^\alpha, \qquad
-        \alpha = \log(d_{0.99} / d_{0.95}) / \log 5,
+    .. math:: d_{\max} = 5\, d_{0.98} \max(1, 0.02\, n)^\alpha, \qquad
+        \alpha = \log(d_{0.98} / d_{0.9}) / \log 5,
 
     so that heavy tails reach far. Deviations of zero do not count, because a discrete sample has
     many.
