@@ -67,13 +67,13 @@ def outlying(x: Tensor) -> Tensor:
 
 
 def bounded(values: Tensor, reach: float) -> Tensor:
-    """Raises the lowest few values to ``reach`` below the median; those raised have no gradient.
+    """Raises the lowest few values to ``reach`` below the median.
 
     Args:
         values: Values of shape ``(n,)``.
         reach: How far below the median values may be.
     """
-    ordered = values.detach().sort().values
+    ordered = values.sort().values
     last = len(values) - 1
     floor = torch.minimum(ordered[len(values) // 2] - reach, ordered[min(few(len(values)), last)])
     return values.clamp(min=floor)

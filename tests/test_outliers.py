@@ -59,12 +59,9 @@ def test_a_constant_and_a_handful_have_no_tail() -> None:
     assert tail_end(torch.ones(100)) == 5.0
 
 
-def test_only_the_lowest_are_bounded_and_have_no_gradient() -> None:
-    values = torch.tensor([-2.0, -1e4, -1.0, -3.0, -1.5], requires_grad=True)
-    kept = bounded(values, 20.0)
-    assert kept.tolist() == [-2.0, -22.0, -1.0, -3.0, -1.5]
-    kept.sum().backward()
-    assert values.grad is not None and values.grad.tolist() == [1.0, 0.0, 1.0, 1.0, 1.0]
+def test_only_the_lowest_are_bounded() -> None:
+    values = torch.tensor([-2.0, -1e4, -1.0, -3.0, -1.5])
+    assert bounded(values, 20.0).tolist() == [-2.0, -22.0, -1.0, -3.0, -1.5]
     assert bounded(torch.tensor([-math.inf, -1.0]), 20.0).tolist() == [-21.0, -1.0]
     # More than a few are no outliers.
     low = torch.tensor([-1e4, -2e4, 0.0, 0.0, 0.0])

@@ -130,9 +130,9 @@ def fit_density(
     left in ``eval()`` mode.
 
     A few outliers, at most a percent of the rows, steer nothing. Rows with an entry far beyond
-    where the tail of its column ends are left out of training; log-likelihoods far below the
-    others count as little as the end of their tail in steps and in the choice of the best
-    parameters. Warnings name these rows. What is reported of validation counts them in full.
+    where the tail of its column ends are left out of training; log-likelihoods held out that are
+    far below the others count as the end of their tail in the choice of the best parameters.
+    Warnings name these rows. What is reported of validation counts them in full.
 
     Under an initialised ``torch.distributed`` group all processes call
     this alike; the points of a batch are shared out among them, and the result is that of one
@@ -297,7 +297,7 @@ class _DataTask(Task):
         batch = self._batches[self._taken]
         self._taken += 1
         mine = batch[processes.rows(len(batch))]
-        value = bounded(self.log_prob(self.train.rows(mine)), self.reach).sum() / len(batch)
+        value = self.log_prob(self.train.rows(mine)).sum() / len(batch)
         (-value).backward()
         return value.detach()
 
@@ -378,6 +378,7 @@ class _DataTask(Task):
             "taken": self._taken,
             "seen": torch.stack(self._seen) if self._seen else torch.zeros(0),
             "patience": [self._goal, self._stale, self._shrunk, self.reach],
+            "beyond": self.beyond,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -385,6 +386,7 @@ class _DataTask(Task):
         self.history = {name: list(values) for name, values in state["history"].items()}
         self._seen = list(state["seen"].to(device).unbind())
         self._goal, self._stale, self._shrunk, self.reach = state["patience"]
+        self.beyond = state["beyond"].to(self.held_out.row_numbers.device)
         self._taken = state["taken"]
         if self._taken:
             self._shuffle(state["order"].to(device))

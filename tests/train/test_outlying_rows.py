@@ -91,7 +91,7 @@ def test_an_outlying_context_is_left_out() -> None:
         fit_density(flow, x, with_rows(context, 1e4, 9), max_epochs=1, progress=False)
 
 
-def test_rows_that_fit_together_badly_are_bounded_in_steps() -> None:
+def test_rows_that_are_odd_only_as_a_whole_cost_little() -> None:
     """No entry of theirs is an outlier, but together they lie far off a thin ridge."""
     x, held_out = (banana(n, n)[:, :1].repeat(1, 2) for n in (1000, 200))
     x, held_out = (rows + 1e-3 * torch.randn_like(rows) for rows in (x, held_out))
