@@ -48,7 +48,8 @@ def tail_end(deviations: Tensor) -> float:
     if not math.isfinite(outer):
         return math.inf
     index = math.log(outer / inner) / math.log((1 - INNER) / (1 - OUTER))
-    return FACTOR * outer * max(1.0, (1 - OUTER) * (last + 1)) ** index
+    beyond = torch.tensor((1 - OUTER) * (last + 1), dtype=torch.float64).clamp(min=1)
+    return FACTOR * outer * float(beyond**index)  # a tensor's power may overflow
 
 
 def outlying(x: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ def test_a_percent_may_be_outliers_and_more_are_part_of_the_sample() -> None:
 def test_a_constant_and_a_handful_have_no_tail() -> None:
     assert tail_end(torch.zeros(100)) == tail_end(torch.ones(19)) == math.inf
     assert tail_end(torch.ones(100)) == 5.0
+    assert tail_end(torch.logspace(-300, 300, 10_000, dtype=torch.float64)) == math.inf
 
 
 def test_only_the_lowest_are_bounded() -> None:

@@ -134,10 +134,9 @@ def fit_density(
     far below the others count as the end of their tail in the choice of the best parameters.
     Warnings name these rows. What is reported of validation counts them in full.
 
-    Under an initialised ``torch.distributed`` group all processes call
-    this alike; the points of a batch are shared out among them, and the result is that of one
-    process. (Layers that look at a whole batch, such as ``BatchNorm``, see the share of their
-    process.)
+    Under an initialised ``torch.distributed`` group all processes call this alike; the points of a
+    batch are shared out among them, and the result is that of one process. (Layers that look at a
+    whole batch, such as ``BatchNorm``, see the share of their process.)
 
     A last layer :class:`pyroflows.transforms.Standardize` that was not fitted before is fitted to
     the training points.
@@ -232,14 +231,14 @@ def _prepare(
     try:
         flow.eval()
         train, held_out = split(flow, x, context, validation)
+        far = _far_rows(flow, train)
+        outliers, train = train.rows(far), train.rows(~far)
         smallest = len(train.x) // batches(len(train.x), options.batch_size)
         if smallest < processes.world_size():
             raise ValueError(
                 f"Expected batches with a point for each process; got {smallest} points for "
                 f"{processes.world_size()} processes."
             )
-        far = _far_rows(flow, train)
-        outliers, train = train.rows(far), train.rows(~far)
         _fit_standardize(flow, train.x)
         first = _first_log_probs(flow, train, options, allowed=0)
         # A percent of the points held out steers nothing, wherever they are.
@@ -329,14 +328,13 @@ class _DataTask(Task):
         return self._judge(values)
 
     def _judge(self, values: Tensor) -> float:
-        """Takes log-likelihoods of the points held out down; returns the mean of bounded ones."""
+        """Notes log-likelihoods of the points held out; returns the mean of the bounded ones."""
         self.history["validation"].append(float(values.mean()))
         values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         self.reach = min(self.reach, _reach(values))
         kept = bounded(values, self.reach)
-        self.beyond = self.held_out.row_numbers[
-            (kept > values).to(self.held_out.row_numbers.device)
-        ]
+        row_numbers = self.held_out.row_numbers
+        self.beyond = row_numbers[(kept > values).to(row_numbers.device)]
         self.history["score"].append(float(kept.mean()))
         return self.history["score"][-1]
 
