@@ -112,10 +112,12 @@ def test_more_than_a_percent_without_a_density_are_refused_by_their_rows() -> No
 
 
 def test_constant_columns_are_named() -> None:
-    x = with_rows(banana(300).T, 2.0, 1).T
+    x = with_rows(banana(300).T, 2.0, 1).T.contiguous()
     with pytest.warns(UserWarning, match="no maximum, .* narrower in column 1 of x") as warned:
         fitted(x, 0.1)
     assert [warning.filename for warning in warned] == [__file__]
+    with pytest.warns(UserWarning, match="no maximum, .* narrower in column 1 of x"):
+        fitted(with_rows(x, 0.0, 0), 0.1)
     with pytest.raises(ValueError, match=r"one value only in \[1\]"):
         fitted(x, 0.1, made(standardize=True))
 
