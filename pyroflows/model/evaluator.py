@@ -18,11 +18,12 @@ from .base import Failures
 from .batching import Batchable
 from .branches import Branches
 from .capture import Captured, ReadsInputsError, capture
+from .faults import first_sentence
 from .inputs import Inputs
 from .singular import NanWhereSingular
 from .stable import selecting_no_entries
 
-__all__ = ["Evaluator", "Program", "first_sentence", "map_points"]
+__all__ = ["Evaluator", "Program", "map_points"]
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -580,13 +581,6 @@ def agree(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-9 if a.dtype == torch.float64 else 1e-3
     scale = 1 + b.abs().nan_to_num(0, 0, 0).amax()
     return torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True)
-
-
-def first_sentence(error: Exception) -> str:
-    """The first sentence of an error's message, or the name of its type."""
-    message, *_ = str(error).split("Trace Shapes:")  # by which Pyro shows what it has run
-    text = " ".join(message.split())
-    return text.split(". ")[0][:200] or type(error).__name__
 
 
 def _concatenate(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from pyro.distributions import Distribution
 from pyro.poutine.util import site_is_subsample
-from torch.distributions import constraints
-from torch.distributions.constraints import is_dependent
-from torch.distributions.utils import lazy_property
 
 from .._compat import message_in, plate_in, trace_in
 from .sites import base_distribution, distribution_name, sample_nodes
+from .validity import given_arguments, innermost
 
-__all__ = ["check_parameters", "check_site", "describe_error", "explained", "find_place"]
+__all__ = ["check_site", "describe_error", "explained", "find_place", "first_sentence"]
 
 HERE = str(Path(__file__).parent)
 LIBRARIES = ("pyro", "pyroflows", "torch")
@@ -90,12 +88,21 @@ def _like(error: Exception, sentence: str) -> Exception:
 
 def describe_error(error: BaseException) -> str:
     """The type of an error and what it says, in one line without a full stop."""
-    text = _text(error).split("Trace Shapes:")[0].split(", but found invalid values")[0]
-    text = " ".join(text.split())
+    text = _line(error).split(", but found invalid values")[0]
     # The allocator of torch begins with a place in its own source.
     text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text).rstrip(".")
     name = type(error).__name__.lstrip("_")
     return f"{name} ({textwrap.shorten(text, WIDTH, placeholder=' ...')})" if text else name
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's message, or the name of its type."""
+    return _line(error).split(". ")[0][:200] or type(error).__name__
+
+
+def _line(error: BaseException) -> str:
+    """The message of an error in one line, without the shapes of the trace that Pyro adds."""
+    return " ".join(_text(error).split("Trace Shapes:")[0].split())
 
 
 def _text(error: BaseException) -> str:
@@ -123,7 +130,7 @@ def _look_for_parameters(run: Callable[[], Any], error: Exception) -> None:
         sites.append((last["name"], last["fn"]))
     for name, fn in sites:
         try:
-            check_parameters(name, fn)
+            _check_parameters(name, fn)
         except ValueError as found:
             raise found from error
 
@@ -169,28 +176,15 @@ def _not_a_distribution(name: str, fn: Any) -> str:
     return f"Expected distributions of Pyro; site {name!r} has {got}."
 
 
-def check_parameters(name: str, fn: Any) -> None:
-    """Refuses parameters that a distribution, made without validation, does not take.
-
-    Args:
-        name: Name of the site.
-        fn: Its distribution.
-
-    Raises:
-        ValueError: If there are some.
-    """
+def _check_parameters(name: str, fn: Any) -> None:
+    """Refuses parameters that a distribution, made without validation, does not take."""
     fn = base_distribution(fn)
-    for parameter, constraint in getattr(fn, "arg_constraints", {}).items():
-        computed = isinstance(getattr(type(fn), parameter, None), lazy_property)
-        if not is_dependent(constraint) and (not computed or parameter in fn.__dict__):
-            _check_parameter(name, fn, parameter, constraint)
+    for parameter, constraint, value in given_arguments(fn):
+        _check_parameter(name, fn, parameter, innermost(constraint), value)
 
 
-def _check_parameter(name: str, fn: Any, parameter: str, constraint: Any) -> None:
-    value = torch.as_tensor(getattr(fn, parameter))
-    bound = constraint
-    while isinstance(bound, constraints.independent):
-        bound = bound.base_constraint
+def _check_parameter(name: str, fn: Any, parameter: str, bound: Any, given: Any) -> None:
+    value = torch.as_tensor(given)
     wrong = ~bound.check(value)
     if not bool(wrong.any()):
         return

@@ -15,7 +15,7 @@ from torch.distributions.utils import lazy_property
 from .._compat import validates
 from .sites import base_distribution, sample_nodes
 
-__all__ = ["ArgumentChecks", "validated_sites"]
+__all__ = ["ArgumentChecks", "given_arguments", "innermost", "validated_sites"]
 
 # How far the sum of probabilities may be from one; that of many of them is rounded.
 SIMPLEX_TOLERANCE = 1e-3
@@ -54,7 +54,8 @@ class ArgumentChecks(Messenger):
         """Puts NaN in the place of a log density if an argument is not allowed."""
         if not self._valid:
             return log_prob
-        return log_prob.where(functools.reduce(torch.logical_and, self._valid), torch.nan)
+        valid = functools.reduce(torch.logical_and, self._valid)
+        return log_prob.where(valid.to(log_prob.device), torch.nan)
 
 
 def validated_sites(trace: Any) -> set[str]:
@@ -63,18 +64,37 @@ def validated_sites(trace: Any) -> set[str]:
     return {name for name, node in nodes if validates(base_distribution(node["fn"]))}
 
 
-def _arguments(fn: Any) -> Iterator[tuple[Any, Tensor]]:
-    """The arguments of a distribution and of those within it, each with its constraint."""
+def given_arguments(fn: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The arguments that a distribution was given, not those that it derives from them.
+
+    Args:
+        fn: The distribution.
+
+    Returns:
+        For each one its name, its constraint and its value.
+    """
     try:
         allowed = fn.arg_constraints
     except NotImplementedError:
-        allowed = {}
+        return
     for name, constraint in allowed.items():
-        derived = name not in vars(fn) and isinstance(getattr(type(fn), name, None), lazy_property)
-        if not derived and _is_checked(constraint):
-            value = getattr(fn, name)
-            if isinstance(value, Tensor):
-                yield constraint, value
+        lazy = isinstance(getattr(type(fn), name, None), lazy_property)
+        if not constraints.is_dependent(constraint) and (not lazy or name in vars(fn)):
+            yield name, constraint, getattr(fn, name)
+
+
+def innermost(constraint: Any) -> Any:
+    """The constraint on entries or events that ``independent`` reads as one on larger events."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _arguments(fn: Any) -> Iterator[tuple[Any, Tensor]]:
+    """The arguments of a distribution and of those within it, each with its constraint."""
+    for _, constraint, value in given_arguments(fn):
+        if _is_checked(constraint) and isinstance(value, Tensor):
+            yield constraint, value
     for inner in vars(fn).values():
         if isinstance(inner, Distribution):
             yield from _arguments(inner)
@@ -82,18 +102,12 @@ def _arguments(fn: Any) -> Iterator[tuple[Any, Tensor]]:
 
 def _is_checked(constraint: Any) -> bool:
     """Whether a constraint is on numbers; matrices that are not allowed have no factorisation."""
-    if constraints.is_dependent(constraint) or constraint.event_dim > 1:
-        return False
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint is not constraints.real
+    return constraint.event_dim <= 1 and innermost(constraint) is not constraints.real
 
 
 def _check(constraint: Any, value: Tensor) -> Tensor:
     """Whether all entries of an argument are allowed, a tensor without dimensions."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    value = value.detach()
+    constraint, value = innermost(constraint), value.detach()
     if not value.numel():
         return torch.ones((), dtype=torch.bool, device=value.device)
     if constraint is constraints.simplex:

@@ -170,6 +170,27 @@ def test_an_error_in_one_line(error: Exception, told: str) -> None:
     assert describe_error(error) == told
 
 
+class Bare(dist.TorchDistribution):
+    """A distribution that says nothing of its parameters."""
+
+    support = dist.constraints.real
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:
+        return torch.zeros(sample_shape)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(value)
+
+
+def test_a_distribution_without_constraints_of_its_parameters_hides_no_error() -> None:
+    def model() -> None:
+        pyro.sample("x", Bare(validate_args=False))
+        raise KeyError("age")
+
+    with pytest.raises(KeyError, match=r"got KeyError \('age'\) after site 'x'\.$"):
+        log_density_of(model)
+
+
 def test_a_long_error_is_cut() -> None:
     assert len(describe_error(ValueError("word " * 1000))) < 330
 
