@@ -15,7 +15,7 @@ from torch import Tensor
 from ..report import arviz_bridge as arviz
 from .density import LogDensity
 from .evaluator import FAILURES, map_points
-from .sites import base_distribution, site_plates
+from .sites import base_distribution, is_factor, sample_nodes, site_plates
 
 __all__ = [
     "deterministic_sites",
@@ -229,14 +229,8 @@ def observed_data(density: LogDensity) -> Draws:
 
 
 def _observed(trace: Any) -> list[str]:
-    return [
-        name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not _is_deterministic(site)
-        and not _is_factor(site)
-    ]
+    nodes = [(name, site) for name, site in sample_nodes(trace) if site["is_observed"]]
+    return [name for name, s in nodes if not (_is_deterministic(s) or is_factor(s["fn"]))]
 
 
 def _is_deterministic(site: dict[str, Any]) -> bool:
@@ -245,10 +239,6 @@ def _is_deterministic(site: dict[str, Any]) -> bool:
         return False
     is_point = isinstance(base_distribution(site["fn"]), dist.Delta)
     return bool(site["infer"].get("_deterministic")) or (site["is_observed"] and is_point)
-
-
-def _is_factor(site: dict[str, Any]) -> bool:
-    return isinstance(site["fn"], dist.Unit)
 
 
 @torch.no_grad()

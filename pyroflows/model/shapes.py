@@ -25,7 +25,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .sites import Node, base_distribution, distribution_name
+from .sites import Node, base_distribution, distribution_name, is_factor
 
 __all__ = ["check_mask", "check_shape"]
 
@@ -60,7 +60,8 @@ def check_shape(name: str, node: Node, nesting: int | None = None) -> None:
     _check_event(name, fn, value)
     batch = value.shape[: value.dim() - fn.event_dim]
     plates = {frame.dim: frame for frame in node["cond_indep_stack"] if frame.vectorized}
-    if isinstance(base_distribution(fn), dist.Unit):
+    if is_factor(fn):
+        batch = _of_plates(batch, nesting)
         _check_factor(name, batch, plates)
     sizes = list(_aligned(batch, _of_plates(fn.batch_shape, nesting)))
     if not _is_spread(sizes, plates) and not _is_repeated(sizes, plates):

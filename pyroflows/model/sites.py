@@ -27,6 +27,7 @@ __all__ = [
     "distribution_name",
     "find_latent_sites",
     "is_discrete",
+    "is_factor",
     "latent_nodes",
     "observed_names",
     "plate_frames",
@@ -262,8 +263,7 @@ def observed_names(trace: Any) -> list[str]:
 
 
 def _has_data(node: Node) -> bool:
-    is_factor = isinstance(base_distribution(node["fn"]), dist.Unit)
-    return is_factor or torch.as_tensor(node["value"]).numel() > 0
+    return is_factor(node["fn"]) or torch.as_tensor(node["value"]).numel() > 0
 
 
 def plate_frames(trace: Any) -> Iterator[Any]:
@@ -289,17 +289,12 @@ def is_discrete(node: Node) -> bool:
 
 def site_plates(node: Node) -> tuple[str | None, ...]:
     """For each dimension of a site's value the name of its plate, or ``None``."""
-    batch_dim = node["value"].dim() - node["fn"].event_dim
-    return (*term_plates(node, batch_dim), *(None for _ in range(node["fn"].event_dim)))
-
-
-def term_plates(node: Node, batch_dim: int) -> tuple[str | None, ...]:
-    """For each of the batch dimensions of a site the name of its plate, or ``None``."""
-    names: list[str | None] = [None] * batch_dim
+    event_dim = node["fn"].event_dim
+    names: list[str | None] = [None] * (node["value"].dim() - event_dim)
     for frame in node["cond_indep_stack"]:
-        if frame.vectorized and -frame.dim <= batch_dim:
+        if frame.vectorized and -frame.dim <= len(names):
             names[frame.dim] = frame.name
-    return tuple(names)
+    return (*names, *[None] * event_dim)
 
 
 def base_distribution(fn: Any) -> Any:
@@ -308,6 +303,11 @@ def base_distribution(fn: Any) -> Any:
     while isinstance(fn, wrappers):
         fn = fn.base_dist
     return fn
+
+
+def is_factor(fn: Any) -> bool:
+    """Whether a distribution is that of a ``pyro.factor``."""
+    return isinstance(base_distribution(fn), dist.Unit)
 
 
 def distribution_name(fn: Any) -> str:

@@ -459,3 +459,21 @@ def test_data_are_checked_under_enumeration_too() -> None:
     assert LogDensity(model, (torch.zeros(3),)).needs_enumeration
     with pytest.raises((ValueError, RuntimeError)):
         LogDensity(model, (torch.zeros(3, 1),))
+
+
+def test_a_factor_of_an_enumerated_site() -> None:
+    y = torch.tensor([-1.1, 0.4, 2.0])
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            means = torch.stack([x, -x])[k.reshape(2).long()].reshape(2, 1)
+            pyro.factor("y", dist.Normal(means, 1.0).log_prob(y))
+
+    density = LogDensity(model)
+    assert density.needs_enumeration
+    z = torch.tensor([[0.3], [1.2]])
+    terms = dist.Normal(torch.stack([z, -z], -1), 1.0).log_prob(y[:, None]) + math.log(0.5)
+    expected = terms.logsumexp(-1).sum(-1) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(density.log_prob(z), expected)
