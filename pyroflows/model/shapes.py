@@ -58,7 +58,7 @@ def check_shape(name: str, node: Node, nesting: int | None = None) -> None:
     """
     fn, value = node["fn"], torch.as_tensor(node["value"])
     _check_event(name, fn, value)
-    batch = value.shape[: value.dim() - fn.event_dim]
+    batch: Sequence[int] = value.shape[: value.dim() - fn.event_dim]
     plates = {frame.dim: frame for frame in node["cond_indep_stack"] if frame.vectorized}
     if is_factor(fn):
         batch = _of_plates(batch, nesting)
