@@ -26,7 +26,14 @@ from ..model.checks import check_entries
 from ..model.density import LogDensity
 from ..model.handlers import DetachedCopies, StartInPlates
 from ..model.masks import settle_masks
-from ..model.sites import LatentSite, SiteKind, find_latent_sites, rotated
+from ..model.sites import (
+    LatentSite,
+    SiteKind,
+    find_latent_sites,
+    rotated,
+    split_angles,
+    split_vector,
+)
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
@@ -114,11 +121,8 @@ class FlowGuide(AutoContinuous, Guide):
 
     def centres(self) -> dict[str, Tensor]:
         """The angles that the guide takes for zero; see :meth:`Guide.centres`."""
-        circles = [site for site in self._sites if site.kind is SiteKind.CIRCLE]
-        if not circles:
-            return {}
-        blocks = self.circle_centres.split([site.features for site in circles])
-        return {site.name: block for site, block in zip(circles, blocks, strict=True)}
+        angles = getattr(self, "circle_centres", None)
+        return {} if angles is None else split_angles(self._sites, angles)
 
     def rotate(self, centres: Mapping[str, Tensor]) -> None:
         """Sets the angles that the guide takes for zero; see :meth:`Guide.rotate`."""
@@ -193,9 +197,9 @@ class FlowGuide(AutoContinuous, Guide):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """Pairs of a site and its unconstrained value, which is zero where a mask is off."""
-        parts = latent.split([site.features for site in self._sites], -1)
-        pairs = zip(self._sites, parts, strict=True)
-        blocks = [site.unpack(part).reshape(*part.shape[:-1], -1) for site, part in pairs]
+        batch = latent.shape[:-1]
+        pairs = split_vector(self._sites, latent)
+        blocks = [unconstrained.reshape(*batch, -1) for _, unconstrained in pairs]
         return super()._unpack_latent(torch.cat(blocks, -1))
 
     def _constrainable(self, latent: Tensor) -> Iterator[tuple[LatentSite, Any, Tensor]]:

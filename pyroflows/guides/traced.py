@@ -15,7 +15,14 @@ from .._random import forked
 from .._vmap import vmap
 from ..model.checks import check_call
 from ..model.density import LogDensity
-from ..model.sites import CIRCULAR, LatentSite, SiteKind, base_distribution, distribution_name
+from ..model.sites import (
+    CIRCULAR,
+    LatentSite,
+    SiteKind,
+    base_distribution,
+    distribution_name,
+    split_vector,
+)
 from .guide import Guide
 
 __all__ = ["TracedGuide", "check_sites"]
@@ -121,9 +128,7 @@ class TracedGuide(Guide):
     def _score(self, z: Tensor) -> Tensor:
         """The log density at one point."""
         values, log_det = {}, z.new_zeros(())
-        blocks = z.split([site.features for site in self.sites])
-        for site, block in zip(self.sites, blocks, strict=True):
-            unconstrained = site.unpack(block)
+        for site, unconstrained in split_vector(self.sites, z):
             values[site.name] = value = site.transform(unconstrained)
             log_det = log_det + site.log_det(unconstrained, value).sum()
         return self._trace_sites(values).log_prob_sum() + log_det

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import Density
 from .circle import CircleMap, wrap
-from .sites import LatentSite, SiteKind
+from .sites import LatentSite, SiteKind, split_angles
 
 __all__ = ["find_centres"]
 
@@ -53,9 +53,7 @@ def find_centres(density: Density, sites: Sequence[LatentSite]) -> dict[str, Ten
     modes = search.ascend()
     cuts = search.grid[search.profiles(modes).logsumexp(0).argmin(-1)]
     centres = wrap(cuts + math.pi).where(~search.jumps(modes[0]), 0.0)
-    circles = [site for site in sites if site.kind is SiteKind.CIRCLE]
-    blocks = centres.split([site.features for site in circles])
-    return {site.name: block for site, block in zip(circles, blocks, strict=True)}
+    return split_angles(sites, centres)
 
 
 class _Search:
@@ -84,11 +82,13 @@ class _Search:
         u = self.map.inv(x[..., self.angles])
         log_slope = self.map.log_abs_det_jacobian(u, u)
         z = x.index_copy(-1, self.angles, u)
-        value, grad, _ = self.density.evaluate(z)
+        # Not by `evaluate`, whose failures are those of a fit.
+        value, grad = self.density.value_and_grad(z)
+        known = value.isfinite() & grad.isfinite().all(-1)
         of_angles = (grad[..., self.angles] + u) / log_slope.exp()
         grad = grad.index_copy(-1, self.angles, of_angles.nan_to_num(0.0))
-        known = value.isfinite().unsqueeze(-1)
-        return value - log_slope.sum(-1), grad.where(known, 0.0)
+        value = value.where(known, -torch.inf)
+        return value - log_slope.sum(-1), grad.where(known.unsqueeze(-1), 0.0)
 
     def ascend(self) -> Tensor:
         """Climbs from many starts; returns the best ends, best first, ``(modes, features)``."""

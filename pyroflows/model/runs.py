@@ -42,6 +42,7 @@ from .sites import (
     observed_names,
     plate_frames,
     sample_nodes,
+    split_vector,
 )
 from .start import start_elsewhere
 
@@ -171,9 +172,7 @@ class RunnableModel:
         return image.shape == value.shape and torch.allclose(image, value, equal_nan=True)
 
     def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
-        parts = z.split([site.features for site in self.sites], -1)
-        for site, part in zip(self.sites, parts, strict=True):
-            unconstrained = site.unpack(part)
+        for site, unconstrained in split_vector(self.sites, z):
             yield site, unconstrained, site.transform(unconstrained)
 
     # Runs
@@ -228,6 +227,9 @@ class RunnableModel:
 
         Args:
             init_loc_fn: Where the sites start.
+
+        Returns:
+            The trace.
         """
 
         def start(site: dict[str, Any]) -> Any:
@@ -287,7 +289,7 @@ class RunnableModel:
     # First runs
 
     def _explore(self, init_loc_fn: Callable[..., Any]) -> Any:
-        """Finds the start, the sites and the parameters by first runs; returns that at the start."""
+        """Finds the start, the sites and the parameters; returns the run at the start."""
         trace, self.init_loc_fn = self._find_start(init_loc_fn)
         self.subsampled = self.data.find_subsampled(trace)
         if self.subsampled:

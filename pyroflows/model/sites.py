@@ -35,6 +35,8 @@ __all__ = [
     "rotated",
     "sample_nodes",
     "site_plates",
+    "split_angles",
+    "split_vector",
     "unmasked_entries",
 ]
 
@@ -218,6 +220,30 @@ def find_latent_sites(trace: Any) -> list[LatentSite]:
     """
     nodes = latent_nodes(trace)
     return [_latent_site(name, node) for name, node in nodes if not is_discrete(node)]
+
+
+def split_vector(sites: Sequence[LatentSite], z: Tensor) -> Iterator[tuple[LatentSite, Tensor]]:
+    """Pairs of a site and its unconstrained value.
+
+    Args:
+        sites: Latent sites.
+        z: Points of shape ``(*, features)``, with the entries of all sites in their order.
+    """
+    parts = z.split([site.features for site in sites], -1)
+    for site, part in zip(sites, parts, strict=True):
+        yield site, site.unpack(part)
+
+
+def split_angles(sites: Sequence[LatentSite], angles: Tensor) -> dict[str, Tensor]:
+    """The blocks of the circular sites, by name.
+
+    Args:
+        sites: Latent sites.
+        angles: One entry for each angle among them, in their order.
+    """
+    circles = [site for site in sites if site.kind is SiteKind.CIRCLE]
+    blocks = angles.split([site.features for site in circles])
+    return {site.name: block for site, block in zip(circles, blocks, strict=True)}
 
 
 def rotated(sites: Sequence[LatentSite], centres: Mapping[str, Tensor]) -> list[LatentSite]:
