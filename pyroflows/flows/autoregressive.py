@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from .._checks import check_positive, check_size
+from .._checks import check_size
 from ..transforms import Autoregressive, BlockAutoregressive
 from ..transforms.autoregressive import Order
 from ..univariate import (
@@ -21,7 +21,7 @@ from ..univariate import (
     Univariate,
 )
 from .layered import LayeredFlow
-from .options import SHALLOW, FlowOptions, depth_share
+from .options import SHALLOW, FlowOptions, depth_share, share_bound
 
 __all__ = [
     "BNAF",
@@ -159,10 +159,7 @@ class MAF(AutoregressiveFlow):
         bound: float = 3.0,
         **options: Unpack[AutoregressiveOptions],
     ) -> None:
-        univariate = Affine(
-            scale,
-            check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
-        )
+        univariate = Affine(scale, share_bound(bound, transforms))
         super().__init__(univariate, features, context_features, transforms=transforms, **options)
 
 
@@ -204,10 +201,7 @@ class IAF(AutoregressiveFlow):
         **options: Unpack[AutoregressiveOptions],
     ) -> None:
         super().__init__(
-            Affine(
-                scale,
-                check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
-            ),
+            Affine(scale, share_bound(bound, transforms)),
             features,
             context_features,
             transforms=transforms,

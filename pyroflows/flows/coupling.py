@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._checks import check_choice, check_positive, check_shape, check_size
+from .._checks import check_choice, check_shape, check_size
 from ..nn import Network, mlp
 from ..transforms import Coupling, GlowStep, Rescale, Transform, coupling_masks
 from ..transforms.coupling import Mask
 from ..univariate import Affine, LogisticMixture, Shift, Univariate
 from .layered import LayeredFlow
-from .options import SHALLOW, FlowOptions, depth_share, mix_layers, never_moved
+from .options import SHALLOW, FlowOptions, depth_share, mix_layers, never_moved, share_bound
 
 __all__ = ["NICE", "CouplingFlow", "CouplingOptions", "FlowPlusPlus", "Glow", "RealNVP"]
 
@@ -182,10 +182,7 @@ class RealNVP(CouplingFlow):
         bound: float = 3.0,
         **options: Unpack[CouplingOptions],
     ) -> None:
-        univariate = Affine(
-            scale,
-            check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
-        )
+        univariate = Affine(scale, share_bound(bound, transforms))
         super().__init__(univariate, features, context_features, transforms=transforms, **options)
 
 
@@ -274,7 +271,7 @@ class Glow(LayeredFlow):
         bound: float = 3.0,
         **options: Unpack[FlowOptions],
     ) -> None:
-        share = depth_share(check_size("transforms", transforms))
+        check_size("transforms", transforms)
         layers = [
             GlowStep(
                 features,
@@ -283,10 +280,10 @@ class Glow(LayeredFlow):
                 mask=chosen,
                 network=network,
                 scale=scale,
-                bound=check_positive("bound", bound) * share,
+                bound=share_bound(bound, transforms),
             )
             for chosen in coupling_masks(mask, features, transforms)
         ]
         for layer in layers if transforms > SHALLOW else []:
-            layer.layers[0].temper(share)  # type: ignore[operator]
+            layer.layers[0].temper(depth_share(transforms))  # type: ignore[operator]
         super().__init__(layers, **options)

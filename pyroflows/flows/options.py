@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from .._checks import call_factory, check_size
+from .._checks import call_factory, check_positive, check_size
 from ..distributions.bases import StudentTBase
 from ..transforms import (
     ActNorm,
@@ -251,6 +251,16 @@ def depth_share(transforms: int) -> float:
     far, and far out its values grow exponentially with depth.
     """
     return min(1.0, SHALLOW / transforms)
+
+
+def share_bound(bound: float, transforms: int) -> float:
+    """The bound on the log-scale of each layer of a flow, from that of a shallow one.
+
+    Args:
+        bound: Bound of the soft clip.
+        transforms: Number of layers.
+    """
+    return check_positive("bound", bound) * depth_share(check_size("transforms", transforms))
 
 
 # Tails
