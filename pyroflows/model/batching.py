@@ -25,10 +25,10 @@ class Batchable(TorchFunctionMode):
     - A write in place, such as ``zeros[i] = x``, into a tensor that is the same for all points: the
       tensor and all views of it are replaced by copies, one for each point.
     - A write by a mask, ``x[x > 0] = 0``.
-    - Reading data as numbers, by ``tolist()`` or ``numpy()``, and printing what no number is.
+    - Reading data as numbers, by ``tolist()`` or ``numpy()``, and printing a tensor of which each
+      point has another.
     - ``tensor.data``, which Pyro's enumeration asks for its shape; ``searchsorted`` and
       ``bucketize``.
-
     - A branch on values of latent sites: all points take that of the first of them, and ``held``
       tells at which points it is the right one.
 
@@ -365,6 +365,12 @@ def _text(tensor: Tensor, **options: Any) -> str:
     return Tensor.__repr__(tensor, **options)
 
 
+_COMPARISONS: dict[Any, Callable[..., Tensor]] = {
+    torch.allclose: _all_close,
+    Tensor.allclose: _all_close,
+    torch.equal: _equal,
+    Tensor.equal: _equal,
+}
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     _READ_DATA: Tensor.detach,
     Tensor.__setitem__: _set_item,
@@ -379,12 +385,7 @@ REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     nn.functional.binary_cross_entropy_with_logits: _cross_entropy,
     Tensor.__format__: _format,
     Tensor.__repr__: _text,
+    torch.isclose: _is_close,
+    Tensor.isclose: _is_close,
+    **_COMPARISONS,
 }
-REPLACEMENTS |= {torch.isclose: _is_close, Tensor.isclose: _is_close}
-_COMPARISONS: dict[Any, Callable[..., Tensor]] = {
-    torch.allclose: _all_close,
-    Tensor.allclose: _all_close,
-    torch.equal: _equal,
-    Tensor.equal: _equal,
-}
-REPLACEMENTS |= _COMPARISONS

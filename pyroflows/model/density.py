@@ -40,11 +40,11 @@ class LogDensity(RunnableModel, Density):
 
     The vector :math:`z` holds all continuous latent sites in the order of the model, each mapped to
     the reals by ``biject_to`` of its support, as Pyro's autoguides do. Discrete sites are summed
-    out by enumeration. The model is batched by :func:`torch.func.vmap` and captured once as a graph
-    of tensor operations, so that an evaluation costs mathematics and not effect handlers; the
-    result is checked against single traces. A model that cannot be batched, because it computes
-    with a latent value as a Python number, is evaluated one point at a time, with a warning that
-    says so.
+    out by enumeration. The model is batched by :func:`torch.func.vmap`, or else by a plate around
+    it, and captured once as a graph of tensor operations, so that an evaluation costs mathematics
+    and not effect handlers; the result is checked against single traces. Where the model branches
+    on latent values, there is a graph for each combination of branches. A model that cannot be
+    batched is evaluated one point at a time, with a warning that says so.
 
     Data and the model's own parameters are inputs of the graph. They are read when the density is
     made, and parameters are held at these values; :meth:`bind` gives the density of other ones. A

@@ -39,8 +39,7 @@ POINT_ERRORS = (
 # What a run may raise that succeeds elsewhere: samplers and factorisations raise RuntimeErrors too.
 FAILURES = (*POINT_ERRORS, RuntimeError)
 
-
-# Graphs that are made for other values of inputs that a model reads, such as mini-batches.
+# How many graphs are made for other values of inputs that a model reads, such as mini-batches.
 CAPTURES = 8
 
 DIFFERENT = "its values differ from those of single traces"
@@ -237,9 +236,7 @@ class Evaluator:
         """
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size) if mode is None else Way(mode)
-        way = self._affordable(way, leaves, batch_size, gradients=True)
-        run = self._make_run(leaves, batch_size, way)
-        return Program(run, 1 if way.mode == "loop" else batch_size, self.failures, way)
+        return self._make(leaves, batch_size, way, gradients=True)
 
     def make_differentiable(self, inputs: Inputs, batch_size: int) -> Program:
         """The function at given inputs, with a graph to the points and to these inputs.
@@ -255,12 +252,15 @@ class Evaluator:
         way = self._way(leaves, batch_size)
         if self._own_gradients and way.mode == "captured":
             way = _uncaptured(way, "it has gradients of its own")
-        way = self._affordable(way, leaves, batch_size, gradients=False)
-        run = self._make_run(leaves, batch_size, way, gradients=False)
-        size = 1 if way.mode == "loop" else batch_size
-        return Program(run, size, self.failures, way, gradients=False)
+        return self._make(leaves, batch_size, way, gradients=False)
 
-    # The three ways
+    # The ways
+
+    def _make(self, leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Program:
+        way = self._affordable(way, leaves, batch_size, gradients)
+        run = self._make_run(leaves, batch_size, way, gradients)
+        size = 1 if way.mode == "loop" else batch_size
+        return Program(run, size, self.failures, way, gradients)
 
     def _make_run(self, leaves: _Leaves, batch_size: int, way: Way, gradients: bool = True) -> Run:
         one_by_one = self._loop(leaves.inputs, gradients)
@@ -494,7 +494,7 @@ class Evaluator:
         return torch.stack(points), torch.stack(values), torch.stack(grads)
 
     def _candidates(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device="cpu").manual_seed(0)
         noise = torch.randn(3, len(self.start), generator=generator, device="cpu").to(self.start)
         yield from self.start + 0.1 * noise
         yield self.start
@@ -551,8 +551,7 @@ def map_points(
     known = next((run for run in runs if run is not None), None)
     if known is None:
         known = function(points[0] if safe is None else safe)
-    # Without a dtype: NaN is no integer.
-    blank = {name: torch.full(t.shape, torch.nan, device=t.device) for name, t in known.items()}
+    blank = {name: _unknown(tensor) for name, tensor in known.items()}
     return {name: torch.stack([(run or blank)[name] for run in runs]) for name in known}
 
 
@@ -571,9 +570,13 @@ def _run_once(
 
 def _with_row(tensor: Tensor, i: int, row: Tensor | None) -> Tensor:
     """A tensor with another row, or with NaN if that is not known."""
-    # Without a dtype: NaN is no integer.
-    new = torch.full(tensor[i].shape, torch.nan, device=tensor.device) if row is None else row
+    new = _unknown(tensor[i]) if row is None else row
     return torch.cat([tensor[:i], new.unsqueeze(0), tensor[i + 1 :]])
+
+
+def _unknown(like: Tensor) -> Tensor:
+    """NaN in the shape of a tensor, but not in its dtype, which may be one of integers."""
+    return torch.full(like.shape, torch.nan, device=like.device)
 
 
 def agree(a: Tensor, b: Tensor) -> bool:

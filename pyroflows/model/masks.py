@@ -52,7 +52,7 @@ def settle_masks(sites: Sequence[LatentSite], trace: Any, run: Run) -> list[Late
 def _points_around(start: Mapping[str, Tensor], seed: int) -> Iterator[dict[str, Tensor]]:
     """Points in one random direction from the start, nearer and nearer."""
     with forked(seed):
-        noise = {name: torch.randn(value.shape).to(value) for name, value in start.items()}
+        noise = {n: torch.randn(v.shape, device="cpu").to(v) for n, v in start.items()}
     for step in STEPS:
         yield {name: value + step * noise[name] for name, value in start.items()}
 

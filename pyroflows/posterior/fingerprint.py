@@ -59,7 +59,7 @@ def take_fingerprint(density: LogDensity) -> Fingerprint:
         False
     """
     with forked(0), torch.no_grad():
-        points = torch.randn(POINTS, density.features).to(density.initial)
+        points = torch.randn(POINTS, density.features, device="cpu").to(density.initial)
         log_density = [float(value) for value in density.log_prob(points)]
     return Fingerprint(None if density.streamed else _digest(density), log_density)
 

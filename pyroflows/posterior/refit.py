@@ -63,8 +63,7 @@ def roam_components(density: LogDensity, guide: Guide, sample: ImportanceSample)
             found.append(sample.z[:0])
             continue
         z = resample(sample.z, weights / total, min(MOST, CHAINS // count))
-        chains = roam(density, guide, z, ROUNDS)
-        found.append(chains[len(chains) // 2 :].flatten(0, 1))
+        found.append(_run_chains(density, guide, z))
     return found
 
 
@@ -97,5 +96,10 @@ def roam_missed(
     z = z[density.log_prob(z).isfinite()]
     if not len(z):
         return []
+    return [_run_chains(density, guide, z)]
+
+
+def _run_chains(density: LogDensity, guide: Guide, z: Tensor) -> Tensor:
+    """The positions of chains from some draws, in the second half of their way."""
     chains = roam(density, guide, z, ROUNDS)
-    return [chains[len(chains) // 2 :].flatten(0, 1)]
+    return chains[len(chains) // 2 :].flatten(0, 1)

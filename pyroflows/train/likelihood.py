@@ -459,7 +459,7 @@ def _reach(values: Tensor) -> float:
 def _far_rows(flow: nn.Module, points: Points) -> Tensor:
     """Tells which rows have an entry that is an outlier of its column; a few rows or none."""
     x = _unconstrained(flow, points.x) if isinstance(flow, Flow) else points.x
-    far = torch.zeros(len(x), dtype=torch.bool)
+    far = torch.zeros(len(x), dtype=torch.bool, device="cpu")
     for value in (x, points.context):
         if value is not None and value.numel():
             value = value.detach().to("cpu", torch.float64)
