@@ -1,4 +1,4 @@
-"""Files of tensors, numbers and strings that are known to be what was written."""
+"""Files of tensors, numbers and strings, sealed by a checksum."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from ._files import reason, write_whole
 
 __all__ = ["UnreadableError", "is_dense", "packed", "read_archive", "write_archive"]
 
-#: Stands between what ``torch.save`` writes and its SHA-256.
+#: Stands between the bytes of ``torch.save`` and their SHA-256.
 SEAL = b"pyroflows sha256"
 ZIP = b"PK\x03\x04"
 
 
 class UnreadableError(Exception):
-    """Nothing that :func:`write_archive` has written; the message goes on after the file's name."""
+    """A file that :func:`write_archive` did not write; the message continues the file's name."""
 
 
 def write_archive(state: Any, path: str) -> None:
-    """Writes what ``torch.save`` makes of a state, with its checksum at the end.
+    """Writes a state by ``torch.save``, with a checksum at the end.
 
-    ``torch.load`` reads the file too, and does not look at the checksum.
+    ``torch.load`` reads the file too, but does not look at the checksum.
 
     Args:
         state: Tensors, numbers, strings, and lists and dictionaries of them.
         path: Where to write.
 
     Raises:
-        OSError: If the file cannot be written; what was at the path is still there.
+        OSError: If the file cannot be written; a file that was at the path is still there.
 
     Example:
         >>> import tempfile
@@ -50,7 +50,7 @@ def write_archive(state: Any, path: str) -> None:
 
 
 def read_archive(path: str) -> Any:
-    """Reads what :func:`write_archive` has written, and nothing that differs from it in a bit.
+    """Reads a file of :func:`write_archive`, and none that differs from it in a single bit.
 
     Args:
         path: The file.
@@ -59,10 +59,10 @@ def read_archive(path: str) -> Any:
         The state; tensors of a device that is not there are on the host.
 
     Raises:
-        UnreadableError: If there is no such file, or if it is not what was written.
+        UnreadableError: If there is no such file, or if it has changed since it was written.
     """
     content = _sealed_content(_read(path))
-    # A legacy file says itself how much memory to take for it.
+    # A file of the legacy format dictates how much memory is taken for it.
     if not content.startswith(ZIP):
         raise UnreadableError("is none")
     device = None if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""How large an object may be that is made as a file says."""
+"""A bound on the size of objects that are built from the description in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["at_most", "within_budget"]
 
-#: What takes as much memory as its arguments say.
+#: Functions that take as much memory as their arguments say.
 MAKERS = {
     *(torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.rand, torch.randn),
     *(torch.arange, torch.linspace),
@@ -24,7 +24,7 @@ _most: ContextVar[int | None] = ContextVar("most", default=None)
 
 @contextlib.contextmanager
 def at_most(entries: int) -> Iterator[None]:
-    """Bounds what is made under :func:`within_budget` in the block.
+    """Bounds the tensors that are made under :func:`within_budget` in the block.
 
     Args:
         entries: How many entries new tensors may have in all.
@@ -37,7 +37,7 @@ def at_most(entries: int) -> Iterator[None]:
 
 
 def within_budget() -> contextlib.AbstractContextManager[Any]:
-    """Ends with a ``ValueError`` what makes more than :func:`at_most` allows.
+    """Context manager that raises ``ValueError`` once more is made than :func:`at_most` allows.
 
     Example:
         >>> with at_most(10), within_budget():

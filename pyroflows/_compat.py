@@ -313,7 +313,7 @@ def functions_of_any_style() -> Iterator[list[Any]]:
     """Lets ``torch.func`` transform functions of autograd that have no ``setup_context``.
 
     Pyro's are of the old style, in which ``forward`` takes the context. ``torch.func`` refuses them
-    in ``Function.apply``, and no mode sees that call. What is yielded are the functions applied.
+    in ``Function.apply``, and no mode sees that call. Yields the list of the functions applied.
     """
     apply = vars(Function)["apply"]
     applied: list[Any] = []
@@ -350,7 +350,7 @@ def _modern(cls: type[Function]) -> type[Function]:
 
 
 class _NoContext:
-    """Takes what the forward pass of a function says to its context, and forgets it."""
+    """A context that forgets all that the forward pass of a function saves in it."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -389,13 +389,13 @@ def number_of(tensor: Tensor) -> bool | float:
 
 
 def array_of(tensor: Tensor) -> Any:
-    """Returns what a tensor holds as an array of numpy, unseen by transforms and recording."""
+    """Returns the entries of a tensor as an array of numpy, unseen by transforms and recording."""
     with torch._C._DisableFuncTorch(), _disable_current_modes():
         return _unwrapped(tensor).numpy(force=True).copy()
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Returns what tensors have in common that are views of the same memory."""
+    """Returns the identity of a tensor's memory, which its views share."""
     return _unwrapped(tensor).untyped_storage()._cdata
 
 

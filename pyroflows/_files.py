@@ -18,11 +18,11 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> No
     Writers of formats, which may crash on a full disk, write to memory before.
 
     Args:
-        path: Where the file shall be.
-        content: All that it holds.
+        path: Where to write.
+        content: The bytes of the file.
 
     Raises:
-        OSError: If it cannot be written; what was at the path is still there.
+        OSError: If it cannot be written; a file that was at the path is still there.
 
     Example:
         >>> import tempfile

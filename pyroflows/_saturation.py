@@ -23,8 +23,8 @@ def limit(dtype: torch.dtype, power: float) -> float:
 def saturate(x: Tensor) -> Tensor:
     r"""Stops values at :math:`\pm \sqrt M`, for the largest number :math:`M` of their dtype.
 
-    Products of two such values are finite. Where they stop the gradient is zero, even if what comes
-    down to it is infinite or NaN.
+    Products of two such values are finite. Where they stop the gradient is zero, even if the one
+    that comes down to it is infinite or NaN.
 
     Args:
         x: Values.

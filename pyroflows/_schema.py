@@ -15,7 +15,7 @@ from ._archive import is_dense
 
 __all__ = ["Numbers", "Plain", "Range", "check_form"]
 
-#: Lists in lists, and the like, beyond which no file of this package goes.
+#: How deeply lists and dictionaries may be nested; no file of this package goes further.
 DEEPEST = 100
 #: The types that stand for themselves; a whole number stands for a real one too.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -110,8 +110,8 @@ def _check_collection(data: Any, form: Any, name: str) -> None:
         _require(isinstance(data, Mapping), name, data, "a dictionary")
         lacks, more = forms.keys() - data.keys(), data.keys() - forms.keys()
         if lacks or more:
-            what, keys = ("lacks", lacks) if lacks else ("holds", more)
-            raise ValueError(f"{name} {what} {', '.join(sorted(map(str, keys)))}")
+            verb, keys = ("lacks", lacks) if lacks else ("holds", more)
+            raise ValueError(f"{name} {verb} {', '.join(sorted(map(str, keys)))}")
         for key, part in forms.items():
             check_form(data[key], part, f"{name}.{key}")
 

@@ -95,7 +95,7 @@ class LayeredFlow(Flow):
 
     @classmethod
     def find_mixing(cls, mixing: Mixing) -> Mixing:
-        """Returns what ``mixing="auto"`` stands for, and any other as it is."""
+        """Returns the mixing for which ``"auto"`` stands, and any other as it is."""
         return cls.auto_mixing if isinstance(mixing, str) and mixing == "auto" else mixing
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

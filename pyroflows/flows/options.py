@@ -195,7 +195,7 @@ def mix_layers(layers: list[Transform], mixing: Mixing) -> list[Transform]:
 
 
 def never_moved(layers: Iterable[Transform], masks: Iterable[Tensor]) -> Tensor:
-    """Finds the entries that couplings and what is between them leave as they are.
+    """Finds the entries that couplings, and the layers between them, leave as they are.
 
     Args:
         layers: Transforms in generative order.
@@ -240,14 +240,14 @@ def event_size(layers: list[Transform]) -> Any:
 
 # Depth
 
-#: Layers of a flow whose scales and shifts may be as large as they are for one layer alone.
+#: The most layers of which each may have scales and shifts as large as a single one.
 SHALLOW = 8
 
 
 def depth_share(transforms: int) -> float:
-    r"""The share :math:`\min(1, 8 / K)` of what one layer may do that each of :math:`K` may.
+    r"""The share :math:`\min(1, 8 / K)` of a single layer's reach that each of :math:`K` has.
 
-    What layers do multiplies up: a step of training that moves each by a little moves a deep flow
+    Because layers multiply up, a step of training that moves each by a little moves a deep flow
     far, and far out its values grow exponentially with depth.
     """
     return min(1.0, SHALLOW / transforms)

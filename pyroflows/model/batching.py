@@ -20,7 +20,7 @@ _DTYPES_OF_MASKS = (torch.bool, torch.uint8)
 
 
 class Batchable(TorchFunctionMode):
-    """Lets a function of one point, under :func:`torch.func.vmap`, do what that refuses.
+    """Lets a function of one point do things that :func:`torch.func.vmap` refuses.
 
     - A write in place, such as ``zeros[i] = x``, into a tensor that is the same for all points: the
       tensor and all views of it are replaced by copies, one for each point.
@@ -45,7 +45,7 @@ class Batchable(TorchFunctionMode):
         self.held = torch.ones((), dtype=torch.bool, device=point.device)
         self.branched = False
         self._zero = torch.zeros_like(point.detach().reshape(-1)[:1].sum())
-        # Originals are kept with what stands for them, so that no identity is used twice.
+        # Originals are kept with their copies, so that no identity is used twice.
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._views: list[_View] = []
 
@@ -72,7 +72,7 @@ class Batchable(TorchFunctionMode):
         return result
 
     def current(self, tensor: Tensor) -> Tensor:
-        """What stands for a tensor now."""
+        """The copy of a tensor, if it has one, or else the tensor itself."""
         pair = self._copies.get(id(tensor))
         return tensor if pair is None else pair[1]
 
@@ -180,7 +180,7 @@ _NUMBERS = {*_TRUTHS, Tensor.__int__, Tensor.__index__, Tensor.item}
 
 
 _INDEXED = {Tensor.__getitem__, Tensor.__setitem__}
-# Functions that take numbers for the shape of what they make.
+# Functions that take the shape of their result as numbers.
 _SIZED = {torch.arange, torch.zeros, torch.ones, torch.empty, torch.eye}
 
 
@@ -198,7 +198,7 @@ def _out_of_place(func: Any, target: Tensor | None) -> Callable[..., Any] | None
         return None
 
     def write(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # Of a clone, because its gradient may need what is overwritten here.
+        # Of a clone, because its gradient may need the entries that are overwritten here.
         return tensor.copy_(pure(tensor.clone(), *args, **kwargs))
 
     return write

@@ -54,7 +54,7 @@ class Branches:
             try:
                 self.known.append(self.follow(turn, points[0]))
             except Exception:
-                pass  # what torch cannot follow for many points is evaluated for each
+                pass  # branches that torch cannot follow for many points are evaluated for each
         if turn < len(self.known):
             *found, held = self.known[turn](points)
             return found, held

@@ -35,7 +35,7 @@ def capture(function: Callable[..., Any], points: Tensor, tensors: Sequence[Tens
         tensors: Its other arguments.
 
     Returns:
-        A graph that gives what the function does for all arguments of these shapes.
+        A graph with the results of the function for all arguments of these shapes.
 
     Raises:
         ReadsInputsError: If the operations depend on the values of some of the other arguments,
@@ -62,8 +62,8 @@ class Captured:
         graph: The graph of a function of points and of other tensors, whose last result tells for
             which points it holds.
         size: How many points it takes.
-        split: Whether to evaluate what depends on no point once for all points; it carries no
-            graph of gradients then.
+        split: Whether to evaluate the part that depends on no point once for all points; the
+            results carry no graph of gradients then.
 
     Attributes:
         branches: Whether there may be points for which it does not hold.
@@ -99,7 +99,7 @@ class Captured:
 
 def _split(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
     """Splits a graph of points and other tensors into the part that depends on no point, which
-    takes these tensors, and the rest, which takes the points and what that part gives."""
+    takes these tensors, and the rest, which takes the points and the results of that part."""
     *nodes, output = graph.graph.nodes
     varying = _varying(nodes)
     needed = {node for user in [*varying, output] for node in user.all_input_nodes}
@@ -159,7 +159,7 @@ def _dependent(nodes: Iterable[Node], sources: set[Node]) -> set[Node]:
 
 
 def _merge_duplicates(graph: Graph) -> None:
-    """Computes once what a graph computes several times."""
+    """Merges operations that a graph computes several times."""
     nodes = list(graph.nodes)
     touched = _written(nodes)
     known: dict[Any, Node] = {}

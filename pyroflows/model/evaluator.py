@@ -36,7 +36,7 @@ POINT_ERRORS = (
     IndexError,
     ValueError,
 )
-# What a run may raise that succeeds elsewhere: samplers and factorisations raise RuntimeErrors too.
+# Errors of a run that may succeed elsewhere: samplers and factorisations raise RuntimeErrors too.
 FAILURES = (*POINT_ERRORS, RuntimeError)
 
 # How many graphs are made for other values of inputs that a model reads, such as mini-batches.
@@ -66,7 +66,7 @@ class Way(NamedTuple):
 
     @property
     def warning(self) -> str:
-        """What to tell whoever waits, if the way is slow."""
+        """A sentence for whoever waits, if the way is slow."""
         return WARNINGS[self.mode] + self.reason if self.mode in WARNINGS else ""
 
 
@@ -116,14 +116,14 @@ class _Leaves:
         return tree_unflatten(leaves, self.spec)
 
     def kind(self) -> Hashable:
-        """What inputs have in common that are evaluated in the same way."""
+        """The key of inputs that are evaluated in the same way."""
         kinds = [
             leaf.dim() if isinstance(leaf, Tensor) else _identity(leaf) for leaf in self.leaves
         ]
         return (self.spec, *kinds)
 
     def key(self, constants: frozenset[int]) -> Hashable:
-        """What inputs have in common that share a graph."""
+        """The key of inputs that share a graph."""
         tensors = self.tensors(constants)
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         return (self.spec, *shapes, *map(_identity, self.fixed(constants)))
@@ -141,10 +141,10 @@ def _identity(constant: Any) -> Hashable:
 
 
 def _content(constant: Any) -> Hashable:
-    """What tells apart constants that may be changed in place, such as arrays of numpy."""
+    """A digest that tells apart constants that may be changed in place, as arrays of numpy may."""
     try:
         return hashlib.sha256(pickle.dumps(constant)).digest()
-    except Exception:  # what a pickle refuses is told by any type of error
+    except Exception:  # a pickle refuses objects by any type of error
         return id(constant)
 
 
@@ -502,7 +502,7 @@ class Evaluator:
 
 
 def _key(leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Hashable:
-    """What evaluations have in common that share graphs."""
+    """The key of evaluations that share graphs."""
     return gradients, way.in_plate, leaves.key(way.constants), batch_size
 
 

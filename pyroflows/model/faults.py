@@ -87,7 +87,7 @@ def _like(error: Exception, sentence: str) -> Exception:
 
 
 def describe_error(error: BaseException) -> str:
-    """The type of an error and what it says, in one line without a full stop."""
+    """The type and the message of an error, in one line without a full stop."""
     text = _line(error).split(", but found invalid values")[0]
     # The allocator of torch begins with a place in its own source.
     text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text).rstrip(".")
@@ -136,7 +136,7 @@ def _look_for_parameters(run: Callable[[], Any], error: Exception) -> None:
 
 
 def _diagnosed(error: Exception) -> Exception | None:
-    """What the error comes of, where that is known, instead of the error itself."""
+    """An error that names the cause of another one, where that is known."""
     plate = plate_in(error)
     if plate is not None and plate[1] == 0:
         return ValueError(f"Expected data with rows; plate {plate[0]!r} has no rows.")

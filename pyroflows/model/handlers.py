@@ -179,7 +179,7 @@ class SubstituteTensors(TorchFunctionMode):
         return tensor if pair is None else pair[1]
 
 
-# What a copy may not hold
+# Copies
 
 _COPY = Tensor.__deepcopy__
 

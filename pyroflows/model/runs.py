@@ -68,7 +68,7 @@ class RunnableModel:
             ``None``.
 
     Attributes:
-        inputs: What the model is run on.
+        inputs: The data on which the model is run, and its parameters.
         model: The model as it is run on these data.
         unwrapped_model: The model as it was given.
     """
@@ -250,7 +250,7 @@ class RunnableModel:
 
     @contextlib.contextmanager
     def _given(self, inputs: Inputs) -> Iterator[None]:
-        """What stands around every run of the model and every use of its distributions."""
+        """The context of every run of the model and of every use of its distributions."""
         # Validation reads values, which a batch under vmap does not have.
         held = self._holding(inputs.parameters)
         with self.on_device(), poutine.block(), pyro.validation_enabled(False), held:

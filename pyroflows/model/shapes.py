@@ -7,12 +7,12 @@ than :math:`B`, rows meet rows of which they know nothing: a column :math:`(n, 1
 
 - A value may not be larger than the distribution. Only a single distribution outside of all plates
   takes any number of draws.
-- A value may be smaller, and is then shared, along a plate, because a plate is what says that
-  there are so many of it; outside of plates if it is a single number. A plate to the right of a
+- A value may be smaller, and is then shared, along a plate, because the plate says that there are
+  so many rows; outside of plates if it is a single number. A plate to the right of a
   dimension that is no plate's does not count, because a column of means gets there in this way.
 - The event shapes are the same, but for hidden Markov models, whose size 1 stands for any number of
   steps.
-- A mask or scale may not be larger than what it applies to.
+- A mask or scale may not be larger than the log density to which it applies.
 - A ``pyro.factor`` in a plate has no dimensions but those of its plates.
 """
 

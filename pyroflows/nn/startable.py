@@ -92,7 +92,7 @@ def temper(network: nn.Module, share: float, start: Tensor) -> None:
     Args:
         network: A network that scales its outputs; any other stays as it is.
         share: Factor of the scale.
-        start: What the network gives at the start, as for ``start_at``.
+        start: The outputs of the network at the start, as for ``start_at``.
     """
     scale = getattr(network, "output_scale", 1.0)
     if scale < 1:  # a network without hidden layers has none to temper

@@ -61,7 +61,7 @@ class Check(ABC):
         """Returns a sentence about the value."""
 
     def advise(self, subject: Subject) -> str:
-        """Returns a sentence on what may mend a failure, or none."""
+        """Returns a sentence on how to mend a failure, or nothing."""
         return ""
 
     def holds(self, subject: Subject, value: float) -> bool:
@@ -307,7 +307,7 @@ class Drift(Check):
 
 
 class Reach(Check):
-    """Looks for mass next to what a guide covers, by chains that roam from its draws."""
+    """Looks for mass next to the region that a guide covers, by chains that roam from its draws."""
 
     name, limit, costly = "reach", 0.01, True
     needs = (known_density, usable_trajectories, usable_draws)
@@ -318,7 +318,7 @@ class Reach(Check):
         return gained(subject.lies_beyond(starts), subject.lies_beyond(ends))
 
     def explain(self, subject: Subject, value: float, held: bool) -> str:
-        """Says how many chains leave what the guide covers, and where to."""
+        """Says how many chains leave the region that the guide covers, and where they go."""
         if held:
             return "long trajectories from the guide's draws stay where it has density."
         beyond = subject.roamed[subject.lies_beyond(subject.roamed)]
@@ -328,7 +328,7 @@ class Reach(Check):
         )
 
     def advise(self, subject: Subject) -> str:
-        """Says what makes a posterior easier to follow."""
+        """Says how to make a posterior easier to follow."""
         return _advice(subject, "reparametrise so that the posterior is less thin and bent")
 
 

@@ -1,4 +1,4 @@
-"""By which a density is known again: its data, and what it says at a few points."""
+"""Fingerprints of densities: of their data, and of their values at a few points."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ROUNDING = 1e-4
 
 
 class Fingerprint(NamedTuple):
-    """What tells the data of a model, and the model, from others.
+    """Numbers that tell a model and its data from others.
 
     Attributes:
         digest: SHA-256 of the arguments of the model; ``None`` where it has arguments that are
             neither numbers, strings nor tensors, or reads them from a loader.
-        log_density: The log joint at a few points, which data that the model holds itself change
-            too.
+        log_density: The log joint at a few points, which depends also on data that the model holds
+            itself.
     """
 
     digest: str | None
@@ -87,7 +87,7 @@ def _arguments(density: LogDensity) -> dict[str, Any]:
 
 
 def _parts(value: Any) -> Iterator[bytes | memoryview]:
-    """The bytes of nested data, with what tells them from data of another nesting."""
+    """The bytes of nested data, with marks of how they are nested."""
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)} ".encode()
         flat = value.detach().cpu().contiguous().reshape(-1)

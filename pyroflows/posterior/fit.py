@@ -80,9 +80,9 @@ def fit_posterior(
 
     Discrete latent sites are summed out. Parameters of the model, of ``pyro.param`` and of modules,
     are held at their present values, and a warning names them unless they require no gradient;
-    another one says that nothing is observed. Ctrl-C ends the training and returns the best posterior so
-    far. Under an initialised ``torch.distributed`` group all processes call this alike; the
-    particles of a step are shared out among them, and the result is that of one process.
+    another one says that nothing is observed. Ctrl-C ends the training and returns the best
+    posterior so far. Under an initialised ``torch.distributed`` group all processes call this
+    alike; the particles of a step are shared out among them, and the result is that of one process.
 
     Args:
         model: A Pyro model.

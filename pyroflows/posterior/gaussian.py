@@ -89,7 +89,7 @@ def fit_gaussians(
 
     Returns:
         For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a
-        mode if there is one. When the time of the fit is over, they are what has been found so far.
+        mode if there is one. When the time of the fit is over, they are the best found so far.
 
     Raises:
         TimeOver: If the time is over before the starts have been evaluated.

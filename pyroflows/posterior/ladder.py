@@ -55,7 +55,7 @@ REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
-# What is left to do, once all rungs have been tried or a guide of the user's has been trained.
+# Remedies that are left, once all rungs have been tried or a guide of the user's has been trained.
 REMEDY = "hand a richer flow to guide="
 OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
 # With so many effective draws, trajectories in the base space cost less than more training.
@@ -204,7 +204,7 @@ class Climb:
         return bool(processes.agree(over))
 
     def _ending(self) -> str:
-        """Returns a sentence on what has ended the fit before all was tried, or nothing."""
+        """Returns a sentence on why the fit ended before all was tried, or nothing."""
         if self.interrupted:
             return "Let the fit run to its end."
         last = self.attempts[-1].name.split(",")[0]
@@ -243,8 +243,9 @@ class Climb:
         failures = self.trained.failures
         if failures.most and failures.example is not None:
             warnings.warn(
-                f"{failures.points} of {failures.evaluated} points could not be evaluated and count "
-                f"as of density zero; at one of them, {explain(self.density, failures.example)}",
+                f"{failures.points} of {failures.evaluated} points could not be evaluated and "
+                f"count as of density zero; at one of them, "
+                f"{explain(self.density, failures.example)}",
                 stacklevel=caller_level(),
             )
 
@@ -315,7 +316,7 @@ def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
-    """Returns the posterior that is trusted, or has more effective draws for what it misses."""
+    """Returns the posterior that is trusted, or else the one of greater merit."""
     return second if _merit(second) >= _merit(first) else first
 
 

@@ -132,7 +132,7 @@ def fit_density(
     A few outliers, at most a percent of the rows, steer nothing. Rows with an entry far beyond
     where the tail of its column ends are left out of training; log-likelihoods held out that are
     far below the others count as the end of their tail in the choice of the best parameters.
-    Warnings name these rows. What is reported of validation counts them in full.
+    Warnings name these rows. The report counts those of validation in full.
 
     Under an initialised ``torch.distributed`` group all processes call this alike; the points of a
     batch are shared out among them, and the result is that of one process. (Layers that look at a

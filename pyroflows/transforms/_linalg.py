@@ -23,7 +23,7 @@ def solve_triangle(
     transposed: bool = False,
     unit_diagonal: bool = False,
 ) -> Tensor:
-    """Solves ``matrix x = y``, or with the transposed matrix, for one triangular matrix or one per point.
+    """Solves ``matrix x = y`` for one triangular matrix, or its transpose, or for one per point.
 
     A solution that outgrows its dtype stops at the root of the largest number, and the gradients of
     other points are not harmed.
@@ -50,7 +50,10 @@ def _substitute(matrix: Tensor, y: Tensor, upper: bool, unit_diagonal: bool) -> 
 
 
 class _Substitution(torch.autograd.Function):
-    r"""The solution :math:`x` of :math:`A x = y`, with gradients :math:`A^{-\top} g` and :math:`-A^{-\top} g x^\top`.
+    r"""The solution :math:`x` of :math:`A x = y`.
+
+    Its gradients are :math:`A^{-\top} g` in :math:`y` and :math:`-A^{-\top} g x^\top` in
+    :math:`A`.
 
     Torch's own backward pass multiplies by the solution before it is mended.
     """

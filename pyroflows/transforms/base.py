@@ -73,8 +73,8 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
 
     Points and contexts of any floating-point dtype and precision are taken, and computed in the
     dtype of the parameters, which is also that of the results; a map without parameters or buffers
-    keeps the dtype of its points. What is not a floating-point tensor of the right shape is refused,
-    in every direction.
+    keeps the dtype of its points. Every direction refuses anything but floating-point tensors of
+    the right shapes.
 
     The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a
     sample just drawn cost nothing more. What is remembered serves once and only while nothing has
@@ -113,7 +113,7 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
     #: Whether numbers of any size pass, as far as they do; in a flow they saturate, because an
     #: overflow in one row of a batch would make the gradients of all NaN.
     exact: bool = True
-    #: Whether it is there to bring numbers of any size to the size of one, and takes them as they are.
+    #: Whether it takes numbers of any size as they are, because it brings them to the size of one.
     scales_down: ClassVar[bool] = False
     #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
     exempt_laws: ClassVar[Mapping[str, str]] = {}
@@ -512,10 +512,10 @@ class Inverse(Transform):
 class Conditioned(Transform):
     """A transform whose context is fixed; its batch shape is broadcast against that of the context.
 
-    So a context of shape ``(1, c)`` gives one vector a batch of one, and ``forward_shape``, on which
-    the batch shape of a distribution rests, says so: ``(1, d)`` for ``(d,)``. Pyro's own conditional
-    transforms say ``(d,)`` there, which is not the shape that they give. A context of shape
-    ``(c,)`` keeps ``(d,)``.
+    So a context of shape ``(1, c)`` gives one vector a batch of one, and ``forward_shape``, on
+    which the batch shape of a distribution rests, says so: ``(1, d)`` for ``(d,)``. Pyro's own
+    conditional transforms say ``(d,)`` there, which is not the shape that they give. A context of
+    shape ``(c,)`` keeps ``(d,)``.
 
     Args:
         transform: A transform with a context.

@@ -28,8 +28,9 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
     :math:`\partial x / \partial \theta = -(\partial f / \partial \theta) / f'`, and the second
     those of second and third order.
 
-    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a traced
-    or compiled graph, on the meta device) it takes a fixed number of steps instead, and cannot raise.
+    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a
+    traced or compiled graph, on the meta device) it takes a fixed number of steps instead, and
+    cannot raise.
 
     Args:
         function: Returns :math:`f(x)` and :math:`\log f'(x)`, both of the shape of ``x``.
