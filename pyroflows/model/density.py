@@ -414,12 +414,14 @@ class LogDensity(RunnableModel, Density):
             total = total + site.log_det(unconstrained, value).reshape(n, -1).sum(-1)
             between = (1,) * (self._batch_dims - self._batch_dims_of[site.name])
             values[site.name] = value.reshape(n, *between, *site.shape)
-        with self._given(inputs), pyro.plate("_points", n, dim=-1 - self._batch_dims):
+        rows = 1 + self._batch_dims
+        checked = ArgumentChecks(self._validated, rows)
+        with self._given(inputs), pyro.plate("_points", n, dim=-rows), checked:
             trace = self._trace(values, inputs)
             trace.compute_log_prob()
         for _, node in sample_nodes(trace):
             total = total + node["log_prob"].reshape(n, -1).sum(-1)
-        return total
+        return checked.nan_unless_valid(total)
 
     def _terms(self, z: Tensor) -> dict[str, Tensor]:
         with self._given(self.inputs):

@@ -235,7 +235,7 @@ class Evaluator:
             ValueError: If the function has two values at one point.
         """
         leaves = _Leaves(inputs)
-        way = self._way(leaves, batch_size) if mode is None else Way(mode)
+        way = self._way(leaves, batch_size) if mode is None else Way(mode, in_plate=mode == "plate")
         return self._make(leaves, batch_size, way, gradients=True)
 
     def make_differentiable(self, inputs: Inputs, batch_size: int) -> Program:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 from torch.distributions.utils import lazy_property
 
 from .._compat import validates
+from .._vmap import vmap
 from .sites import base_distribution, sample_nodes
 
 __all__ = ["ArgumentChecks", "given_arguments", "innermost", "validated_sites"]
@@ -29,6 +30,8 @@ class ArgumentChecks(Messenger):
 
     Args:
         names: The sites whose distributions are checked.
+        rows: Which dimension of batch shapes, counted from the right, is that of the points, if
+            there are many.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -38,20 +41,19 @@ class ArgumentChecks(Messenger):
         tensor(nan)
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], rows: int | None = None) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.rows = names, rows
         self._valid: list[Tensor] = []
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] in self.names:
             # Distributions hand the same tensors to those within them.
-            arguments = {id(value): (check, value) for check, value in _arguments(msg["fn"])}
-            for constraint, value in arguments.values():
-                self._valid.append(_check(constraint, value))
+            arguments = {id(argument.value): argument for argument in _arguments(msg["fn"])}
+            self._valid.extend(argument.check(self.rows) for argument in arguments.values())
 
     def nan_unless_valid(self, log_prob: Tensor) -> Tensor:
-        """Puts NaN in the place of a log density if an argument is not allowed."""
+        """Puts NaN in the place of log densities where an argument is not allowed."""
         if not self._valid:
             return log_prob
         valid = functools.reduce(torch.logical_and, self._valid)
@@ -90,14 +92,39 @@ def innermost(constraint: Any) -> Any:
     return constraint
 
 
-def _arguments(fn: Any) -> Iterator[tuple[Any, Tensor]]:
-    """The arguments of a distribution and of those within it, each with its constraint."""
+class _Argument(NamedTuple):
+    """An argument of a distribution or of one within it.
+
+    Attributes:
+        constraint: Its constraint.
+        value: Its value.
+        inner: How many dimensions the value has on the right of the batch shape of the whole.
+    """
+
+    constraint: Any
+    value: Tensor
+    inner: int
+
+    def check(self, rows: int | None) -> Tensor:
+        """Whether all entries are allowed, or all in each row of a dimension of the batch."""
+        check = functools.partial(_check, self.constraint)
+        dim = self.value.dim() - self.inner - (rows or 0)
+        # An argument without that dimension is shared by all rows.
+        if rows is None or dim < 0 or self.value.shape[dim] == 1:
+            return check(self.value)
+        return vmap(check, in_dims=dim)(self.value)
+
+
+def _arguments(fn: Any, inner: int = 0) -> Iterator[_Argument]:
+    """The arguments of a distribution and of those within it."""
     for _, constraint, value in given_arguments(fn):
         if _is_checked(constraint) and isinstance(value, Tensor):
-            yield constraint, value
-    for inner in vars(fn).values():
-        if isinstance(inner, Distribution):
-            yield from _arguments(inner)
+            yield _Argument(constraint, value, inner + constraint.event_dim)
+    for part in vars(fn).values():
+        if isinstance(part, Distribution):
+            # To an event belong dimensions that are of the batch within it.
+            more = max(0, len(part.batch_shape) - len(fn.batch_shape))
+            yield from _arguments(part, inner + more)
 
 
 def _is_checked(constraint: Any) -> bool:

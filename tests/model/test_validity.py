@@ -77,12 +77,50 @@ def test_a_point_that_pyro_refuses_has_no_density(name: str) -> None:
     assert density.failures.points == int((~allowed).sum())
 
 
-@pytest.mark.parametrize("mode", ["captured", "vmap", "loop"])
+@pytest.mark.parametrize("mode", ["captured", "vmap", "plate", "loop"])
 def test_in_every_way(mode: str) -> None:
     density = LogDensity(observed(*DISTRIBUTIONS["Poisson"]))
     density._program = density._evaluator.make_program(density.inputs, 4, mode)
     value, _ = density.value_and_grad(Z)
     assert value.isnan().tolist() == [True, False, False, False, True]
+
+
+ROWS = torch.tensor([1.0, 2.0, 3.0])
+IN_PLATES: dict[str, Callable[[Tensor], None]] = {
+    "rows": lambda x: pyro.sample("y", dist.Poisson(x * ROWS), obs=0 * ROWS),
+    "events": lambda x: pyro.sample(
+        "y", dist.Poisson(x[..., None] * ROWS).to_event(1), obs=torch.zeros(3, 3)
+    ),
+    "matrices": lambda x: pyro.sample(
+        "y",
+        dist.Gamma(x[..., None, None] * ROWS, ROWS[:, None]).to_event(2),
+        obs=torch.ones(3, 3, 3),
+    ),
+    "shares": lambda x: pyro.sample(
+        "y", dist.Categorical(torch.stack([x, x + 1], -1)), obs=torch.ones(3).long()
+    ),
+    "mixtures": lambda x: pyro.sample(
+        "y",
+        dist.MixtureSameFamily(
+            dist.Categorical(torch.ones(2)), dist.Poisson(torch.stack([x, x + 3], -1))
+        ),
+        obs=0 * ROWS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLATES)
+def test_each_point_of_a_plate_is_checked_alone(name: str) -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.5, 1.0))
+        with pyro.plate("rows", 3):
+            IN_PLATES[name](x)
+
+    density = LogDensity(model)
+    for mode in ("plate", "loop"):
+        density._program = density._evaluator.make_program(density.inputs, 5, mode)
+        value, _ = density.value_and_grad(Z)
+        assert value.isnan().tolist() == [True, False, False, False, True]
 
 
 def test_validation_that_is_off_stays_off() -> None:
