@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._files import reason, write_whole
+from ._files import read_whole, reason, write_whole
 
 __all__ = ["UnreadableError", "is_dense", "packed", "read_archive", "write_archive"]
 
@@ -37,7 +36,7 @@ def write_archive(state: Any, path: str) -> None:
         OSError: If the file cannot be written; a file that was at the path is still there.
 
     Example:
-        >>> import tempfile
+        >>> import os, tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "numbers.pt")
         >>> write_archive({"x": torch.ones(2)}, path)
         >>> read_archive(path)
@@ -61,7 +60,10 @@ def read_archive(path: str) -> Any:
     Raises:
         UnreadableError: If there is no such file, or if it has changed since it was written.
     """
-    content = _sealed_content(_read(path))
+    try:
+        content = _sealed_content(read_whole(path))
+    except OSError as error:
+        raise UnreadableError(f"cannot be read ({reason(error)})") from None
     # A file of the legacy format dictates how much memory is taken for it.
     if not content.startswith(ZIP):
         raise UnreadableError("is none")
@@ -94,19 +96,6 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has its entries in memory, one after the other once it is copied."""
     special = tensor.is_nested or tensor.is_quantized or tensor.is_meta
     return tensor.layout is torch.strided and not special
-
-
-def _read(path: str) -> bytes:
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a device may have no end
-            kind = "Is a directory" if os.path.isdir(path) else "Not a regular file"
-            raise UnreadableError(f"cannot be read ({kind})")
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UnreadableError(f"cannot be read ({reason(error)})") from None
-    except ValueError as error:  # of a name with a null character
-        raise UnreadableError(f"cannot be read ({error})") from None
 
 
 def _sealed_content(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ import stat
 import uuid
 from typing import Any
 
-__all__ = ["check_path", "check_writable", "reason", "write_whole"]
+__all__ = ["check_path", "check_writable", "read_whole", "reason", "write_whole"]
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
@@ -42,6 +42,32 @@ def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> No
         # Whatever kept the file from being written may keep it from being removed.
         with contextlib.suppress(OSError):
             os.remove(temporary)
+
+
+def read_whole(path: str | os.PathLike[str]) -> bytes:
+    """Reads a file.
+
+    Args:
+        path: Where it is.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        OSError: If there is no regular file: a device may have no end.
+
+    Example:
+        >>> read_whole(os.curdir)
+        Traceback (most recent call last):
+        IsADirectoryError: [Errno 21] Is a directory: '.'
+    """
+    try:
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise OSError(errno.EINVAL, "Not a regular file")
+        with open(path, "rb") as file:
+            return file.read()
+    except ValueError as error:  # of a name with a null character, or one that cannot be encoded
+        raise OSError(errno.EINVAL, str(error)) from None
 
 
 def check_path(name: str, value: Any) -> str:

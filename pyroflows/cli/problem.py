@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .._files import reason
+from .._files import read_whole, reason
 from .errors import UserError, describe, line_in, sentence, shown
 
 #: Combinations of one size that are tried as real numbers.
@@ -186,8 +186,7 @@ def _check_keys(
 
 def _read_data(file: str) -> dict[str, Any]:
     try:
-        text = _read_text(file)
-        data = json.loads(text)
+        data = json.loads(read_whole(Path(file)).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"Cannot read --data {shown(file)}: {reason(error)}.") from error
     except json.JSONDecodeError as error:
@@ -200,15 +199,6 @@ def _read_data(file: str) -> dict[str, Any]:
         expected = f"Expected {file} to hold a JSON object, its keys the model's arguments"
         raise UserError(f"{expected}; got {kinds.get(type(data), 'a number')}.")
     return {key: _argument(file, key, value) for key, value in data.items()}
-
-
-def _read_text(file: str) -> str:
-    if "\0" in file:
-        raise UserError(f"Cannot read --data {shown(file)}: the name holds a null character.")
-    path = Path(file)
-    if path.exists() and not path.is_file() and not path.is_dir():  # a device may have no end
-        raise UserError(f"Cannot read --data {file}: Not a regular file.")
-    return path.read_text(encoding="utf-8-sig")
 
 
 def _argument(file: str, key: str, value: Any) -> Any:
