@@ -196,7 +196,7 @@ def _format(table: Any) -> str:
 
 
 def _save(container: Any, draws: Mapping[str, Any], out: Path) -> Iterator[str]:
-    """Writes both files, and tells of each that cannot be written where it is instead."""
+    """Writes both files, and says of each that cannot be written where it is instead."""
     from ..report.arviz_bridge import save
     from ..report.plots import plot_posterior
 

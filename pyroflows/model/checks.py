@@ -351,7 +351,7 @@ def check_same_values(density_of_rows: Callable[[bool], Tensor]) -> None:
             their last.
     """
     first, last = (float(density_of_rows(flip)) for flip in (False, True))
-    # A value that is no number is refused where the fit looks for its start.
+    # A value that is not finite is refused where the fit looks for its start.
     finite = math.isfinite(first) and math.isfinite(last)
     if finite and not math.isclose(first, last, rel_tol=1e-4, abs_tol=1e-4):
         raise ValueError(

@@ -303,20 +303,11 @@ class Evaluator:
 
     def _value_and_grad(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         try:
-            return self._differentiate(point, inputs)
+            return _differentiate(self.function, point, inputs)
         except RuntimeError:
             # A factorisation that fails gives NaN, as it does in a batch.
             with NanWhereSingular():
-                return self._differentiate(point, inputs)
-
-    def _differentiate(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            point = point.detach().requires_grad_()
-            value = self.function(point, inputs)
-            if not value.requires_grad:  # a density that is flat everywhere has no graph
-                return value, torch.zeros_like(point)
-            (grad,) = torch.autograd.grad(value, point, allow_unused=True)
-        return value.detach(), torch.zeros_like(point) if grad is None else grad
+                return _differentiate(self.function, point, inputs)
 
     # Batches
 
@@ -363,11 +354,7 @@ class Evaluator:
             with NanWhereSingular(), selecting_no_entries():
                 if not gradients:
                     return self.in_plate(points, inputs), held
-                with torch.enable_grad():
-                    points = points.detach().requires_grad_()
-                    values = self.in_plate(points, inputs)
-                    (grads,) = torch.autograd.grad(values.sum(), points)
-            return values.detach(), grads, held
+                return *_differentiate(self.in_plate, points, inputs), held
 
         return run
 
@@ -499,6 +486,19 @@ class Evaluator:
         yield from self.start + 0.1 * noise
         yield self.start
         yield from self.start + 0.01 * noise
+
+
+def _differentiate(
+    function: Callable[[Tensor, Inputs], Tensor], points: Tensor, inputs: Inputs
+) -> tuple[Tensor, Tensor]:
+    """The values of a function at one point, or at many, and its gradients there."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        values = function(points, inputs)
+        if not values.requires_grad:  # a density that is flat everywhere has no graph
+            return values, torch.zeros_like(points)
+        (grads,) = torch.autograd.grad(values.sum(), points, allow_unused=True)
+    return values.detach(), torch.zeros_like(points) if grads is None else grads
 
 
 def _key(leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Hashable:

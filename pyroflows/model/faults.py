@@ -159,7 +159,7 @@ def _told(error: Exception) -> str:
 
 
 def check_site(name: str, fn: Any) -> None:
-    """Refuses a site without a name, or whose distribution is none of Pyro."""
+    """Refuses a site without a name, or whose distribution is not one of Pyro's."""
     if not name:
         raise ValueError(f"Expected sites whose names are strings with letters; got {name!r}.")
     if not isinstance(fn, Distribution):

@@ -181,7 +181,7 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Tells in a sentence if a saved state is none of the training that goes back to it."""
+        """Context manager that refuses, in one sentence, a saved state of another training."""
         try:
             yield
         except Exception as error:  # of any type, from whatever reads the state

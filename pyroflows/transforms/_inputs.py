@@ -62,10 +62,10 @@ def _check_batches(name: str, value: Tensor, dims: int, context: Tensor, context
 
 
 def set_aside(transform: Any, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Makes points whose contexts are not finite no numbers, and these contexts zero.
+    """Makes points NaN whose contexts are not finite, and these contexts zero.
 
     A search for many points at once stops when all of them have settled. It leaves out points that
-    are no numbers, but knows nothing of contexts.
+    are NaN, but knows nothing of contexts.
 
     Args:
         transform: The transform that searches.

@@ -221,7 +221,7 @@ class ContinuousFlow(Transform):
         if self.solver in _FIXED or not state.numel():
             state = _equal_steps(at_context(), state, self.solver, self.steps)
         else:
-            # The steps suit the worst point, so that one that is no number would end them for all.
+            # The steps suit the worst point, so that a single NaN would end them for all.
             lost = ~state.isfinite().all(-1, keepdim=True)
             state = self._adaptive_steps(at_context, state.masked_fill(lost, 0.0), context)
             state = state.masked_fill(lost, torch.nan)

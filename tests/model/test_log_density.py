@@ -704,7 +704,7 @@ def test_a_model_that_cannot_be_batched_is_looped_over_with_a_warning(model: Mod
     assert density.log_prob(torch.zeros(0, 1)).shape == (0,)
 
 
-@pytest.mark.parametrize("mode", ["captured", "vmap", "loop"])
+@pytest.mark.parametrize("mode", ["captured", "vmap", "plate", "loop"])
 def test_a_flat_density_has_no_gradient(mode: str) -> None:
     density = LogDensity(lambda: pyro.sample("x", dist.ImproperUniform(constraints.real, (), (2,))))
     value, grad = in_mode(density, mode).value_and_grad(torch.ones(3, 2))

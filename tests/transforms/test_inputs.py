@@ -92,7 +92,7 @@ def test_scores_have_the_shape_of_points():
     refuses(lambda: Rescale(3).pull_score(torch.zeros(3), None), "score to be a tensor")
 
 
-def test_what_used_to_pass_is_refused():
+def test_points_that_would_broadcast_are_refused():
     refuses(lambda: Rescale(3).forward_and_log_det(torch.zeros(5, 1)), "(*, 3); got (5, 1)")
     refuses(lambda: Permute(3).forward_and_log_det(torch.zeros(5, 7)), "(*, 3); got (5, 7)")
 
