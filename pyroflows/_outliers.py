@@ -80,11 +80,11 @@ def bounded(values: Tensor, reach: float) -> Tensor:
     return values.clamp(min=floor)
 
 
-def list_rows(rows: Tensor, most: int = 5) -> str:
+def list_rows(rows: Tensor, most: int = 5, noun: str = "row") -> str:
     """Returns row numbers for a sentence, counted beyond some: ``rows 2, 5 and 7``."""
     told = [str(row) for row in rows.tolist()[:most]]
     if len(rows) > most:
-        return f"rows {', '.join(told)} and {len(rows) - most} more"
+        return f"{noun}s {', '.join(told)} and {len(rows) - most} more"
     if len(told) == 1:
-        return f"row {told[0]}"
-    return f"rows {', '.join(told[:-1])} and {told[-1]}"
+        return f"{noun} {told[0]}"
+    return f"{noun}s {', '.join(told[:-1])} and {told[-1]}"

@@ -44,13 +44,13 @@ def line_in(source: str, error: BaseException) -> int | None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the type of an error and what it says."""
+    """Returns the type and the message of an error."""
     text = error.msg if isinstance(error, SyntaxError) else sentence(error).rstrip(".")
     return f"{type(error).__name__} ({text})" if text else type(error).__name__
 
 
 def sentence(error: BaseException | Warning | str) -> str:
-    """Returns what an error says, in one line that ends with a full stop."""
+    """Returns the message of an error, in one line that ends with a full stop."""
     # Pyro appends the shapes of a trace, torch the values of a tensor, over many lines.
     text = textwrap.shorten(str(error).split("Trace Shapes:")[0], width=400, placeholder=" ...")
     return text if not text or text.endswith(".") else f"{text}."

@@ -90,7 +90,7 @@ def take_census(
     Args:
         density: The log density.
         start: A point of shape ``(features,)`` with a finite log density.
-        starts: How many starts; fewer where there are many features.
+        starts: How many starts, besides those far out; fewer where there are many features.
         seed: Seed of the starts and of the draws that weigh the fits.
 
     Returns:

@@ -512,7 +512,7 @@ def _warn_of_start(flow: nn.Module, points: Points) -> None:
     others = (x != x[:100].median(0).values).sum(0)
     constant = others <= len(x) // 100
     if bool(constant.any()):
-        columns = list_rows(constant.nonzero().flatten()).replace("row", "column")
+        columns = list_rows(constant.nonzero().flatten(), noun="column")
         _warn(
             "The likelihood has no maximum, because each density is surpassed by one that is "
             f"narrower in {columns} of x, where at least 99 % of the rows are the same; leave "
