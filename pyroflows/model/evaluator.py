@@ -545,7 +545,7 @@ def map_points(
                     for name in found
                 }
             return found
-        except (RuntimeError, ValueError):
+        except FAILURES:
             pass  # some samplers have no batching rule; one run at a time needs none
     runs = [_run_once(function, point, strict=safe is None) for point in points]
     known = next((run for run in runs if run is not None), None)

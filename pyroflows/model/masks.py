@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._random import forked
+from .evaluator import FAILURES
 from .sites import LatentSite, unmasked_entries
 
 __all__ = ["settle_masks"]
@@ -70,7 +71,7 @@ def _drop_needed(
             with torch.enable_grad():
                 trace, log_joint = _evaluate(run, _images(sites, leaves))
             slopes = torch.autograd.grad(log_joint, list(leaves.values()), allow_unused=True)
-        except (ValueError, RuntimeError):
+        except FAILURES:
             continue  # the model cannot be run here
         for site, slope in zip(sites, slopes, strict=True):
             idle = candidates[site.name] & ~unmasked_entries(trace.nodes[site.name])
@@ -99,7 +100,11 @@ def _is_flat(
         for seed in range(RUNS):
             there = _images(sites, next(_points_around(start, seed)))
             mixed = {name: there[name].where(candidates[name], here[name]) for name in here}
-            if not torch.equal(_evaluate(run, mixed)[1], expected):
+            try:
+                found = _evaluate(run, mixed)[1]
+            except FAILURES:
+                return False
+            if not torch.equal(found, expected):
                 return False
     return True
 

@@ -391,7 +391,7 @@ class RunnableModel:
             values = self.constrain(self.initial + step)
             try:
                 return self.run_from(lambda site, values=values: value_at(values, site))
-            except (ValueError, RuntimeError) as error:
+            except FAILURES as error:
                 failure = error
         raise failure
 

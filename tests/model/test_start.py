@@ -44,6 +44,20 @@ def test_a_start_that_works_is_kept() -> None:
     assert density.init_loc_fn is start
 
 
+@pytest.mark.parametrize("error", [AssertionError, ZeroDivisionError, IndexError, ValueError])
+def test_a_model_that_fails_near_its_start_is_evaluated_where_it_does_not(
+    error: type[Exception],
+) -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).mask(torch.tensor([True, False])))
+        if not bool(x[0].abs() < 0.05):
+            raise error("x is too large")
+
+    density = LogDensity(model)
+    assert density.features == 1
+    assert density.evaluate(torch.tensor([[0.01], [1.0]])).usable.tolist() == [True, False]
+
+
 def test_a_model_that_fails_everywhere_is_told_in_one_sentence() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
