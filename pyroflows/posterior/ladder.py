@@ -384,11 +384,11 @@ def train_mixture(climb: Climb, mixture: AutoMixture, steps: int) -> int:
     return steps
 
 
-def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
+def refit_to_chains(climb: Climb) -> AutoMixture | None:
     """Makes a guide of fresh flows that are fitted to chains from the best guide so far.
 
-    It is made, once, where the best guide is a mixture or cuts the posterior short. Fresh flows,
-    because the map of a flow that was cut short is bad where it has had no draws.
+    It is made once, and only where the best guide is a mixture or cuts the posterior short. The
+    flows are fresh, because the map of one that was cut short is bad where it has had no draws.
     """
     best = climb.best
     if best is None or best.verdict.ok or climb.sample is None or climb.sample.empty:
