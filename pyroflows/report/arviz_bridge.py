@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loo",
+    "check_labels",
     "check_mapping",
     "load",
     "loo",
@@ -116,11 +117,10 @@ def to_inference_data(
     check_mapping("groups", groups, to="groups of arrays")
     for group, arrays in groups.items():
         check_mapping(f"the group {group!r}", arrays)
-    check_mapping("dims", {} if dims is None else dims, to="dimensions")
-    check_mapping("coords", {} if coords is None else coords, to="labels")
+    dims, coords = check_labels(dims, coords)
     check_mapping("attrs", {} if attrs is None else attrs, to="notes")
     datasets = {
-        group: make_dataset(group, arrays, dims or {}, coords or {})
+        group: make_dataset(group, arrays, dims, coords)
         for group, arrays in groups.items()
         if arrays
     }
@@ -325,6 +325,17 @@ def check_mapping(name: str, value: Any, to: str = "arrays") -> None:
     for key in value:
         if not isinstance(key, str):
             raise TypeError(f"Expected {name} to have names as keys; got {key!r}.")
+
+
+def check_labels(
+    dims: Mapping[str, Any] | None, coords: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns names of dimensions and their labels, both empty where none are given."""
+    dims = {} if dims is None else dims
+    coords = {} if coords is None else coords
+    check_mapping("dims", dims, to="dimensions")
+    check_mapping("coords", coords, to="labels")
+    return dims, coords
 
 
 def _netcdf(data: Any) -> memoryview:

@@ -12,6 +12,7 @@ import numpy as np
 
 from .arviz_bridge import (
     SAMPLE_DIMS,
+    check_labels,
     check_mapping,
     has_datatree,
     import_arviz,
@@ -67,10 +68,9 @@ def summary(
     import pandas
 
     check_mapping("draws", draws)
-    check_mapping("dims", {} if dims is None else dims, to="dimensions")
-    check_mapping("coords", {} if coords is None else coords, to="labels")
+    dims, coords = check_labels(dims, coords)
     with_chain = {name: np.asarray(values)[None] for name, values in draws.items()}
-    dataset = make_dataset("posterior", with_chain, dims or {}, coords or {})
+    dataset = make_dataset("posterior", with_chain, dims, coords)
     labels: list[str] = []
     rows = [np.empty((0, 4))]
     angles = {storable_name(name) for name in circular}
