@@ -26,6 +26,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 import pyroflows as pf
+from benchmarks.arcs import Arcs, random_arcs, two_arcs, two_arcs_moments
 from benchmarks.posteriors import _choose, _choose_seeds, _finite, _median, _sentence, machine
 
 Draws = dict[str, Tensor]
@@ -33,6 +34,8 @@ Draws = dict[str, Tensor]
 DRAWS = 40_000
 #: Largest error of a fit that is right, in standard deviations and as a log ratio of them.
 TOLERANCE = 0.2
+#: Largest error of a log evidence that is called trusted and right, where it is known.
+EVIDENCE_TOLERANCE = 0.05
 #: Modes of less weight may be missing.
 LEAST_WEIGHT = 0.02
 #: Resampling may fill a mode with copies of a draw that hit it by luck; so many different ones give its mean within 0.1 sd.
@@ -118,12 +121,14 @@ class Adversary:
         kwargs: Its keyword arguments.
         truth: Site -> its moments; None if the posterior is improper and has none.
         modes: Its modes; None if it has one.
+        log_evidence: Its log evidence; None where no one has computed it.
     """
 
     model: Callable[..., None]
     kwargs: dict[str, Any]
     truth: dict[str, Moments] | None
     modes: Modes | None = None
+    log_evidence: float | None = None
 
 
 def spread(values: Tensor, level: float | None) -> tuple[Tensor, Tensor]:
@@ -565,6 +570,43 @@ def flat_sum(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
 
 
+def _arcs(arcs: Arcs) -> Adversary:
+    mean, sd = arcs.moments()
+    modes = Modes(arcs.weights, lambda draws: arcs.components(draws["x"]).argmax(-1))
+    return Adversary(arcs.model, {}, {"x": Moments(mean, sd)}, modes, log_evidence=0.0)
+
+
+def arc() -> Adversary:
+    """One long thin mode, bent, in three dimensions."""
+    return _arcs(random_arcs(1, 3, bend=0.5, seed=0))
+
+
+def _two_arcs(bend: float) -> Adversary:
+    sds, log_evidence = two_arcs_moments(bend)
+    modes = Modes(torch.tensor([0.5, 0.5]), lambda draws: (draws["x"][:, 0] > 0).long())
+    return Adversary(two_arcs, {"bend": bend}, {"x": Moments(0.0, sds)}, modes, log_evidence)
+
+
+def two_arcs_long() -> Adversary:
+    """Two long thin modes, a little bent, whose arms a fit cuts short unseen."""
+    return _two_arcs(0.3)
+
+
+def two_arcs_bent() -> Adversary:
+    """Two long thin modes, bent more."""
+    return _two_arcs(0.6)
+
+
+def three_arcs() -> Adversary:
+    """Three long thin modes, bent, in four dimensions."""
+    return _arcs(random_arcs(3, 4, bend=0.3, seed=1))
+
+
+def four_arcs() -> Adversary:
+    """Four long thin modes, a little bent, in six dimensions."""
+    return _arcs(random_arcs(4, 6, bend=0.2, seed=2))
+
+
 def improper_direction() -> Adversary:
     """Two coefficients of which only the sum is known: the posterior is flat along a line."""
     return Adversary(flat_sum, {"y": torch.tensor([0.2, 1.1, -0.5, 0.9])}, None)
@@ -610,6 +652,11 @@ ADVERSARIES: dict[str, Callable[[], Adversary]] = {
         cliff,
         wall,
         nan_region,
+        arc,
+        two_arcs_long,
+        two_arcs_bent,
+        three_arcs,
+        four_arcs,
         improper_direction,
         improper_scale,
     )
@@ -629,7 +676,9 @@ class Row:
         mean_error: Largest error of a mean, in sd (of a median, in widths, where a law is heavy-tailed).
         log_sd_error: Largest |log(sd / true sd)| (of widths, where a law is heavy-tailed).
         missing: The modes that are missing.
-        right: Whether no error is above `TOLERANCE` and no mode is missing; never, for an improper posterior.
+        evidence_error: |log evidence - true log evidence|, where it is known.
+        right: Whether no error is above `TOLERANCE`, that of the log evidence not above `EVIDENCE_TOLERANCE`, and no mode is
+            missing; never, for an improper posterior.
         ok: Whether the verdict is ok; no, if the fit was refused.
         refused: Whether the fit raised a ValueError.
         seconds: CPU seconds of the fit, without the drawing afterwards.
@@ -642,6 +691,7 @@ class Row:
     mean_error: float | None = None
     log_sd_error: float | None = None
     missing: list[str] = field(default_factory=list)
+    evidence_error: float | None = None
     right: bool = False
     ok: bool = False
     refused: bool = False
@@ -683,6 +733,9 @@ def run_row(name: str, seed: int, time_limit: float | None = None) -> Row:
         ok=posterior.verdict.ok,
         verdict=str(posterior.verdict),
     )
+    if adversary.log_evidence is not None:
+        error = abs(posterior.log_evidence - adversary.log_evidence)
+        row = replace(row, evidence_error=error)
     try:
         return compare(row, adversary, posterior.sample(DRAWS, seed=seed))
     except Exception as error:
@@ -704,6 +757,7 @@ def compare(row: Row, adversary: Adversary, draws: Draws) -> Row:
     mean_error, log_sd_error = torch.tensor(found, dtype=torch.float64).amax(0).tolist()
     missing = adversary.modes.missing(draws) if adversary.modes else []
     right = mean_error <= TOLERANCE and log_sd_error <= TOLERANCE and not missing
+    right &= row.evidence_error is None or row.evidence_error <= EVIDENCE_TOLERANCE
     return replace(
         row, mean_error=mean_error, log_sd_error=log_sd_error, missing=missing, right=right
     )
@@ -740,7 +794,8 @@ _LEGEND = f"""
 mean err: largest |mean - true mean| / true sd; |log sd|: largest |log(sd / true sd)|; both over every constrained scalar,
 by {DRAWS:,} draws, with medians and central widths where a law is heavy-tailed. lost: modes of more than
 {LEAST_WEIGHT:.0%} with less than half of their share, or with copies of fewer than {LEAST_DISTINCT} draws.
-right: both errors at most {TOLERANCE} and no mode lost. CPU s: of the fit."""
+right: both errors at most {TOLERANCE}, no mode lost, and the log evidence within {EVIDENCE_TOLERANCE} where it is known.
+CPU s: of the fit."""
 
 
 def _number(value: float | None, form: str) -> str:

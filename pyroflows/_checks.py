@@ -133,6 +133,17 @@ def check_shape(name: str, value: Any, least: int = 0) -> torch.Size:
     return torch.Size([check_size(name, size) for size in sizes])
 
 
+def check_batch_shape(name: str, value: Any) -> torch.Size:
+    """Returns the shape of a sample or a batch, such as ``()`` or ``(5, 3)``."""
+    try:
+        shape = torch.Size(value)
+    except TypeError:
+        raise TypeError(f"Expected {name} to be a shape such as (5,); got {value!r}.") from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"Expected {name} of sizes that are not negative; got {tuple(shape)}.")
+    return shape
+
+
 def check_context_shape(features: Any, shape: Any) -> torch.Size | None:
     """Returns the shape of one context, given in short as the entries of a vector, in full, or not at all."""
     short = None if features is None else torch.Size([check_size("context_features", features)])
@@ -177,6 +188,12 @@ def _describe(value: Any) -> str:
 
 def _pattern(shape: Sequence[int]) -> str:
     return "(" + ", ".join(["*", *map(str, shape)]) + ")"
+
+
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """Returns names for a sentence: quoted, and counted beyond some."""
+    told = ", ".join(map(repr, names[:most]))
+    return told if len(names) <= most else f"{told} and {len(names) - most} more"
 
 
 def caller_level() -> int:

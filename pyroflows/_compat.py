@@ -10,21 +10,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from traceback import walk_tb
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import MaskedDistribution, stable, stable_log_prob
 from pyro.infer.autoguide import AutoNormal, AutoNormalizingFlow
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK, apply_stack
 from pyro.poutine.subsample_messenger import SubsampleMessenger
-from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.distributions import Distribution
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import (
     tree_flatten,
     tree_leaves,
@@ -35,26 +40,44 @@ from torch.utils._pytree import (
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
+    "ERROR_CHECK",
+    "FACTORISATIONS_OF_FINITE",
+    "FACTORISATIONS_WITH_INFO",
+    "TorchDispatchMode",
     "WeakIdKeyDictionary",
     "active_traces",
     "apply_to_module",
+    "array_of",
     "build_guide",
     "copy_all",
     "default_validation",
     "definition_of",
+    "dtype_of",
     "full_name",
+    "functions_of_any_style",
     "in_forward_mode",
     "init_transform_of",
     "interpolate_all",
+    "is_batched",
     "is_mutating",
     "location_and_scale",
     "make_fx",
     "mask_of",
+    "message_in",
     "module_name",
     "named_dims",
+    "number_of",
     "packed_dims",
+    "plate_in",
+    "record_operations",
+    "stable_density_at_zero",
+    "stable_density_of",
+    "stable_integral",
     "stamp",
+    "start_in_open_plates",
+    "storage_of",
     "stored_parameters",
+    "trace_in",
     "transforming",
     "tree_flatten",
     "tree_leaves",
@@ -70,6 +93,7 @@ __all__ = [
 # Names of modules that torch has not documented. `WeakIdKeyDictionary` finds a tensor by its
 # identity: as keys of a `WeakKeyDictionary`, tensors would be compared entry by entry. `make_fx`
 # records the operations of a function, gradients among them, which `torch.compile` does not read.
+# `TorchDispatchMode` sees the operations below differentiation.
 # The trees are nested lists and dictionaries as `torch.func` and the compiler walk through them.
 
 
@@ -99,6 +123,19 @@ def active_traces() -> list[Any]:
     return [handler.trace for handler in _PYRO_STACK if isinstance(handler, TraceMessenger)]
 
 
+def start_in_open_plates(starter: Any, message: Any) -> Any:
+    """Returns the value that a handler of Pyro's gives a site once all open plates have seen it.
+
+    Pyro lets a reparametrised site start before the plates around it have seen it.
+    """
+    seen: Any = {**message, "cond_indep_stack": ()}
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, IndepMessenger):
+            handler._process_message(seen)
+    starter._process_message(seen)
+    return seen["value"]
+
+
 @contextlib.contextmanager
 def whole_plates() -> Iterator[None]:
     """Makes all plates see all of their rows for a while.
@@ -118,6 +155,33 @@ def whole_plates() -> Iterator[None]:
         yield
     finally:
         SubsampleMessenger._subsample = staticmethod(subsample)  # type: ignore[method-assign]
+
+
+def message_in(error: BaseException) -> Any:
+    """Returns the message of the innermost statement that an error passed through, or ``None``.
+
+    Errors of Pyro do not know their site, and only the frames of the traceback have its message.
+    """
+    frames = _frames_of(apply_stack, error)
+    return frames[-1]["msg"] if frames else None
+
+
+def plate_in(error: BaseException) -> tuple[str, Any] | None:
+    """Returns name and size of the plate in whose making an error arose, or ``None``."""
+    frames = _frames_of(IndepMessenger.__init__, error)
+    return (frames[-1]["name"], frames[-1]["size"]) if frames else None
+
+
+def trace_in(error: BaseException) -> Any:
+    """Returns the trace of the outermost run of a model that an error ended, or ``None``."""
+    frames = _frames_of(TraceHandler.__call__, error)
+    return frames[0]["self"].trace if frames else None
+
+
+def _frames_of(function: Any, error: BaseException) -> list[Mapping[str, Any]]:
+    """The local variables of the calls of a function that an error passed through."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return [frame.f_locals for frame in frames if frame.f_code is function.__code__]
 
 
 # Pyro: modules, parameters, guides
@@ -210,7 +274,136 @@ def unvalidated(distribution: Any) -> Any:
     return copied
 
 
+# Pyro: distributions
+
+
+@contextlib.contextmanager
+def stable_density_of(
+    away_from_one: Callable[..., Tensor], anywhere: Callable[..., Tensor]
+) -> Iterator[None]:
+    """Puts functions in the place of two within the density of Pyro's stable distributions.
+
+    Pyro's select the entries that need another formula, of which each point has another number.
+    """
+    originals = stable_log_prob._unsafe_alpha_stable_log_prob_S0, stable._stable_log_prob
+    stable_log_prob._unsafe_alpha_stable_log_prob_S0 = away_from_one
+    stable._stable_log_prob = anywhere
+    try:
+        yield
+    finally:
+        stable_log_prob._unsafe_alpha_stable_log_prob_S0 = originals[0]
+        stable._stable_log_prob = originals[1]
+
+
+def stable_integral(alpha: Tensor, beta: Tensor, value: Tensor) -> Tensor:
+    """Returns the log density of a stable distribution away from one and zero."""
+    return stable_log_prob._unsafe_stable_log_prob(alpha, beta, value)
+
+
+def stable_density_at_zero(alpha: Tensor) -> Tensor:
+    """Returns the log density of a symmetric stable distribution at zero."""
+    return stable_log_prob._unsafe_alpha_stable_log_prob_at_zero(alpha, 0)
+
+
+# torch: functions of autograd
+
+
+@contextlib.contextmanager
+def functions_of_any_style() -> Iterator[list[Any]]:
+    """Lets ``torch.func`` transform functions of autograd that have no ``setup_context``.
+
+    Pyro's are of the old style, in which ``forward`` takes the context. ``torch.func`` refuses them
+    in ``Function.apply``, and no mode sees that call. What is yielded are the functions applied.
+    """
+    apply = vars(Function)["apply"]
+    applied: list[Any] = []
+
+    def apply_any(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        applied.append(cls)
+        old = cls.setup_context is Function.setup_context
+        return apply.__get__(None, _modern(cls) if old and transforming() else cls)(*args, **kwargs)
+
+    Function.apply = classmethod(apply_any)  # type: ignore[method-assign,assignment]
+    try:
+        yield applied
+    finally:
+        Function.apply = apply  # type: ignore[method-assign]
+
+
+@functools.cache
+def _modern(cls: type[Function]) -> type[Function]:
+    """A function of the old style in the new one, whose forward pass is run for its context too."""
+
+    def forward(*args: Any) -> Any:
+        return cls.forward(_NoContext(), *args)
+
+    def setup_context(context: Any, args: tuple[Any, ...], _: Any) -> None:
+        cls.forward(context, *args)
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": cls.__dict__["backward"],
+        "generate_vmap_rule": True,
+    }
+    return type(cls.__name__, (Function,), members)
+
+
+class _NoContext:
+    """Takes what the forward pass of a function says to its context, and forgets it."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 # torch: tensors and modules
+
+
+def record_operations(function: Callable[..., Any]) -> Callable[..., GraphModule]:
+    """Returns ``make_fx`` of a function that may read values, which are noted in the graph.
+
+    Without its private option, ``make_fx`` refuses even to read constants.
+    """
+    return make_fx(function, _error_on_data_dependent_ops=False)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Returns whether a tensor stands for many, one for each point of a ``torch.func.vmap``.
+
+    An operation must know whether it may read values, and ``torch.func`` has no public question.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def number_of(tensor: Tensor) -> bool | float:
+    """Returns the first of the numbers that a tensor holds, unseen by transforms and recording.
+
+    Under ``torch.func.vmap``, which refuses to tell, this is the number for the first point.
+    """
+    with torch._C._DisableFuncTorch(), _disable_current_modes():
+        return _unwrapped(tensor).detach().flatten()[0].item()
+
+
+def array_of(tensor: Tensor) -> Any:
+    """Returns what a tensor holds as an array of numpy, unseen by transforms and recording."""
+    with torch._C._DisableFuncTorch(), _disable_current_modes():
+        return _unwrapped(tensor).numpy(force=True).copy()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Returns what tensors have in common that are views of the same memory."""
+    return _unwrapped(tensor).untyped_storage()._cdata
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside of those by which ``torch.func`` stands around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def transforming() -> bool:
@@ -254,6 +447,30 @@ def definition_of(module: nn.Module) -> list[Tensor | bool]:
     return parts
 
 
+def dtype_of(module: nn.Module) -> torch.dtype | None:
+    """Returns the dtype of the floating-point parameters of a module, or else of its buffers.
+
+    Several times faster than ``parameters()``, because every evaluation of a transform asks for it.
+    """
+    of_buffers = None
+    modules = [module]
+    while modules:
+        here = modules.pop()
+        of_parameters = _floating(here._parameters.values())
+        if of_parameters is not None:
+            return of_parameters
+        of_buffers = of_buffers or _floating(here._buffers.values())
+        modules += [child for child in here._modules.values() if child is not None]
+    return of_buffers
+
+
+def _floating(tensors: Iterable[Tensor | None]) -> torch.dtype | None:
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.dtype
+    return None
+
+
 def apply_to_module(module: nn.Module, function: Callable[[Tensor], Tensor]) -> nn.Module:
     """Applies a function to all tensors of a module, as ``module.to`` does."""
     return module._apply(function)
@@ -273,3 +490,25 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 def interpolate_all(targets: list[Tensor], ends: list[Tensor], weight: float) -> None:
     """Moves tensors by a share of the way to others in place, in one kernel on a GPU."""
     torch._foreach_lerp_(targets, ends, weight)
+
+
+# torch: linear algebra
+
+# All that torch has for factorisations comes down to these operations. The first tell by their last
+# result which matrices of a batch have failed; then follows a check that raises. The others raise
+# themselves, where a matrix is not finite.
+ERROR_CHECK = torch.ops.aten._linalg_check_errors.default
+FACTORISATIONS_WITH_INFO = (
+    torch.ops.aten.linalg_cholesky_ex.default,
+    torch.ops.aten.linalg_inv_ex.default,
+    torch.ops.aten._linalg_solve_ex.default,
+    torch.ops.aten.linalg_lu_factor_ex.default,
+    torch.ops.aten.linalg_ldl_factor_ex.default,
+)
+FACTORISATIONS_OF_FINITE = (
+    torch.ops.aten._linalg_eigh.default,
+    torch.ops.aten._linalg_svd.default,
+    torch.ops.aten.linalg_eig.default,
+    torch.ops.aten.linalg_lstsq.default,
+    torch.ops.aten.linalg_pinv.atol_rtol_tensor,
+)

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
-__all__ = ["Deadline"]
+__all__ = ["Deadline", "TimeOver", "check_time"]
+
+_enforced: ContextVar[Deadline | None] = ContextVar("enforced", default=None)
+
+
+class TimeOver(Exception):
+    """The time of a piece of work is over, so that no part of it may begin."""
+
+
+def check_time() -> None:
+    """Raises :class:`TimeOver` if a deadline that is enforced has passed; see
+    :meth:`Deadline.enforced`."""
+    deadline = _enforced.get()
+    if deadline is not None and deadline.passed:
+        raise TimeOver
 
 
 class Deadline:
@@ -44,6 +60,39 @@ class Deadline:
     def passed(self) -> bool:
         """Whether the time is over."""
         return self.seconds is not None and self.elapsed >= self.seconds
+
+    @contextlib.contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Context manager in which :func:`check_time` raises :class:`TimeOver` after the time is
+        over, so that each evaluation of a model reads the deadline without being told of it.
+
+        Example:
+            >>> with Deadline(0.0).enforced():
+            ...     check_time()
+            Traceback (most recent call last):
+            ...
+            pyroflows._deadline.TimeOver
+        """
+        token = _enforced.set(self)
+        try:
+            yield
+        finally:
+            _enforced.reset(token)
+
+    def earlier(self, seconds: float) -> Deadline:
+        """Returns a deadline that passes so many seconds before this one.
+
+        Args:
+            seconds: The seconds, which are left for other work.
+
+        Example:
+            >>> Deadline(10.0).earlier(2.0).seconds
+            8.0
+        """
+        limit = None if self.seconds is None else self.seconds - seconds
+        sooner = Deadline(limit, self._clock)
+        sooner._start = self._start
+        return sooner
 
     def fraction_since(self, start: float) -> float:
         """The share of the time between a reading of :attr:`elapsed` and the limit that is over.

@@ -5,37 +5,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import stat
+import uuid
 from typing import Any
 
-__all__ = ["check_writable", "save_whole", "whole_file"]
+__all__ = ["check_path", "check_writable", "reason", "write_whole"]
 
 
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Gives the name of a temporary file, which replaces the path once the block has succeeded.
+def write_whole(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Writes a file, which takes its place only once all of it is on the disk.
+
+    Writers of formats, which may crash on a full disk, write to memory before.
 
     Args:
-        path: Where the file shall be in the end.
-
-    Returns:
-        A context manager that gives the temporary name, in the same folder and of the same suffix.
+        path: Where the file shall be.
+        content: All that it holds.
 
     Raises:
-        OSError: If the file cannot be moved to its place.
+        OSError: If it cannot be written; what was at the path is still there.
 
     Example:
         >>> import tempfile
         >>> path = os.path.join(tempfile.mkdtemp(), "note.txt")
-        >>> with whole_file(path) as temporary, open(temporary, "w") as file:
-        ...     print(file.write("whole"), os.path.exists(path))
-        5 False
-        >>> open(path).read()
-        'whole'
+        >>> write_whole(path, b"whole")
+        >>> open(path).read(), os.listdir(os.path.dirname(path))
+        ('whole', ['note.txt'])
     """
     temporary = _beside(path)
     try:
-        yield temporary
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only here
         os.replace(temporary, path)
     finally:
         # Whatever kept the file from being written may keep it from being removed.
@@ -43,22 +44,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
             os.remove(temporary)
 
 
-def save_whole(state: Any, path: str) -> None:
-    """Saves by ``torch.save``, as a :func:`whole_file`.
-
-    Raises:
-        OSError: If the file cannot be written; torch's own writer raises ``RuntimeError``.
-    """
-    import torch  # here, because the room of reports runs without it
-
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
+def check_path(name: str, value: Any) -> str:
+    """Returns a path as a string; ``TypeError`` if it is none."""
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise TypeError(f"Expected {name} to be a path; got {value!r}.") from None
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises ``OSError`` unless :func:`whole_file` can write to the path."""
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    """Raises ``OSError`` unless :func:`write_whole` can write to the path."""
     temporary = _beside(path)
     # To create a file is the one test that agrees with the write to come, whatever forbids it.
     with open(temporary, "wb"):
@@ -66,7 +61,22 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     os.remove(temporary)
 
 
+def reason(error: OSError) -> str:
+    """Returns why a file cannot be read or written, without its name."""
+    return error.strerror or str(error)
+
+
 def _beside(path: str | os.PathLike[str]) -> str:
-    """Returns a name of this process's own in the same folder, of the same suffix."""
-    root, suffix = os.path.splitext(os.fspath(path))
-    return f"{root}.{os.getpid()}.part{suffix}"
+    """Returns a new name in the folder of a path, at which a file can be."""
+    name = os.fspath(path)
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except ValueError as error:  # of a name with a null character, or one that cannot be encoded
+        raise OSError(errno.EINVAL, str(error)) from None
+    if stat.S_ISDIR(mode) or not os.path.basename(name):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):  # a device would be replaced by the file
+        raise OSError(errno.EINVAL, "Not a regular file")
+    return os.path.join(os.path.dirname(name), f".{uuid.uuid4().hex}.part")

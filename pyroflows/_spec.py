@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 from torch.distributions import Transform as TorchTransform
 
+from ._budget import within_budget
+
 __all__ = ["Recorded", "build", "describe", "resolve"]
 
 #: Modules, with those inside of them, whose classes and functions a file may name: the parts of
@@ -212,8 +214,13 @@ def build(data: Any) -> Any:
         >>> build(describe(pf.transforms.Permute(3)))
         Permute(3, fast: both directions)
     """
+    with within_budget():
+        return _build(data)
+
+
+def _build(data: Any) -> Any:
     if isinstance(data, (tuple, list)):
-        return type(data)(map(build, data))
+        return type(data)(map(_build, data))
     if not isinstance(data, Mapping):
         return data
     if "own" in data:
@@ -221,7 +228,7 @@ def build(data: Any) -> Any:
     if "size" in data:
         return torch.Size(data["size"])
     if "dict" in data:
-        return {build(key): build(item) for key, item in data["dict"]}
+        return {_build(key): _build(item) for key, item in data["dict"]}
     if "name" in data:
         return resolve(data["name"])
     return _build_object(data)
@@ -238,7 +245,7 @@ def own_error(name: str) -> ValueError:
 def _build_object(data: Mapping[str, Any]) -> Any:
     if "partial" in data:
         return functools.partial(
-            build(data["partial"]), *map(build, data["args"]), **_build_all(data["kwargs"])
+            _build(data["partial"]), *map(_build, data["args"]), **_build_all(data["kwargs"])
         )
     if "call" in data:
         return resolve_class(data["call"], object)(**_build_all(data["kwargs"]))
@@ -251,7 +258,7 @@ def _build_object(data: Mapping[str, Any]) -> Any:
 
 
 def _build_all(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: build(value) for key, value in named.items()}
+    return {key: _build(value) for key, value in named.items()}
 
 
 def name_of(value: Any) -> str | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -20,11 +23,12 @@ from pyro import poutine
 import pyroflows
 from pyroflows.cli import FLOWS, main
 from pyroflows.examples import EXAMPLES
+from pyroflows.report.arviz_bridge import load, to_inference_data
 
 MODEL = """
 from __future__ import annotations
 from dataclasses import dataclass
-import pyro, torch
+import pyro, sys, torch
 import pyro.distributions as dist
 from pyro.nn import PyroModule
 import neighbour
@@ -48,6 +52,29 @@ def anything(**data):
 
 def by_place(a, b=None, /, *, c):
     pyro.sample("z", dist.Normal(0.0, 1.0))
+
+def exits():
+    sys.exit(3)
+
+def stops():
+    raise KeyboardInterrupt
+
+def counted(x, k):
+    rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
+    pyro.sample("x", dist.Poisson(rate).expand([2, 2]).to_event(2), obs=x)
+    pyro.sample("k", dist.Poisson(rate * torch.ones(2)[k]).to_event(1), obs=k)
+
+def multiplied(x, k):
+    scale = pyro.param("scale", torch.ones(2))
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), scale).to_event(1))
+    pyro.sample("y", dist.Normal((x @ w)[k], 1.0).to_event(1), obs=torch.zeros(2))
+
+def both(x, k):
+    w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x @ w + k @ w, 1.0).to_event(1), obs=torch.zeros(2))
+
+def hopeless(x, k):
+    raise RuntimeError("no dtype will do")
 
 def broken(y):
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -76,26 +103,19 @@ class FakePosterior:
         self.interrupted = interrupted
         self.verdict = FakeVerdict()
 
-    def to_arviz(self, draws: int) -> FakeContainer:
-        return FakeContainer(draws)
+    def to_arviz(self, draws: int) -> Any:
+        return container(draws)
+
+    def save(self, path: Path) -> None:
+        path.write_text("posterior")
 
 
-class FakeContainer:
-    """Evenly spaced draws, in place of ArviZ's container."""
-
-    def __init__(self, draws: int) -> None:
-        even = np.arange(draws) / 32  # without rounding, so that the first interval is the shortest
-        theta = np.stack([even / 2**13, even], axis=-1)
-        columns = {"mu": even, "theta": theta, "k": np.full(draws, 3.0)}
-        self.data_vars = {name: SimpleNamespace(values=x[None]) for name, x in columns.items()}
-        self.draws = draws
-
-    def __getitem__(self, group: str) -> FakeContainer:
-        assert group == "posterior"
-        return self
-
-    def to_netcdf(self, path: str, engine: str) -> None:
-        Path(path).write_text(f"{self.draws} draws")
+def container(draws: int) -> Any:
+    """Evenly spaced draws in ArviZ's container."""
+    even = np.arange(draws) / 32  # without rounding, so that the first interval is the shortest
+    theta = np.stack([even / 2**13, even], axis=-1)
+    columns = {"mu": even, "theta": theta, "k": np.full(draws, 3.0)}
+    return to_inference_data({"posterior": {name: x[None] for name, x in columns.items()}})
 
 
 class FakeFinding(NamedTuple):
@@ -178,7 +198,7 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
         "Saved eight_schools.nc and eight_schools.png.",
     ):
         assert expected in out
-    assert (folder / "eight_schools.nc").read_text() == "500 draws"
+    assert load(folder / "eight_schools.nc")["posterior"]["mu"].shape == (1, 500)
     assert (folder / "eight_schools.png").read_bytes().startswith(b"\x89PNG")
     [(model, options)] = fit.calls
     assert model is EXAMPLES["eight_schools"].model
@@ -197,7 +217,7 @@ def test_fit_prints_table_verdict_and_figures_and_saves(fit, folder, capsys):
 def test_the_posterior_is_drawn_once(fit, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        fit.result, "to_arviz", lambda draws: drawn.append(draws) or FakeContainer(draws)
+        fit.result, "to_arviz", lambda draws: drawn.append(draws) or container(draws)
     )
     assert main(["fit", "funnel", "--draws", "300"]) == 0
     assert drawn == [300]
@@ -312,7 +332,7 @@ MISTAKES = {
     "model file too long": ("f" * 300 + ".py:model", "no model file fff"),
     "folder for a model": (".:model", "no model file ."),
     "not Python by name": ("model.txt:model", "ends in .py; got model.txt"),
-    "no function": ("m.py:modle", "no 'modle' in m.py; its functions are anything, broken, "),
+    "no function": ("m.py:modle", "no 'modle' in m.py; its functions are anything, both, broken, "),
     "no function at all": ("neighbour.py:model", "no 'model' in neighbour.py, nor any function"),
     "not a function": (
         "m.py:LEVEL",
@@ -339,6 +359,16 @@ MISTAKES = {
         "funnel --out f.nc --checkpoint ./f.nc",
         "--checkpoint to name another file than --out",
     ),
+    "out is empty": ("funnel --out=", "ends in .nc; got ''"),
+    "out is a folder": ("funnel --out folder.nc", "Cannot write folder.nc: Is a directory"),
+    "out is a device": ("funnel --out device.nc", "Cannot write device.nc: Not a regular file"),
+    "out with a null character": ("funnel --out a\0b.nc", "Cannot write 'a\\x00b.nc': "),
+    "data is empty": ("m.py:model --data=", "Cannot read --data '': Is a directory"),
+    "data with a null character": ("m.py:model --data a\0b", "Cannot read --data 'a\\x00b': "),
+    "data without end": ("m.py:model --data /dev/zero", "/dev/zero: Not a regular file"),
+    "model with a null character": ("a\0b.py:model", "no model file 'a\\x00b.py'"),
+    "no function named": ("m.py:", "no '' in m.py"),
+    "device is empty": ("funnel --device=", "to name a torch device such as cpu or cuda:0; got ''"),
     "out is too long": ("funnel --out " + "f" * 300 + ".nc", "File name too long"),
     "threads": ("funnel --threads 0", "--threads: expected a positive number of threads, got '0'"),
     "draws": ("funnel --draws 0", "--draws: expected a whole number from 10 to 100000000, got '0'"),
@@ -374,6 +404,8 @@ def test_mistakes_are_told_before_the_fit(fit, folder, capsys, mistake):
     arguments, sentence = MISTAKES[mistake]
     for name, text in FILES.items():
         (folder / name).write_text(text)
+    (folder / "folder.nc").mkdir()
+    os.mkfifo(folder / "device.nc")
     before = {path.name for path in folder.iterdir()}
     assert main(["fit", *arguments.split()]) == 2
     assert sentence in _one_sentence(capsys)
@@ -435,6 +467,14 @@ def test_mistakes_in_the_data_are_told_before_the_fit(fit, folder, capsys, mista
 def _one_sentence(capsys: pytest.CaptureFixture[str]) -> str:
     out, err = capsys.readouterr()
     assert out == ""
+    return _checked(err)
+
+
+def _told(capsys: pytest.CaptureFixture[str]) -> str:
+    return _checked(capsys.readouterr().err)
+
+
+def _checked(err: str) -> str:
     assert err.startswith("pyroflows: ")
     assert err.endswith(".\n")
     assert err.count("\n") == 1
@@ -455,18 +495,68 @@ def test_files_that_were_there_survive_the_check(fit, folder):
     assert fit.calls == []
 
 
-def test_an_output_lost_after_the_fit_is_told(fit, capsys):
-    def to_netcdf(path: str, engine: str) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("spoilt", [".nc", ".png"])
+def test_what_a_full_disk_refuses_is_saved_elsewhere(
+    fit, folder, capsys, monkeypatch, tmp_path_factory, spoilt
+):
+    elsewhere = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    (folder / f"funnel{spoilt}").write_text("old")
+    replace = os.replace
 
-    container = FakeContainer(100)
-    container.to_netcdf = to_netcdf  # type: ignore[method-assign]
-    fit.result.to_arviz = lambda draws: container
+    def full(source: str, target: str) -> None:
+        if str(target) == f"funnel{spoilt}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["fit", "funnel"]) == 2
+    out, err = capsys.readouterr()
+    assert "ELBO" in out
+    [saved] = elsewhere.glob(f"pyroflows-*/funnel{spoilt}")
+    expected = f"Cannot write 'funnel{spoilt}': No space left on device. It is saved as {saved}"
+    assert err == f"pyroflows: {expected} instead.\n"
+    assert (folder / f"funnel{spoilt}").read_text() == "old"
+    assert saved.stat().st_size > 1000
+
+
+def test_a_full_machine_is_told(fit, capsys, monkeypatch):
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     assert main(["fit", "funnel"]) == 2
     out, err = capsys.readouterr()
     assert "ELBO" in out
     assert err.count("\n") == 1
-    assert "No space left on device" in err
+    assert "No space left on device. It could not be written to" in err
+
+
+def test_a_posterior_that_arviz_cannot_show_is_kept(fit, folder, capsys):
+    def to_arviz(draws: int) -> Any:
+        raise RuntimeError("The model\ncannot predict.")
+
+    fit.result.to_arviz = to_arviz
+    assert main(["fit", "funnel"]) == 2
+    assert "RuntimeError (The model cannot predict). It is saved as funnel.pt" in _told(capsys)
+    assert (folder / "funnel.pt").read_text() == "posterior"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (BrokenPipeError(), 0, ""),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "Cannot write the output: No space"),
+    ],
+)
+def test_an_output_that_nobody_reads(fit, folder, monkeypatch, capsys, error, code, told):
+    def write(text: str) -> int:
+        raise error
+
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=write, flush=lambda: None))
+    assert main(["fit", "funnel"]) == code
+    assert told in capsys.readouterr().err
+    assert (folder / "funnel.nc").exists()
 
 
 @pytest.mark.parametrize(
@@ -515,14 +605,62 @@ def test_a_model_that_raises_is_told_with_its_line(monkeypatch, capsys, name, se
     assert err.count("\n") == 1
 
 
-def test_data_of_a_wrong_shape_are_told_with_their_site(fit, capsys):
-    fit.result = RuntimeError("The size of tensor a (2) must match the size of tensor b (3).")
-    assert main(["fit", "eight_schools", "--data", data(y=[1.0, 2.0], sigma=[1.0, 2.0, 3.0])]) == 2
-    sentence = _one_sentence(capsys)
-    assert (
-        "site 'y' holds a value of shape (2,) that its distribution, of shape (3,), cannot score"
-        in sentence
-    )
+def test_an_error_that_a_sentence_tells_is_told_with_its_line(monkeypatch, capsys):
+    def fit_posterior(model: Any, kwargs: Any, **_: Any) -> None:
+        try:
+            model(**kwargs)
+        except AttributeError as error:
+            raise ValueError("Expected a model that runs.") from error
+
+    monkeypatch.setattr(pyroflows, "fit_posterior", fit_posterior)
+    assert main(["fit", "m.py:broken", "--data", data(y=[1.0])]) == 2
+    line = 1 + next(i for i, text in enumerate(MODEL.splitlines()) if text.endswith("y.missing"))
+    expected = f"pyroflows: Expected a model that runs (m.py, line {line}).\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("name", ["exits", "stops"])
+def test_a_model_that_ends_the_program_is_told(monkeypatch, capsys, name):
+    monkeypatch.setattr(pyroflows, "fit_posterior", lambda model, **_: model())
+    assert main(["fit", f"m.py:{name}"]) == (2 if name == "exits" else 130)
+    expected = "The model raised SystemExit (3) at m.py" if name == "exits" else "Interrupted."
+    assert expected in _one_sentence(capsys)
+
+
+# The model, and the dtypes of its arguments x and k of whole numbers
+NUMBERS: dict[str, tuple[torch.dtype, torch.dtype]] = {
+    "counted": (torch.int64, torch.int64),
+    "multiplied": (torch.float32, torch.int64),
+    "both": (torch.float32, torch.float32),
+    "hopeless": (torch.int64, torch.int64),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_whole_numbers_are_real_where_the_model_needs_it(fit, name):
+    assert main(["fit", f"m.py:{name}", "--data", data(x=[[1, 2], [3, 4]], k=[0, 1])]) == 0
+    kwargs = fit.calls[0][1]["kwargs"]
+    assert (kwargs["x"].dtype, kwargs["k"].dtype) == NUMBERS[name]
+    assert not list(pyro.get_param_store())
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "broken",
+            "got AttributeError ('Tensor' object has no attribute 'missing') after site 'z'",
+        ),
+        ("misshapen", "'n') at site y dim -1, 3 vs 2) at site 'y'"),
+        ("model", "site 'y' observes shape (2, 1) under a distribution of batch shape (2,)"),
+    ],
+)
+def test_a_model_that_cannot_be_fitted_is_told_with_its_site(capsys, name, sentence):
+    given = {"y": [[1.0], [2.0]], "sigma": 1.0} if name == "model" else {"y": [1.0, 2.0]}
+    assert main(["fit", f"m.py:{name}", "--data", data(**given)]) == 2
+    told = _one_sentence(capsys)
+    assert sentence in told
+    assert ("(m.py, line " in told) == (name != "model")
 
 
 def test_warnings_are_sentences(monkeypatch, capsys):
@@ -574,15 +712,31 @@ def test_a_mistake_in_a_process_of_its_own():
 
 
 def test_the_command_line_imports_nothing_heavy():
-    heavy = "torch", "pyro", "arviz", "matplotlib", "pyroflows.examples"
+    heavy = "numpy", "torch", "pyro", "arviz", "matplotlib", "pyroflows.examples"
     code = f"""
 import sys
 from pyroflows.cli import main
-before = set(sys.modules)
 main(["fit", "--help"])
-sys.exit(not (set(sys.modules) - before).isdisjoint({heavy}))
+sys.exit(not set(sys.modules).isdisjoint({heavy}))
 """
     assert _python("-c", code).returncode == 0
+
+
+def test_an_interrupt_during_the_imports_is_told():
+    code = """
+import sys
+from pyroflows.cli import main
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+sys.exit(main(["fit", "eight_schools"]))
+"""
+    run = _python("-c", code)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "pyroflows: Interrupted.\n")
 
 
 def test_end_to_end(folder):

@@ -49,6 +49,22 @@ def test_active_traces_are_those_around():
         assert set(map(id, _compat.active_traces())) == {id(outer.trace), id(inner.trace)}
 
 
+def test_an_error_knows_its_statement_its_plate_and_its_trace():
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        poutine.trace(model).get_trace()
+    assert _compat.message_in(caught.value)["name"] == "y"
+    assert "x" in _compat.trace_in(caught.value)
+    assert _compat.plate_in(caught.value) is None
+    with pytest.raises(ZeroDivisionError) as caught:
+        pyro.plate("rows", 0)
+    assert _compat.plate_in(caught.value) == ("rows", 0)
+    assert _compat.message_in(caught.value) is _compat.trace_in(caught.value) is None
+
+
 def test_whole_plates_see_all_rows():
     def rows() -> tuple[int, float]:
         with pyro.plate("rows", 10, subsample_size=4) as index:
@@ -209,6 +225,13 @@ def test_stamp_of_inference_tensors():
     assert _compat.stamp(tensor) == _compat.stamp(tensor)
 
 
+def test_dtype_of_a_module_is_that_of_its_parameters_or_else_of_its_buffers():
+    module = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.ReLU(), nn.Linear(2, 2).double())
+    assert _compat.dtype_of(module) == torch.float64
+    assert _compat.dtype_of(module[:2]) == torch.float32
+    assert _compat.dtype_of(nn.ReLU()) is None
+
+
 def test_definition_of_a_module_is_all_that_it_holds():
     module = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)), nn.ReLU())
     module[2].eval()
@@ -248,6 +271,67 @@ def test_make_fx_records_gradients():
     torch.testing.assert_close(graph(torch.tensor([2.0, 3.0])), torch.tensor([12.0, 27.0]))
 
 
+def test_recorded_operations_may_read_constants_and_say_so():
+    constant = torch.tensor([2.0, 3.0])
+    graph = _compat.record_operations(lambda x: x * constant.max().item())(torch.ones(2))
+    assert any("_local_scalar_dense" in str(node.target) for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(torch.ones(2)), torch.full((2,), 3.0))
+
+
+def test_what_is_batched_and_what_it_holds():
+    shared, points = torch.tensor([4.0, 5.0]), torch.tensor([[1.0], [2.0]])
+    row = shared[1:]
+    found = []
+
+    def look(point: Tensor) -> Tensor:
+        found.append((_compat.is_batched(point), _compat.is_batched(shared * 2)))
+        found.append((_compat.number_of(point), _compat.number_of(shared)))
+        found.append(_compat.array_of(shared + 1).tolist())
+        found.append(_compat.storage_of(point) == _compat.storage_of(points))
+        found.append(_compat.storage_of(row) == _compat.storage_of(shared))
+        return point.sum()
+
+    torch.func.vmap(torch.func.grad(look))(points)
+    assert found == [(True, False), (1.0, 4.0), [5.0, 6.0], True, True]
+    assert not _compat.is_batched(shared)
+
+
+def test_functions_of_the_old_style_are_transformed():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.factor = 3.0  # not the slope, to tell this gradient from torch's own
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.factor * grad
+
+    x = torch.tensor([1.0, 2.0])
+    slopes = torch.func.vmap(torch.func.grad(lambda entry: Double.apply(entry)))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        slopes(x)
+    with _compat.functions_of_any_style() as applied:
+        assert slopes(x).tolist() == [3.0, 3.0]
+        assert applied
+    with pytest.raises(RuntimeError, match="setup_context"):
+        slopes(x)
+
+
+def test_parts_of_the_stable_density():
+    alpha, zero = torch.tensor([1.7]), torch.zeros(1)
+    scored = dist.StableWithLogProb(alpha, zero, 1.0, 0.0)
+    value = torch.tensor([0.8])
+    integral = _compat.stable_integral(alpha, zero, value).float()
+    torch.testing.assert_close(integral, scored.log_prob(value))
+    at_zero = _compat.stable_density_at_zero(alpha)
+    torch.testing.assert_close(at_zero, scored.log_prob(zero), rtol=1e-4, atol=1e-4)
+    ones = torch.ones(1)
+    with _compat.stable_density_of(lambda *_: ones, lambda *_: ones):
+        assert torch.equal(scored.log_prob(value), ones)
+    assert not torch.equal(scored.log_prob(value), ones)
+
+
 def test_trees_are_taken_apart_and_made_again():
     tree = {"a": torch.ones(2), "b": [torch.zeros(1), 3]}
     leaves, spec = _compat.tree_flatten(tree)
@@ -280,6 +364,43 @@ def test_many_tensors_are_copied_and_interpolated_in_place():
     assert [t.tolist() for t in targets] == [[1.0] * 2, [1.0] * 3]
 
 
+def test_factorisations_tell_by_their_last_result_which_have_failed():
+    batch = torch.stack([torch.eye(2), torch.zeros(2, 2)])
+    seen = []
+
+    class Recorder(_compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for factorise in (torch.linalg.cholesky, torch.linalg.inv):
+        with Recorder(), pytest.raises(torch.linalg.LinAlgError):
+            factorise(batch)
+        operation, check = [f for f in seen if "linalg" in str(f)][-2:]
+        assert operation in _compat.FACTORISATIONS_WITH_INFO
+        assert check is _compat.ERROR_CHECK
+        assert (operation(batch)[-1] != 0).tolist() == [False, True]
+    for operation in _compat.FACTORISATIONS_OF_FINITE:
+        assert operation.namespace == "aten"
+
+
+def test_a_site_is_started_as_open_plates_have_made_it():
+    started = pyro.infer.autoguide.initialization.InitMessenger(lambda site: site["fn"].mean)
+    message = {
+        "type": "sample",
+        "name": "x",
+        "fn": dist.Normal(1.0, 1.0),
+        "value": None,
+        "done": False,
+        "scale": 1.0,
+        "mask": None,
+    }
+    with pyro.plate("n", 3):
+        value = _compat.start_in_open_plates(started, message)
+    assert value.tolist() == [1.0] * 3
+    assert message["value"] is None
+
+
 # All use goes by one door
 
 #: Modules of torch whose names have no underscore, but which torch does not document.
@@ -298,6 +419,7 @@ HOOKS = {
     ],
     pyro.infer.ELBO: ["_get_trace", "_get_traces"],
     pyro.infer.autoguide.AutoContinuous: [
+        "_create_plates",
         "_init_loc",
         "_init_scale",
         "_loc_scale",

@@ -44,6 +44,7 @@ def state():
 
 before = state()
 import pyroflows
+from pyroflows import *
 after = state()
 changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
 heavy = [name for name in ("arviz", "matplotlib", "pandas", "IPython", "h5py", "xarray") if name in sys.modules]
@@ -106,6 +107,9 @@ def test_import_waits_with_the_heavy_libraries(seen: dict[str, Any]) -> None:
 def test_every_public_name_is_there() -> None:
     import pyroflows as pf
 
+    assert set(pf.__all__) <= set(dir(pf))
+    with pytest.raises(AttributeError, match="module 'pyroflows' has no attribute 'nothing'"):
+        pf.nothing  # noqa: B018
     assert sorted(pf.__all__) == sorted(set(pf.__all__))
     for name in pf.__all__:
         assert getattr(pf, name) is not None

@@ -7,13 +7,17 @@ at once.
 from __future__ import annotations
 
 import math
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, describe, line_in, sentence
+from .._files import check_writable, reason
+from .errors import UserError, blame, describe, sentence, shown
 from .options import FLOWS, Options, make_parser
 from .problem import Problem, load_problem
 
@@ -27,32 +31,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments after the program's name; ``None`` takes those of the process.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the input, told in a sentence on stderr, or 130 after
-        Ctrl-C.
+        The exit code: 0, 2 for a mistake in the input or an output that cannot be written, told in
+        a sentence on stderr, or 130 after Ctrl-C.
 
     Example:
         >>> main(["fit", "no_such_example"])
         2
     """
     try:
-        given = vars(make_parser(_fit, _list).parse_args(argv))
-        run = given.pop("run")
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            # ArviZ 0.23 announces its version 1 to everyone who imports it.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")
-            # The fit itself says which site is not finite.
-            warnings.filterwarnings("ignore", message="Encountered (NaN|[+]?inf)")
-            code: int = run(**given)
-            return code
-    except SystemExit as stop:  # argparse, after --help and --version
-        return stop.code if isinstance(stop.code, int) else 0
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"pyroflows: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more
+        return 0
+    except OSError as error:
+        print(f"pyroflows: Cannot write the output: {reason(error)}.", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 2
     except KeyboardInterrupt:
         print("pyroflows: Interrupted.", file=sys.stderr)
         return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        given = vars(make_parser(_fit, _list).parse_args(argv))
+    except SystemExit as stop:  # argparse, after --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    run = given.pop("run")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        # ArviZ 0.23 announces its version 1 to everyone who imports it.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")
+        # The fit itself says which site is not finite.
+        warnings.filterwarnings("ignore", message="Encountered (NaN|[+]?inf)")
+        try:
+            code: int = run(**given)
+        except SystemExit as stop:
+            raise UserError(f"The model ended the program by {describe(stop)}.") from stop
+    return code
 
 
 def _list() -> int:
@@ -73,8 +94,8 @@ def _fit(options: Options) -> int:
 
         # Everything that can be wrong with the input is looked at before the fit takes minutes.
         problem = load_problem(options.model, options.data)
-        out = _check_output(options.out or f"{problem.name}.nc", options.checkpoint)
-        device = _check_device(options.device or device)
+        out = _check_output(options, f"{problem.name}.nc")
+        device = _check_device(device if options.device is None else options.device)
         torch.set_num_threads(options.threads)
         posterior = _posterior(problem, options, device)
         if processes.is_main():
@@ -97,32 +118,40 @@ def _posterior(problem: Problem, options: Options, device: str | None) -> Any:
             device=device,
             checkpoint=options.checkpoint,
         )
-    except Exception as error:
-        line = line_in(problem.source, error)
-        if line is not None:
-            where = f"{problem.source}, line {line}"
-            raise UserError(f"The model raised {describe(error)} at {where}.") from error
-        if isinstance(error, (ValueError, TypeError)):
-            raise UserError(sentence(error)) from error
-        site = _site_at_fault(problem)
-        if site is not None:
-            raise UserError(site) from error
-        raise  # a mistake of this package: its traceback is of use
+    except (Exception, SystemExit) as error:
+        told = blame(problem.source, error)
+        if told is None:
+            raise  # a mistake of this package: its traceback is of use
+        raise UserError(told) from error
 
 
 def _tell(name: str, posterior: Any, out: Path, options: Options) -> None:
-    """Prints the posterior, and saves it with a picture; all of them show the same draws."""
-    container = posterior.to_arviz(draws=options.draws)
+    """Saves the posterior with a picture, and prints it; all of them show the same draws."""
+    container = _container(posterior, out, options.draws)
     draws = {str(k): value.values[0] for k, value in container["posterior"].data_vars.items()}
+    failures = list(_save(container, draws, out))
     if options.quiet:
         print(posterior.verdict)
     else:
         print("\n".join(_report(name, posterior, draws)))
     if posterior.interrupted:
         print(f"Interrupted: this is the best posterior found in {posterior.seconds:.1f} s.")
-    _save(container, draws, out)
+    if failures:
+        raise UserError(" ".join(failures))
     if not options.quiet:
-        print(f"Saved {out} and {out.with_suffix('.png')}.")
+        print(f"Saved {shown(out)} and {shown(out.with_suffix('.png'))}.")
+
+
+def _container(posterior: Any, out: Path, draws: int) -> Any:
+    try:
+        return posterior.to_arviz(draws=draws)
+    except Exception as error:  # of any type: the model makes predictions here
+        kept = out.with_suffix(".pt")
+        posterior.save(kept)
+        told = f"Could not put the posterior into ArviZ's form: {describe(error)}"
+        raise UserError(
+            f"{told}. It is saved as {shown(kept)} for pyroflows.load_posterior."
+        ) from error
 
 
 def _report(name: str, posterior: Any, draws: Mapping[str, Any]) -> Iterator[str]:
@@ -130,7 +159,7 @@ def _report(name: str, posterior: Any, draws: Mapping[str, Any]) -> Iterator[str
 
     verdict = posterior.verdict
     yield f"Posterior of {name}:\n"
-    yield _format(summary(draws))
+    yield _format(summary(draws, circular=posterior.density.centres))
     yield f"\n{verdict}\n"
     yield from _findings(verdict)
     error = f"Monte Carlo error {verdict.log_evidence_error:.1g}"
@@ -166,21 +195,36 @@ def _format(table: Any) -> str:
     return str(table.apply(rounded, axis=1).to_string())
 
 
-def _save(container: Any, draws: Mapping[str, Any], out: Path) -> None:
+def _save(container: Any, draws: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """Writes both files, and tells of each that cannot be written where it is instead."""
     from ..report.arviz_bridge import save
     from ..report.plots import plot_posterior
 
+    writers: dict[Path, Callable[[Path], Any]] = {
+        out: partial(save, container),
+        out.with_suffix(".png"): partial(plot_posterior, draws),
+    }
+    for path, write in writers.items():
+        try:
+            write(path)
+        except ValueError as error:
+            lost = isinstance(error.__cause__, OSError)
+            yield f"{sentence(error)} {_save_elsewhere(write, path.name) if lost else ''}".rstrip()
+
+
+def _save_elsewhere(write: Callable[[Path], Any], name: str) -> str:
+    """Writes a file to the folder of temporary files, so that no fit is lost to a full disk."""
+    folder = Path(tempfile.gettempdir())
     try:
-        save(container, out)
-        plot_posterior(draws, out.with_suffix(".png"))
-    except (OSError, ValueError) as error:
-        told = f"Could not write {out} and the picture beside it"
-        raise UserError(f"{told}: {sentence(error)}") from error
+        path = Path(tempfile.mkdtemp(prefix="pyroflows-")) / name
+        write(path)
+    except (OSError, ValueError):
+        return f"It could not be written to {folder} either."
+    return f"It is saved as {shown(path)} instead."
 
 
-def _check_output(text: str, checkpoint: str | None) -> Path:
-    from .._files import check_writable
-
+def _check_output(options: Options, default: str) -> Path:
+    text = default if options.out is None else options.out
     path = Path(text)
     if path.suffix != ".nc":
         raise UserError(f"Expected --out to name a file that ends in .nc; got {text!r}.")
@@ -189,8 +233,13 @@ def _check_output(text: str, checkpoint: str | None) -> Path:
         try:
             check_writable(file)
         except OSError as error:
-            raise UserError(f"Cannot write {file}: {error.strerror}.") from error
-    if checkpoint is not None and Path(checkpoint).resolve() in [file.resolve() for file in files]:
+            raise UserError(f"Cannot write {shown(file)}: {reason(error)}.") from error
+    checkpoint = options.checkpoint
+    try:
+        same = checkpoint is not None and Path(checkpoint).resolve() in [f.resolve() for f in files]
+    except ValueError:  # of a name with a null character, which the fit refuses
+        same = False
+    if same:
         expected = "Expected --checkpoint to name another file than --out and its picture"
         raise UserError(f"{expected}; got {checkpoint!r} for both.")
     return path
@@ -203,26 +252,6 @@ def _check_device(name: str | None) -> str | None:
         return None if name is None else check_device("--device", name)
     except ValueError as error:
         raise UserError(sentence(error)) from error
-
-
-def _site_at_fault(problem: Problem) -> str | None:
-    """A sentence on the first site whose value its distribution cannot score."""
-    from pyro import poutine
-
-    trace = poutine.trace(problem.model).get_trace(*problem.args, **problem.kwargs)
-    site: Any
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample":
-            continue
-        fn, value = site["fn"], site["value"]
-        try:
-            fn.log_prob(value)
-        except Exception as error:  # of any type: the distribution may be the user's own
-            return (
-                f"The site {name!r} holds a value of shape {tuple(value.shape)} that its "
-                f"distribution, of shape {tuple(fn.shape())}, cannot score: {sentence(error)}"
-            )
-    return None
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -38,13 +38,15 @@ FLOWS = {
 DATA_HELP = """\
 data:
   --data names a JSON file that holds one object, whose keys are the arguments of the model. Lists,
-  nested or not, become tensors: of floats in torch's default dtype, of whole numbers in int64, of
-  booleans in bool. Numbers, booleans and strings outside lists stay as they are, and null becomes
-  None. With a packaged example, --data replaces all of its data.
+  nested or not, become tensors: of floats in torch's default dtype, of whole numbers in int64 (or in
+  the default dtype, where the model runs only so), of booleans in bool. Numbers, booleans and
+  strings outside lists stay as they are, and null becomes None. With a packaged example, --data
+  replaces all of its data.
 
 exit codes:
-  0 fitted and saved; 2 a mistake in the input, told in one sentence; 130 stopped by Ctrl-C (during
-  the fit, the best posterior so far is still printed and saved)
+  0 fitted and saved; 2 a mistake in the input, told in one sentence, or a file that cannot be
+  written (it is then saved in the folder of temporary files); 130 stopped by Ctrl-C (during the
+  fit, the best posterior so far is still printed and saved)
 
 examples:
   pyroflows fit eight_schools

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .errors import UserError, describe, line_in, sentence
+from .._files import reason
+from .errors import UserError, describe, line_in, sentence, shown
+
+#: Combinations of one size that are tried as real numbers.
+MOST_TRIED = 8
 
 __all__ = ["Problem", "load_problem"]
 
@@ -64,8 +70,8 @@ def load_problem(model: str, data: str | None) -> Problem:
 
 def _import(file: str) -> ModuleType:
     path = Path(file)
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise UserError(f"There is no model file {file}.")
+    if "\0" in file or not os.path.isfile(path):  # Path.is_file raises for too long a name
+        raise UserError(f"There is no model file {shown(file)}.")
     spec = importlib.util.spec_from_file_location(f"_pyroflows_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"Expected a model file that ends in .py; got {file}.")
@@ -101,8 +107,54 @@ def _with_data(name: str, model: Callable[..., Any], source: str, file: str | No
     parameters = _parameters(model)
     _check_keys(name, parameters, data, file)
     by_place = [p for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    args = tuple(data.pop(p.name, p.default) for p in by_place)
-    return Problem(name, model, source, args, data)
+
+    def problem(data: Mapping[str, Any]) -> Problem:
+        given = dict(data)
+        args = tuple(given.pop(p.name, p.default) for p in by_place)
+        return Problem(name, model, source, args, given)
+
+    return _with_reals(problem, data)
+
+
+def _with_reals(problem: Callable[[Mapping[str, Any]], Problem], data: dict[str, Any]) -> Problem:
+    """Makes whole numbers real where the model takes real ones alone, and no more than needed.
+
+    A JSON file does not tell whether ``[1, 2]`` are counts or measurements, and torch takes whole
+    numbers neither in products with real ones nor as all parameters of distributions.
+    """
+    given = problem(data)
+    whole = [key for key, value in data.items() if _is_whole(value)]
+    if not whole or _runs(given):
+        return given
+    for count in range(1, len(whole) + 1):
+        for keys in itertools.islice(itertools.combinations(whole, count), MOST_TRIED):
+            reals = {key: data[key] * 1.0 for key in keys}
+            changed = problem({**data, **reals})
+            if _runs(changed):
+                return changed
+    return given  # the fit tells what fails
+
+
+def _is_whole(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.dtype is torch.int64
+
+
+def _runs(problem: Problem) -> bool:
+    """Whether the model can be run and scored."""
+    import pyro
+
+    from .._random import seeded
+
+    trace = pyro.poutine.trace(problem.model)
+    with seeded(0), pyro.get_param_store().scope(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trace.get_trace(*problem.args, **problem.kwargs).compute_log_prob()
+        except (Exception, SystemExit):
+            return False
+    return True
 
 
 def _parameters(model: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -134,9 +186,10 @@ def _check_keys(
 
 def _read_data(file: str) -> dict[str, Any]:
     try:
-        data = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        text = _read_text(file)
+        data = json.loads(text)
     except OSError as error:
-        raise UserError(f"Cannot read --data {file}: {error.strerror}.") from error
+        raise UserError(f"Cannot read --data {shown(file)}: {reason(error)}.") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{file} is not JSON: {error.msg} at {where}.") from error
@@ -147,6 +200,15 @@ def _read_data(file: str) -> dict[str, Any]:
         expected = f"Expected {file} to hold a JSON object, its keys the model's arguments"
         raise UserError(f"{expected}; got {kinds.get(type(data), 'a number')}.")
     return {key: _argument(file, key, value) for key, value in data.items()}
+
+
+def _read_text(file: str) -> str:
+    if "\0" in file:
+        raise UserError(f"Cannot read --data {shown(file)}: the name holds a null character.")
+    path = Path(file)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device may have no end
+        raise UserError(f"Cannot read --data {file}: Not a regular file.")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def _argument(file: str, key: str, value: Any) -> Any:

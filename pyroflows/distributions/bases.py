@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_positive, check_size
+from .._checks import check_batch_shape, check_positive, check_size
 from .._spec import Recorded
 from ..univariate.base import soft_clip
 
@@ -80,7 +80,7 @@ class NormalMixture(dist.MixtureSameFamily):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draws samples of shape ``sample_shape + batch_shape + (features,)`` without gradient."""
         # torch's own draws from all components, and fails on empty batches.
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self._extended_shape(check_batch_shape("sample_shape", sample_shape))
         normal, logits = self._component_distribution.base_dist, self._mixture_distribution.logits
         noise = torch.empty(
             shape[:-1] + logits.shape[-1:], dtype=logits.dtype, device=logits.device

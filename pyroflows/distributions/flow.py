@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,10 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import constraints
 
-from .._checks import check_context, check_tensor
+from .._checks import check_batch_shape, check_context, check_tensor
+from .._compat import dtype_of
 from .._memory import Memory
+from .._saturation import limit
 from ..transforms import Transform
 from ..transforms.base import check_transform
 
@@ -88,6 +91,7 @@ class FlowDistribution(dist.TransformedDistribution):
         super().__init__(base, [transform, *self._onto], validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowDistribution:
+        batch_shape = check_batch_shape("batch_shape", batch_shape)
         new = self._get_checked_instance(FlowDistribution, _instance)
         new.transform, new.path_gradient = self.transform, self.path_gradient
         new._support, new._onto = self._support, self._onto
@@ -104,12 +108,12 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws reparametrised samples of shape ``sample_shape + batch_shape + event_shape``."""
-        return self._generate(self.base_dist.rsample(torch.Size(sample_shape)))
+        return self._generate(self._draw_base(self.base_dist.rsample, sample_shape))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws samples without gradient."""
         with torch.no_grad():
-            return self._generate(self.base_dist.sample(torch.Size(sample_shape)))
+            return self._generate(self._draw_base(self.base_dist.sample, sample_shape))
 
     def rsample_and_log_prob(
         self, sample_shape: Any = torch.Size(), keep: slice = slice(None)
@@ -125,7 +129,7 @@ class FlowDistribution(dist.TransformedDistribution):
             Samples of shape ``sample_shape + batch_shape + event_shape`` and log-densities of shape
             ``sample_shape + batch_shape``.
         """
-        x = self.base_dist.rsample(torch.Size(sample_shape))[keep]
+        x = self._draw_base(self.base_dist.rsample, sample_shape)[keep]
         y, log_det = self.transform.forward_and_log_det(x)
         value, log_det = self._constrain(y, log_det)
         return value, self._base_log_prob(x) - log_det
@@ -158,7 +162,7 @@ class FlowDistribution(dist.TransformedDistribution):
         if self._onto:
             value, _ = self.rsample_and_log_prob(sample_shape, keep)
             return value, *log_prob_and_score(self.log_prob, value)
-        x = self.base_dist.rsample(torch.Size(sample_shape))[keep]
+        x = self._draw_base(self.base_dist.rsample, sample_shape)[keep]
         log_prob, score = log_prob_and_score(self._base_log_prob, x)
         y, log_det, score = self.transform.push_score(x, score)
         return y, log_prob - log_det.detach(), score
@@ -170,7 +174,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values of shape ``(*, *batch_shape, *event_shape)``."""
-        check_tensor("value", value, self.event_shape)
+        value = self._cast(self._check_value(value))
         # torch's check of a support fails on empty batches, and reads values, which a compiled graph cannot.
         if self._validate_args and value.numel() and not torch.compiler.is_compiling():
             self._validate_sample(value)
@@ -204,6 +208,19 @@ class FlowDistribution(dist.TransformedDistribution):
         path = sum_rightmost((x - x.detach()) * score, len(self.event_shape))
         return ScoreParts(parts.log_prob, parts.score_function, parts.log_prob.detach() + path)
 
+    def _check_value(self, value: Any) -> Tensor:
+        try:
+            return check_tensor("value", value, self.event_shape)
+        except ValueError as error:
+            raise ValueError(f"{error}{advise_features(self, value.shape)}") from None
+
+    def _draw_base(self, draw: Callable[[torch.Size], Tensor], sample_shape: Any) -> Tensor:
+        return self._cast(draw(check_batch_shape("sample_shape", sample_shape)))
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """The value in the dtype of the parameters."""
+        return value.to(dtype_of(self.transform) or value.dtype)
+
     def _generate(self, x: Tensor) -> Tensor:
         score = None
         if (
@@ -233,10 +250,54 @@ class FlowDistribution(dist.TransformedDistribution):
         return len(self.event_shape) - onto.codomain.event_dim
 
     def _base_log_prob(self, x: Tensor) -> Tensor:
+        size = x.detach().abs().amax(tuple(range(-len(self.base_dist.event_shape), 0)))
+        x = _without_gradient_far_out(x, size)
         base = self.base_dist
         if isinstance(base, torch.distributions.Independent):
-            return sum_rightmost(base.base_dist.log_prob(x), base.reinterpreted_batch_ndims)
-        return base.log_prob(x)
+            log_prob = sum_rightmost(base.base_dist.log_prob(x), base.reinterpreted_batch_ndims)
+        else:
+            log_prob = base.log_prob(x)
+        return log_prob.to(x.dtype).masked_fill(size > limit(x.dtype, _EDGE), -math.inf)
+
+
+#: Powers of the largest number of a dtype up to which a base gives gradients, and a density.
+_REACH, _EDGE = 0.25, 0.45
+
+
+def _without_gradient_far_out(x: Tensor, size: Tensor) -> Tensor:
+    """Points, those out of reach as constants, and their entries at the edge.
+
+    The gradient of a point grows with its size, and so does all that it multiplies on its way to
+    the parameters: the product would overflow.
+    """
+    edge, dims = limit(x.dtype, _EDGE), x.dim() - size.dim()
+    far = (size > limit(x.dtype, _REACH)).reshape(size.shape + (1,) * dims)
+    return torch.where(far, x.detach().clamp(-edge, edge), x)
+
+
+def advise_features(distribution: Any, shape: torch.Size) -> str:
+    """Says how many features a support asks for, where values of a flow have another shape.
+
+    Args:
+        distribution: A distribution.
+        shape: Shape of values that do not fit it.
+
+    Returns:
+        A sentence after a space; nothing where the support keeps shapes, or has none such as these.
+    """
+    if not isinstance(distribution, FlowDistribution):
+        return ""
+    for onto in distribution._onto:
+        dims = onto.codomain.event_dim
+        with contextlib.suppress(ValueError):
+            event = shape[max(0, len(shape) - dims) :]
+            needed = onto.inverse_shape(event)
+            if needed != event and needed.numel():
+                return (
+                    f" Values of shape {tuple(event)} with the support {distribution._support} "
+                    f"need features={needed.numel()}."
+                )
+    return ""
 
 
 def log_prob_and_score(

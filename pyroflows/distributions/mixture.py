@@ -11,6 +11,8 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor
 from torch.distributions import constraints
 
+from .._checks import check_batch_shape
+
 __all__ = ["FlowMixture"]
 
 
@@ -73,13 +75,14 @@ class FlowMixture(dist.TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FlowMixture:
         """The mixture with a larger batch shape."""
+        batch_shape = check_batch_shape("batch_shape", batch_shape)
         components = [c.expand(batch_shape) for c in self.components]
         return FlowMixture(components, self.logits, self.auxiliary, validate_args=False)
 
     @torch.no_grad()
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of shape ``sample_shape + batch_shape + event_shape``."""
-        sample_shape = torch.Size(sample_shape)
+        sample_shape = check_batch_shape("sample_shape", sample_shape)
         draws = torch.stack([c.sample(sample_shape) for c in self.components])
         choice = torch.distributions.Categorical(logits=self.logits, validate_args=False).sample(
             sample_shape + self.batch_shape

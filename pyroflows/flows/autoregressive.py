@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from .._checks import check_size
+from .._checks import check_positive, check_size
 from ..transforms import Autoregressive, BlockAutoregressive
 from ..transforms.autoregressive import Order
 from ..univariate import (
@@ -21,7 +21,7 @@ from ..univariate import (
     Univariate,
 )
 from .layered import LayeredFlow
-from .options import FlowOptions
+from .options import SHALLOW, FlowOptions, depth_share
 
 __all__ = [
     "BNAF",
@@ -117,6 +117,8 @@ class AutoregressiveFlow(LayeredFlow):
             )
             for chosen in layer_orders(order, transforms)
         ]
+        for layer in layers if transforms > SHALLOW else []:
+            layer.temper(depth_share(transforms))
         super().__init__(layers, **options)
 
 
@@ -130,7 +132,8 @@ class MAF(AutoregressiveFlow):
         context_features: Entries of the context, or ``None``.
         transforms: Number of layers.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
-        bound: Bound of the soft clip on the log-scale.
+        bound: Bound of the soft clip on the log-scale; of more than 8 layers each has a share of
+            8 bounds, so that scales do not multiply up.
 
     Other options: see :class:`AutoregressiveFlow` and :class:`FlowOptions`.
 
@@ -156,7 +159,10 @@ class MAF(AutoregressiveFlow):
         bound: float = 3.0,
         **options: Unpack[AutoregressiveOptions],
     ) -> None:
-        univariate = Affine(scale, bound)
+        univariate = Affine(
+            scale,
+            check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
+        )
         super().__init__(univariate, features, context_features, transforms=transforms, **options)
 
 
@@ -172,7 +178,8 @@ class IAF(AutoregressiveFlow):
         context_features: Entries of the context, or ``None``.
         transforms: Number of layers.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
-        bound: Bound of the soft clip on the log-scale.
+        bound: Bound of the soft clip on the log-scale; of more than 8 layers each has a share of
+            8 bounds, so that scales do not multiply up.
 
     Other options: see :class:`AutoregressiveFlow` and :class:`FlowOptions`.
 
@@ -197,7 +204,10 @@ class IAF(AutoregressiveFlow):
         **options: Unpack[AutoregressiveOptions],
     ) -> None:
         super().__init__(
-            Affine(scale, bound),
+            Affine(
+                scale,
+                check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
+            ),
             features,
             context_features,
             transforms=transforms,

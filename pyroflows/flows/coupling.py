@@ -5,15 +5,16 @@
 import copy
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
 from typing_extensions import Unpack
 
-from .._checks import check_choice, check_shape, check_size
+from .._checks import check_choice, check_positive, check_shape, check_size
 from ..nn import Network, mlp
 from ..transforms import Coupling, GlowStep, Rescale, Transform, coupling_masks
 from ..transforms.coupling import Mask
 from ..univariate import Affine, LogisticMixture, Shift, Univariate
 from .layered import LayeredFlow
-from .options import FlowOptions
+from .options import SHALLOW, FlowOptions, depth_share, mix_layers, never_moved
 
 __all__ = ["NICE", "CouplingFlow", "CouplingOptions", "FlowPlusPlus", "Glow", "RealNVP"]
 
@@ -40,7 +41,8 @@ class CouplingFlow(LayeredFlow):
         context_features: Entries of the context, or ``None``.
         context_shape: Shape of the context, of which ``context_features`` is the short form for
             vectors.
-        transforms: Number of couplings.
+        transforms: Number of couplings. One more follows where they would leave an entry that none
+            of them moves, as a single one does.
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         network: Factory of each coupling's network.
         fast: The direction that evaluates :math:`f` itself: ``"forward"``, as above, or
@@ -80,9 +82,11 @@ class CouplingFlow(LayeredFlow):
     ) -> None:
         check_choice("fast", fast, ("forward", "inverse"))
         channels = check_shape("features", features, least=1)[0]
-        # Copies, because a map may have parameters, which belong to its layer.
-        layers: list[Transform] = [
-            Coupling(
+        masks = coupling_masks(mask, channels, check_size("transforms", transforms))
+
+        def couple(chosen: Tensor) -> Transform:
+            # A copy, because a map may have parameters, which belong to its layer.
+            layer = Coupling(
                 copy.deepcopy(univariate),
                 features,
                 context_features,
@@ -90,10 +94,16 @@ class CouplingFlow(LayeredFlow):
                 mask=chosen,
                 network=network,
             )
-            for chosen in coupling_masks(mask, channels, check_size("transforms", transforms))
-        ]
-        if fast == "inverse":
-            layers = [layer.inv for layer in layers]
+            if transforms > SHALLOW:
+                layer.temper(depth_share(transforms))
+            return layer if fast == "forward" else layer.inv
+
+        mixing = self.find_mixing(options.get("mixing", "auto"))
+        layers = mix_layers(list(map(couple, masks)), mixing)
+        still = never_moved(layers, masks)
+        if bool(still.any()):
+            layers.append(couple(~still))
+        options["mixing"] = None  # they are mixed
         super().__init__(layers, last, **options)
 
 
@@ -144,7 +154,8 @@ class RealNVP(CouplingFlow):
         context_features: Entries of the context, or ``None``.
         transforms: Number of couplings.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
-        bound: Bound of the soft clip on the log-scale.
+        bound: Bound of the soft clip on the log-scale; of more than 8 layers each has a share of
+            8 bounds, so that scales do not multiply up.
 
     Other options: see :class:`CouplingFlow` and :class:`FlowOptions`.
 
@@ -171,7 +182,10 @@ class RealNVP(CouplingFlow):
         bound: float = 3.0,
         **options: Unpack[CouplingOptions],
     ) -> None:
-        univariate = Affine(scale, bound)
+        univariate = Affine(
+            scale,
+            check_positive("bound", bound) * depth_share(check_size("transforms", transforms)),
+        )
         super().__init__(univariate, features, context_features, transforms=transforms, **options)
 
 
@@ -233,7 +247,8 @@ class Glow(LayeredFlow):
         mask: Which entries stay; see :func:`pyroflows.transforms.coupling_masks`.
         network: Factory of each coupling's network.
         scale: How raw parameters give scales; see :class:`pyroflows.univariate.Affine`.
-        bound: Bound of the soft clip on the log-scale.
+        bound: Bound of the soft clip on the log-scale; of more than 8 layers each has a share of
+            8 bounds, so that scales do not multiply up.
 
     Other options: see :class:`FlowOptions`.
 
@@ -259,6 +274,7 @@ class Glow(LayeredFlow):
         bound: float = 3.0,
         **options: Unpack[FlowOptions],
     ) -> None:
+        share = depth_share(check_size("transforms", transforms))
         layers = [
             GlowStep(
                 features,
@@ -267,8 +283,10 @@ class Glow(LayeredFlow):
                 mask=chosen,
                 network=network,
                 scale=scale,
-                bound=bound,
+                bound=check_positive("bound", bound) * share,
             )
-            for chosen in coupling_masks(mask, features, check_size("transforms", transforms))
+            for chosen in coupling_masks(mask, features, transforms)
         ]
+        for layer in layers if transforms > SHALLOW else []:
+            layer.layers[0].temper(share)  # type: ignore[operator]
         super().__init__(layers, **options)

@@ -56,13 +56,17 @@ class Flow(Recorded, PyroModule):
             without arguments, such as :class:`pyroflows.distributions.StudentTBase`, whose
             parameters train with the flow.
         support: Any constraint with a bijection from real vectors, such as
-            ``constraints.positive``. It moves likewise.
+            ``constraints.positive``. It moves likewise. The transforms give events of the shape
+            that is mapped onto it: two features for a simplex of 3 entries.
         name: Name in the param store; the class's by default. Two flows in one model need two
             names.
         reversible: Whether training recomputes activations by inversion instead of keeping them;
             see :class:`pyroflows.transforms.Compose`.
         standardize: Whether to add a last layer :class:`pyroflows.transforms.Standardize`, which
             :func:`pyroflows.fit_density` fits to the means and scales of its data.
+
+    Values and contexts may be of any floating-point dtype. They are computed in the dtype of the
+    parameters, which samples and log-densities have too: ``flow.double()`` for float64.
 
     To compile a flow, take its distribution first: ``torch.compile(flow().log_prob,
     fullgraph=True)``.
@@ -105,6 +109,9 @@ class Flow(Recorded, PyroModule):
             last = Standardize(self.transform.image_shape)
             layers: list[Any] = [*self.transform.layers, last]
             self.transform = Compose(layers, reversible)
+        for part in self.transform.modules():
+            if isinstance(part, Transform):
+                part.exact = False
         # Copies, for they move with the module.
         self.support = (
             None if support is None else copy.deepcopy(_check_support(support, self.transform))

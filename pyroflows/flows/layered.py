@@ -90,9 +90,13 @@ class LayeredFlow(Flow):
                 f"Expected last to be a sequence of transforms; got {type(last).__name__}."
             )
         outer = [*last, *tail_layers(tails, features)]
-        mixing = self.auto_mixing if isinstance(mixing, str) and mixing == "auto" else mixing
-        layers = [*mix_layers(layers, mixing), *outer]
+        layers = [*mix_layers(layers, self.find_mixing(mixing)), *outer]
         super().__init__(layers, base, support, name, reversible, standardize)
+
+    @classmethod
+    def find_mixing(cls, mixing: Mixing) -> Mixing:
+        """Returns what ``mixing="auto"`` stands for, and any other as it is."""
+        return cls.auto_mixing if isinstance(mixing, str) and mixing == "auto" else mixing
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

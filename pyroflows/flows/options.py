@@ -3,10 +3,12 @@
 # Without `from __future__ import annotations`, because signatures are read when classes are made.
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, TypedDict, get_args
 
+import torch
+from torch import Tensor
 from torch.distributions import constraints
 
 from .._checks import call_factory, check_size
@@ -14,7 +16,9 @@ from ..distributions.bases import StudentTBase
 from ..transforms import (
     ActNorm,
     BatchNorm,
+    Coupling,
     Householder,
+    Inverse,
     LULinear,
     MatrixExponential,
     Orthogonal,
@@ -23,6 +27,7 @@ from ..transforms import (
     Transform,
 )
 from ..transforms.base import check_transform
+from ..transforms.permute import inverse_permutation
 from ..transforms.tails import tail_transform
 from .flow import Base
 
@@ -45,7 +50,9 @@ class FlowOptions(TypedDict, total=False):
             learned degrees; or ``None``, the default.
         base: Base distribution, or a module that makes one; the standard normal by default. See
             :class:`pyroflows.Flow`.
-        support: Constraint that values satisfy; the whole space by default.
+        support: Constraint that values satisfy; the whole space by default. Features are counted
+            before values are mapped onto it: a simplex of 3 entries takes 2 of them, the Cholesky
+            factor of a correlation matrix of 3 rows takes 3.
         name: Name in the param store; that of the class by default.
         reversible: Whether training recomputes activations by inversion instead of keeping them, so
             that memory does not grow with depth. Every layer must be fast in both directions.
@@ -187,6 +194,32 @@ def mix_layers(layers: list[Transform], mixing: Mixing) -> list[Transform]:
     return mixed[: 2 * gaps] + layers[gaps:]
 
 
+def never_moved(layers: Iterable[Transform], masks: Iterable[Tensor]) -> Tensor:
+    """Finds the entries that couplings and what is between them leave as they are.
+
+    Args:
+        layers: Transforms in generative order.
+        masks: The masks of the couplings among them, boolean tensors of shape ``(features,)``;
+            ``True`` marks the entries that stay.
+
+    Returns:
+        Boolean tensor of shape ``(features,)``, which marks entries by their places at the end.
+    """
+    left = iter(masks)
+    still = torch.ones((), dtype=torch.bool, device="cpu")
+    for layer in layers:
+        inverted = isinstance(layer, Inverse)
+        map_ = layer.transform if inverted else layer
+        if isinstance(map_, Coupling):
+            still = still & next(left)
+        elif isinstance(map_, Permute):
+            entries = inverse_permutation(map_.made_of) if inverted else map_.made_of
+            still = still[entries]
+        else:  # it has parameters for every entry
+            still = torch.zeros_like(still)
+    return still
+
+
 def _find_mixing(mixing: Any) -> Callable[[int, int], list[Transform]]:
     if isinstance(mixing, str):
         if mixing not in MIXINGS:
@@ -203,6 +236,21 @@ def event_size(layers: list[Transform]) -> Any:
     """Returns the features of vectors, or the shape of other events, as transforms take them."""
     shape = layers[0].event_shape
     return shape[0] if len(shape) == 1 else tuple(shape)
+
+
+# Depth
+
+#: Layers of a flow whose scales and shifts may be as large as they are for one layer alone.
+SHALLOW = 8
+
+
+def depth_share(transforms: int) -> float:
+    r"""The share :math:`\min(1, 8 / K)` of what one layer may do that each of :math:`K` may.
+
+    What layers do multiplies up: a step of training that moves each by a little moves a deep flow
+    far, and far out its values grow exponentially with depth.
+    """
+    return min(1.0, SHALLOW / transforms)
 
 
 # Tails

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from .._checks import check_choice
+from .._checks import check_choice, check_flag
 from ..nn import Network
 from ..transforms import Transform
 from ..transforms.autoregressive import Order
@@ -53,7 +53,8 @@ class NSF(LayeredFlow):
         transforms: Number of layers.
         coupling: Whether layers are couplings, fast both ways, with the options of
             :class:`CouplingFlow`; else they are autoregressive, fast to score, with those of
-            :class:`AutoregressiveFlow`.
+            :class:`AutoregressiveFlow`. By default they are couplings, for which one feature is too
+            few: then they are autoregressive.
         bins: Pieces of each spline.
         bound: Half-width of the box in which the splines bend; beyond it they are the identity.
         spline: ``"rational-quadratic"``, ``"linear-rational"``, or ``"circular"`` for angles in
@@ -87,7 +88,7 @@ class NSF(LayeredFlow):
         context_features: int | None = None,
         *,
         transforms: int = 5,
-        coupling: bool = True,
+        coupling: bool | None = None,
         bins: int = 8,
         bound: float = 3.0,
         spline: str = "rational-quadratic",
@@ -98,17 +99,22 @@ class NSF(LayeredFlow):
         given: dict[str, Any] = dict(options)
         shared = {name: given.pop(name) for name in FlowOptions.__annotations__ if name in given}
         chosen = {name: value for name, value in given.items() if value is not None}
-        structure: Callable[..., LayeredFlow] = CouplingFlow if coupling else AutoregressiveFlow
+        if coupling is None:
+            coupling = features != 1
+        structure: Callable[..., LayeredFlow] = (
+            CouplingFlow if check_flag("coupling", coupling) else AutoregressiveFlow
+        )
+        if spline == "circular":
+            shared = _on_circles(features, shared)
         made = structure(
             SPLINES[spline](bins, bound),
             features,
             context_features,
             transforms=transforms,
+            mixing=self.find_mixing(shared.pop("mixing", "auto")),
             **chosen,
         )
-        if spline == "circular":
-            shared = _on_circles(features, shared)
-        super().__init__(cast("list[Transform]", made.transform.layers), **shared)
+        super().__init__(cast("list[Transform]", made.transform.layers), mixing=None, **shared)
 
 
 #: Makers of splines of so many bins within a bound.

@@ -17,6 +17,7 @@ from .._random import forked
 from .._spec import build, describe, name_of, resolve_class
 from ..flows import Flow
 from ..model.density import LatentSite, LogDensity
+from ..model.sites import SiteKind
 from ..transforms import Transform
 from .auto import FlowGuide
 from .combined import ProductGuide, ReorderedGuide, TorchMap
@@ -74,6 +75,12 @@ def as_guide(guide: Any, density: LogDensity) -> Guide:
         raise ValueError(
             "Expected a guide of all continuous latent sites of the model; "
             f"got one without {', '.join(map(repr, missing))}."
+        )
+    if adapted.features != density.features:
+        raise ValueError(
+            f"Expected a guide of the {density.features} unknown entries of the model; got one of "
+            f"{adapted.features}. Entries that a mask switches off are unknowns for "
+            f"{type(guide).__name__}; use AutoFlow, which leaves them out."
         )
     return adapted if names == wanted else ReorderedGuide(adapted, _order(sites, wanted))
 
@@ -211,6 +218,12 @@ def _of_vector(
     space: Callable[[], tuple[Base, Any]] | None,
 ) -> Adapted:
     """Adapts an autoguide with a distribution of one vector, if it can score any vector."""
+    angles = [site.name for site in sites if site.kind is SiteKind.CIRCLE]
+    if angles:
+        raise ValueError(
+            f"Expected a guide of angles in {', '.join(map(repr, angles))}; got "
+            f"{type(guide).__name__}, which puts them on the whole line. Use AutoFlow."
+        )
     adapted = VectorGuide(guide, distribution, space)
     with torch.no_grad(), forked(0):
         z, _ = adapted.sample_and_log_prob(1)

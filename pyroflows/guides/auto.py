@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.distributions.kl import register_kl
 from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
@@ -17,8 +20,13 @@ from .._checks import call_factory, check_positive
 from .._random import forked
 from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
+from ..distributions.flow import sum_rightmost
 from ..flows import Flow, RealNVP
+from ..model.checks import check_entries
 from ..model.density import LogDensity
+from ..model.handlers import DetachedCopies, StartInPlates
+from ..model.masks import settle_masks
+from ..model.sites import LatentSite, SiteKind, find_latent_sites, rotated
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
@@ -50,7 +58,7 @@ class FlowGuide(AutoContinuous, Guide):
                 "Expected flow to be a callable such as pf.RealNVP, not a made "
                 f"{type(flow).__name__}."
             )
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(StartInPlates()(model), init_loc_fn=init_loc_fn)
         self._make_flow = flow
         self._waiting_state: dict[str, Tensor] | None = None
 
@@ -79,6 +87,43 @@ class FlowGuide(AutoContinuous, Guide):
     def _build(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         _refuse_subsampled_latents(self.prototype_trace)
+        found = find_latent_sites(self.prototype_trace)
+        sites = settle_masks(found, self.prototype_trace, self._runner(args, kwargs))
+        check_entries(sites)
+        self._sites = sites
+        self.latent_dim = sum(site.features for site in sites)
+        angles = sum(site.features for site in sites if site.kind is SiteKind.CIRCLE)
+        if angles:
+            self.register_buffer("circle_centres", torch.zeros(angles).to(self._init_loc()))
+
+    def _runner(self, args: Any, kwargs: Any) -> Callable[[Mapping[str, Tensor]], Any]:
+        """Runs the model at values of its sites."""
+
+        def run(values: Mapping[str, Tensor]) -> Any:
+            model = poutine.trace(poutine.condition(self.model, data=dict(values)))
+            with poutine.block():
+                return model.get_trace(*args, **kwargs)
+
+        return run
+
+    @property
+    def sites(self) -> list[LatentSite]:
+        """The latent sites, in the order of the vector."""
+        self._check_built("sites")
+        return rotated(self._sites, self.centres())
+
+    def centres(self) -> dict[str, Tensor]:
+        """The angles that the guide takes for zero; see :meth:`Guide.centres`."""
+        circles = [site for site in self._sites if site.kind is SiteKind.CIRCLE]
+        if not circles:
+            return {}
+        blocks = self.circle_centres.split([site.features for site in circles])
+        return {site.name: block for site, block in zip(circles, blocks, strict=True)}
+
+    def rotate(self, centres: Mapping[str, Tensor]) -> None:
+        """Sets the angles that the guide takes for zero; see :meth:`Guide.rotate`."""
+        for name, block in self.centres().items():
+            block.copy_(centres[name])
 
     def _whitened_flow(self) -> WhitenedFlow:
         """Makes a fresh flow, with a whitening map that starts as the guide does."""
@@ -119,8 +164,45 @@ class FlowGuide(AutoContinuous, Guide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Samples every latent site, as a guide with the arguments of the model."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
         with _ScoredDeltas():
-            return super().forward(*args, **kwargs)
+            return self._sample_sites(*args, **kwargs)
+
+    def _sample_sites(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values = {}
+        for site, node, unconstrained in self._constrainable(latent):
+            value = site.transform(unconstrained)
+            log_density: Any = 0.0
+            if poutine.get_mask() is not False:
+                log_det = site.log_det(unconstrained, value)
+                inside = log_det.dim() - value.dim() + node["fn"].event_dim
+                log_density = -sum_rightmost(log_det, inside)
+            delta = dist.Delta(value, log_density, node["fn"].event_dim)
+            with contextlib.ExitStack() as stack:
+                for frame in node["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                values[site.name] = pyro.sample(site.name, delta)
+        return values
+
+    def _init_loc(self) -> Tensor:
+        nodes = self.prototype_trace.nodes
+        return torch.cat([site.pack(nodes[site.name]["value"].detach()) for site in self._sites])
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """Pairs of a site and its unconstrained value, which is zero where a mask is off."""
+        parts = latent.split([site.features for site in self._sites], -1)
+        pairs = zip(self._sites, parts, strict=True)
+        blocks = [site.unpack(part).reshape(*part.shape[:-1], -1) for site, part in pairs]
+        return super()._unpack_latent(torch.cat(blocks, -1))
+
+    def _constrainable(self, latent: Tensor) -> Iterator[tuple[LatentSite, Any, Tensor]]:
+        for site, (node, unconstrained) in zip(
+            self.sites, self._unpack_latent(latent), strict=True
+        ):
+            yield site, node, unconstrained
 
     def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         latent = self._reference_draws()
@@ -149,9 +231,8 @@ class FlowGuide(AutoContinuous, Guide):
             raise ValueError(f"Expected quantiles between 0 and 1; got {quantiles}.")
         result: dict[str, list[Tensor]] = {}
         for row in latent.quantile(levels, dim=0):
-            for site, value in self._unpack_latent(row):
-                constrained = torch.distributions.biject_to(site["fn"].support)(value)
-                result.setdefault(site["name"], []).append(constrained)
+            for site, _, unconstrained in self._constrainable(row):
+                result.setdefault(site.name, []).append(site.transform(unconstrained))
         return {name: torch.stack(values) for name, values in result.items()}
 
     def _draws(self, pairs: int) -> Tensor:
@@ -200,7 +281,9 @@ class FlowGuide(AutoContinuous, Guide):
     def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The trace of the model in it carries a graph where priors depend on parameters.
+        with DetachedCopies():
+            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         object.__setattr__(new, "_model", self._model)
         return new
 
@@ -276,7 +359,9 @@ class AutoFlow(FlowGuide):
     @classmethod
     def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoFlow:
         """Makes the guide of a spec."""
-        guide = cls(density.continuous_model, flow=lambda features: build(spec["flow"]))
+        guide = cls(
+            density.continuous_model, lambda features: build(spec["flow"]), density.init_loc_fn
+        )
         density.introduce(guide)
         return guide
 
@@ -301,8 +386,19 @@ class AutoFlow(FlowGuide):
         return self.flow.base
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
-        """The transform from the base to the unconstrained latent vector."""
+        """The transform from the base to the unconstrained latent vector.
+
+        Raises:
+            RuntimeError: If the guide has not met its model yet.
+            ValueError: If a site is an angle, which ``NeuTraReparam`` would read as a real number.
+        """
         self._check_built("get_transform")
+        if self.centres():
+            raise ValueError(
+                "Expected a guide without angles, which NeuTraReparam takes for real numbers; got "
+                f"one with {', '.join(map(repr, self.centres()))}. Use "
+                "pyroflows.posterior.neutra."
+            )
         return self.flow.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:

@@ -47,6 +47,13 @@ class ProductGuide(Guide):
         bases = [space.base for (space,) in each]
         return (BaseSpace(_ProductMap(transforms, self._sizes), _Product(bases, self._sizes)),)
 
+    def centres(self) -> dict[str, Tensor]:
+        """Those of all guides; see :meth:`Guide.centres`."""
+        merged: dict[str, Tensor] = {}
+        for guide in self.guides:
+            merged.update(guide.centres())
+        return merged
+
     def spec(self) -> dict[str, Any]:
         """Plain data from which the guide is made anew; see :meth:`Guide.spec`."""
         return self._spec()
@@ -72,6 +79,10 @@ class ReorderedGuide(Guide):
     def __init__(self, guide: Guide, order: Tensor) -> None:
         self.guide, self._order = guide, order
         self.features = guide.features
+
+    def centres(self) -> Mapping[str, Tensor]:
+        """Those of the guide; see :meth:`Guide.centres`."""
+        return self.guide.centres()
 
     def spec(self) -> dict[str, Any]:
         """The description of the guide; its order follows from the model."""

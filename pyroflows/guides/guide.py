@@ -167,6 +167,18 @@ class Guide:
             ),
         )
 
+    def centres(self) -> Mapping[str, Tensor]:
+        """For each circular site the angles that the guide takes for zero.
+
+        By default none: whichever the density takes. The circle is cut opposite to them, so that a
+        vector of the guide is one of the density if they are the same in both; see
+        :meth:`pyroflows.model.LogDensity.rotated`.
+        """
+        return {}
+
+    def rotate(self, centres: Mapping[str, Tensor]) -> None:
+        """Sets the angles of :meth:`centres`, in a guide that has yet to be trained."""
+
     def spec(self) -> dict[str, Any]:
         """Plain data from which :func:`from_spec` makes such a guide.
 

@@ -97,7 +97,10 @@ class AutoMixture(FlowGuide):
         """Makes the guide of a spec."""
         each = iter(spec["flows"])
         guide = cls(
-            density.continuous_model, len(spec["flows"]), flow=lambda features: build(next(each))
+            density.continuous_model,
+            len(spec["flows"]),
+            lambda features: build(next(each)),
+            density.init_loc_fn,
         )
         density.introduce(guide)
         return guide

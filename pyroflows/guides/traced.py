@@ -12,8 +12,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .._random import forked
+from .._vmap import vmap
 from ..model.checks import check_call
 from ..model.density import LatentSite, LogDensity
+from ..model.sites import CIRCULAR, SiteKind, base_distribution, distribution_name
 from .guide import Guide
 
 __all__ = ["TracedGuide", "check_sites"]
@@ -111,9 +113,9 @@ class TracedGuide(Guide):
         parts, log_det = [], like.new_zeros(())
         for site in self.sites:
             value = trace.nodes[site.name]["value"]
-            unconstrained = site.transform.inv(value)
-            parts.append(unconstrained.reshape(-1))
-            log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+            part = site.pack(value)
+            parts.append(part)
+            log_det = log_det + site.log_det(site.unpack(part), value).sum()
         return torch.cat(parts), trace.log_prob_sum() + log_det
 
     def _score(self, z: Tensor) -> Tensor:
@@ -121,9 +123,9 @@ class TracedGuide(Guide):
         values, log_det = {}, z.new_zeros(())
         blocks = z.split([site.features for site in self.sites])
         for site, block in zip(self.sites, blocks, strict=True):
-            unconstrained = block.reshape(site.unconstrained_shape)
+            unconstrained = site.unpack(block)
             values[site.name] = value = site.transform(unconstrained)
-            log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+            log_det = log_det + site.log_det(unconstrained, value).sum()
         return self._trace_sites(values).log_prob_sum() + log_det
 
     def _trace_sites(self, values: Mapping[str, Tensor] | None = None) -> Any:
@@ -144,11 +146,11 @@ class TracedGuide(Guide):
 
     @property
     def _draw_batch(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        return torch.func.vmap(self._draw, randomness="different", chunk_size=AT_ONCE)
+        return vmap(self._draw, randomness="different", chunk_size=AT_ONCE)
 
     @property
     def _score_batch(self) -> Callable[[Tensor], Tensor]:
-        return torch.func.vmap(self._score, chunk_size=AT_ONCE)
+        return vmap(self._score, chunk_size=AT_ONCE)
 
     @torch.no_grad()
     def _find_batched(self) -> tuple[bool, bool]:
@@ -233,6 +235,11 @@ def check_sites(nodes: Mapping[str, Any], density: LogDensity) -> list[LatentSit
                 f"Expected a guide with {name!r} of shape {expected}, as in the model; got {got}."
             )
         if not _has_support(density, known[name], node["fn"]):
+            if known[name].kind is SiteKind.CIRCLE:
+                raise ValueError(
+                    f"Expected a guide with a distribution of angles at {name!r}, such as a "
+                    f"VonMises; got {distribution_name(node['fn'])}."
+                )
             raise ValueError(
                 f"Expected a guide with {name!r} on the support that it has in the model; "
                 f"got {node['fn'].support}."
@@ -241,6 +248,8 @@ def check_sites(nodes: Mapping[str, Any], density: LogDensity) -> list[LatentSit
 
 
 def _has_support(density: LogDensity, site: LatentSite, fn: Any) -> bool:
+    if site.kind is SiteKind.CIRCLE:
+        return isinstance(base_distribution(fn), CIRCULAR)
     if isinstance(fn, torch.distributions.TransformedDistribution):
         # It gives the codomain of its last transform, which may be larger than its support: draws
         # tell more.

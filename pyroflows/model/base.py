@@ -36,22 +36,51 @@ class Failures:
     Attributes:
         evaluated: How many points were evaluated.
         reason: The first sentence of the last error that a point raised; empty if none did.
+
+    Example:
+        >>> failures = Failures()
+        >>> failures.count(torch.tensor([[0.0], [2.0], [3.0]]), torch.tensor([True, False, False]))
+        >>> failures.points, failures.evaluated, failures.most
+        (2, 3, True)
+        >>> failures.example
+        tensor([2.])
     """
 
     def __init__(self) -> None:
         self.evaluated = 0
         self.reason = ""
         self._points: Any = 0
+        self._last: tuple[Tensor, Tensor] | None = None
 
     @property
     def points(self) -> int:
         """How many points could not be evaluated."""
         return int(self._points)
 
-    def count(self, usable: Tensor) -> None:
-        """Counts the points of one evaluation, without waiting for the device."""
+    @property
+    def most(self) -> bool:
+        """Whether most points could not be evaluated."""
+        return 2 * self.points > self.evaluated
+
+    @property
+    def example(self) -> Tensor | None:
+        """A point of the last evaluation that could not be evaluated, of shape ``(features,)``."""
+        if self._last is None:
+            return None
+        points, usable = self._last
+        failed = points[~usable]
+        return failed[0] if len(failed) else None
+
+    def count(self, points: Tensor, usable: Tensor) -> None:
+        """Counts the points of one evaluation, without waiting for the device.
+
+        Args:
+            points: Points of shape ``(*, features)``.
+            usable: Which of them could be evaluated, of shape ``(*)``.
+        """
         self.evaluated += usable.numel()
         self._points = self._points + (~usable).sum()
+        self._last = points, usable
 
 
 class Density(abc.ABC):
@@ -129,7 +158,7 @@ class Density(abc.ABC):
         value, grad = self.value_and_grad(z)
         known = value.isfinite() & grad.isfinite().all(-1)
         usable = known | value.isneginf()
-        self.failures.count(usable)
+        self.failures.count(z, usable)
         return Evaluation(
             value.where(known, -torch.inf), grad.where(known.unsqueeze(-1), 0.0), usable
         )

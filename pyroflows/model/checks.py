@@ -5,21 +5,27 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .._checks import list_names
 from .._compat import unvalidated, validates
+from .faults import check_site, describe_error
+from .missing import TAKE_NAN
+from .shapes import check_mask, check_shape
 from .sites import (
     LatentSite,
-    Node,
+    base_distribution,
     distribution_name,
     is_discrete,
     latent_nodes,
     plate_frames,
     sample_nodes,
+    unmasked_entries,
 )
 
 __all__ = [
@@ -29,14 +35,19 @@ __all__ = [
     "check_data",
     "check_entries",
     "check_latents",
-    "check_no_nan",
     "check_outside_of_parts",
     "check_plate_sizes",
     "check_rows",
+    "check_same_masks",
     "check_same_shapes",
     "check_same_values",
     "check_scaled",
+    "check_sizes",
 ]
+
+
+# More latent entries than this are a mistake, and the memory for them would end the process.
+MOST_ENTRIES = 10**7
 
 
 def check_arguments(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -129,9 +140,7 @@ def check_latents(trace: Any) -> None:
     """Refuses a model without continuous latent sites, or with discrete ones that have no end."""
     nodes = list(latent_nodes(trace))
     if not nodes:
-        raise ValueError(
-            "Expected a model with a latent site; got one in which every sample site is observed."
-        )
+        raise ValueError(f"Expected a model with a latent site; got {_without_latents(trace)}.")
     discrete = [(name, node["fn"]) for name, node in nodes if is_discrete(node)]
     for name, fn in discrete:
         if not fn.has_enumerate_support:
@@ -140,10 +149,38 @@ def check_latents(trace: Any) -> None:
                 f"{distribution_name(fn)}, which is discrete without a finite support."
             )
     if len(discrete) == len(nodes):
-        names = ", ".join(repr(name) for name, _ in nodes)
         raise ValueError(
-            f"Expected a model with a continuous latent site; got only discrete ones ({names}). "
+            "Expected a model with a continuous latent site; got only discrete ones "
+            f"({list_names([name for name, _ in nodes])}). "
             "Use pyro.infer.infer_discrete instead."
+        )
+
+
+def _without_latents(trace: Any) -> str:
+    observed = [name for name, _ in sample_nodes(trace)]
+    if observed:
+        return f"one in which every sample site is observed ({list_names(observed)})"
+    returned = trace.nodes["_RETURN"]["value"]
+    if inspect.isgenerator(returned) or inspect.iscoroutine(returned):
+        return "a generator or coroutine, whose statements a call does not run"
+    return "one without sample sites"
+
+
+def check_sizes(name: str, fn: Any) -> None:
+    """Refuses a latent site with more entries than any guide can have.
+
+    Args:
+        name: Name of the site.
+        fn: Its distribution.
+
+    Raises:
+        ValueError: If there are more than ``MOST_ENTRIES``.
+    """
+    shape = fn.shape()
+    if shape.numel() > MOST_ENTRIES:
+        raise ValueError(
+            f"Expected latent sites of at most {MOST_ENTRIES} entries; got {name!r} of shape "
+            f"{tuple(shape)}."
         )
 
 
@@ -167,6 +204,17 @@ def check_same_shapes(first: Any, second: Any) -> None:
             )
 
 
+def check_same_masks(sites: Sequence[LatentSite], trace: Any) -> None:
+    """Refuses inputs of a model by which entries are needed that a mask has switched off before."""
+    for site in sites:
+        now = unmasked_entries(trace.nodes[site.name]).to(site.active.device)
+        if bool((now & ~site.active).any()):
+            raise ValueError(
+                f"Expected inputs with the same masks; latent site {site.name!r} has entries that "
+                "a mask switched off before and does not now. Make another LogDensity of them."
+            )
+
+
 def _latent_shapes(trace: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(node["value"].shape) for name, node in latent_nodes(trace)}
 
@@ -178,52 +226,66 @@ def _told(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
 # Data
 
 
-def check_no_nan(trace: Any) -> None:
-    """Refuses a model whose log density is NaN where it starts, and names the sites."""
-    trace.compute_log_prob()
-    nodes = sample_nodes(trace)
-    at_fault = [repr(name) for name, node in nodes if bool(node["log_prob_sum"].isnan())]
-    if at_fault:
-        raise ValueError(
-            "Expected a model with a finite log density where it starts; site "
-            f"{', site '.join(at_fault)} gives nan. Look for NaN in the data."
-        ) from None
+def check_data(trace: Any, nesting: int | None = None) -> None:
+    """Refuses data to which a distribution would give a meaningless density or none.
 
-
-def check_data(trace: Any) -> None:
-    """Refuses data to which a distribution, unvalidated, would give a meaningless density."""
+    Args:
+        trace: A trace of the model.
+        nesting: The dimensions from the right that plates have, if those on their left are of
+            enumerated sites.
+    """
     for name, node in sample_nodes(trace):
-        if node["is_observed"] and validates(node["fn"]):
-            value = torch.as_tensor(node["value"])
-            log_prob = torch.as_tensor(unvalidated(node["fn"]).log_prob(value))
-            _check_shape_of_data(name, node, value, log_prob)
-            _check_support_of_data(name, node["fn"], value, log_prob)
+        check_site(name, node["fn"])
+        if node["is_observed"]:
+            value = node["value"]
+            _check_kind_of_data(name, value)
+            check_shape(name, node, nesting)
+            if isinstance(base_distribution(node["fn"]), TAKE_NAN):
+                value = torch.as_tensor(value).nan_to_num(nan=0.0)
+            _check_support_of_data(name, node["fn"], value)
+        check_mask(name, node, nesting)
 
 
-def _check_shape_of_data(name: str, node: Node, value: Tensor, log_prob: Tensor) -> None:
-    fn = node["fn"]
-    given = value.shape[: value.dim() - fn.event_dim]
-    plates = {frame.dim for frame in node["cond_indep_stack"] if frame.vectorized}
-    for k, size in enumerate(reversed(log_prob.shape), start=1):
-        grows = k > len(given) or given[-k] != size
-        if size > 1 and -k not in plates and grows:
-            raise ValueError(
-                f"Expected data of the shape of their site; site {name!r} observes shape "
-                f"{tuple(value.shape)} under a distribution of batch shape "
-                f"{tuple(fn.batch_shape)}, which together make {tuple(log_prob.shape)}."
-            )
-
-
-def _check_support_of_data(name: str, fn: Any, value: Tensor, log_prob: Tensor) -> None:
-    try:
-        inside = fn.support.check(value)
-    except NotImplementedError:
+def _check_kind_of_data(name: str, value: Any) -> None:
+    if not isinstance(value, (Tensor, Number)):
+        got = f"an object of type {type(value).__name__}"
+    elif torch.as_tensor(value).is_complex():
+        got = "complex numbers"
+    elif isinstance(value, Tensor) and value.is_meta:
+        got = "a tensor without numbers, of the device meta"
+    else:
         return
+    raise TypeError(
+        "Expected observed values to be tensors of numbers, as torch.as_tensor makes; site "
+        f"{name!r} observes {got}."
+    )
+
+
+def _check_support_of_data(name: str, fn: Any, value: Any) -> None:
+    inside = _is_inside(fn, torch.as_tensor(value))
+    try:
+        log_prob = torch.as_tensor(unvalidated(fn).log_prob(value))
+    except Exception as error:  # of any type: the distribution may be the user's own
+        if bool(inside.all()):
+            raise ValueError(
+                f"Expected data that their distribution can score; site {name!r} with "
+                f"{distribution_name(fn)} raises {describe_error(error)}."
+            ) from error
+        log_prob = torch.zeros(())
     if bool((~inside & log_prob.isfinite()).any()):
         raise ValueError(
             f"Expected data within the support of their site; site {name!r} with "
             f"{distribution_name(fn)} observes values outside of {fn.support}."
         )
+
+
+def _is_inside(fn: Any, value: Tensor) -> Tensor:
+    """Which values are in the support of a distribution, as far as it is known and validated."""
+    everywhere = torch.ones((), dtype=torch.bool, device=value.device)
+    try:
+        return fn.support.check(value) if validates(fn) and value.numel() else everywhere
+    except NotImplementedError:
+        return everywhere
 
 
 # Plates of which a run sees a part

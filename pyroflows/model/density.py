@@ -18,37 +18,53 @@ from torch.distributions import biject_to
 from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
-from .._compat import build_guide
+from .._compat import build_guide, stored_parameters
+from .._random import forked
 from . import checks
 from .base import Density
+from .cuts import find_centres
 from .data import GivenData, as_data
-from .enumeration import enumerated_groups, enumerated_log_prob
-from .evaluator import Evaluator, first_sentence, map_points
+from .enumeration import enumerated_groups, enumerated_log_prob, sample_enumerated
+from .evaluator import FAILURES, Evaluator, map_points
+from .faults import describe_error, explained
 from .handlers import (
+    GivenParameters,
     GivenRows,
     ParameterRecorder,
+    StartInPlates,
     SubstituteTensors,
     Unvalidated,
     WholePlates,
 )
 from .inputs import Inputs, name_parameters
+from .masks import settle_masks
+from .missing import MissingData
 from .sites import (
     LatentSite,
+    SiteKind,
     find_latent_sites,
     is_discrete,
     latent_nodes,
+    observed_names,
     plate_frames,
+    plate_size,
+    rotated,
     sample_nodes,
 )
-from .start import init_to_median
+from .start import init_to_median, start_elsewhere
+from .validity import ArgumentChecks, validated_sites
 
 __all__ = ["LogDensity"]
 
-# Rows of data times points in one evaluation of a model with subsampled plates: a limit of memory.
+# Rows of data times points in one evaluation: a limit of memory, and of the time between two looks
+# at a deadline.
 ROWS_AT_ONCE = 2**21
 
+# Numbers of nested plates that are tried for a model that runs under enumeration only.
+NESTINGS = range(4)
+
 # Distances from the start, on the unconstrained scale, at which a second run is tried.
-STEPS = (1.0, 0.1, 0.01)
+STEPS = (1.0, -1.0, 0.1, -0.1, 0.01, -0.01)
 
 
 class LogDensity(Density):
@@ -60,8 +76,9 @@ class LogDensity(Density):
     the reals by ``biject_to`` of its support, as Pyro's autoguides do. Discrete sites are summed
     out by enumeration. The model is batched by :func:`torch.func.vmap` and captured once as a graph
     of tensor operations, so that an evaluation costs mathematics and not effect handlers; the
-    result is checked against single traces. A model that cannot be batched, for instance because it
-    branches on a value, is evaluated one point at a time, with a warning that says so.
+    result is checked against single traces. A model that cannot be batched, because it computes
+    with a latent value as a Python number, is evaluated one point at a time, with a warning that
+    says so.
 
     Data and the model's own parameters are inputs of the graph. They are read when the density is
     made, and parameters are held at these values; :meth:`bind` gives the density of other ones. A
@@ -83,13 +100,13 @@ class LogDensity(Density):
         features: Entries of :math:`z`.
         sites: The latent sites, in order.
         discrete: The names of the discrete latent sites.
+        observed: The names of the sites that have data, those of ``pyro.factor`` among them.
         initial: The start, of shape ``(features,)``.
-        parameters: The model's own parameters by name: the leaves that an optimiser moves, so a
-            constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
-            param store, as in the model if it is a module, or else by a number.
+        init_loc_fn: The initialisation function that starts there: the one given, unless the model
+            cannot be evaluated where that one starts.
         subsampled: For each plate with a ``subsample_size`` how many rows it has, and how many a
             run of the model sees.
-        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
+        mode: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
         failures: Counts the points of :meth:`evaluate` that could not be evaluated.
 
     Raises:
@@ -104,6 +121,8 @@ class LogDensity(Density):
         >>> density.log_prob(torch.zeros(3, 1))
         tensor([-0.9189, -0.9189, -0.9189])
     """
+
+    sites: list[LatentSite]
 
     def __init__(
         self,
@@ -125,34 +144,42 @@ class LogDensity(Density):
         checks.check_call("the model", model, self.args, self.kwargs)
         self.unwrapped_model = model
         self.model = self.data.wrap(model)
-        trace = self._prototype(init_loc_fn)
-        self.subsampled = self.data.find_subsampled(trace)
-        if self.subsampled:
-            trace = self._take_all_rows(init_loc_fn)
-        self._read_sites(trace)
-        self._run_again(trace)
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures)
-        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
-        self.data.check(self, trace)
-        if not self.batched:
-            warnings.warn(
-                "This model cannot be evaluated for a batch of points, so its log density is "
-                "evaluated one point at a time, which is slow. What torch.func.vmap says: "
-                f"{self._program.way.reason}",
-                stacklevel=caller_level(),
-            )
+        self._enumerated_nesting: int | None = None
+        with explained(lambda: self._run_unvalidated(init_loc_fn)):
+            trace, self.init_loc_fn = self._find_start(init_loc_fn)
+            self.subsampled = self.data.find_subsampled(trace)
+            if self.subsampled:
+                trace = self._take_all_rows(self.init_loc_fn)
+            self.batch_size = limit_batch(self.batch_size, trace)
+            self._read_sites(trace)
+            self._validated = validated_sites(trace)
+            self._run_again(trace)
+            self._make_program()
+            self._set_centres(find_centres(self, self.sites))
+            self.data.check(self, trace)
+        if self._program.way.warning:
+            warnings.warn(self._program.way.warning, stacklevel=caller_level())
 
     # What it is a density of
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LogDensity:
+        # A density does not change, and its model and data may be large, or not to be copied.
+        return self
+
     @property
     def mode(self) -> str:
-        """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
+        """How points are evaluated: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``."""
         return self._program.way.mode
 
     @property
     def batched(self) -> bool:
         """Whether many points are evaluated at a time."""
         return self.mode != "loop"
+
+    @property
+    def needs_enumeration(self) -> bool:
+        """Whether the model runs with all values of its discrete sites only, not with one."""
+        return self._enumerated_nesting is not None
 
     @property
     def full(self) -> LogDensity:
@@ -173,6 +200,20 @@ class LogDensity(Density):
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the model."""
         return dict(self.inputs.kwargs)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The model's own parameters by name: the leaves that an optimiser moves.
+
+        A constrained ``pyro.param`` is there on the unconstrained scale. They are named as in the
+        param store, as in the model if it is a module, or else by a number. Those of the param
+        store are its present ones, if it has been cleared since.
+        """
+        stored = stored_parameters()
+        return {
+            name: stored.get(name, leaf) if name in self._stored else leaf
+            for name, leaf in self._leaves.items()
+        }
 
     def bind(
         self,
@@ -199,7 +240,8 @@ class LogDensity(Density):
 
         Raises:
             TypeError: If ``args`` is no sequence or ``kwargs`` no mapping.
-            ValueError: If a parameter or plate is unknown, or a parameter has another shape.
+            ValueError: If a parameter or plate is unknown, a parameter has another shape, or data
+                broadcast their site.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -224,12 +266,49 @@ class LogDensity(Density):
         bound = copy.copy(self)
         bound.inputs = inputs.with_parameters(parameters or {})
         bound.data = GivenData(bound.inputs)
+        if bound.inputs.shapes() != self.inputs.shapes():
+            bound._check_shapes()
+        if not all(site.complete for site in self.sites):
+            checks.check_same_masks(self.sites, bound.trace())
         bound.batch_size = check_size(
             "batch_size", self.batch_size if batch_size is None else batch_size
         )
         with torch.no_grad():
             bound._program = self._evaluator.make_program(bound.inputs, bound.batch_size)
         return bound
+
+    @property
+    def centres(self) -> dict[str, Tensor]:
+        """For each circular site the angles at zero, opposite to which its circle is cut."""
+        return {site.name: site.centres for site in self.sites if site.kind is SiteKind.CIRCLE}
+
+    def rotated(self, centres: Mapping[str, Tensor]) -> LogDensity:
+        """The density of the same model with other :attr:`centres`.
+
+        Args:
+            centres: For some circular sites the angles at zero, of shape ``(features,)``.
+
+        Returns:
+            The density; this one if these are its centres.
+        """
+        own = self.centres
+        if all(torch.equal(own[name], centre.to(own[name])) for name, centre in centres.items()):
+            return self
+        other = copy.copy(self)
+        other._set_centres(centres)
+        return other
+
+    def _set_centres(self, centres: Mapping[str, Tensor]) -> None:
+        if centres:
+            values = self.constrain(self.initial)
+            self.sites = rotated(self.sites, centres)
+            self.initial = self.unconstrain(values)
+            self._make_program()
+
+    def _make_program(self) -> None:
+        in_plate = None if self.discrete else self._log_joints
+        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures, in_plate)
+        self._program = self._evaluator.make_program(self.inputs, self.batch_size)
 
     def _check_plates(self, rows: Mapping[str, Tensor]) -> None:
         if rows and set(rows) != set(self.subsampled):
@@ -330,6 +409,42 @@ class LogDensity(Density):
             for name, term in terms.items()
         }
 
+    def sample_discrete(self, z: Tensor) -> dict[str, Tensor]:
+        """Draws the discrete sites from their posterior given the continuous ones.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each discrete site its value.
+        """
+        with self._given(self.inputs):
+            return sample_enumerated(self._trace(self.constrain(z), self.inputs))
+
+    def observed_terms(self, z: Tensor) -> dict[str, Tensor]:
+        """The log density of each entry of the observed sites, summed over the discrete sites.
+
+        Args:
+            z: Point of shape ``(features,)``.
+
+        Returns:
+            For each observed site a tensor of the shape of its plates. Sites and rows that depend
+            on the same discrete sites have no terms of their own, and are left out.
+        """
+        with self._given(self.inputs):
+            trace = self._trace(self.constrain(z), self.inputs)
+            groups = enumerated_groups(trace) if self.discrete else []
+            trace.compute_log_prob()
+        nodes = dict(sample_nodes(trace))
+        grouped = {name for group in groups for name in group.names}
+        observed = [name for name, node in nodes.items() if node["is_observed"]]
+        terms = {name: nodes[name]["log_prob"] for name in observed if name not in grouped}
+        for group in groups:
+            rest = [name for name in group.names if name not in self.discrete]
+            if len(rest) == 1 and group.log_prob.numel() == plate_size(nodes[rest[0]]):
+                terms[rest[0]] = group.log_prob
+        return {name: terms[name] for name in observed if name in terms}
+
     def site_log_probs(self, z: Tensor) -> dict[str, Tensor]:
         """The summed log density of every site at one point, to tell which is at fault.
 
@@ -363,7 +478,8 @@ class LogDensity(Density):
             z: Points of shape ``(*, features)``.
 
         Returns:
-            For each site a tensor of shape ``(*, *site_shape)``.
+            For each site a tensor of shape ``(*, *site_shape)``; an entry that a mask switches off
+            has the image of zero.
         """
         check_tensor("z", z, (self.features,))
         return {site.name: value for site, _, value in self._unpack(z)}
@@ -377,12 +493,7 @@ class LogDensity(Density):
         Returns:
             Tensor of shape ``(*, features)``.
         """
-        parts = []
-        for site in self.sites:
-            value = values[site.name]
-            batch = value.shape[: value.dim() - len(site.shape)]
-            parts.append(site.transform.inv(value).reshape(*batch, site.features))
-        return torch.cat(parts, -1)
+        return torch.cat([site.pack(values[site.name]) for site in self.sites], -1)
 
     def has_support(self, name: str, support: Any) -> bool:
         """Whether a latent site is mapped to a support, judged by one point.
@@ -392,11 +503,13 @@ class LogDensity(Density):
             support: A constraint.
 
         Returns:
-            Whether ``biject_to(support)`` is the map of the site.
+            Whether ``biject_to(support)`` is the map of the site, or, for angles, the identity.
         """
-        unconstrained, value = next(
-            (u, v) for site, u, v in self._unpack(self.initial + 1) if site.name == name
+        site, unconstrained, value = next(
+            found for found in self._unpack(self.initial + 1) if found[0].name == name
         )
+        if site.kind is SiteKind.CIRCLE:
+            value = unconstrained
         try:
             image = biject_to(support)(unconstrained)
         except (NotImplementedError, RuntimeError):
@@ -415,6 +528,8 @@ class LogDensity(Density):
         is built."""
         with self.on_device(), poutine.block():
             build_guide(guide, self.args, self.kwargs)
+        if self.centres:
+            guide.rotate(self.centres)
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Context manager that puts tensors created by the model on its device."""
@@ -457,19 +572,33 @@ class LogDensity(Density):
     @contextlib.contextmanager
     def _given(self, inputs: Inputs) -> Iterator[None]:
         """What stands around every run of the model and every use of its distributions."""
-        pairs = ((self.parameters[name], value) for name, value in inputs.parameters.items())
-        substitute = SubstituteTensors(pairs) if inputs.parameters else contextlib.nullcontext()
         # Validation reads values, which a batch under vmap does not have.
-        with self.on_device(), poutine.block(), pyro.validation_enabled(False), substitute:
+        held = self._holding(inputs.parameters)
+        with self.on_device(), poutine.block(), pyro.validation_enabled(False), held:
+            yield
+
+    @contextlib.contextmanager
+    def _holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Gives the model's own parameters their values, as leaves and by their names."""
+        if not values:
+            yield
+            return
+        of_statements = {name: value for name, value in values.items() if name in self._statements}
+        present = self.parameters
+        pairs = [
+            (leaf, value)
+            for name, value in values.items()
+            for leaf in (self._leaves[name], present[name])
+        ]
+        with GivenParameters(of_statements), SubstituteTensors(pairs):
             yield
 
     def _trace(self, values: Mapping[str, Tensor], inputs: Inputs) -> Any:
         model = GivenRows(inputs.rows)(self.unwrapped_model) if inputs.rows else self.model
         if self.discrete:
-            enumerated = config_enumerate(model, default="parallel")
-            model = poutine.enum(enumerated, first_available_dim=-1 - self._max_plate_nesting)
+            model = self._enumerate(model, self._max_plate_nesting)
         model = poutine.trace(poutine.condition(model, data=dict(values)))
-        with Unvalidated():
+        with Unvalidated(), MissingData():
             return model.get_trace(*inputs.args, **inputs.kwargs)
 
     def _log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
@@ -477,11 +606,26 @@ class LogDensity(Density):
             values, log_det = {}, z.new_zeros(())
             for site, unconstrained, value in self._unpack(z):
                 values[site.name] = value
-                log_det = log_det + site.transform.log_abs_det_jacobian(unconstrained, value).sum()
+                log_det = log_det + site.log_det(unconstrained, value).sum()
+            with ArgumentChecks(self._validated) as checked:
+                trace = self._trace(values, inputs)
+            total = enumerated_log_prob(trace) if self.discrete else trace.log_prob_sum()
+            return checked.nan_unless_valid(total + log_det)
+
+    def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
+        """The log density at many points ``(n, features)``, by a plate around the model."""
+        n, values = len(z), {}
+        total = z.new_zeros(n)
+        for site, unconstrained, value in self._unpack(z):
+            total = total + site.log_det(unconstrained, value).reshape(n, -1).sum(-1)
+            between = (1,) * (self._batch_dims - self._batch_dims_of[site.name])
+            values[site.name] = value.reshape(n, *between, *site.shape)
+        with self._given(inputs), pyro.plate("_points", n, dim=-1 - self._batch_dims):
             trace = self._trace(values, inputs)
-            if not self.discrete:
-                return trace.log_prob_sum() + log_det
-            return enumerated_log_prob(trace) + log_det
+            trace.compute_log_prob()
+        for _, node in sample_nodes(trace):
+            total = total + node["log_prob"].reshape(n, -1).sum(-1)
+        return total
 
     def _terms(self, z: Tensor) -> dict[str, Tensor]:
         with self._given(self.inputs):
@@ -496,61 +640,121 @@ class LogDensity(Density):
                 first = next(name for name in group.names if name in self.discrete)
                 terms[first] = group.log_prob
             for site, unconstrained, value in self._unpack(z):
-                log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
+                log_det = site.log_det(unconstrained, value)
                 batch_dim = len(nodes[site.name]["fn"].batch_shape)
                 terms[site.name] = terms.get(site.name, 0.0) + _sum_beyond(log_det, batch_dim)
         return terms
 
     def _unpack(self, z: Tensor) -> Iterator[tuple[LatentSite, Tensor, Tensor]]:
-        batch = z.shape[:-1]
         parts = z.split([site.features for site in self.sites], -1)
         for site, part in zip(self.sites, parts, strict=True):
-            unconstrained = part.reshape(batch + site.unconstrained_shape)
+            unconstrained = site.unpack(part)
             yield site, unconstrained, site.transform(unconstrained)
 
     # Construction
 
+    def _find_start(self, init_loc_fn: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+        """A run from the first start at which the model can be evaluated, and that start."""
+        try:
+            return self._prototype(init_loc_fn), init_loc_fn
+        except FAILURES:
+            start = start_elsewhere(self.run_from)
+            if start is None:
+                raise
+        return self._prototype(start), start
+
     def _prototype(self, init_loc_fn: Callable[..., Any]) -> Any:
         try:
-            trace = self._run_from(init_loc_fn)
-        except ValueError:
-            # Pyro names no site when NaN reaches the parameters of a distribution.
-            with pyro.validation_enabled(False):
-                checks.check_no_nan(self._run_from(init_loc_fn))
-            raise
-        checks.check_data(trace)
+            return self._first_run(init_loc_fn)
+        except Exception:
+            trace = self._first_enumerated_run(init_loc_fn)
+            if trace is None:
+                raise
+            return trace
+
+    def _first_run(self, init_loc_fn: Callable[..., Any]) -> Any:
+        trace = self.run_from(init_loc_fn)
+        checks.check_data(trace, self._enumerated_nesting)
         return trace
 
-    def _run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
+    def _first_enumerated_run(self, init_loc_fn: Callable[..., Any]) -> Any:
+        """A run with discrete sites enumerated, for a model that runs in no other way."""
+        for nesting in NESTINGS:
+            self._enumerated_nesting = nesting
+            try:
+                trace = self._first_run(init_loc_fn)
+            except Exception:
+                continue  # plates nested deeper, or an error that no enumeration mends
+            discrete = any(is_discrete(node) for _, node in latent_nodes(trace))
+            if discrete and _depth(trace) <= nesting:
+                return trace
+        self._enumerated_nesting = None
+        return None
+
+    def run_from(self, init_loc_fn: Callable[..., Any]) -> Any:
+        """A trace of the model from an initialisation function, validated as Pyro's setting says.
+
+        Args:
+            init_loc_fn: Where the sites start.
+        """
+
         def start(site: dict[str, Any]) -> Any:
+            checks.check_site(site["name"], site["fn"])
+            checks.check_sizes(site["name"], site["fn"])
             return site["fn"].sample() if is_discrete(site) else init_loc_fn(site)
 
+        model = self.model
+        if self._enumerated_nesting is not None:
+            model = self._enumerate(model, self._enumerated_nesting)
         with self.on_device(), poutine.block():
-            model = poutine.trace(InitMessenger(start)(self.model))
+            model = poutine.trace(InitMessenger(start)(StartInPlates()(model)))
             return model.get_trace(*self.args, **self.kwargs)
+
+    @staticmethod
+    def _enumerate(model: Callable[..., Any], nesting: int) -> Callable[..., Any]:
+        """A model with its discrete sites enumerated, on the left of so many dimensions."""
+        enumerated = config_enumerate(model, default="parallel")
+        return poutine.enum(enumerated, first_available_dim=-1 - nesting)
+
+    def _run_unvalidated(self, init_loc_fn: Callable[..., Any]) -> Any:
+        with pyro.validation_enabled(False):
+            return self.run_from(init_loc_fn)
+
+    def _check_shapes(self) -> None:
+        """Checks the data among inputs of other shapes than the first."""
+        values = self.constrain(self.initial)
+        with forked(0), explained(), pyro.validation_enabled(False), torch.no_grad():
+            trace = self.run_from(lambda site: value_at(values, site))
+            checks.check_data(trace, self._enumerated_nesting)
 
     def _take_all_rows(self, init_loc_fn: Callable[..., Any]) -> Any:
         """Runs the model on all rows of its subsampled plates from here on."""
         self.model = WholePlates(self.model)
-        rows = max(size for size, _ in self.subsampled.values())
-        self.batch_size = max(1, min(self.batch_size, ROWS_AT_ONCE // rows))
         try:
-            with pyro.validation_enabled(False):
-                self._run_from(init_loc_fn)
+            checks.check_data(self._run_unvalidated(init_loc_fn), self._enumerated_nesting)
         except Exception as error:
-            plates = ", ".join(map(repr, self.subsampled))
+            plates = [
+                f"{size} rows of plate {name!r}" for name, (size, _) in self.subsampled.items()
+            ]
             raise ValueError(
-                f"Expected a model that runs on all rows of its subsampled plates ({plates}) too; "
-                f"got one that says: {first_sentence(error)}."
+                f"Expected a model that runs on all {' and '.join(plates)} too; got "
+                f"{describe_error(error)}. Index the data by the plate, or give a DataLoader as "
+                "args."
             ) from error
         return self._prototype(init_loc_fn)
 
     def _read_sites(self, trace: Any) -> None:
         checks.check_latents(trace)
-        self.sites = find_latent_sites(trace)
-        checks.check_entries(self.sites)
         self.discrete = [name for name, node in latent_nodes(trace) if is_discrete(node)]
-        self._max_plate_nesting = max([0, *(-frame.dim for frame in plate_frames(trace))])
+        self.observed = observed_names(trace)
+        self._max_plate_nesting = max(self._enumerated_nesting or 0, _depth(trace))
+        nodes = sample_nodes(trace)
+        self._batch_dims_of = {name: len(node["fn"].batch_shape) for name, node in nodes}
+        self._batch_dims = max([self._max_plate_nesting, *self._batch_dims_of.values()])
+        with self._given(self.inputs):
+            found = find_latent_sites(trace)
+            self.sites = settle_masks(found, trace, lambda v: self._trace(v, self.inputs))
+        checks.check_entries(self.sites)
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.sites}
         self.initial = self.unconstrain(values)
         self.features = self.initial.numel()
@@ -564,8 +768,12 @@ class LogDensity(Density):
         checks.check_same_shapes(first, second)
         self._check_fixed_supports(second)
         leaves = list(recorder.parameters.values())
-        self.parameters = name_parameters(self.unwrapped_model, leaves, self.inputs)
-        values = {name: leaf.detach().clone() for name, leaf in self.parameters.items()}
+        self._leaves = name_parameters(self.unwrapped_model, leaves, self.inputs)
+        self._stored = set(stored_parameters()).intersection(self._leaves)
+        # A module must keep the parameters that it has.
+        modules = {n for n, leaf in self._leaves.items() if isinstance(leaf, torch.nn.Parameter)}
+        self._statements = self._stored - modules
+        values = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
         self.inputs = self.inputs._replace(parameters=values)
 
     def _run_elsewhere(self) -> Any:
@@ -573,7 +781,7 @@ class LogDensity(Density):
         for step in STEPS:
             values = self.constrain(self.initial + step)
             try:
-                return self._run_from(lambda site, values=values: _at(values, site))
+                return self.run_from(lambda site, values=values: value_at(values, site))
             except (ValueError, RuntimeError) as error:
                 failure = error
         raise failure
@@ -588,7 +796,18 @@ class LogDensity(Density):
                 )
 
 
-def _at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
+def limit_batch(batch_size: int, trace: Any) -> int:
+    """How many points an evaluation takes, at most so many, given the sizes of the sites."""
+    sizes = [torch.as_tensor(node["value"]).numel() for _, node in sample_nodes(trace)]
+    return max(1, min(batch_size, ROWS_AT_ONCE // max([1, *sizes])))
+
+
+def _depth(trace: Any) -> int:
+    """How many dimensions from the right the plates of a trace take."""
+    return max([0, *(-frame.dim for frame in plate_frames(trace))])
+
+
+def value_at(values: Mapping[str, Tensor], site: dict[str, Any]) -> Tensor:
     """A value of a site, or a draw if there is none of its shape."""
     value = values.get(site["name"])
     if value is not None and value.shape == site["fn"].shape():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from .._compat import named_dims, packed_dims
 
-__all__ = ["EnumeratedGroup", "enumerated_groups", "enumerated_log_prob"]
+__all__ = [
+    "EnumeratedGroup",
+    "enumerated_groups",
+    "enumerated_log_prob",
+    "sample_enumerated",
+]
 
 
 class EnumeratedGroup(NamedTuple):
@@ -75,6 +81,69 @@ def enumerated_groups(trace: Any) -> list[EnumeratedGroup]:
     return groups
 
 
+def sample_enumerated(trace: Any) -> dict[str, Tensor]:
+    """Draws the enumerated sites of a trace from their posterior given the other sites.
+
+    The variables are eliminated one after the other, and drawn in the reverse order, each given
+    those that were eliminated after it.
+
+    Args:
+        trace: A trace of a model under ``poutine.enum``.
+
+    Returns:
+        For each enumerated site a value of the shape that it has in a run without enumeration.
+
+    Raises:
+        ValueError: If the sites that depend on an enumerated one do not share one
+            ``poutine.scale``.
+    """
+    factors, ring = _Factors(trace), _RecordingRing()
+    if factors.terms:
+        factors.contract(list(factors.terms), frozenset(), ring)
+    chosen: dict[str, Tensor] = {}
+    for dim, table in reversed(ring.tables):
+        for other in packed_dims(table):
+            if other != dim and other in chosen:
+                table = _take_along(table, other, chosen[other])
+        chosen[dim] = _sample_dim(table, dim)
+    values = {}
+    for name, site in trace.nodes.items():
+        own = site["infer"].get("_enumerate_dim") if site["type"] == "sample" else None
+        if own is not None:
+            index = chosen[site["infer"]["_dim_to_symbol"][own]]
+            values[name] = _choose_value(site, unpack(index, trace.symbol_to_dim))
+    return values
+
+
+def _take_along(table: Tensor, dim: str, index: Tensor) -> Tensor:
+    """The table at the chosen index of one dimension, in each row of its plates."""
+    names = packed_dims(table)
+    rest = names.replace(dim, "")
+    place = names.index(dim)
+    aligned = _product([index, named_dims(torch.zeros_like(table.select(place, 0)), rest)])
+    order = [packed_dims(aligned).index(name) for name in rest]
+    aligned = aligned.permute(order).to(torch.long).unsqueeze(place)
+    return named_dims(table.gather(place, aligned).squeeze(place), rest)
+
+
+def _sample_dim(table: Tensor, dim: str) -> Tensor:
+    """Draws the index of one dimension by Gumbel noise, which needs no normalised table."""
+    names = packed_dims(table)
+    place = names.index(dim)
+    noise = -torch.empty_like(table).exponential_().log()
+    return named_dims((table + noise).argmax(place), names.replace(dim, ""))
+
+
+def _choose_value(site: Any, index: Tensor) -> Tensor:
+    """The values of a site at indices of its support, of the batch shape of the site."""
+    fn = site["fn"]
+    support = fn.enumerate_support(expand=False)
+    support = support.reshape(len(support), *fn.event_shape)
+    sizes = {frame.dim: frame.size for frame in site["cond_indep_stack"] if frame.vectorized}
+    shape = [sizes.get(-k, 1) for k in range(max([0, *(-dim for dim in sizes)]), 0, -1)]
+    return support[index.expand(torch.broadcast_shapes(index.shape, tuple(shape)))]
+
+
 class _Factors:
     """The factors of the log density of a trace that depend on enumerated sites.
 
@@ -110,12 +179,14 @@ class _Factors:
             self.plates[name] = frozenset(symbols[frame.name] for frame in frames)
         self.scale = _common([trace.nodes[name]["scale"] for name in self.terms])
 
-    def contract(self, names: list[str], kept: frozenset[str]) -> Tensor:
+    def contract(
+        self, names: list[str], kept: frozenset[str], ring: _EliminationRing | None = None
+    ) -> Tensor:
         """Sums some sites over the enumerated ones, and over all plates but those that are kept."""
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         for name in names:
             tree.setdefault(self.plates[name], []).append(self.terms[name])
-        return contract_to_tensor(tree, self.enumerated, kept, ring=_EliminationRing())
+        return contract_to_tensor(tree, self.enumerated, kept, ring=ring or _EliminationRing())
 
     def components(self) -> list[list[str]]:
         """The names of the sites, those that share an enumerated one together."""
@@ -159,11 +230,26 @@ class _EliminationRing(LogRing):
             )
             touched = _touched(terms, dim)
             product = _product(touched)
+            self.eliminate(dim, product)
             names = packed_dims(product)
             summed = named_dims(_logsumexp(product, names.index(dim)), names.replace(dim, ""))
             terms = [term for term in terms if all(term is not t for t in touched)] + [summed]
             left.remove(dim)
         return _product(terms)
+
+    def eliminate(self, dim: str, product: Tensor) -> None:
+        """Is told the product of all terms in a variable, over which it is summed out next."""
+
+
+class _RecordingRing(_EliminationRing):
+    """Keeps the variables in the order of their elimination, each with its table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[tuple[str, Tensor]] = []
+
+    def eliminate(self, dim: str, product: Tensor) -> None:
+        self.tables.append((dim, product))
 
 
 def _touched(terms: list[Tensor], dim: str) -> list[Tensor]:
@@ -172,16 +258,17 @@ def _touched(terms: list[Tensor], dim: str) -> list[Tensor]:
 
 def _logsumexp(term: Tensor, dim: int) -> Tensor:
     """As torch's, but with gradient zero, not NaN, where all is impossible."""
-    shift = term.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(term.dtype).min)
-    total = (term - shift).exp().sum(dim)
+    slices = term.detach().unbind(dim)
+    shift = functools.reduce(torch.maximum, slices).clamp(min=torch.finfo(term.dtype).min)
+    # Sums of slices: torch's reductions of a few entries cost several times as much.
+    total = functools.reduce(torch.add, (term - shift.unsqueeze(dim)).exp().unbind(dim))
     possible = total > 0
-    return torch.where(
-        possible, torch.where(possible, total, 1.0).log() + shift.squeeze(dim), -torch.inf
-    )
+    return torch.where(possible, torch.where(possible, total, 1.0).log() + shift, -torch.inf)
 
 
 def _product(terms: list[Tensor]) -> Tensor:
-    dims = "".join(sorted(set("".join(map(packed_dims, terms)))))
+    # As they lie in memory: those of plates last, those of enumerated sites before them.
+    dims = "".join(sorted(set("".join(map(packed_dims, terms))), reverse=True))
     total: Any = 0
     for term in terms:
         names = packed_dims(term)

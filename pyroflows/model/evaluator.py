@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import hashlib
+import pickle
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 
-from .._compat import is_mutating, make_fx, stamp, tree_flatten, tree_unflatten
+from .._compat import functions_of_any_style, stamp, tree_flatten, tree_unflatten
+from .._deadline import check_time
+from .._vmap import vmap
 from .base import Failures
-from .handlers import DetachedData, NanWhereSingular
+from .batching import Batchable
+from .branches import Branches
+from .capture import Captured, ReadsInputsError, capture
 from .inputs import Inputs
+from .singular import NanWhereSingular
+from .stable import selecting_no_entries
 
 __all__ = ["Evaluator", "Program", "first_sentence", "map_points"]
 
@@ -27,29 +35,53 @@ POINT_ERRORS = (
     IndexError,
     ValueError,
 )
+# What a run may raise that succeeds elsewhere: samplers and factorisations raise RuntimeErrors too.
+FAILURES = (*POINT_ERRORS, RuntimeError)
+
+
+# Graphs that are made for other values of inputs that a model reads, such as mini-batches.
+CAPTURES = 8
+
+DIFFERENT = "its values differ from those of single traces"
+
+# Errors that a model raises on purpose, once it has looked at values.
+REFUSALS = (ArithmeticError, AssertionError, ValueError)
 
 
 class Way(NamedTuple):
     """How points are evaluated.
 
     Attributes:
-        mode: ``"captured"``, ``"vmap"`` or ``"loop"``.
-        free: Which tensors are inputs of a captured graph, a place in ``FREE``.
-        reason: Why points are evaluated one at a time, if they are.
+        mode: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
+        reason: Why a slow way is taken, if it is.
+        constants: Which of the inputs, by their places, are constants of a captured graph though
+            they are tensors, because the model reads their values.
+        in_plate: Whether points are the rows of a plate around the model, not of a ``vmap``.
     """
 
     mode: str
-    free: int = 0
     reason: str = ""
+    constants: frozenset[int] = frozenset()
+    in_plate: bool = False
+
+    @property
+    def warning(self) -> str:
+        """What to tell whoever waits, if the way is slow."""
+        return WARNINGS[self.mode] + self.reason if self.mode in WARNINGS else ""
 
 
-# Which tensors are inputs of a captured graph; the others are constants. A model that reads values
-# of its data, most often of counts and indices, cannot be captured with these as inputs.
-FREE: tuple[Callable[[Any], bool], ...] = (
-    lambda leaf: isinstance(leaf, Tensor),
-    lambda leaf: isinstance(leaf, Tensor) and leaf.is_floating_point(),
-    lambda leaf: False,
+_UNCAPTURED = (
+    "This model cannot be captured as a graph of operations, so every evaluation runs all of it, "
+    "which is slow. What the capture says: "
 )
+WARNINGS = {
+    "vmap": _UNCAPTURED,
+    "plate": _UNCAPTURED,
+    "loop": (
+        "This model cannot be evaluated for a batch of points, so its log density is evaluated one "
+        "point at a time, which is slow. What torch.func.vmap says: "
+    ),
+}
 
 
 class _Leaves:
@@ -63,18 +95,24 @@ class _Leaves:
         self.inputs = inputs
         self.leaves, self.spec = tree_flatten(inputs)
 
-    def tensors(self, free: int) -> list[Tensor]:
+    def free(self, constants: frozenset[int]) -> list[int]:
+        """The places of the leaves that are inputs of a graph."""
+        places = range(len(self.leaves))
+        return [i for i in places if isinstance(self.leaves[i], Tensor) and i not in constants]
+
+    def tensors(self, constants: frozenset[int]) -> list[Tensor]:
         """The leaves that are inputs of a graph."""
-        return [leaf for leaf in self.leaves if FREE[free](leaf)]
+        return [self.leaves[i] for i in self.free(constants)]
 
-    def constants(self, free: int) -> list[Any]:
+    def fixed(self, constants: frozenset[int]) -> list[Any]:
         """The leaves that are constants of a graph."""
-        return [leaf for leaf in self.leaves if not FREE[free](leaf)]
+        free = set(self.free(constants))
+        return [leaf for i, leaf in enumerate(self.leaves) if i not in free]
 
-    def rebuild(self, free: int, tensors: Sequence[Tensor]) -> Inputs:
+    def rebuild(self, constants: frozenset[int], tensors: Sequence[Tensor]) -> Inputs:
         """The inputs with other tensors in the place of the free ones."""
-        given = iter(tensors)
-        leaves = [next(given) if FREE[free](leaf) else leaf for leaf in self.leaves]
+        given = dict(zip(self.free(constants), tensors, strict=True))
+        leaves = [given.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         return tree_unflatten(leaves, self.spec)
 
     def kind(self) -> Hashable:
@@ -84,10 +122,11 @@ class _Leaves:
         ]
         return (self.spec, *kinds)
 
-    def key(self, free: int) -> Hashable:
+    def key(self, constants: frozenset[int]) -> Hashable:
         """What inputs have in common that share a graph."""
-        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self.tensors(free)]
-        return (self.spec, *shapes, *map(_identity, self.constants(free)))
+        tensors = self.tensors(constants)
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+        return (self.spec, *shapes, *map(_identity, self.fixed(constants)))
 
 
 def _identity(constant: Any) -> Hashable:
@@ -97,8 +136,16 @@ def _identity(constant: Any) -> Hashable:
     try:
         hash(constant)
     except TypeError:
-        return id(constant)
+        return type(constant), _content(constant)
     return type(constant), constant
+
+
+def _content(constant: Any) -> Hashable:
+    """What tells apart constants that may be changed in place, such as arrays of numpy."""
+    try:
+        return hashlib.sha256(pickle.dumps(constant)).digest()
+    except Exception:  # what a pickle refuses is told by any type of error
+        return id(constant)
 
 
 class Program:
@@ -125,6 +172,7 @@ class Program:
 
     def _isolate(self, points: Tensor) -> tuple[Tensor, ...]:
         """Halves a batch that fails until the points that make it fail stand alone."""
+        check_time()
         try:
             return self.run(points)
         except POINT_ERRORS as error:
@@ -139,22 +187,35 @@ class Program:
 class Evaluator:
     """A function of one point and of inputs, evaluated with its gradient for many points.
 
-    By the fastest of three ways whose results agree: as a captured graph of tensor operations, by
-    :func:`torch.func.vmap`, or one point at a time. The tensors among the inputs are inputs of the
-    graph too, and the part of it that depends on no point is run once for each of their values.
+    By the fastest of the ways whose results agree: as a captured graph of tensor operations, by
+    :func:`torch.func.vmap`, in a plate around it, or one point at a time. The tensors among the
+    inputs are inputs of the graph too, but for those whose values it reads, and the part that
+    depends on no point is run once for each of their values. Where the function branches on values
+    of the points, there is one graph for each combination of branches that is met.
 
     Args:
         function: From a point of shape ``(features,)`` and the inputs to a number.
         start: A point.
         failures: Is told why a point could not be evaluated.
+        in_plate: From points of shape ``(n, features)`` and the inputs to ``n`` numbers, the same
+            ones if the function can be written so.
     """
 
     def __init__(
-        self, function: Callable[[Tensor, Inputs], Tensor], start: Tensor, failures: Failures
+        self,
+        function: Callable[[Tensor, Inputs], Tensor],
+        start: Tensor,
+        failures: Failures,
+        in_plate: Callable[[Tensor, Inputs], Tensor] | None = None,
     ) -> None:
+        self.in_plate = in_plate
         self.function, self.start, self.failures = function, start, failures
         self._ways: dict[Hashable, Way] = {}
-        self._graphs: dict[Hashable, Any] = {}
+        self._graphs: dict[Hashable, list[Captured]] = {}
+        # How many graphs there are of inputs whose values they depend on.
+        self._captures = 0
+        # Whether it has functions of autograd, whose gradients a graph of values does not know.
+        self._own_gradients = False
         # Kept so that the identities in the keys of the graphs cannot be reused.
         self._constants: list[Any] = []
 
@@ -175,6 +236,7 @@ class Evaluator:
         """
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size) if mode is None else Way(mode)
+        way = self._affordable(way, leaves, batch_size, gradients=True)
         run = self._make_run(leaves, batch_size, way)
         return Program(run, 1 if way.mode == "loop" else batch_size, self.failures, way)
 
@@ -190,39 +252,63 @@ class Evaluator:
         """
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size)
-        if way.mode == "loop":
-            return Program(self._loop_values(inputs), 1, self.failures, way, gradients=False)
-        evaluate = batched = self._batched(leaves, way.free)
-        if way.mode == "captured":
-            key = ("whole", leaves.key(way.free), batch_size)
-            evaluate = self._cached(key, lambda: self._capture(batched, leaves, batch_size, way))
-        tensors = leaves.tensors(way.free)
-
-        def run(points: Tensor) -> tuple[Tensor, ...]:
-            return (evaluate(_padded(points, batch_size), *tensors)[: len(points)],)
-
-        return Program(run, batch_size, self.failures, way, gradients=False)
+        if self._own_gradients and way.mode == "captured":
+            way = _uncaptured(way, "it has gradients of its own")
+        way = self._affordable(way, leaves, batch_size, gradients=False)
+        run = self._make_run(leaves, batch_size, way, gradients=False)
+        size = 1 if way.mode == "loop" else batch_size
+        return Program(run, size, self.failures, way, gradients=False)
 
     # The three ways
 
-    def _make_run(self, leaves: _Leaves, batch_size: int, way: Way) -> Run:
+    def _make_run(self, leaves: _Leaves, batch_size: int, way: Way, gradients: bool = True) -> Run:
+        one_by_one = self._loop(leaves.inputs, gradients)
         if way.mode == "loop":
-            return lambda points: self._loop(points, leaves.inputs)
-        tensors = [tensor.detach() for tensor in leaves.tensors(way.free)]
-        if way.mode == "vmap":
-            batched = self._batched(leaves, way.free, torch.func.grad_and_value)
-            return lambda points: batched(points, *tensors)[::-1]
-        key = ("halves", leaves.key(way.free), batch_size)
-        prelude, body = self._cached(key, lambda: self._capture_halves(leaves, batch_size, way))
-        with torch.no_grad():
-            return _captured_run(body, prelude(*tensors), batch_size)
+            return one_by_one
+        alone = Program(one_by_one, 1, self.failures, Way("loop"), gradients)
+        tensors = leaves.tensors(way.constants)
+        if gradients:
+            tensors = [tensor.detach() for tensor in tensors]
+        batch = self._in_plate if way.in_plate else self._batched
+        batched = batch(leaves, way.constants, gradients)
+        if way.mode != "captured":
 
-    def _loop(self, points: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        pairs = [self._value_and_grad(point, inputs) for point in points]
-        values, grads = zip(*pairs, strict=True)
-        return torch.stack(values), torch.stack(grads)
+            def run(points: Tensor) -> tuple[Tensor, ...]:
+                return batched(points, *tensors)
+
+            return Branches(run, lambda *_: run, alone)
+        graphs = self._graphs.setdefault(_key(leaves, batch_size, way, gradients), [])
+
+        def follow(i: int, point: Tensor) -> Run:
+            if i == len(graphs):
+                graph = self._capture(batched, leaves, batch_size, way, point)
+                graphs.append(Captured(graph, batch_size, split=gradients))
+            return graphs[i].bind(tensors)
+
+        first = follow(0, self.start)
+        if graphs[0].branches:
+            return Branches(first, follow, alone)
+        return lambda points: first(points)[:-1]
+
+    def _loop(self, inputs: Inputs, gradients: bool) -> Run:
+        def run(points: Tensor) -> tuple[Tensor, ...]:
+            if not gradients:
+                return (torch.stack([self.function(point, inputs) for point in points]),)
+            pairs = [self._value_and_grad(point, inputs) for point in points]
+            values, grads = zip(*pairs, strict=True)
+            return torch.stack(values), torch.stack(grads)
+
+        return run
 
     def _value_and_grad(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        try:
+            return self._differentiate(point, inputs)
+        except RuntimeError:
+            # A factorisation that fails gives NaN, as it does in a batch.
+            with NanWhereSingular():
+                return self._differentiate(point, inputs)
+
+    def _differentiate(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             point = point.detach().requires_grad_()
             value = self.function(point, inputs)
@@ -231,51 +317,102 @@ class Evaluator:
             (grad,) = torch.autograd.grad(value, point, allow_unused=True)
         return value.detach(), torch.zeros_like(point) if grad is None else grad
 
-    def _loop_values(self, inputs: Inputs) -> Run:
-        return lambda points: (torch.stack([self.function(point, inputs) for point in points]),)
-
-    # Captured graphs
+    # Batches
 
     def _batched(
-        self, leaves: _Leaves, free: int, transform: Callable[..., Any] | None = None
+        self, leaves: _Leaves, constants: frozenset[int], gradients: bool
     ) -> Callable[..., Any]:
-        """The function of many points and of the free tensors."""
+        """The function of many points and of the free tensors: its values, its gradients on
+        request, and for which points they hold."""
 
-        def function(point: Tensor, *tensors: Tensor) -> Tensor:
-            with NanWhereSingular(), DetachedData():
-                return self.function(point, leaves.rebuild(free, tensors))
+        def function(point: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return self._follow(point, leaves.rebuild(constants, tensors))
 
-        shared = len(leaves.tensors(free))
-        of_point = function if transform is None else transform(function)
-        return torch.func.vmap(of_point, in_dims=(0, *(None for _ in range(shared))))
+        def with_gradient(point: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            differentiated = torch.func.grad_and_value(function, has_aux=True)
+            grad, (value, held) = differentiated(point, *tensors)
+            return value, grad, held
 
-    def _cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._graphs:
-            self._graphs[key] = make()
-        return self._graphs[key]
+        shared = (None,) * len(leaves.tensors(constants))
+        of_point = with_gradient if gradients else function
+        batched = vmap(of_point, in_dims=(0, *shared))
 
-    def _capture_halves(
-        self, leaves: _Leaves, batch_size: int, way: Way
-    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        batched = self._batched(leaves, way.free, torch.func.grad_and_value)
-        prelude, body = _split(self._capture(batched, leaves, batch_size, way))
-        return prelude.forward, body.forward
+        def run(points: Tensor, *tensors: Tensor) -> Any:
+            # Around differentiation, because gradients factorise matrices too.
+            with (
+                NanWhereSingular(),
+                functions_of_any_style() as applied,
+                selecting_no_entries(),
+            ):
+                results = batched(points, *tensors)
+            self._own_gradients |= bool(applied)
+            return results
+
+        return run
+
+    def _in_plate(
+        self, leaves: _Leaves, constants: frozenset[int], gradients: bool
+    ) -> Callable[..., Any]:
+        """As :meth:`_batched`, by one run of the model for all points."""
+
+        def run(points: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            assert self.in_plate is not None
+            inputs = leaves.rebuild(constants, tensors)
+            held = torch.ones(len(points), dtype=torch.bool, device=points.device)
+            with NanWhereSingular(), selecting_no_entries():
+                if not gradients:
+                    return self.in_plate(points, inputs), held
+                with torch.enable_grad():
+                    points = points.detach().requires_grad_()
+                    values = self.in_plate(points, inputs)
+                    (grads,) = torch.autograd.grad(values.sum(), points)
+            return values.detach(), grads, held
+
+        return run
+
+    def _follow(self, point: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The function along the branches of the first point, and whether they are this one's."""
+        batchable = Batchable(point)
+        try:
+            with batchable:
+                value = self.function(point, inputs)
+        except REFUSALS as error:
+            if not batchable.branched:
+                raise
+            self.failures.reason = first_sentence(error)
+            value = point.sum() * torch.nan  # as at all points that take these branches
+        return value, batchable.held
 
     def _capture(
-        self, batched: Callable[..., Any], leaves: _Leaves, batch_size: int, way: Way
+        self,
+        batched: Callable[..., Any],
+        leaves: _Leaves,
+        batch_size: int,
+        way: Way,
+        point: Tensor,
     ) -> GraphModule:
-        points = self.start.expand(batch_size, -1).contiguous()
+        points = point.expand(batch_size, -1).contiguous()
         # Fresh views: the same tensor given twice is two inputs.
-        tensors = [tensor.detach() for tensor in leaves.tensors(way.free)]
-        graph = make_fx(batched)(points, *tensors)
-        if _reads_values(graph):
-            raise ValueError("The shapes in the model depend on values of its data.")
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
-        self._constants.extend(leaves.constants(way.free))
+        tensors = [tensor.detach() for tensor in leaves.tensors(way.constants)]
+        try:
+            graph = capture(batched, points, tensors)
+        except ReadsInputsError as error:
+            places = leaves.free(way.constants)
+            raise ReadsInputsError(frozenset(places[i] for i in error.places)) from None
+        self._constants.extend(leaves.fixed(way.constants))
         return graph
 
     # The choice of a way
+
+    def _affordable(self, way: Way, leaves: _Leaves, batch_size: int, gradients: bool) -> Way:
+        """The way without a capture, where the constants of the graphs change all the time."""
+        key = _key(leaves, batch_size, way, gradients)
+        if way.mode != "captured" or not way.constants or key in self._graphs:
+            return way
+        self._captures += 1
+        if self._captures > CAPTURES:
+            return _uncaptured(way, "its operations depend on values of data that change")
+        return way
 
     def _way(self, leaves: _Leaves, batch_size: int) -> Way:
         kind = leaves.kind()
@@ -293,30 +430,57 @@ class Evaluator:
             value, grad = self._make_run(leaves, batch_size, way)(batch)
             return agree(value[:n], values) and agree(grad[:n], grads)
 
-        if _succeeds(lambda: agrees(Way("captured"))):
-            return Way("captured")
+        ways = (
+            [Way("vmap")] if self.in_plate is None else [Way("vmap"), Way("plate", in_plate=True)]
+        )
+        reasons = []
+        for way in ways:
+            captured = self._capturing(agrees, way._replace(mode="captured"))
+            if isinstance(captured, Way):
+                return captured
+            why = self._failure(lambda way=way: agrees(way))  # type: ignore[misc]
+            if not why:
+                return way._replace(reason=captured)
+            reasons.append(why)
+        return Way("loop", reasons[0])
+
+    @staticmethod
+    def _capturing(agrees: Callable[[Way], bool], way: Way) -> Way | str:
+        """The way with those inputs as constants that must be for a capture, or why it fails."""
+        while True:
+            try:
+                agreed = agrees(way)
+            except ReadsInputsError as error:
+                way = way._replace(constants=way.constants | error.places)
+            except Exception as error:
+                return first_sentence(error)
+            else:
+                return way if agreed else DIFFERENT
+
+    @staticmethod
+    def _failure(agrees: Callable[[], bool]) -> str:
+        """Why a way of evaluation fails; empty if it does not."""
         try:
-            if not agrees(Way("vmap")):
-                return Way("loop", reason="its values differ from those of single traces")
+            return "" if agrees() else DIFFERENT
         except Exception as error:
-            return Way("loop", reason=first_sentence(error))
-        for free in range(1, len(FREE)):
-            way = Way("captured", free)
-            if _succeeds(lambda way=way: agrees(way)):  # type: ignore[misc]
-                return way
-        return Way("vmap")
+            return first_sentence(error)
 
     def _references(self, inputs: Inputs, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Points at which the function can be evaluated, with values and gradients by the loop."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
+        failed: list[tuple[Tensor, Tensor, Tensor]] = []
         last: Exception | None = None
         for point in self._candidates():
             try:
-                found.append((point, *self._value_and_grad(point, inputs)))
+                value, grad = self._value_and_grad(point, inputs)
             except POINT_ERRORS as error:
                 last = error
+                continue
+            (failed if value.isnan() else found).append((point, value, grad))
             if len(found) == count:
                 break
+        # Where the model gives NaN everywhere, its ways agree on that.
+        found = found or failed[:count]
         if not found and last is not None:
             raise last
         point, value, _ = found[0]
@@ -334,6 +498,15 @@ class Evaluator:
         yield from self.start + 0.1 * noise
         yield self.start
         yield from self.start + 0.01 * noise
+
+
+def _key(leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Hashable:
+    """What evaluations have in common that share graphs."""
+    return gradients, way.in_plate, leaves.key(way.constants), batch_size
+
+
+def _uncaptured(way: Way, reason: str) -> Way:
+    return way._replace(mode="plate" if way.in_plate else "vmap", reason=reason)
 
 
 def map_points(
@@ -354,26 +527,52 @@ def map_points(
     Returns:
         For each name a tensor with a first dimension of size ``n``.
     """
+
+    def of_point(point: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        with Batchable(point) as batchable:
+            return function(point), batchable.held
+
     if batch_size > 1:
         try:
-            with NanWhereSingular(), DetachedData():
-                batched = torch.func.vmap(function, randomness="different", chunk_size=batch_size)
-                return batched(points)
+            with NanWhereSingular(), functions_of_any_style(), selecting_no_entries():
+                batched = vmap(of_point, randomness="different", chunk_size=batch_size)
+                found, held = batched(points)
+            for i in (~held).nonzero().squeeze(-1).tolist():
+                row = _run_once(function, points[i], strict=safe is None)
+                found = {
+                    name: _with_row(found[name], i, None if row is None else row[name])
+                    for name in found
+                }
+            return found
         except (RuntimeError, ValueError):
             pass  # some samplers have no batching rule; one run at a time needs none
-    runs = [_run_once(function, point, safe) for point in points]
-    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
+    runs = [_run_once(function, point, strict=safe is None) for point in points]
+    known = next((run for run in runs if run is not None), None)
+    if known is None:
+        known = function(points[0] if safe is None else safe)
+    # Without a dtype: NaN is no integer.
+    blank = {name: torch.full(t.shape, torch.nan, device=t.device) for name, t in known.items()}
+    return {name: torch.stack([(run or blank)[name] for run in runs]) for name in known}
 
 
 def _run_once(
-    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, safe: Tensor | None
-) -> dict[str, Tensor]:
+    function: Callable[[Tensor], dict[str, Tensor]], point: Tensor, strict: bool
+) -> dict[str, Tensor] | None:
+    """The results at a point; ``None`` where the function fails, unless that is an error."""
+    check_time()
     try:
         return function(point)
-    except POINT_ERRORS:
-        if safe is None:
+    except FAILURES:
+        if strict:
             raise
-        return {name: torch.full_like(t, torch.nan) for name, t in function(safe).items()}
+        return None
+
+
+def _with_row(tensor: Tensor, i: int, row: Tensor | None) -> Tensor:
+    """A tensor with another row, or with NaN if that is not known."""
+    # Without a dtype: NaN is no integer.
+    new = torch.full(tensor[i].shape, torch.nan, device=tensor.device) if row is None else row
+    return torch.cat([tensor[:i], new.unsqueeze(0), tensor[i + 1 :]])
 
 
 def agree(a: Tensor, b: Tensor) -> bool:
@@ -385,88 +584,10 @@ def agree(a: Tensor, b: Tensor) -> bool:
 
 def first_sentence(error: Exception) -> str:
     """The first sentence of an error's message, or the name of its type."""
-    text = " ".join(str(error).split())
+    message, *_ = str(error).split("Trace Shapes:")  # by which Pyro shows what it has run
+    text = " ".join(message.split())
     return text.split(". ")[0][:200] or type(error).__name__
-
-
-def _padded(points: Tensor, size: int) -> Tensor:
-    """Points and copies of the last one, as many as a graph takes."""
-    missing = size - len(points)
-    return torch.cat([points, points[-1:].expand(missing, -1)]) if missing else points
-
-
-def _captured_run(body: Callable[..., Any], fixed: tuple[Tensor, ...], batch_size: int) -> Run:
-    def run(points: Tensor) -> tuple[Tensor, ...]:
-        n = len(points)
-        grad, value = body(_padded(points, batch_size), *fixed)
-        return (value, grad) if n == batch_size else (value[:n], grad[:n])
-
-    return run
-
-
-def _split(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
-    """Splits a graph of points and other tensors into the part that depends on no point, which
-    takes these tensors, and the rest, which takes the points and what that part gives."""
-    *nodes, output = graph.graph.nodes
-    varying = _varying(nodes)
-    needed = {node for user in [*varying, output] for node in user.all_input_nodes}
-    fixed = [node for node in nodes if node in needed and node not in varying]
-    prelude, body = Graph(), Graph()
-    copies: dict[Node, Node] = {}
-    inner = {nodes[0]: body.placeholder("points")}
-    for node in nodes[1:]:
-        if node not in varying:
-            copies[node] = prelude.node_copy(node, copies.__getitem__)
-    prelude.output(tuple(copies[node] for node in fixed))
-    for i, node in enumerate(fixed):
-        inner[node] = body.placeholder(f"fixed_{i}")
-    for node in nodes[1:]:
-        if node in varying:
-            inner[node] = body.node_copy(node, inner.__getitem__)
-    body.node_copy(output, inner.__getitem__)
-    return GraphModule(graph, prelude), GraphModule(graph, body)
-
-
-def _varying(nodes: list[Node]) -> set[Node]:
-    """The nodes that depend on the points, the first of the nodes, or that write into a tensor."""
-    written: set[Node] = set()
-    for node in reversed(nodes):
-        if is_mutating(node.target) or node in written:
-            written.update(i for i in node.all_input_nodes if i.op == "call_function")
-            written.add(node)
-    return _dependent(nodes, {nodes[0], *written})
-
-
-def _reads_values(graph: GraphModule) -> bool:
-    """Whether shapes in a graph depend on values of its inputs, so that it holds for these only."""
-    inputs = graph.graph.find_nodes(op="placeholder")
-    given = _dependent(graph.graph.nodes, set(inputs[1:]))
-    return any(node.op == "call_function" and _reads(node, given) for node in given)
-
-
-def _reads(node: Any, given: set[Node]) -> bool:
-    if node.target == torch.ops.aten.index.Tensor:  # by numbers, or by a mask
-        indices = given.intersection(i for i in node.args[1] if isinstance(i, Node))
-        return any(index.meta["val"].dtype == torch.bool for index in indices)
-    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-    return not tags.isdisjoint(getattr(node.target, "tags", ()))
-
-
-def _dependent(nodes: Iterable[Node], sources: set[Node]) -> set[Node]:
-    """The nodes that depend on some, these included."""
-    dependent = set(sources)
-    for node in nodes:
-        if not dependent.isdisjoint(node.all_input_nodes):
-            dependent.add(node)
-    return dependent
 
 
 def _concatenate(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-
-
-def _succeeds(attempt: Callable[[], bool]) -> bool:
-    try:
-        return attempt()
-    except Exception:
-        return False

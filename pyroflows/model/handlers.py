@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints, transform_to
 from torch.overrides import TorchFunctionMode
 
-from .._compat import tree_leaves, tree_map_only, unvalidated, whole_plates
+from .._compat import start_in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
 
 __all__ = [
-    "DetachedData",
+    "DetachedCopies",
     "FirstRows",
+    "GivenParameters",
     "GivenRows",
-    "NanWhereSingular",
     "ParameterRecorder",
+    "StartInPlates",
     "SubstituteTensors",
     "Unvalidated",
     "WholePlates",
@@ -82,6 +84,31 @@ class FirstRows(Messenger):
             msg["value"] = size - 1 - rows if self.flip else rows
 
 
+# The start
+
+
+class StartInPlates(Messenger):
+    """Lets a reparametrised site start with a value for each row of the plates that it is in.
+
+    Pyro asks for the start of such a site, of ``poutine.reparam`` inside of a plate, before the
+    plate has seen the site, so that all rows would share one value.
+    """
+
+    def _pyro_post_get_init_messengers(self, msg: Any) -> None:
+        msg["value"] = [_InPlates(starter) for starter in msg["value"]]
+
+
+class _InPlates(Messenger):
+    """Starts a site as another handler does, once all open plates have seen the site."""
+
+    def __init__(self, starter: Any) -> None:
+        super().__init__()
+        self.starter = starter
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["value"] = start_in_open_plates(self.starter, msg)
+
+
 # Validation
 
 
@@ -114,6 +141,23 @@ class ParameterRecorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class GivenParameters(Messenger):
+    """Gives statements of ``pyro.param`` their values, whatever is in the param store.
+
+    Args:
+        values: Unconstrained values by name.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            constraint = msg["kwargs"].get("constraint", constraints.real)
+            msg["value"] = transform_to(constraint)(self.values[msg["name"]])
+
+
 class SubstituteTensors(TorchFunctionMode):
     """Puts tensors in the place of others wherever a run uses those.
 
@@ -121,7 +165,7 @@ class SubstituteTensors(TorchFunctionMode):
         pairs: The tensors to replace, each with its replacement.
     """
 
-    def __init__(self, pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         # The originals are kept too, so that their identities cannot be reused.
         self.pairs = {id(original): (original, value) for original, value in pairs}
@@ -135,59 +179,20 @@ class SubstituteTensors(TorchFunctionMode):
         return tensor if pair is None else pair[1]
 
 
-# What a run under vmap may not do
+# What a copy may not hold
 
-_READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-
-
-def _cholesky(matrix: Tensor, *, upper: bool = False) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix, upper=upper)
-    return _nan_where_failed(factor, info)
+_COPY = Tensor.__deepcopy__
 
 
-def _old_cholesky(matrix: Tensor, upper: bool = False) -> Tensor:
-    return _cholesky(matrix, upper=upper)
+class DetachedCopies(TorchFunctionMode):
+    """Lets :func:`copy.deepcopy` copy tensors that carry a graph, without the graph.
 
-
-def _inv(matrix: Tensor) -> Tensor:
-    inverse, info = torch.linalg.inv_ex(matrix)
-    return _nan_where_failed(inverse, info)
-
-
-def _solve(matrix: Tensor, right: Tensor, *, left: bool = True) -> Tensor:
-    solution, info = torch.linalg.solve_ex(matrix, right, left=left)
-    vector = solution.dim() == info.dim() + 1
-    if vector:
-        return solution.where((info == 0).unsqueeze(-1), torch.nan)
-    return _nan_where_failed(solution, info)
-
-
-def _nan_where_failed(matrix: Tensor, info: Tensor) -> Tensor:
-    return matrix.where((info == 0).unsqueeze(-1).unsqueeze(-1), torch.nan)
-
-
-class DetachedData(TorchFunctionMode):
-    """Lets a run read ``tensor.data``, which Pyro's enumeration asks for its shape and which
-    :func:`torch.func.vmap` refuses."""
+    Such are the values of a trace whose priors depend on parameters of the model.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.detach if func == _READ_DATA else func
+        if func is _COPY and not args[0].is_leaf:
+            tensor, memo = args
+            args = (tensor.detach(), memo)
+            return memo.setdefault(id(tensor), func(*args))
         return func(*args, **(kwargs or {}))
-
-
-class NanWhereSingular(TorchFunctionMode):
-    """Lets a factorisation that fails return NaN for its matrix, so that one matrix that has none
-    does not end the evaluation of a whole batch."""
-
-    REPLACEMENTS = {  # noqa: RUF012
-        torch.linalg.cholesky: _cholesky,
-        torch.cholesky: _old_cholesky,
-        Tensor.cholesky: _old_cholesky,
-        torch.linalg.inv: _inv,
-        torch.inverse: _inv,
-        Tensor.inverse: _inv,
-        torch.linalg.solve: _solve,
-    }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))

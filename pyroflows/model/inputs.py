@@ -29,6 +29,11 @@ class Inputs(NamedTuple):
     rows: Mapping[str, Tensor] = {}
     parameters: Mapping[str, Tensor] = {}
 
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the tensors among the arguments."""
+        leaves = tree_leaves((self.args, dict(self.kwargs)))
+        return [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)]
+
     def with_parameters(self, parameters: Mapping[str, Tensor]) -> Inputs:
         """These inputs with other values of some parameters.
 

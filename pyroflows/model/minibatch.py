@@ -106,10 +106,15 @@ class MiniBatchDensity(Density):
     def full(self) -> LogDensity:
         return self._full
 
+    def rotated(self, centres: Mapping[str, Tensor]) -> MiniBatchDensity:
+        """The density with other centres of its circles; see :meth:`LogDensity.rotated`."""
+        full = self.full.rotated(centres)
+        return self if full is self.full else type(self)(full)
+
     @property
     @abc.abstractmethod
     def mode(self) -> str:
-        """How points are evaluated: ``"captured"``, ``"vmap"`` or ``"loop"``."""
+        """How points are evaluated: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``."""
 
     @abc.abstractmethod
     def _next(self) -> LogDensity:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..report import arviz_bridge as arviz
 from .density import LogDensity
-from .evaluator import map_points
+from .evaluator import FAILURES, map_points
 from .sites import base_distribution, site_plates
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "observed_data",
     "posterior_predictive",
     "prior_draws",
+    "site_draws",
 ]
 
 Draws = dict[str, Tensor]
@@ -53,10 +54,11 @@ def inference_data(
     chains, draws = z.shape[:2]
     rows = z.reshape(-1, density.features)
     of_draws = {
-        "posterior": {**density.constrain(rows), **deterministic_sites(density, rows)},
+        "posterior": site_draws(density, rows),
         "log_likelihood": log_likelihood(density, rows),
         "posterior_predictive": posterior_predictive(density, rows),
     }
+    notes = {**(attrs or {}), **_left_out(density, of_draws["log_likelihood"])}
     groups: dict[str, dict[str, Tensor]] = {
         group: {name: value.unflatten(0, (chains, draws)) for name, value in values.items()}
         for group, values in of_draws.items()
@@ -70,7 +72,50 @@ def inference_data(
         group: {name: value.detach().cpu().numpy() for name, value in values.items()}
         for group, values in groups.items()
     }
-    return arviz.to_inference_data(arrays, dims=dimension_names(density), attrs=attrs)
+    return arviz.to_inference_data(arrays, dims=dimension_names(density), attrs=notes)
+
+
+def _left_out(density: LogDensity, likelihood: Draws) -> dict[str, str]:
+    """Says which observed sites of a model with discrete ones have no log likelihood."""
+    names = [name for name in observed_data(density) if name not in likelihood]
+    if not (density.discrete and names):
+        return {}
+    sentence = (
+        f"Left out: {', '.join(names)}, whose entries share discrete latent sites, so that they "
+        "have no log likelihoods of their own."
+    )
+    return {"log_likelihood": sentence}
+
+
+def site_draws(density: LogDensity, z: Tensor, discrete: bool = False) -> Draws:
+    """Values of the latent and the deterministic sites.
+
+    Args:
+        density: The density of the model.
+        z: Draws of shape ``(draws, features)``.
+        discrete: Whether to draw the discrete latent sites too.
+
+    Returns:
+        For each site a tensor of shape ``(draws, *site_shape)``; NaN, that is missing, at
+        continuous entries that a mask switches off.
+    """
+    values = density.constrain(z)
+    latent = {site.name: site.blank(values[site.name]) for site in density.sites}
+    if density.discrete and discrete:
+        return {**latent, **_with_discrete_sites(density, z)}
+    return {**latent, **deterministic_sites(density, z)}
+
+
+def _with_discrete_sites(density: LogDensity, z: Tensor) -> Draws:
+    """Draws of the discrete sites, and values of the deterministic ones given these."""
+
+    def values_of(row: Tensor) -> Draws:
+        drawn = density.sample_discrete(row)
+        given = poutine.condition(density.model, data={**density.constrain(row), **drawn})
+        nodes = density.trace_of(given).nodes.items()
+        return {**drawn, **{name: site["value"] for name, site in nodes if _is_deterministic(site)}}
+
+    return _map(density, values_of, z)
 
 
 def dimension_names(density: LogDensity) -> dict[str, list[str | None]]:
@@ -101,7 +146,7 @@ def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
         nodes = density.trace(row).nodes.items()
         return {name: site["value"] for name, site in nodes if _is_deterministic(site)}
 
-    return _map(density, values_of, z)
+    return _map(density, values_of, z, density.initial)
 
 
 def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
@@ -112,20 +157,16 @@ def log_likelihood(density: LogDensity, z: Tensor) -> Draws:
         z: Draws of shape ``(draws, features)``.
 
     Returns:
-        For each observed site a tensor of shape ``(draws, *batch_shape)``; empty if the model has
-        discrete latent sites.
+        For each observed site a tensor of shape ``(draws, *batch_shape)``. Discrete latent sites
+        are summed out; observed sites that share some with each other are left out.
     """
-    if density.discrete:
-        return {}
-
     observed = set(observed_data(density))
 
     def likelihood_of(row: Tensor) -> Draws:
-        trace = density.trace(row, score=True)
-        names = [name for name in _observed(trace) if name in observed]
-        return {name: trace.nodes[name]["log_prob"] for name in names}
+        terms = density.observed_terms(row)
+        return {name: term for name, term in terms.items() if name in observed}
 
-    return _map(density, likelihood_of, z)
+    return _map(density, likelihood_of, z, density.initial)
 
 
 def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
@@ -136,26 +177,31 @@ def posterior_predictive(density: LogDensity, z: Tensor) -> Draws:
         z: Draws of shape ``(draws, features)``.
 
     Returns:
-        For each observed site a tensor of shape ``(draws, *site_shape)``; empty if the model has
-        discrete latent sites, or data that cannot be drawn.
+        For each observed site a tensor of shape ``(draws, *site_shape)``, given draws of the
+        discrete latent sites; empty if the data cannot be drawn.
     """
-    if density.discrete:
-        return {}
     names = list(observed_data(density))
+    latent = density.constrain(z)
+    if density.discrete:
+        latent |= _map(density, density.sample_discrete, z)
 
-    def simulate(row: Tensor) -> Draws:
-        free = poutine.condition(poutine.uncondition(density.model), data=density.constrain(row))
+    def simulate(draw: Tensor) -> Draws:
+        values = {name: value[draw] for name, value in latent.items()}
+        free = poutine.condition(poutine.uncondition(density.model), data=values)
         trace = density.trace_of(free)
         return {name: trace.nodes[name]["value"] for name in names}
 
     try:
-        return _map(density, simulate, z)
+        return _map(density, simulate, torch.arange(len(z), device=z.device))
     except NotImplementedError:
         return {}
 
 
 def prior_draws(density: LogDensity, draws: int) -> Draws:
-    """Draws of the latent sites from the prior; nothing where a prior is improper."""
+    """Draws of the latent sites from the prior; nothing where a prior is improper, or where the
+    model has no values of its discrete sites."""
+    if density.needs_enumeration:
+        return {}
     rows = density.initial.new_zeros(draws, 1)
 
     def simulate(row: Tensor) -> Draws:
@@ -163,9 +209,12 @@ def prior_draws(density: LogDensity, draws: int) -> Draws:
         return {site.name: trace.nodes[site.name]["value"] for site in density.sites}
 
     try:
-        return _map(density, simulate, rows)
-    except NotImplementedError:
+        values = _map(density, simulate, rows, safe=rows[:1].squeeze(0))
+    except FAILURES:
         return {}
+    missing = [value.isnan().reshape(draws, -1).any(-1) for value in values.values()]
+    known = ~torch.stack(missing).any(0)
+    return {name: value[known] for name, value in values.items()} if bool(known.any()) else {}
 
 
 def observed_data(density: LogDensity) -> Draws:
@@ -203,8 +252,10 @@ def _is_factor(site: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def _map(density: LogDensity, run: Callable[[Tensor], Draws], rows: Tensor) -> Draws:
+def _map(
+    density: LogDensity, run: Callable[[Tensor], Draws], rows: Tensor, safe: Tensor | None = None
+) -> Draws:
     with warnings.catch_warnings():
         # torch says so of its own binomial sampler; the samples are right.
         warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
-        return map_points(run, rows, DRAWS_AT_ONCE if density.batched else 1)
+        return map_points(run, rows, DRAWS_AT_ONCE if density.batched else 1, safe)

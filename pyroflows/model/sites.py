@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -12,8 +15,10 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Transform, biject_to
+from torch.distributions.transforms import IndependentTransform
 
 from .._compat import mask_of
+from .circle import CircleMap
 
 __all__ = [
     "LatentSite",
@@ -23,9 +28,13 @@ __all__ = [
     "find_latent_sites",
     "is_discrete",
     "latent_nodes",
+    "observed_names",
     "plate_frames",
+    "plate_size",
+    "rotated",
     "sample_nodes",
     "site_plates",
+    "unmasked_entries",
 ]
 
 Node = dict[str, Any]
@@ -38,8 +47,9 @@ class SiteKind(Enum):
 
     Attributes:
         REAL: A set that ``biject_to`` maps from the real vectors, one to one.
-        CIRCLE: Angles. Their distribution repeats itself every :math:`2\\pi`, so its density over
-            the whole line, on which Pyro puts the site, is not that of a distribution.
+        CIRCLE: Angles, which :class:`pyroflows.model.circle.CircleMap` maps from the line. Their
+            distribution repeats itself every :math:`2\\pi`, so its density over the whole line, on
+            which Pyro puts the site, is not that of a distribution.
     """
 
     REAL = "real"
@@ -54,12 +64,12 @@ class LatentSite:
         name: The name of the sample statement.
         shape: The shape of a value.
         unconstrained_shape: The shape of a value mapped to the reals.
-        transform: The bijection from the reals onto the support.
+        transform: The bijection from the reals onto the support, or onto the circle.
         plates: For each dimension of a value the name of its plate, or ``None``.
         kind: Where the entries live.
-        active: Which entries have a density of their own, of shape ``shape``: not those that
-            ``poutine.mask``, ``.mask()`` of a distribution or ``obs_mask`` switches off, as read
-            at the start.
+        active: Which entries are unknown, of shape ``shape``: not those that ``poutine.mask``,
+            ``.mask()`` of a distribution or ``obs_mask`` switches off, and on which nothing else
+            in the model depends. The unconstrained vector has none of these.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -83,7 +93,114 @@ class LatentSite:
     @property
     def features(self) -> int:
         """Entries of the site in the unconstrained vector."""
-        return self.unconstrained_shape.numel()
+        return self.unconstrained_shape.numel() if self.complete else len(self._places)
+
+    @functools.cached_property
+    def complete(self) -> bool:
+        """Whether all entries are active."""
+        return bool(self.active.all())
+
+    @property
+    def centres(self) -> Tensor:
+        """The angles that stand at zero of a circular site, of shape ``(features,)``."""
+        zero = torch.zeros(self.features, device=self.active.device)
+        return self.transform(self.unpack(zero))[self.active]
+
+    @property
+    def indices(self) -> list[tuple[int, ...]]:
+        """The index of each entry of the unconstrained vector in the unconstrained shape."""
+        every = list(itertools.product(*map(range, self.unconstrained_shape)))
+        return every if self.complete else [every[place] for place in self._places.tolist()]
+
+    def unpack(self, part: Tensor) -> Tensor:
+        """The unconstrained value that a part of a vector holds; zero at inactive entries.
+
+        Args:
+            part: Tensor of shape ``(*, features)``.
+
+        Returns:
+            Tensor of shape ``(*, *unconstrained_shape)``.
+        """
+        batch = part.shape[:-1]
+        if not self.complete:
+            with_zero = torch.cat([part, part.new_zeros(*batch, 1)], -1)
+            part = with_zero.index_select(-1, self._sources.to(part.device))
+        return part.reshape(batch + self.unconstrained_shape)
+
+    def pack(self, value: Tensor) -> Tensor:
+        """The part of a vector that stands for a value.
+
+        Args:
+            value: Tensor of shape ``(*, *shape)``.
+
+        Returns:
+            Tensor of shape ``(*, features)``.
+        """
+        batch = value.shape[: value.dim() - len(self.shape)]
+        flat = self.transform.inv(value).reshape(*batch, self.unconstrained_shape.numel())
+        return flat if self.complete else flat.index_select(-1, self._places.to(flat.device))
+
+    def log_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
+        """The log-Jacobian of the map onto the support; zero for inactive entries.
+
+        Args:
+            unconstrained: Tensor of shape ``(*, *unconstrained_shape)``.
+            value: Its image.
+
+        Returns:
+            Tensor of shape ``(*)`` and the first dimensions of a value: all but those that the map
+            mixes.
+        """
+        if self.complete:
+            return self.transform.log_abs_det_jacobian(unconstrained, value)
+        log_det = self._innermost.log_abs_det_jacobian(unconstrained, value)
+        return log_det.where(self._active_events.to(log_det.device), 0.0)
+
+    def blank(self, value: Tensor) -> Tensor:
+        """Puts NaN, which says that they are missing, at the inactive entries of a value."""
+        return value if self.complete else value.where(self.active.to(value.device), torch.nan)
+
+    def entries_of_value(self, chosen: Tensor) -> Tensor:
+        """The entries of a value that belong to some unconstrained ones.
+
+        Args:
+            chosen: Which unconstrained entries, of shape ``unconstrained_shape``.
+
+        Returns:
+            Which entries of a value: all of an event of which one is chosen.
+        """
+        inside = self._innermost.domain.event_dim
+        events = chosen.flatten(-inside).any(-1) if inside else chosen
+        ones = (1,) * self._innermost.codomain.event_dim
+        return events.reshape(events.shape + ones).expand(self.shape)
+
+    @functools.cached_property
+    def _innermost(self) -> Transform:
+        """The map of one event, in which a mask cannot reach."""
+        transform = self.transform
+        while isinstance(transform, IndependentTransform):
+            transform = transform.base_transform
+        return transform
+
+    @functools.cached_property
+    def _active_events(self) -> Tensor:
+        dims = self._innermost.codomain.event_dim
+        return self.active.flatten(-dims).any(-1) if dims else self.active
+
+    @functools.cached_property
+    def _places(self) -> Tensor:
+        """Where the active entries stand in the flattened unconstrained value."""
+        events = self._active_events
+        inside = (1,) * self._innermost.domain.event_dim
+        active = events.reshape(events.shape + inside).expand(self.unconstrained_shape)
+        return active.flatten().nonzero().squeeze(-1)
+
+    @functools.cached_property
+    def _sources(self) -> Tensor:
+        """For each entry of the unconstrained value its place among the active ones, or behind."""
+        sources = torch.full((self.unconstrained_shape.numel(),), len(self._places))
+        sources[self._places.cpu()] = torch.arange(len(self._places))
+        return sources
 
 
 def find_latent_sites(trace: Any) -> list[LatentSite]:
@@ -100,6 +217,26 @@ def find_latent_sites(trace: Any) -> list[LatentSite]:
     """
     nodes = latent_nodes(trace)
     return [_latent_site(name, node) for name, node in nodes if not is_discrete(node)]
+
+
+def rotated(sites: Sequence[LatentSite], centres: Mapping[str, Tensor]) -> list[LatentSite]:
+    """The sites with other centres of their circles.
+
+    Args:
+        sites: Latent sites.
+        centres: For some circular sites the angles at zero, of shape ``(features,)``.
+
+    Returns:
+        The sites, in the same order.
+    """
+    return [_rotated(site, centres) for site in sites]
+
+
+def _rotated(site: LatentSite, centres: Mapping[str, Tensor]) -> LatentSite:
+    if site.name not in centres:
+        return site
+    centre = site.unpack(centres[site.name])
+    return replace(site, transform=CircleMap(centre))
 
 
 def sample_nodes(trace: Any) -> Iterator[tuple[str, Node]]:
@@ -119,11 +256,27 @@ def latent_nodes(trace: Any) -> Iterator[tuple[str, Node]]:
             yield name, node
 
 
+def observed_names(trace: Any) -> list[str]:
+    """The names of the sample statements that are given data, or are a ``pyro.factor``."""
+    return [name for name, node in sample_nodes(trace) if node["is_observed"] and _has_data(node)]
+
+
+def _has_data(node: Node) -> bool:
+    is_factor = isinstance(base_distribution(node["fn"]), dist.Unit)
+    return is_factor or torch.as_tensor(node["value"]).numel() > 0
+
+
 def plate_frames(trace: Any) -> Iterator[Any]:
     """The vectorised plates around each sample statement of a trace."""
     for node in trace.nodes.values():
         if node["type"] == "sample":
             yield from (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+
+
+def plate_size(node: Node) -> int:
+    """How many rows the vectorised plates around a sample statement have together."""
+    frames = (frame for frame in node["cond_indep_stack"] if frame.vectorized)
+    return math.prod(frame.size for frame in frames)
 
 
 def is_discrete(node: Node) -> bool:
@@ -164,15 +317,15 @@ def distribution_name(fn: Any) -> str:
 
 def _latent_site(name: str, node: Node) -> LatentSite:
     fn, value = node["fn"], node["value"]
+    circular = isinstance(base_distribution(fn), CIRCULAR)
     try:
-        transform = biject_to(fn.support)
+        transform = CircleMap() if circular else biject_to(fn.support)
         unconstrained = transform.inv(value)
     except (NotImplementedError, AttributeError):
         raise ValueError(
             f"Expected latent sites with a support that biject_to knows; got {name!r} with "
             f"{distribution_name(fn)}."
         ) from None
-    circular = isinstance(base_distribution(fn), CIRCULAR)
     return LatentSite(
         name,
         value.shape,
@@ -180,22 +333,36 @@ def _latent_site(name: str, node: Node) -> LatentSite:
         transform,
         site_plates(node),
         SiteKind.CIRCLE if circular else SiteKind.REAL,
-        _active(node),
+        unmasked_entries(node),
     )
 
 
-def _active(node: Node) -> Tensor:
-    """Which entries of a value count in the density of its site."""
+def unmasked_entries(node: Node) -> Tensor:
+    """Which entries of a value a mask leaves in the density of its site."""
     value: Tensor = node["value"]
     active = torch.ones(value.shape, dtype=torch.bool, device=value.device)
-    fn, event_dim = node["fn"], node["fn"].event_dim
-    masks = [(node["mask"], event_dim)]
+    for mask, dims in _masks(node):
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=value.device).bool()
+            active = active & _reduced(mask.reshape(mask.shape + (1,) * dims), value.shape)
+    return active
+
+
+def _masks(node: Node) -> Iterator[tuple[Any, int]]:
+    """The masks of a site, each with the number of dimensions to the right of its own."""
+    yield node["mask"], node["fn"].event_dim
+    fn = node["fn"]
     while hasattr(fn, "base_dist"):
         if isinstance(fn, dist.MaskedDistribution):
-            masks.append((mask_of(fn), fn.event_dim))
+            yield mask_of(fn), fn.event_dim
         fn = fn.base_dist
-    for mask, dims in masks:
-        if mask is not None:
-            mask = torch.as_tensor(mask, device=value.device)
-            active = active & mask.reshape(mask.shape + (1,) * dims)
-    return active
+
+
+def _reduced(mask: Tensor, shape: torch.Size) -> Tensor:
+    """A mask of the dimensions of a value; on where one of its entries there is on."""
+    while mask.dim() > len(shape):
+        mask = mask.any(0)
+    for k in range(1, mask.dim() + 1):
+        if shape[-k] == 1:
+            mask = mask.any(-k, keepdim=True)
+    return mask

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from pyro.infer.autoguide import init_to_median as _pyro_init_to_median
+from pyro.infer.autoguide import init_to_sample, init_to_uniform, init_to_value
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
-__all__ = ["init_to_median"]
+from .._random import forked
+from .evaluator import FAILURES
+from .sites import latent_nodes
+
+__all__ = ["OTHER_STARTS", "init_to_median"]
 
 
 def init_to_median(site: dict[str, Any] | None = None, num_samples: int = 15) -> Any:
@@ -53,3 +60,39 @@ def check_support(name: str, support: constraints.Constraint) -> Transform:
             f"{name!r} on {support}, for which biject_to knows none. Build it from sites that have "
             "one, a covariance for instance from LKJCholesky and scales."
         ) from None
+
+
+def start_elsewhere(run_from: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Looks for a start at which a model does not fail: at draws from the prior, and around the
+    image of zero, far and near.
+
+    Args:
+        run_from: Gives a trace of the model from an initialisation function.
+
+    Returns:
+        The initialisation function that starts there; ``None`` if there is none.
+    """
+    for number, init_loc_fn in enumerate(OTHER_STARTS):
+        with contextlib.suppress(*FAILURES), forked(number):
+            nodes = latent_nodes(run_from(init_loc_fn))
+            values = {name: node["value"].detach() for name, node in nodes}
+            return cast("Callable[..., Any]", init_to_value(values=values))
+    return None
+
+
+def _or_zero(init: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    """A start by an initialisation function of Pyro; an improper site's is the image of zero."""
+
+    def start(site: dict[str, Any]) -> Any:
+        try:
+            return init(site)
+        except NotImplementedError:
+            return init_to_median(site)
+
+    return start
+
+
+OTHER_STARTS = 4 * (
+    _or_zero(init_to_sample),
+    *(_or_zero(init_to_uniform(radius=radius)) for radius in (2.0, 1.0, 0.5, 0.1)),
+)

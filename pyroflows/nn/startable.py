@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StartAt", "Startable"]
+__all__ = ["StartAt", "Startable", "temper"]
 
 
 class Startable(nn.Module, ABC):
@@ -84,3 +84,17 @@ class StartAt(Startable):
         event = part.shape[part.dim() - 1 - self.positions :]
         part = part.expand(*batch, *event)
         return part.reshape(batch.numel(), *event) if self.positions else part
+
+
+def temper(network: nn.Module, share: float, start: Tensor) -> None:
+    """Makes the outputs of a network count by a share, from where it starts.
+
+    Args:
+        network: A network that scales its outputs; any other stays as it is.
+        share: Factor of the scale.
+        start: What the network gives at the start, as for ``start_at``.
+    """
+    scale = getattr(network, "output_scale", 1.0)
+    if scale < 1:  # a network without hidden layers has none to temper
+        network.output_scale = scale * share  # type: ignore[assignment]
+        network.start_at(start)  # type: ignore[operator]

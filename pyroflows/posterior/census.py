@@ -9,16 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
+from .._deadline import TimeOver
 from .._random import forked
 from ..model import prediction as simulate
 from ..model.density import LogDensity
+from ..model.explanation import explain
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 
 __all__ = [
     "Census",
     "find_flat_direction",
     "find_start",
+    "has_missed",
     "missed_mass",
     "take_census",
     "widen_census",
@@ -33,8 +35,10 @@ DRAWS = 256
 MOST_FITS = 24
 # Spread of the starts around the first fit, in its standard deviations.
 SPREADS = (3.0, 10.0)
-# Stan's own: uniform numbers of the unconstrained space.
+# Stan's own: uniform numbers of the unconstrained space. Others lie further out, because the first
+# fit may be of a mode so thin that nothing around it, in its widths, is far.
 UNIFORM = 2.0
+FAR_OUT = (6.0, 20.0)
 # A mode has no slope, in units of its own width.
 FLAT = 0.1
 # Nats by which the density dips on the line between two modes.
@@ -57,12 +61,14 @@ class Census(NamedTuple):
         weights: Shares of their masses, of shape ``(modes,)``.
         flat_direction: A direction in which the density does not fall off, of shape
             ``(features,)``; ``None`` if the search has found none.
+        finished: Whether there was time for all of the search; otherwise there is one fit.
     """
 
     fits: Gaussians
     modes: Gaussians
     weights: Tensor
     flat_direction: Tensor | None = None
+    finished: bool = True
 
     @property
     def best(self) -> Gaussian:
@@ -75,7 +81,6 @@ def take_census(
     start: Tensor,
     starts: int = STARTS,
     seed: int = 0,
-    deadline: Deadline | None = None,
 ) -> Census:
     """Fits Gaussians from many starts and tells which of them are separate modes.
 
@@ -87,39 +92,46 @@ def take_census(
         start: A point of shape ``(features,)`` with a finite log density.
         starts: How many starts; fewer where there are many features.
         seed: Seed of the starts and of the draws that weigh the fits.
-        deadline: When the ascents stop where they are.
 
     Returns:
-        The census.
+        The census. If the time is over before it is finished, it has the first fit alone.
+
+    Raises:
+        TimeOver: If the time is over before the start has been evaluated.
     """
     with forked(seed):
-        first, first_end = fit_gaussians(density, start.unsqueeze(0), deadline=deadline)
-        count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
-        others = _spread_starts(density, first.one(0), count)
-        draws = _count_draws(density)
-        best, end = fit_gaussians(density, others, draws=draws, deadline=deadline)
-        fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
-        modes, weights = _find_modes(density, _drop_duplicates(_join(first_end, end)))
+        first, first_end = fit_gaussians(density, start.unsqueeze(0))
+        try:
+            return _search(density, first, first_end, starts)
+        except TimeOver:
+            none = first.pick(torch.zeros_like(first.elbo, dtype=torch.bool))
+            return Census(first, none, none.elbo, finished=False)
+
+
+def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts: int) -> Census:
+    """Takes the census from the first fit on."""
+    count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
+    others = _spread_starts(density, first.one(0), count)
+    best, end = fit_gaussians(density, others, draws=_count_draws(density))
+    fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
+    modes, weights = _find_modes(density, _join(first_end, end))
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
-def widen_census(
-    density: LogDensity, census: Census, points: Tensor, deadline: Deadline | None = None
-) -> Census:
+def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
     """Adds ascents from more points, such as draws of a guide whose weights are large.
 
     Args:
         density: The log density.
         census: The census so far.
         points: Where to start, of shape ``(count, features)``, with finite log densities.
-        deadline: When the ascents stop where they are.
 
     Returns:
         The census of all ascents.
     """
-    best, end = fit_gaussians(density, points, draws=_count_draws(density), deadline=deadline)
+    best, end = fit_gaussians(density, points, draws=_count_draws(density))
     fits = _score(density, _drop_duplicates(_join(census.fits, best, end)))
-    modes, weights = _find_modes(density, _drop_duplicates(_join(census.modes, end)))
+    modes, weights = _find_modes(density, _join(census.modes, end))
     return Census(fits, modes, weights, census.flat_direction)
 
 
@@ -144,15 +156,10 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
         usable = values.isfinite() & slopes.isfinite().all(-1)
         if bool(usable.any()):
             return points[values.masked_fill(~usable, -math.inf).argmax()]
-    at_fault = [
-        f"site {name!r} gives {float(value):g}"
-        for name, value in density.site_log_probs(density.initial).items()
-        if not bool(value.isfinite())
-    ]
-    where = ", ".join(at_fault) or "its gradient is not finite"
     raise ValueError(
-        f"Expected a model with a finite log density where it starts; {where}. Look for NaN in the "
-        "data, and for data outside of a support."
+        "Expected a model with a finite log density where it starts; "
+        f"{explain(density, density.initial)}. Look for NaN in the data, and for data outside of a "
+        "support."
     )
 
 
@@ -198,10 +205,21 @@ def missed_mass(
     """
     z, log_p, log_c = _weigh(density, fits)
     with torch.no_grad():
-        log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape).nan_to_num(nan=-math.inf)
-    missed = log_p - log_evidence - log_guide > math.log(MISSED)
+        log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape)
+    missed = has_missed(log_p, log_guide, log_evidence)
     ratio = (log_p - log_c - log_evidence).exp()
     return torch.where(missed, ratio, 0.0).mean(-1).nan_to_num(nan=0.0)
+
+
+def has_missed(log_p: Tensor, log_q: Tensor, log_evidence: float) -> Tensor:
+    """Tells at which points a guide has next to none of the density that the posterior has.
+
+    Args:
+        log_p: Log joint at the points, of any shape.
+        log_q: Log density of the guide there; NaN where the guide cannot reach.
+        log_evidence: The guide's estimate of the log evidence.
+    """
+    return log_p - log_evidence - log_q.nan_to_num(nan=-math.inf) > math.log(MISSED)
 
 
 def _count_draws(density: LogDensity) -> int:
@@ -222,6 +240,8 @@ def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     ]
     if prior:
         points.append(density.unconstrain(prior).to(like))
+    for size in FAR_OUT:
+        points.append(size * (2 * torch.rand(quarter, n, device="cpu") - 1).to(like))
     candidates = torch.cat(points)
     values, slopes = density.value_and_grad(candidates)
     usable = values.isfinite() & slopes.isfinite().all(-1) & candidates.isfinite().all(-1)
@@ -250,8 +270,8 @@ def _drop_duplicates(fits: Gaussians) -> Gaussians:
         if not bool(waiting[i]):
             continue
         kept.append(i)
-        offset = torch.linalg.solve(fits.root[i], (fits.loc - fits.loc[i]).mT).mT
-        relative = torch.linalg.solve(fits.root[i], fits.root)
+        offset = torch.linalg.solve_ex(fits.root[i], (fits.loc - fits.loc[i]).mT)[0].mT
+        relative = torch.linalg.solve_ex(fits.root[i], fits.root)[0]
         alike = (
             torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0]))
             < 1.5
@@ -276,7 +296,8 @@ def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
 def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
     slope = density.value_and_grad(fits.loc)[1]
     flat = (fits.root.mT @ slope.unsqueeze(-1)).squeeze(-1).abs().amax(-1) < FLAT
-    fits = fits.pick(flat)
+    # First those that slope, of which there may be many on the ridge of one mode.
+    fits = _drop_duplicates(fits.pick(flat))
     if not len(fits.loc):
         return fits, fits.elbo
     _, log_p, log_c = _weigh(density, fits)

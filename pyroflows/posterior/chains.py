@@ -92,10 +92,7 @@ class Chains:
     def draws(self) -> dict[str, Tensor]:
         """For each latent and deterministic site a tensor ``(chains, draws, *site_shape)``."""
         rows = self.unconstrained.flatten(0, 1)
-        values = {
-            **self.density.constrain(rows),
-            **simulate.deterministic_sites(self.density, rows),
-        }
+        values = simulate.site_draws(self.density, rows)
         return {name: value.unflatten(0, self.log_density.shape) for name, value in values.items()}
 
     @property
@@ -116,7 +113,8 @@ class Chains:
             ``mcse_mean``, ``ess_bulk``, ``ess_tail``, ``rhat``.
         """
         table = arviz.summary(
-            {name: values.reshape(-1, *values.shape[2:]) for name, values in self._arrays.items()}
+            {name: values.reshape(-1, *values.shape[2:]) for name, values in self._arrays.items()},
+            circular=self.density.centres,
         )
         for kind in ("mcse_mean", "ess_bulk", "ess_tail", "rhat"):
             table[kind] = [
@@ -151,7 +149,7 @@ class Chains:
 
     @cached_property
     def _diagnostics(self) -> dict[str, dict[str, numpy.ndarray]]:
-        return arviz.diagnostics(self._arrays)
+        return arviz.diagnostics(self._arrays, circular=self.density.centres)
 
 
 def neutra(

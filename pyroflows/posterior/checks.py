@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import torch
 
+from .._deadline import TimeOver, check_time
 from ..sampling.polishing import autocorrelation, drift
 from .subject import (
     KHAT_LIMIT,
     Need,
     Subject,
+    gained,
     known_density,
     polished_draws,
     taken_census,
@@ -38,8 +40,7 @@ class Check(ABC):
             for one fault.
         of_weights: Whether it looks at the guide's own draws, which do not decide where draws are
             polished.
-        costly: Whether it runs trajectories, so that it is left out once a check has failed or the
-            time is over.
+        costly: Whether it runs trajectories, so that it is left out once a check has failed.
         needs: What must be known of a subject; each returns a sentence on what is lacking, or
             ``None``.
     """
@@ -57,7 +58,11 @@ class Check(ABC):
 
     @abstractmethod
     def explain(self, subject: Subject, value: float, held: bool) -> str:
-        """Returns a sentence about the value, with a remedy where the check has failed."""
+        """Returns a sentence about the value."""
+
+    def advise(self, subject: Subject) -> str:
+        """Returns a sentence on what may mend a failure, or none."""
+        return ""
 
     def holds(self, subject: Subject, value: float) -> bool:
         """Returns whether the check holds; NaN does not."""
@@ -73,17 +78,21 @@ class Check(ABC):
         Returns:
             The finding.
         """
-        obstacle = self._obstacle(subject, failed)
-        if obstacle is not None:
-            return self._finding(subject, NOT_JUDGED, None, obstacle)
-        value = self.measure(subject)
-        if self.costly and subject.deadline.passed:
-            return self._finding(subject, NOT_JUDGED, None, TIME_OVER)
+        try:
+            check_time()
+            obstacle = self._obstacle(subject, failed)
+            value = self.measure(subject) if obstacle is None else None
+        except TimeOver:
+            obstacle, value = TIME_OVER, None
+        if obstacle is not None or value is None:
+            return self._finding(subject, NOT_JUDGED, None, obstacle or "")
         if self.of_weights and subject.trajectories:
             return self._finding(subject, NOT_JUDGED, value, "the guide's draws are polished.")
         held = self.holds(subject, value)
         sentence = self.explain(subject, value, held)
-        return self._finding(subject, HELD if held else FAILED, value, sentence)
+        if held:
+            return self._finding(subject, HELD, value, sentence)
+        return self._finding(subject, FAILED, value, sentence).with_remedy(self.advise(subject))
 
     def _obstacle(self, subject: Subject, failed: bool) -> str | None:
         """Returns a sentence on why the check cannot be made, or ``None``."""
@@ -91,9 +100,7 @@ class Check(ABC):
             lack = need(subject)
             if lack is not None:
                 return lack
-        if self.costly and failed:
-            return "a check before it has failed."
-        return TIME_OVER if self.costly and subject.deadline.passed else None
+        return "a check before it has failed." if self.costly and failed else None
 
     def _finding(
         self, subject: Subject, status: str, value: float | None, sentence: str
@@ -135,12 +142,17 @@ class Modes(Check):
         if held:
             return "a census of the modes finds none that the guide misses."
         where = subject.describe(subject.fits.loc[subject.missed.argmax()])
-        ladder = "" if subject.automatic else ' or fit with guide="auto"'
         return (
             f"the guide misses a region with about {value / (1 + value):.0%} of the posterior's "
-            f"mass, {where}, which importance sampling cannot see. If that is a mode of its own, "
-            f"break the model's symmetry{ladder}; if it lies next to the region that the guide "
-            f"covers, as the neck of a funnel does, reparametrise, or {subject.remedy}."
+            f"mass, {where}, which importance sampling cannot see."
+        )
+
+    def advise(self, subject: Subject) -> str:
+        """Tells the two kinds of such regions apart."""
+        return (
+            f"{_capitalise(subject.remedy)}; break the model's symmetry if that is a mode of its "
+            "own; reparametrise if it lies next to the region that the guide covers, as the neck "
+            "of a funnel does."
         )
 
 
@@ -191,9 +203,12 @@ class Weights(Check):
         name = _most_shifted(subject)
         return (
             f"{facts} (k-hat below {self.limit} or {self.ess_limit:.0%} would do), so the guide "
-            f"misses part of it, most at {name}. {_capitalise(subject.remedy)}, or reparametrise "
-            f"{name}."
+            f"misses part of it, most at {name}."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Names the entry at which the guide is off the most."""
+        return _advice(subject, f"reparametrise {_most_shifted(subject)}")
 
 
 class Outliers(Check):
@@ -212,9 +227,12 @@ class Outliers(Check):
             return "no handful of the guide's draws carries much of the weight."
         return (
             f"a handful of the guide's draws carry {value:.0%} of all weight, so there is a narrow "
-            f"region that it misses ({_facts(subject)} otherwise). {_capitalise(subject.remedy)}, "
-            "or look at the draws of greatest weight."
+            f"region that it misses ({_facts(subject)} otherwise)."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Says where to look."""
+        return _advice(subject, "look at the draws of greatest weight")
 
 
 class Shift(Check):
@@ -233,7 +251,7 @@ class Shift(Check):
         if not held:
             return (
                 f"{facts}, but weighting moves {_most_shifted(subject)} by {value:.2f} of its "
-                f"standard deviation (at most {self.limit} is fine). {_capitalise(subject.remedy)}."
+                f"standard deviation (at most {self.limit} is fine)."
             )
         sample = subject.sample
         if math.isfinite(sample.khat) and sample.khat >= KHAT_LIMIT:
@@ -242,6 +260,10 @@ class Shift(Check):
         return (
             f"{facts}, and weighting moves no mean or width by more than {max(value, 0.005):.2f}."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Names the entry that moves the most."""
+        return _advice(subject, f"reparametrise {_most_shifted(subject)}")
 
 
 class Drift(Check):
@@ -264,20 +286,50 @@ class Drift(Check):
         if subject.trajectories:
             return (
                 f"{_guide_alone(subject)}, and after {subject.trajectories} Hamiltonian "
-                f"trajectories its draws of {name} still move by more than {moved}. "
-                f"{_capitalise(subject.remedy)}, or reparametrise {name}."
+                f"trajectories its draws of {name} still move by more than {moved}."
             )
         return (
             "the weights see nothing wrong, but Hamiltonian trajectories from the guide's draws "
             f"move {name} by more than {moved}, so the guide misses a region next to what it "
-            f"covers. {_capitalise(subject.remedy)}, or reparametrise {name}."
+            "covers."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Names the entry that moves the most."""
+        name = subject.entry_names[int(self._drifts(subject).argmax())]
+        return _advice(subject, f"reparametrise {name}")
 
     @staticmethod
     def _drifts(subject: Subject) -> torch.Tensor:
         if subject.trajectories:
             return drift(subject.halfway, subject.moved, len(subject.starts))
         return drift(subject.starts, subject.moved, subject.effective_starts)
+
+
+class Reach(Check):
+    """Looks for mass next to what a guide covers, by chains that roam from its draws."""
+
+    name, limit, costly = "reach", 0.01, True
+    needs = (known_density, usable_trajectories, usable_draws)
+
+    def measure(self, subject: Subject) -> float:
+        """The share of the chains that come to where the guide has next to no density."""
+        starts, ends = subject.roamers, subject.roamed
+        return gained(subject.lies_beyond(starts), subject.lies_beyond(ends))
+
+    def explain(self, subject: Subject, value: float, held: bool) -> str:
+        """Says how many chains leave what the guide covers, and where to."""
+        if held:
+            return "long trajectories from the guide's draws stay where it has density."
+        beyond = subject.roamed[subject.lies_beyond(subject.roamed)]
+        return (
+            f"long trajectories take at least {value:.0%} of the draws to where the guide has "
+            f"next to no density, {subject.describe(beyond[0])}, so it cuts the posterior short."
+        )
+
+    def advise(self, subject: Subject) -> str:
+        """Says what makes a posterior easier to follow."""
+        return _advice(subject, "reparametrise so that the posterior is less thin and bent")
 
 
 class Polish(Check):
@@ -301,8 +353,7 @@ class Polish(Check):
             slowest = int(autocorrelation(subject.halfway, subject.moved).argmax())
             return (
                 f"{_guide_alone(subject)}, and polished draws of {subject.entry_names[slowest]} "
-                "remember where they began, so that modes may have the wrong weights. "
-                f"{_capitalise(subject.remedy)}, or draw by flow Monte Carlo."
+                "remember where they began, so that modes may have the wrong weights."
             )
         drifts = drift(subject.halfway, subject.moved, len(subject.starts))
         return (
@@ -312,6 +363,10 @@ class Polish(Check):
             f"which moves no mean or width by more than {max(float(drifts.amax()), 0.005):.2f} "
             "standard deviations beyond its error."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Names the chains that jump between modes."""
+        return _advice(subject, "draw by pyroflows.flow_mc")
 
 
 #: All checks, in the order in which they are made: the first that fails gives the reason of a
@@ -324,12 +379,13 @@ CHECKS: list[Check] = [
     Outliers(),
     Shift(),
     Drift(),
+    Reach(),
     Polish(),
 ]
 
 
 def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict:
-    """Makes all checks.
+    """Makes all checks for which there is time.
 
     Args:
         subject: The guide and all that is known of it; its draws come from torch's random state.
@@ -352,7 +408,7 @@ def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict
     for check in checks:
         failed = any(finding.status == FAILED for finding in findings)
         findings.append(check.find(subject, failed))
-    importance = subject.sample.summary() if subject.weighable else None
+    importance = subject.sample.summary() if "sample" in vars(subject) else None
     return Verdict(tuple(findings), importance)
 
 
@@ -362,6 +418,10 @@ def _most_shifted(subject: Subject) -> str:
 
 def _guide_alone(subject: Subject) -> str:
     return f"the guide is not exact (k-hat {subject.sample.khat:.2f})"
+
+
+def _advice(subject: Subject, other: str) -> str:
+    return f"{_capitalise(subject.remedy)}, or {other}."
 
 
 def _capitalise(text: str) -> str:

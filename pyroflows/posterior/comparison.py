@@ -62,8 +62,8 @@ def compare(
         ``elpd_difference`` to the best, with ``elpd_difference_error`` over the observations in
         pairs; ``bad_khat``, the number of observations so influential (k-hat above 0.7) that
         ``elpd_loo`` is unreliable. ``ok``, whether the verdict trusts the posterior. A model whose
-        likelihood is not made of observed sites, or has discrete latents, has NaN for its
-        cross-validation, with a warning.
+        likelihood is not made of observed sites, or has discrete latents that observations share,
+        has NaN for its cross-validation, with a warning.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -161,8 +161,10 @@ def _loo(name: str, posterior: Posterior, draws: int, seed: int | None) -> arviz
     density = posterior.density
     log_likelihood = simulate.log_likelihood(density, z)
     arrays = {site: value.detach().cpu().numpy()[None] for site, value in log_likelihood.items()}
-    if sum(array[0, 0].size for array in arrays.values()) == 0:
-        what = "has discrete latent sites" if density.discrete else "has no observed site"
+    left_out = set(simulate.observed_data(density)) - set(log_likelihood)
+    if left_out or sum(array[0, 0].size for array in arrays.values()) == 0:
+        shared = "has discrete latent sites that observations share"
+        what = shared if left_out else "has no observed site"
         warnings.warn(
             f"Model {name!r} {what}, so that there is no cross-validation of it.", stacklevel=5
         )

@@ -3,104 +3,72 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator, Mapping
-from os import PathLike, fsdecode, fspath
+from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._files import check_writable, save_whole
+from .._archive import UnreadableError, is_dense, read_archive, write_archive
+from .._files import check_path, reason
+from .._schema import check_form
 from ..model.density import LogDensity
 
-__all__ = [
-    "FIELDS",
-    "damaged",
-    "describe_sites",
-    "is_plain",
-    "read_state",
-    "reading",
-    "write_state",
-]
+__all__ = ["damaged", "describe_sites", "is_plain", "read_state", "reading", "write_state"]
 
-FORMAT = 4
-#: The fields of a file, with their types.
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "sites": list,
-    "guide": dict,
-    "parameters": dict,
-    "arguments": (list, type(None)),
-    "verdict": dict,
-    "trajectories": int,
-    "name": str,
-    "rungs": list,
-    "history": list,
-    "seconds": (float, int),
-    "interrupted": bool,
-}
+FORMAT = 5
 
 
 def write_state(state: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Writes the plain data of a posterior.
 
     Args:
-        state: A value for each of :data:`FIELDS`.
+        state: A value for each field.
         path: Where to write.
 
     Raises:
         TypeError: If ``path`` is no path.
         ValueError: If the file cannot be written.
     """
-    name = _checked_path(path)
+    name = check_path("path", path)
     try:
-        check_writable(name)
-        save_whole({"format": FORMAT, **state}, name)
-    # Torch's own writer raises RuntimeError; a name with a null character ValueError.
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"Expected a path that can be written; got {name!r} ({error}).") from None
+        write_archive({"format": FORMAT, **state}, name)
+    except OSError as error:
+        told = f"Expected a path that can be written; got {name!r} ({reason(error)})."
+        raise ValueError(told) from None
 
 
-def read_state(path: str | PathLike[str]) -> dict[str, Any]:
+def read_state(path: str | PathLike[str], form: Any) -> dict[str, Any]:
     """Reads the plain data of a posterior.
 
     Args:
         path: The file.
+        form: What to expect of the fields; see :func:`pyroflows._schema.check_form`.
 
     Returns:
-        A value for each of :data:`FIELDS`.
+        A value for each field.
 
     Raises:
         ValueError: If the file is missing, or is none that :func:`write_state` has written.
     """
-    path = _checked_path(path)
+    name = check_path("path", path)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
-    # Of a name with a null character the latter.
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Expected the file of a saved posterior; {path!r} cannot be read ({error})."
-        ) from None
-    try:
-        state = torch.load(io.BytesIO(content), weights_only=True)
-    except Exception:
-        # The bytes of another kind of file make the reader raise errors of any type.
-        state = None
+        state = read_archive(name)
+    except UnreadableError as error:
+        told = f"Expected the file of a saved posterior; {name!r} {error}."
+        raise ValueError(told) from None
     if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"Expected the file of a saved posterior; {path!r} is none.")
-    if type(state["format"]) is not int or state["format"] != FORMAT:
+        raise ValueError(f"Expected the file of a saved posterior; {name!r} is none.")
+    written = state.pop("format")
+    if type(written) is int and written != FORMAT:
         raise ValueError(
-            f"Expected a saved posterior of format {FORMAT}; {path!r} has format {state['format']}."
+            f"Expected a saved posterior of format {FORMAT}; {name!r} has format {written}."
         )
-    missing = [name for name in FIELDS if name not in state]
-    if missing:
-        raise ValueError(
-            f"Expected the file of a saved posterior; {path!r} lacks {', '.join(missing)}."
-        )
-    for name, kinds in FIELDS.items():
-        if not isinstance(state[name], kinds):
-            raise damaged(path, f"{name} is of type {type(state[name]).__name__}")
+    try:
+        check_form(written, int, "its format")
+        check_form(state, form, "the posterior")
+    except ValueError as error:
+        raise damaged(name, str(error)) from None
     return state
 
 
@@ -132,13 +100,6 @@ def damaged(path: str | PathLike[str], reason: str) -> ValueError:
     )
 
 
-def _checked_path(path: Any) -> str:
-    try:
-        return fsdecode(fspath(path))
-    except TypeError:
-        raise TypeError(f"Expected path to be a path; got {path!r}.") from None
-
-
 def describe_sites(density: LogDensity) -> list[list[Any]]:
     """The latent sites of a model as plain data: names, shapes, and the maps onto the supports."""
     return [
@@ -148,9 +109,11 @@ def describe_sites(density: LogDensity) -> list[list[Any]]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is made of numbers, strings and tensors only."""
+    """Whether a value is made of numbers, strings and dense tensors only."""
+    if type(value) is Tensor:
+        return is_dense(value)
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     if isinstance(value, dict):
         return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
-    return value is None or type(value) in (bool, int, float, str, Tensor)
+    return value is None or type(value) in (bool, int, float, str)

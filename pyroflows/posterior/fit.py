@@ -20,6 +20,7 @@ from ..guides import AutoFlow
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
+from ..model.notices import warn_of_oversights
 from ..train import processes
 from ..train.checkpoint import Checkpoint
 from ..train.objectives import Objective, PathELBO
@@ -63,7 +64,8 @@ def fit_posterior(
     The model is captured as one batched log density. Newton steps in whitened units, from many
     starts at once, take a census of its modes and give a Gaussian for each. Then come, until the
     verdict is ok: the best Gaussian; where there are separate modes, a mixture of flows, one for
-    each; a flow, trained for few steps and for many; a wider and deeper one; and the best guide's
+    each; a flow, trained for few steps and for many; where either is cut short, fresh flows that
+    are fitted to Hamiltonian chains from its draws; a wider and deeper one; and the best guide's
     draws polished by Hamiltonian trajectories in its base space. The best attempt is kept, and all
     are listed in ``rungs`` of the posterior. A flow is trained to maximise the ELBO
 
@@ -76,7 +78,9 @@ def fit_posterior(
     variance vanishes at an exact guide, with Adam and a step size that
     decays to zero along a cosine.
 
-    Discrete latent sites are summed out. Ctrl-C ends the training and returns the best posterior so
+    Discrete latent sites are summed out. Parameters of the model, of ``pyro.param`` and of modules,
+    are held at their present values, and a warning names them unless they require no gradient;
+    another one says that nothing is observed. Ctrl-C ends the training and returns the best posterior so
     far. Under an initialised ``torch.distributed`` group all processes call this alike; the
     particles of a step are shared out among them, and the result is that of one process.
 
@@ -113,8 +117,9 @@ def fit_posterior(
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the model cannot be fitted: it has no continuous latent site, its density is
-            not finite where it starts, a latent changes its shape; or if the guide belongs to
-            another model.
+            not finite where it starts, a latent changes its shape, data broadcast their site; if
+            the model raises an error, whose sentence names the site and whose ``__cause__`` is
+            that error; or if the guide belongs to another model.
 
     Reference:
         Agrawal, Sheldon, Domke, "Advances in black-box VI: Normalizing flows, importance weighting,
@@ -146,9 +151,12 @@ def fit_posterior(
         # However many runs of the model it takes to capture it, the draws of the fit are the same.
         with forked(0):
             density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
+        if processes.is_main():
+            warn_of_oversights(density.full)
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)
+        density = density.rotated(own.centres())
         climb = Climb(density, steps, deadline, own, **settings)
         return climb_ladder(climb, [make_own_rung(own, fresh, steps)])
 
@@ -177,9 +185,9 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
     if isinstance(guide, AutoFlow):
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
-        made = guide(density.continuous_model)
+        made = guide(density.continuous_model, init_loc_fn=density.init_loc_fn)
     elif callable(guide) and not _is_kind(guide, (torch.nn.Module, AutoGuide)):
-        made = AutoFlow(density.continuous_model, flow=guide)
+        made = AutoFlow(density.continuous_model, guide, density.init_loc_fn)
     else:
         kind = type(guide).__name__
         got = f"a made {kind}" if isinstance(guide, torch.nn.Module) else repr(guide)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
+from .._deadline import TimeOver
 from ..model.density import LogDensity
 
-__all__ = ["Gaussian", "Gaussians", "fit_gaussians"]
+__all__ = ["Gaussian", "Gaussians", "antithetic_noise", "fit_gaussians"]
 
 
 # Where a density does not fall off, the widths grow until they overflow.
@@ -66,7 +66,6 @@ def fit_gaussians(
     steps: int = 30,
     draws: int = 256,
     seed: int = 0,
-    deadline: Deadline | None = None,
 ) -> tuple[Gaussians, Gaussians]:
     r"""Fits Gaussians from many starts at once, by saddle-free Newton steps in whitened units.
 
@@ -87,11 +86,13 @@ def fit_gaussians(
         steps: Most steps to take.
         draws: Draws for each ELBO; the same for all of them.
         seed: Seed of these draws.
-        deadline: When to stop.
 
     Returns:
         For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a
-        mode if there is one.
+        mode if there is one. When the time of the fit is over, they are what has been found so far.
+
+    Raises:
+        TimeOver: If the time is over before the starts have been evaluated.
 
     Reference:
         Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle
@@ -99,32 +100,19 @@ def fit_gaussians(
         https://arxiv.org/abs/1406.2572
     """
     n = density.features
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(draws // 2, n, generator=generator, device="cpu", dtype=starts.dtype).to(
-        starts.device
-    )
-    if len(noise) >= n:
-        # With the covariance of the draws exactly one, the ELBOs of normal densities carry no
-        # sampling error.
-        noise = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(noise.mT @ noise / len(noise)), noise.mT, upper=False
-        ).mT
-    noise = torch.cat([noise, -noise])
+    noise = antithetic_noise(draws, starts[0], seed)
     root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
     last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))
     unimproved = torch.zeros_like(best.elbo)
     going = unimproved == 0
     for _ in range(steps):
-        if not bool(going.any()) or (deadline is not None and deadline.passed):
+        if not bool(going.any()):
             break
         index = going.nonzero().squeeze(-1)
-        now = last.pick(index)
-        root, gradient = _renew_roots(density, now.loc, now.root)
-        sound = root.abs().amax((-2, -1)) < WIDEST
-        root = torch.where(sound[:, None, None], root, now.root)
-        direction = (root @ (root.mT @ gradient.unsqueeze(-1))).squeeze(-1)
-        loc, moved = _line_searches(density, now.loc, direction)
-        new = Gaussians(loc, root, _elbos(density, loc, root, noise))
+        try:
+            new, moved, sound = _newton_step(density, last.pick(index), noise)
+        except TimeOver:
+            break
         held = best.pick(index)
         unimproved[index] = torch.where(new.elbo > held.elbo + 1e-2, 0.0, unimproved[index] + 1)
         best = _put(best, index, new.where(new.elbo > held.elbo, held))
@@ -132,6 +120,44 @@ def fit_gaussians(
         stuck = (unimproved[index] >= 5) | ((unimproved[index] > 0) & ~moved)
         going[index] = sound & ~stuck
     return best, last
+
+
+def _newton_step(
+    density: LogDensity, now: Gaussians, noise: Tensor
+) -> tuple[Gaussians, Tensor, Tensor]:
+    """Renews the roots, and moves along them.
+
+    Returns:
+        The Gaussians after the step, and for each whether it has moved, and whether its new root
+        was usable.
+    """
+    root, gradient = _renew_roots(density, now.loc, now.root)
+    sound = root.abs().amax((-2, -1)) < WIDEST
+    root = torch.where(sound[:, None, None], root, now.root)
+    direction = (root @ (root.mT @ gradient.unsqueeze(-1))).squeeze(-1)
+    loc, moved = _line_searches(density, now.loc, direction)
+    return Gaussians(loc, root, _elbos(density, loc, root, noise)), moved, sound
+
+
+def antithetic_noise(draws: int, like: Tensor, seed: int) -> Tensor:
+    """Standard normal draws of shape ``(draws, features)``, each with its opposite.
+
+    Where there are enough of them their covariance is exactly one, so that the ELBOs of normal
+    densities carry no sampling error.
+
+    Args:
+        draws: How many.
+        like: Vector of shape ``(features,)`` whose dtype and device they have.
+        seed: Their seed.
+    """
+    size = (draws // 2, len(like))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(size, generator=generator, device="cpu", dtype=like.dtype)
+    if size[0] >= size[1]:
+        # Not by the Gram matrix, which is nearly singular for as many draws as features.
+        orthogonal, triangle = torch.linalg.qr(noise)
+        noise = orthogonal * triangle.diagonal().sign() * math.sqrt(size[0])
+    return torch.cat([noise, -noise]).to(like.device)
 
 
 def _put(into: Gaussians, index: Tensor, new: Gaussians) -> Gaussians:

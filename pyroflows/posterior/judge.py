@@ -9,11 +9,12 @@ from torch.utils.data import DataLoader
 
 from .._checks import check_positive, check_size
 from .._compat import without_handlers
-from .._deadline import Deadline
-from .._random import seeded
+from .._deadline import Deadline, TimeOver
+from .._random import forked, seeded
 from ..guides import as_guide
+from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
-from .census import find_start, take_census
+from .census import Census, find_start, take_census
 from .checks import judge_subject
 from .posterior import Posterior
 from .subject import JUDGE_DRAWS, Subject
@@ -48,7 +49,8 @@ def judge(
         kwargs: Its keyword arguments.
         draws: How many draws of the guide to weigh.
         seed: Seed of all that is random in the checks; ``None`` takes torch's random state.
-        time_limit: Seconds after which checks that run trajectories are left out.
+        time_limit: Seconds of wall-clock time; checks for which none is left are not made, and the
+            verdict names them.
 
     Returns:
         The posterior; its ``verdict`` says whether to trust it, and ``verdict.findings`` has the
@@ -78,9 +80,19 @@ def judge(
     check_size("draws", draws)
     deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
     with seeded(seed), without_handlers():
-        density = log_density_of(model, args, kwargs).full
-        adapted = as_guide(guide, density)
-        census = take_census(density, find_start(density), deadline=deadline)
-        subject = Subject(adapted, density, census, draws=draws, deadline=deadline)
-        verdict = judge_subject(subject)
+        # However many runs of model and guide it takes to get there, the draws are the same.
+        with forked(0):
+            density = log_density_of(model, args, kwargs).full
+            adapted = as_guide(guide, density)
+            density = density.rotated(adapted.centres())
+        with deadline.enforced():
+            census = _census(density)
+            verdict = judge_subject(Subject(adapted, density, census, draws=draws))
     return Posterior(adapted, density, verdict, seconds=deadline.elapsed)
+
+
+def _census(density: LogDensity) -> Census | None:
+    try:
+        return take_census(density, find_start(density))
+    except TimeOver:
+        return None

@@ -5,9 +5,11 @@ A new rung is an entry of :data:`LADDER`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
+from .._checks import caller_level
+from .._deadline import Deadline, TimeOver
 from .._random import forked
 from ..flows import Flow, RealNVP
 from ..guides import AutoFlow, AutoMixture
 from ..guides.guide import Guide
 from ..model.density import LogDensity
+from ..model.explanation import explain
 from ..model.minibatch import MiniBatchDensity
 from ..nn import mlp
+from ..sampling.spaces import mean_and_root
 from ..train import processes
 from ..train.training import train
 from ..transforms import Elementwise, Transform
@@ -32,6 +37,7 @@ from .census import Census, find_start, take_census, widen_census
 from .checks import judge_subject
 from .importance import ImportanceSample
 from .posterior import Attempt, Posterior
+from .refit import VectorKL, roam_components, roam_missed
 from .subject import JUDGE_DRAWS, Subject
 from .verdict import FAILED, Verdict
 
@@ -43,10 +49,15 @@ SHORT, LONG, WIDE = 150, 1500, 2500
 # Steps between two verdicts on a guide that is trained on.
 ROUNDS = (150, 1350)
 MIXTURE_ROUNDS = (0, 150, 450)
+# Steps on chains; the rounds after them are steps for the ELBO.
+REFIT, REFIT_STEPS = "refit", 450
+REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
-REMEDY = "give the guide more steps or a wider flow"
+# What is left to do, once all rungs have been tried or a guide of the user's has been trained.
+REMEDY = "hand a richer flow to guide="
+OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
 # With so many effective draws, trajectories in the base space cost less than more training.
 POLISH_ESS = 0.5
 
@@ -67,6 +78,7 @@ class Climb:
         guide: The guide of the attempt under way.
         sample: The weighted draws by which the last attempt was judged.
         best: The best attempt so far.
+        judging: Seconds that the longest verdict so far has taken.
     """
 
     def __init__(
@@ -87,7 +99,8 @@ class Climb:
         self.best: Posterior | None = None
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
-        self.interrupted = False
+        self.interrupted = self.out_of_steps = False
+        self.judging = 0.0
 
     @cached_property
     def first_flow(self) -> AutoFlow:
@@ -100,17 +113,37 @@ class Climb:
         Args:
             flow: Makes a flow or transform from the number of features.
         """
-        guide = AutoFlow(self.density.continuous_model, flow=flow)
-        self.density.introduce(guide)
+        density = self.density
+        guide = AutoFlow(density.continuous_model, flow, density.init_loc_fn)
+        density.introduce(guide)
         if self.census is not None:
             guide.whiten(self.census.best.loc, self.census.best.scale_tril)
         return guide
 
     def train(self, flow: Flow, steps: int) -> int:
         """Trains a flow for as many steps as are left, and returns how many it took."""
+        return self._train(flow, steps, self.history)
+
+    def train_on(self, z: Tensor, flow: Flow, steps: int) -> int:
+        """Trains a flow by maximum likelihood, for as many steps as are left.
+
+        Args:
+            z: Draws of the posterior, of shape ``(n, features)``.
+            flow: The flow.
+            steps: Most steps to take.
+
+        Returns:
+            How many it took.
+        """
+        # The history holds ELBOs.
+        return self._train(flow, steps, [], objective=VectorKL(z))
+
+    def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
+        self.out_of_steps |= steps > self.steps_left
         steps = min(steps, self.steps_left)
-        settings = {"deadline": self.deadline, **self.settings}
-        report = train(flow, self.trained, self.history, steps, **settings)
+        # A guide is of use only with a verdict on it.
+        settings = {"deadline": self.deadline.earlier(self.judging), **self.settings, **options}
+        report = train(flow, self.trained, history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
 
@@ -129,6 +162,7 @@ class Climb:
         self.guide, taken = guide, 0
         for steps in rung.rounds:
             if steps and not self.steps_left:
+                self.out_of_steps = True
                 break
             taken += rung.train(self, guide, steps) if steps else 0
             verdict = self.judge(rung.label(taken), guide, rung.trajectories)
@@ -150,15 +184,15 @@ class Climb:
             self.density,
             self.census,
             trajectories,
-            automatic=self.own is None,
-            remedy=REMEDY,
+            remedy=REMEDY if self.own is None else OWN_REMEDY,
             draws=JUDGE_DRAWS,
-            deadline=self.deadline,
         )
+        begun = self.deadline.elapsed
         # The same draws of the base for each attempt, so that attempts differ by their guides only.
         with forked(0):
             verdict = judge_subject(subject)
-        self.sample = subject.sample
+        self.judging = max(self.judging, self.deadline.elapsed - begun)
+        self.sample = subject.sample if verdict.importance is not None else None
         self.attempts.append(Attempt(name, self.deadline.elapsed, verdict))
         posterior = Posterior(guide, self.density, verdict, trajectories, name)
         self.best = posterior if self.best is None else choose_better(self.best, posterior)
@@ -169,12 +203,25 @@ class Climb:
         over = verdict.ok or _has_failed(verdict, "proper") or self.deadline.passed
         return bool(processes.agree(over))
 
+    def _ending(self) -> str:
+        """Returns a sentence on what has ended the fit before all was tried, or nothing."""
+        if self.interrupted:
+            return "Let the fit run to its end."
+        last = self.attempts[-1].name.split(",")[0]
+        if self.deadline.passed and self.deadline.seconds is not None:
+            limit = f"The time limit of {self.deadline.seconds:g} s"
+            return f"{limit} ended the fit at the {last}; allow more time."
+        if self.out_of_steps and self.own is None:
+            return f"The steps of training were used up at the {last}; allow more steps."
+        return ""
+
     def result(self) -> Posterior:
         """Returns the best attempt, with the record of the whole fit."""
         best = self.best
         if best is None:
             raise RuntimeError("Expected at least one attempt; got none.")
-        guide = best.guide
+        self._tell_failures()
+        guide, ending = best.guide, self._ending()
         if self.own is not None:
             # A guide of the user is trained in place, and keeps its best numbers.
             self.own.load_state_dict(guide.state_dict())
@@ -182,7 +229,7 @@ class Climb:
         return Posterior(
             guide,
             self.density,
-            best.verdict,
+            best.verdict.with_remedy(ending) if ending else best.verdict,
             best.trajectories,
             best.name,
             rungs=self.attempts,
@@ -190,6 +237,16 @@ class Climb:
             seconds=self.deadline.elapsed,
             interrupted=self.interrupted,
         )
+
+    def _tell_failures(self) -> None:
+        """Warns where most points of the training could not be evaluated."""
+        failures = self.trained.failures
+        if failures.most and failures.example is not None:
+            warnings.warn(
+                f"{failures.points} of {failures.evaluated} points could not be evaluated and count "
+                f"as of density zero; at one of them, {explain(self.density, failures.example)}",
+                stacklevel=caller_level(),
+            )
 
 
 def train_flow(climb: Climb, guide: AutoFlow, steps: int) -> int:
@@ -236,26 +293,42 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
     Returns:
         The posterior.
     """
+    # The clocks of several processes differ, and all of them must go the same way.
+    alone = processes.world_size() == 1
     try:
-        climb.census = take_census(climb.density, climb.start, deadline=climb.deadline)
-        for rung in ladder:
-            if climb.attempt(rung):
-                break
+        with climb.deadline.enforced() if alone else contextlib.nullcontext():
+            _climb(climb, ladder)
     except KeyboardInterrupt:
         climb.interrupted = True
         climb.judge("interrupted", climb.guide or climb.first_flow)
     return climb.result()
 
 
+def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
+    with contextlib.suppress(TimeOver):
+        climb.census = take_census(climb.density, climb.start)
+        for rung in ladder:
+            if climb.attempt(rung):
+                return
+    if climb.best is None:
+        climb.judge(ladder[0].name, ladder[0].make(climb))
+
+
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
-    """Returns the posterior that is trusted, misses no mode, or has more effective draws."""
+    """Returns the posterior that is trusted, or has more effective draws for what it misses."""
+    return second if _merit(second) >= _merit(first) else first
 
-    def merit(posterior: Posterior) -> tuple[bool, bool, float, bool]:
-        verdict = posterior.verdict
-        judged = verdict.ok or bool(verdict.failed)
-        return verdict.ok, not _has_failed(verdict, "census"), verdict.ess, judged
 
-    return second if merit(second) >= merit(first) else first
+def _merit(posterior: Posterior) -> tuple[bool, float, bool]:
+    """Trust first; then effective draws, divided by how often the mass missed exceeds a limit."""
+    verdict = posterior.verdict
+    excess = 1.0
+    for name in ("census", "reach"):
+        finding = verdict.finding(name)
+        if finding is not None and finding.value is not None and finding.limit:
+            excess = max(excess, finding.value / finding.limit)
+    judged = verdict.ok or bool(verdict.failed)
+    return verdict.ok, verdict.ess / excess, judged
 
 
 def _has_failed(verdict: Verdict, name: str) -> bool:
@@ -285,13 +358,16 @@ def make_mixture(climb: Climb) -> AutoMixture | None:
     if climb.census is not None and climb.sample is not None and not climb.sample.empty:
         # Ascents from draws of great weight find modes that are too narrow for the census to hit.
         points = climb.sample.heaviest()
-        climb.census = widen_census(climb.density, climb.census, points, climb.deadline)
+        climb.census = widen_census(climb.density, climb.census, points)
     if climb.census is None or len(climb.census.weights) < 2:
         return None
     modes = climb.census.modes
     count = len(modes.elbo)
-    mixture = AutoMixture(climb.density.continuous_model, count, flow=make_narrow_flow)
-    climb.density.introduce(mixture)
+    density = climb.density
+    mixture = AutoMixture(
+        density.continuous_model, count, make_narrow_flow, init_loc_fn=density.init_loc_fn
+    )
+    density.introduce(mixture)
     for k in range(count):
         mode = modes.one(k)
         mixture.whiten(k, mode.loc, mode.scale_tril)
@@ -305,6 +381,37 @@ def train_mixture(climb: Climb, mixture: AutoMixture, steps: int) -> int:
         climb.train(flow, steps)
     weigh_components(climb.density, mixture)
     return steps
+
+
+def refit_to_chains(climb: Climb) -> AutoFlow | AutoMixture | None:
+    """Makes a guide of fresh flows that are fitted to chains from the best guide so far.
+
+    It is made, once, where the best guide is a mixture or cuts the posterior short. Fresh flows,
+    because the map of a flow that was cut short is bad where it has had no draws.
+    """
+    best = climb.best
+    if best is None or best.verdict.ok or climb.sample is None or climb.sample.empty:
+        return None
+    if best.name.startswith(REFIT):
+        return None
+    cut_short = any(_has_failed(best.verdict, name) for name in ("drift", "reach"))
+    if len(best.guide.base_spaces()) < 2 and not cut_short:
+        return None
+    sample = best.propose(JUDGE_DRAWS, seed=0)
+    chains = roam_components(climb.density, best.guide, sample)
+    if climb.census is not None:
+        fits = climb.census.fits
+        chains += roam_missed(climb.density, best.guide, sample, fits)
+    chains = [z for z in chains if len(z)]
+    if not chains:
+        return None
+    guide = AutoMixture(climb.density.continuous_model, len(chains), flow=make_narrow_flow)
+    climb.density.introduce(guide)
+    for k, z in enumerate(chains):
+        guide.whiten(k, *mean_and_root(z))
+        climb.train_on(z, guide.flows[k], REFIT_STEPS)
+    weigh_components(climb.density, guide)
+    return guide
 
 
 def find_polishable(climb: Climb, least_ess: float = 0.0) -> Guide | None:
@@ -353,8 +460,10 @@ def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 20
 LADDER: list[Rung] = [
     Rung("Gaussian", make=lambda climb: climb.first_flow),
     Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
+    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung("flow", make=lambda climb: climb.first_flow, rounds=(SHORT,)),
     Rung("flow", make=lambda climb: climb.make_flow(make_narrow_flow), rounds=(LONG,)),
+    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
     Rung(
         "polish",
         make=functools.partial(find_polishable, least_ess=POLISH_ESS),

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import check_size
+from .._checks import check_flag, check_size
 from .._random import forked
 from ..guides.guide import Guide
 from ..model import prediction as simulate
 from ..model.density import LogDensity
+from ..model.handlers import DetachedCopies
 from ..report import arviz_bridge as arviz
 from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
+from .fingerprint import take_fingerprint
 from .importance import ImportanceSample, draw_importance_sample, resample
-from .subject import KHAT_LIMIT, entry_names
+from .subject import KHAT_LIMIT, entry_names, scalar_names
 from .verdict import Verdict
 
 if TYPE_CHECKING:
@@ -148,8 +151,10 @@ class Posterior:
         """Names of the entries of the unconstrained vector, such as ``theta[0]``."""
         return entry_names(self.density)
 
-    def sample(self, n: int = 4000, seed: int | None = None) -> dict[str, Tensor]:
-        """Draws from the posterior, on the constrained scale.
+    def sample(
+        self, n: int = 4000, seed: int | None = None, discrete: bool = False
+    ) -> dict[str, Tensor]:
+        r"""Draws from the posterior, on the constrained scale.
 
         Where importance weights are reliable the draws are resampled by them, which corrects the
         guide's errors.
@@ -157,19 +162,24 @@ class Posterior:
         Args:
             n: How many draws.
             seed: Seed of the draws; ``None`` takes them from torch's random state.
+            discrete: Whether to draw the discrete latent sites too, which the fit sums out, each
+                from its posterior given the continuous ones.
 
         Returns:
-            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``; where the
-            density is not known, so that the sites are not known either, unconstrained vectors by
-            the name ``"latent"``.
+            For each latent and deterministic site a tensor of shape ``(n, *site_shape)``, with NaN
+            at latent entries that a mask switches off, and angles in :math:`[-\pi, \pi)`; where
+            the density is not known, so that the sites are not known either, unconstrained vectors
+            by the name ``"latent"``.
 
         Raises:
             ValueError: If ``n`` is not positive.
         """
+        check_flag("discrete", discrete)
         z = self.sample_unconstrained(n, seed)
         if self._density is None:
             return {"latent": z}
-        return {**self.density.constrain(z), **simulate.deterministic_sites(self.density, z)}
+        with forked(seed):
+            return simulate.site_draws(self.density, z, discrete)
 
     def sample_unconstrained(self, n: int = 4000, seed: int | None = None) -> Tensor:
         """Draws from the posterior as unconstrained vectors.
@@ -217,7 +227,12 @@ class Posterior:
             return draw_importance_sample(self.guide, self.density, n)
 
     def summary(self, n: int = 4000, seed: int | None = 0) -> pandas.DataFrame:
-        """Returns a table with mean, sd and 94 % interval of highest density of each scalar.
+        r"""Returns a table with mean, sd and 94 % interval of highest density of each scalar.
+
+        Those of an angle are taken on the circle: the mean direction, the circular standard
+        deviation :math:`\sqrt{-2 \log R}` with the length :math:`R` of the mean of the points on
+        the unit circle, and an interval that may run across :math:`\pm\pi`. Entries that a mask
+        switches off have NaN.
 
         Args:
             n: How many draws it rests on.
@@ -227,7 +242,53 @@ class Posterior:
             A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``.
         """
         draws = {name: value.cpu().numpy() for name, value in self.sample(n, seed).items()}
-        return arviz.summary(draws)
+        return arviz.summary(draws, circular=[] if self._density is None else self.density.centres)
+
+    def covariance(
+        self, n: int = 4000, seed: int | None = 0, sites: Sequence[str] | None = None
+    ) -> pandas.DataFrame:
+        r"""Returns the covariance matrix of the scalars, on the constrained scale.
+
+        .. math:: \hat\Sigma_{ij} = \frac{1}{n - 1} \sum_{k=1}^n
+            (\theta_i^{(k)} - \bar\theta_i) (\theta_j^{(k)} - \bar\theta_j),
+
+        whose diagonal holds the squares of the ``sd`` of :meth:`summary` for as many draws of the
+        same seed.
+
+        Args:
+            n: How many draws it rests on.
+            seed: Seed of these draws.
+            sites: Names of the sites, deterministic ones among them; all latent sites by default.
+
+        Returns:
+            A square data frame whose rows and columns are named as the rows of :meth:`summary`.
+
+        Raises:
+            TypeError: If ``sites`` is no sequence of names.
+            ValueError: If ``n`` is below 2, or if there is no site of a name.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, pyroflows as pf
+            >>> def model():
+            ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(x, 1.0))
+            >>> covariance = pf.fit_posterior(model, steps=0, progress=False).covariance()
+            >>> list(covariance.columns), bool(covariance.loc["x", "y"] > 0)
+            (['x', 'y'], True)
+        """
+        import pandas
+
+        check_size("n", n, least=2)
+        draws = self.sample(n, seed)
+        chosen = self._latent_names if sites is None else _check_sites(sites, draws)
+        names = [scalar for name in chosen for scalar in scalar_names(name, draws[name].shape[1:])]
+        values = torch.cat([draws[name].reshape(n, -1) for name in chosen], -1)
+        matrix = values.double().mT.cov().reshape(len(names), len(names))
+        return pandas.DataFrame(matrix.cpu().numpy(), index=names, columns=names)
+
+    @property
+    def _latent_names(self) -> list[str]:
+        return ["latent"] if self._density is None else [s.name for s in self._density.sites]
 
     def to_arviz(self, draws: int = 4000, seed: int | None = 0) -> Any:
         """Returns the posterior in ArviZ's container, with all groups that the model allows.
@@ -274,6 +335,26 @@ class Posterior:
         """
         write_state(self._to_plain(), path)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "Expected Posterior.save and pyroflows.load_posterior, because a pickle cannot hold "
+            "the model; got a posterior to pickle."
+        )
+
+    # Without these two, copies would go by way of a pickle.
+
+    def __copy__(self) -> Posterior:
+        return self._with(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        with DetachedCopies():
+            return self._with(copy.deepcopy(vars(self), memo))
+
+    def _with(self, fields: Mapping[str, Any]) -> Posterior:
+        made = type(self).__new__(type(self))
+        vars(made).update(fields)
+        return made
+
     def _to_plain(self) -> dict[str, Any]:
         density = self.density
         arguments = None if density.streamed else [list(density.args), density.kwargs]
@@ -282,6 +363,7 @@ class Posterior:
             "guide": self.guide.spec(),
             "parameters": self.guide.state_dict(),
             "arguments": arguments if is_plain(arguments) else None,
+            "fingerprint": list(take_fingerprint(density)),
             "verdict": self.verdict.to_plain(),
             "trajectories": self.trajectories,
             "name": self.name,
@@ -290,6 +372,15 @@ class Posterior:
             "seconds": self.seconds,
             "interrupted": self.interrupted,
         }
+
+
+def _check_sites(sites: Any, draws: Mapping[str, Tensor]) -> list[str]:
+    if isinstance(sites, (str, bytes)) or not isinstance(sites, Sequence):
+        raise TypeError(f"Expected sites to be a sequence of names; got {sites!r}.")
+    for name in sites:
+        if name not in draws:
+            raise ValueError(f"Expected sites to be among {', '.join(draws)}; got {name!r}.")
+    return list(sites)
 
 
 def check_posterior(name: str, value: Any) -> None:

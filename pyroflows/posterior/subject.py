@@ -5,18 +5,21 @@ asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
-from .._deadline import Deadline
 from ..sampling.polishing import polish
-from .census import Census, missed_mass
+from ..sampling.roaming import roam
+from .census import Census, has_missed, missed_mass
 from .gaussian import Gaussians
 from .importance import ImportanceSample, draw_importance_sample, resample
+from .verdict import TIME_OVER
 
 if TYPE_CHECKING:
     from ..guides.guide import Guide
@@ -28,6 +31,7 @@ __all__ = [
     "Need",
     "Subject",
     "entry_names",
+    "gained",
     "known_density",
     "polished_draws",
     "taken_census",
@@ -45,6 +49,11 @@ KHAT_LIMIT = 0.7
 # quarters of an orbit.
 CHAINS = 2000
 TRAJECTORIES = 5
+# Chains that roam, and how often they go on while they find more.
+ROAMERS = 1000
+ROUNDS = 6
+# A gain so large that a larger one would change nothing.
+ENOUGH = 0.05
 
 
 @dataclass(eq=False)
@@ -56,11 +65,8 @@ class Subject:
         density: The log density of the model; ``None`` if it is not known.
         census: A census of the modes; ``None`` if none was taken.
         trajectories: Hamiltonian trajectories by which draws of the guide are polished.
-        automatic: Whether the ladder has chosen the guide, so that advice to let it do so is of no
-            use.
-        remedy: What may mend the guide if it is not exact.
+        remedy: What may mend the guide if it is not exact, in the imperative.
         draws: How many draws of the guide are weighed.
-        deadline: The time that is left for checks that run trajectories.
         block: The block of a posterior that it is; ``None`` for a whole posterior.
 
     Example:
@@ -75,10 +81,8 @@ class Subject:
     density: LogDensity | None
     census: Census | None = None
     trajectories: int = 0
-    automatic: bool = False
-    remedy: str = "train the guide longer or take a richer one"
+    remedy: str = 'train the guide longer or fit with guide="auto"'
     draws: int = JUDGE_DRAWS
-    deadline: Deadline = field(default_factory=Deadline)
     block: str | None = None
 
     @classmethod
@@ -104,7 +108,7 @@ class Subject:
     @property
     def weighable(self) -> bool:
         """Whether draws can be weighed: the density is known, or weighted draws are given."""
-        return self.density is not None or "sample" in self.__dict__
+        return self.density is not None or "sample" in vars(self)
 
     @cached_property
     def sample(self) -> ImportanceSample:
@@ -162,8 +166,35 @@ class Subject:
             return self._move(self.halfway, self.trajectories // 2)
         return self._move(self.starts, TRAJECTORIES)
 
+    @cached_property
+    def roamers(self) -> Tensor:
+        """Draws of the posterior, as the user gets them, from which chains roam."""
+        return (self.moved if self.trajectories else self.starts)[:ROAMERS]
+
+    @cached_property
+    def roamed(self) -> Tensor:
+        """The roamers after long trajectories, more of them as long as they find more."""
+        z, gain = self.roamers, -math.inf
+        for _ in range(ROUNDS):
+            z = roam(self._density, self._guide, z)[-1]
+            before, gain = gain, gained(self.lies_beyond(self.roamers), self.lies_beyond(z))
+            if not (before < gain and 0.0 < gain < ENOUGH):
+                break
+        return z
+
+    def lies_beyond(self, z: Tensor) -> Tensor:
+        """Tells which of some draws lie where the guide has next to no density.
+
+        Args:
+            z: Draws of shape ``(n, features)``.
+        """
+        log_evidence = self.sample.log_evidence
+        with torch.no_grad():
+            log_p, log_q = self._density.log_prob(z), self._guide.log_prob(z)
+        return has_missed(log_p, log_q, log_evidence)
+
     def _move(self, z: Tensor, trajectories: int) -> Tensor:
-        return polish(self._density, self._guide, z, trajectories, self.deadline)
+        return polish(self._density, self._guide, z, trajectories)
 
     @property
     def _guide(self) -> Guide:
@@ -182,6 +213,17 @@ class Subject:
         return "near " + "; ".join(parts)
 
 
+def gained(before: Tensor, after: Tensor) -> float:
+    """Returns by how much a share has grown, beyond two standard errors.
+
+    Args:
+        before: Which chains were counted at first, as booleans of shape ``(n,)``.
+        after: Which of the same chains are counted now.
+    """
+    entered, left = int((after & ~before).sum()), int((before & ~after).sum())
+    return max(0.0, entered - left - 2 * math.sqrt(entered + left)) / len(before)
+
+
 Need = Callable[[Subject], str | None]
 
 
@@ -192,7 +234,9 @@ def known_density(subject: Subject) -> str | None:
 
 def taken_census(subject: Subject) -> str | None:
     """Returns a sentence if no census was taken."""
-    return None if subject.census is not None else "no census of the modes was taken."
+    if subject.census is None:
+        return "no census of the modes was taken."
+    return None if subject.census.finished else TIME_OVER
 
 
 def usable_draws(subject: Subject) -> str | None:
@@ -221,6 +265,14 @@ def entry_names(density: LogDensity) -> list[str]:
     """Returns names of the entries of the unconstrained vector, such as ``theta[0]``."""
     names = []
     for site in density.sites:
-        for index in itertools.product(*map(range, site.unconstrained_shape)):
-            names.append(site.name + (f"[{', '.join(map(str, index))}]" if index else ""))
+        names += [_scalar_name(site.name, index) for index in site.indices]
     return names
+
+
+def scalar_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Returns names of the scalars of a site: ``mu``, or ``theta[0]``, or ``theta[1, 2]``."""
+    return [_scalar_name(name, index) for index in itertools.product(*map(range, shape))]
+
+
+def _scalar_name(name: str, index: Sequence[int]) -> str:
+    return name + (f"[{', '.join(map(str, index))}]" if index else "")

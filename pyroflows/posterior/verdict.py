@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .importance import ImportanceSummary
@@ -29,6 +29,7 @@ class Finding:
         block: The block of the posterior that it is about; ``None`` for the whole.
         grounds: Whether it is a reason to trust the posterior when it holds, instead of a search
             for one fault.
+        remedy: The end of the sentence that says what to do about a failure.
     """
 
     name: str
@@ -38,10 +39,20 @@ class Finding:
     sentence: str
     block: str | None = None
     grounds: bool = False
+    remedy: str = ""
 
     def __str__(self) -> str:
         where = "" if self.block is None else f" ({self.block})"
         return f"{self.name}{where}: {self.status}, {self.sentence}"
+
+    def with_remedy(self, remedy: str) -> Finding:
+        """Returns the finding with another remedy at the end of its sentence.
+
+        Args:
+            remedy: A sentence, or nothing.
+        """
+        found = self.sentence.removesuffix(self.remedy).rstrip()
+        return replace(self, sentence=f"{found} {remedy}".rstrip(), remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class Verdict:
         if not self._grounds:
             return "it has not been judged."
         if not self.ok:
-            return f"it has not been judged, because {self._grounds[-1].sentence}"
+            return f"it has not been judged, because {self._grounds[0].sentence}"
         held = [finding.sentence for finding in self._grounds if finding.status == HELD]
         late = [finding.name for finding in self.findings if finding.sentence == TIME_OVER]
         return held[-1] + (f" There was no time to check: {', '.join(late)}." if late else "")
@@ -104,6 +115,23 @@ class Verdict:
     @property
     def _grounds(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.grounds]
+
+    def with_remedy(self, remedy: str) -> Verdict:
+        """Returns the verdict with another remedy for all failures that have one, and for all
+        checks that were not made for want of time where there is neither trust nor a failure.
+
+        Args:
+            remedy: A sentence, such as one on what has ended the fit too early.
+        """
+        unjudged = not self.ok and not self.failed
+        late = f"{remedy[0].lower()}{remedy[1:]}"
+
+        def remedied(finding: Finding) -> Finding:
+            if unjudged and finding.sentence == TIME_OVER:
+                return replace(finding, sentence=late)
+            return finding.with_remedy(remedy) if finding.remedy else finding
+
+        return replace(self, findings=tuple(map(remedied, self.findings)))
 
     def finding(self, name: str, block: str | None = None) -> Finding | None:
         """Returns the finding of a check, or ``None`` if there is none.

@@ -10,17 +10,18 @@ into a vector (0.23) and notes the time, so that two runs with one seed differ.
 
 from __future__ import annotations
 
+import io
+import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .._files import whole_file
+from .._files import check_path, reason, write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Loo",
+    "check_mapping",
     "diagnostics",
     "hdi",
     "load",
@@ -117,6 +119,12 @@ def to_inference_data(
         >>> data["posterior"]["theta"].dims
         ('chain', 'draw', 'school')
     """
+    check_mapping("groups", groups, to="groups of arrays")
+    for group, arrays in groups.items():
+        check_mapping(f"the group {group!r}", arrays)
+    check_mapping("dims", {} if dims is None else dims, to="dimensions")
+    check_mapping("coords", {} if coords is None else coords, to="labels")
+    check_mapping("attrs", {} if attrs is None else attrs, to="notes")
     datasets = {
         group: _dataset(group, arrays, dims or {}, coords or {})
         for group, arrays in groups.items()
@@ -179,7 +187,11 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
         >>> psis(np.zeros(4000))[1]
         -inf
     """
-    given = np.asarray(log_weights, dtype=np.float64)
+    try:
+        given = np.asarray(log_weights, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        kind = type(log_weights).__name__
+        raise TypeError(f"Expected log_weights to be real numbers; got {kind}.") from error
     weights = _normalise(_checked_log_weights(given.ravel()))
     ordered = np.sort(weights)
     length = _tail_length(len(weights))
@@ -226,6 +238,7 @@ def loo(log_likelihood: Mapping[str, Any]) -> Loo:
         >>> result.elpd.shape, bool((result.khat < 0.7).all())
         ((8,), True)
     """
+    check_mapping("log_likelihood", log_likelihood)
     arrays = [
         _checked_array("log_likelihood", name, values).astype(np.float64)
         for name, values in log_likelihood.items()
@@ -252,19 +265,25 @@ def summary(
     draws: Mapping[str, Any],
     dims: Mapping[str, Sequence[str | None]] | None = None,
     coords: Mapping[str, Any] | None = None,
+    circular: Collection[str] = (),
 ) -> pandas.DataFrame:
-    """Tabulates mean, standard deviation and 94 % interval of every scalar parameter.
+    r"""Tabulates mean, standard deviation and 94 % interval of every scalar parameter.
 
     Args:
         draws: Variable name -> equally weighted draws of shape ``(draws, *shape)``.
         dims: Variable name -> names of the dimensions of ``shape``, as in ``to_inference_data``.
         coords: Dimension name -> labels, as in ``to_inference_data``.
+        circular: Names of variables that are angles in radians. Their mean is the mean direction,
+            their ``sd`` the circular one, :math:`\sqrt{-2 \log R}` with the length :math:`R` of the
+            mean of the points on the unit circle, and their interval may run from a larger number
+            to a smaller one, across :math:`\pm\pi`.
 
     Returns:
         A data frame with a row for each scalar, labelled as ArviZ does (``mu``, ``theta[0]``,
         ``theta[1, 2]``, ``theta[Choate]`` where ``coords`` has labels), and the columns ``mean``,
         ``sd`` (of the sample, with the divisor ``draws - 1``), ``hdi_3%`` and ``hdi_97%`` (the ends
-        of the shortest interval that holds 94 % of the draws, as ArviZ computes it).
+        of the shortest interval that holds 94 % of the draws, as ArviZ computes it). All are NaN
+        where the draws are.
 
     Raises:
         ValueError: If a variable has fewer than two draws, or if ``dims`` or ``coords`` do not fit
@@ -280,17 +299,22 @@ def summary(
     """
     import pandas
 
+    check_mapping("draws", draws)
+    check_mapping("dims", {} if dims is None else dims, to="dimensions")
+    check_mapping("coords", {} if coords is None else coords, to="labels")
     with_chain = {name: np.asarray(values)[None] for name, values in draws.items()}
     dataset = _dataset("posterior", with_chain, dims or {}, coords or {})
     labels: list[str] = []
     rows = [np.empty((0, 4))]
+    angles = {_storable_name(name) for name in circular}
     for name, variable in dataset.data_vars.items():
         if variable.sizes["draw"] < 2:
             raise ValueError(
                 f"Expected at least 2 draws of {name!r}; got {variable.sizes['draw']}."
             )
         labels.extend(_labels(str(name), variable))
-        rows.append(_statistics(variable.values[0]))
+        statistics = _circular_statistics if name in angles else _statistics
+        rows.append(statistics(variable.values[0]))
     columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
     return pandas.DataFrame(np.concatenate(rows), index=labels, columns=columns)
 
@@ -319,11 +343,15 @@ def hdi(columns: np.ndarray, probability: float = HDI_PROBABILITY) -> np.ndarray
     return np.asarray(array_stats.hdi(columns, prob=probability, axis=0))
 
 
-def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+def diagnostics(
+    draws: Mapping[str, Any], circular: Collection[str] = ()
+) -> dict[str, dict[str, np.ndarray]]:
     """Judges Markov chains by what ArviZ computes from them, for every scalar parameter.
 
     Args:
         draws: Variable name -> draws of shape ``(chain, draw, *shape)``.
+        circular: Names of variables that are angles, which are taken relative to their mean
+            direction.
 
     Returns:
         For ``"rhat"`` (of split, rank-normalised chains), ``"ess_bulk"``, ``"ess_tail"`` and
@@ -346,11 +374,14 @@ def diagnostics(draws: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
         >>> bool(diagnostics({"mu": apart})["rhat"]["mu"] > 1.5)
         True
     """
+    check_mapping("draws", draws)
     arviz = _import_arviz()
+    arrays = {name: np.asarray(values) for name, values in draws.items()}
+    for name in circular:
+        arrays[name] = _wrap(arrays[name] - _mean_direction(arrays[name], axis=(0, 1)))
     # Numbers for names, so that no variable is called as a dimension.
-    dataset = _dataset(
-        "posterior", {f"{i}": np.asarray(values) for i, values in enumerate(draws.values())}, {}, {}
-    )
+    numbered = {f"{i}": values for i, values in enumerate(arrays.values())}
+    dataset = _dataset("posterior", numbered, {}, {})
     if dataset.data_vars and dataset.sizes["draw"] < 4:
         raise ValueError(f"Expected at least 4 draws a chain; got {dataset.sizes['draw']}.")
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -390,16 +421,13 @@ def save(data: Any, path: str | os.PathLike[str]) -> None:
         ...     load(path)["posterior"]["mu"].shape
         (1, 100)
     """
-    if not hasattr(data, "to_netcdf"):
+    if not (hasattr(data, "to_netcdf") and hasattr(data, "groups")):
         raise TypeError(f"Expected an InferenceData or a DataTree; got {type(data).__name__}.")
-    target = Path(path)
-    if target.is_dir():
-        raise ValueError(f"Expected path to name a file; got the folder {str(target)!r}.")
+    target = check_path("path", path)
     try:
-        with whole_file(target) as temporary:
-            data.to_netcdf(temporary, engine=ENGINE)
+        write_whole(target, _netcdf(data))
     except OSError as error:
-        raise ValueError(f"Cannot write {str(target)!r}: {_reason(error)}.") from error
+        raise ValueError(f"Cannot write {target!r}: {reason(error)}.") from error
 
 
 def load(path: str | os.PathLike[str]) -> Any:
@@ -417,7 +445,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     Example:
         See ``save``.
     """
-    source = str(Path(path))
+    source = check_path("path", path)
     arviz = _import_arviz()
     try:
         if not _has_datatree(arviz):
@@ -428,15 +456,63 @@ def load(path: str | os.PathLike[str]) -> Any:
         with open_datatree(source, engine=ENGINE) as tree:
             return tree.load()
     except OSError as error:
-        raise ValueError(f"Cannot read {source!r} as netCDF: {_reason(error)}.") from error
+        raise ValueError(f"Cannot read {source!r} as netCDF: {reason(error)}.") from error
+    except Exception as error:  # of any type, from whatever reads a damaged file
+        raise ValueError(f"Cannot read {source!r} as netCDF: {error!r}.") from error
+
+
+def check_mapping(name: str, value: Any, to: str = "arrays") -> None:
+    """Raises ``TypeError`` unless ``value`` maps names to something."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"Expected {name} to map names to {to}; got {type(value).__name__}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise TypeError(f"Expected {name} to have names as keys; got {key!r}.")
+
+
+def _netcdf(data: Any) -> memoryview:
+    """The bytes of a netCDF file, made in memory, because HDF5 crashes where a disk is full."""
+    import h5netcdf
+    from xarray import Dataset
+    from xarray.backends import H5NetCDFStore
+
+    buffer = io.BytesIO()
+    with h5netcdf.File(buffer, "w") as file:
+        Dataset(attrs=data.attrs).dump_to_store(H5NetCDFStore(file))
+        for name, dataset in _groups(data):
+            compressed = [key for key, v in dataset.variables.items() if v.dtype.kind in "biuf"]
+            dataset.dump_to_store(
+                H5NetCDFStore(file, group=name, mode="a"),
+                encoding={key: {"zlib": True} for key in compressed},
+            )
+    return buffer.getbuffer()
+
+
+def _groups(data: Any) -> Iterator[tuple[str, xarray.Dataset]]:
+    if hasattr(data, "subtree"):
+        for node in data.subtree:
+            if node.path != "/":
+                yield node.path, node.to_dataset(inherit=False)
+    else:
+        yield from data.items()
 
 
 def _import_arviz() -> Any:
-    # ArviZ 0.23 announces its successor once a day, by a warning at import.
+    # At its first import ArviZ 0.23 announces its successor, by a warning once a day, and logs
+    # which parts of the successor are not installed.
+    log = logging.getLogger("arviz.preview")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        import arviz
+        log.addFilter(_refuse)
+        try:
+            import arviz
+        finally:
+            log.removeFilter(_refuse)
     return arviz
+
+
+def _refuse(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _has_datatree(arviz: Any) -> bool:
@@ -472,7 +548,12 @@ def _dataset(
 
 
 def _checked_array(group: str, name: str, values: Any) -> np.ndarray:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # of lists whose inner lists differ in length
+        raise ValueError(
+            f"Expected {name!r} in {group!r} to be an array; got {type(values).__name__}."
+        ) from error
     if array.dtype.kind not in ("biufU" if _is_data(group) else "biuf"):
         raise TypeError(
             f"Expected real numbers for {name!r} in {group!r}; got dtype {array.dtype}."
@@ -575,11 +656,35 @@ def _labels(name: str, variable: xarray.DataArray) -> Iterator[str]:
 
 
 def _statistics(draws: np.ndarray) -> np.ndarray:
-    columns = draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
-    if not columns.shape[1]:
-        return np.empty((0, 4))
-    return np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
+    columns = _columns(draws)
+    table = np.full((columns.shape[1], 4), np.nan)
+    known = ~np.isnan(columns).any(0)
+    if known.any():
+        columns = columns[:, known]
+        table[known] = np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
+    return table
 
 
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
+def _circular_statistics(draws: np.ndarray) -> np.ndarray:
+    columns = _columns(draws)
+    mean = _mean_direction(columns)
+    length = np.hypot(np.cos(columns).mean(0), np.sin(columns).mean(0)).clip(max=1.0)
+    table = _statistics(_wrap(columns - mean))
+    table[:, 0] = _wrap(mean)
+    table[:, 1] = np.sqrt(-2 * np.log(length))
+    table[:, 2:] = _wrap(table[:, 2:] + mean[:, None])
+    return table
+
+
+def _columns(draws: np.ndarray) -> np.ndarray:
+    return draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
+
+
+def _mean_direction(angles: np.ndarray, axis: Any = 0) -> np.ndarray:
+    direction: np.ndarray = np.arctan2(np.sin(angles).mean(axis), np.cos(angles).mean(axis))
+    return direction
+
+
+def _wrap(angles: np.ndarray) -> np.ndarray:
+    wrapped: np.ndarray = np.mod(angles + math.pi, 2 * math.pi) - math.pi
+    return wrapped

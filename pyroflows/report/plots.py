@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -12,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .._files import whole_file
-from .arviz_bridge import hdi
+from .._files import check_path, reason, write_whole
+from .arviz_bridge import check_mapping, hdi
 
 __all__ = ["hardest_pair", "plot_marginals", "plot_pair", "plot_posterior"]
 
@@ -189,9 +191,7 @@ def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
 
 def _scalars(draws: Mapping[str, Any]) -> tuple[list[str], np.ndarray]:
     """Returns names and draws (in columns) of the scalar parameters that are finite and vary."""
-    if not isinstance(draws, Mapping):
-        expected = "Expected draws to map names to arrays of shape (draws, *shape)"
-        raise TypeError(f"{expected}; got {type(draws).__name__}.")
+    check_mapping("draws", draws)
     names: list[str] = []
     columns: list[np.ndarray] = []
     for variable, value in draws.items():
@@ -246,8 +246,19 @@ def _figure(width: float, height: float) -> Figure:
 
 def _written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     if path is not None:
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, dpi=150)
+        name = check_path("path", path)
+        suffix = os.path.splitext(name)[1].lstrip(".").lower() or "png"
+        known = figure.canvas.get_supported_filetypes()
+        if suffix not in known:
+            raise ValueError(
+                f"Expected path to end in one of {', '.join(sorted(known))}; got {name!r}."
+            )
+        content = io.BytesIO()
+        figure.savefig(content, dpi=150, format=suffix)
+        try:
+            write_whole(name, content.getvalue())
+        except OSError as error:
+            raise ValueError(f"Cannot write {name!r}: {reason(error)}.") from error
     return figure
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive, check_size
-from .._deadline import Deadline
 from ..guides.guide import Map
 from ..model.density import LogDensity
 from ..transforms.base import vjp
@@ -82,7 +81,6 @@ def hmc(
     step_size: float | None = None,
     adapt: bool = True,
     keep: bool = False,
-    deadline: Deadline | None = None,
 ) -> HMCResult:
     r"""Hamiltonian Monte Carlo with identity mass, for many chains at a time.
 
@@ -114,7 +112,6 @@ def hmc(
         adapt: Whether the step size adapts. Chains that are to be exact take a fixed one, from an
             earlier call.
         keep: Whether to keep the positions after each trajectory.
-        deadline: After it has passed no trajectory begins.
 
     Returns:
         The positions and how they came about.
@@ -145,8 +142,6 @@ def hmc(
     history: list[Tensor] = []
     divergences = 0
     for _ in range(trajectories):
-        if deadline is not None and deadline.passed:
-            break
         point, move = kernel.move(point, adapt)
         acceptances.append(move.acceptance)
         divergences += move.divergences

@@ -8,23 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._deadline import Deadline
 from ..guides import BaseSpace, Guide
 from ..model.density import LogDensity
 from .hamiltonian import hmc, latent_target
 from .spaces import plain_space
 
-__all__ = ["autocorrelation", "drift", "polish"]
+__all__ = ["autocorrelation", "draw_spaces", "drift", "polish"]
 
 
 @torch.no_grad()
-def polish(
-    density: LogDensity,
-    guide: Guide,
-    z: Tensor,
-    trajectories: int,
-    deadline: Deadline | None = None,
-) -> Tensor:
+def polish(density: LogDensity, guide: Guide, z: Tensor, trajectories: int) -> Tensor:
     r"""Moves draws towards the posterior by Hamiltonian Monte Carlo in the base space of a guide.
 
     The posterior pulled back to the base of a good guide is nearly a standard normal, which a few
@@ -39,7 +32,6 @@ def polish(
         guide: The guide, which is asked for its base spaces.
         z: Draws of shape ``(n, features)``.
         trajectories: How many of each draw.
-        deadline: After it has passed no trajectory begins.
 
     Returns:
         The moved draws, of shape ``(n, features)``.
@@ -49,17 +41,25 @@ def polish(
         Hamiltonian Monte Carlo using neural transport", 2019, https://arxiv.org/abs/1903.03704
     """
     spaces = guide.base_spaces() or (plain_space(guide, z),)
-    owner = _draw_spaces(spaces, z)
+    owner = draw_spaces(spaces, z)
     moved = z.clone()
     for k, space in enumerate(spaces):
         mine = owner == k
         if bool(mine.any()):
-            moved[mine] = _move(density, space, z[mine], trajectories, deadline)
+            moved[mine] = _move(density, space, z[mine], trajectories)
     return moved
 
 
-def _draw_spaces(spaces: Sequence[BaseSpace], z: Tensor) -> Tensor:
-    """For each draw the number of a space, by the shares of their components."""
+def draw_spaces(spaces: Sequence[BaseSpace], z: Tensor) -> Tensor:
+    """Draws a space for each draw, by the shares of their components.
+
+    Args:
+        spaces: The base spaces of a guide; none counts as one.
+        z: Draws of shape ``(n, features)``.
+
+    Returns:
+        Numbers of spaces, of shape ``(n,)``.
+    """
     log_shares = [space.log_share(z) for space in spaces if space.log_share is not None]
     if not log_shares:
         return torch.zeros(len(z), dtype=torch.long, device=z.device)
@@ -103,21 +103,15 @@ def autocorrelation(before: Tensor, after: Tensor) -> Tensor:
     return (a * b).mean(0) / (a.square().mean(0) * b.square().mean(0)).sqrt()
 
 
-def _move(
-    density: LogDensity,
-    space: BaseSpace,
-    z: Tensor,
-    trajectories: int,
-    deadline: Deadline | None,
-) -> Tensor:
+def _move(density: LogDensity, space: BaseSpace, z: Tensor, trajectories: int) -> Tensor:
     x, _ = space.transform.inverse_and_log_det(z)
     # A draw that the transform cannot bring back, because it lies too far out, stays where it is.
-    sound = x.isfinite().all(-1)
+    sound = (x.isfinite() & z.isfinite()).all(-1)
     if not bool(sound.any()):
         return z
     # Given the component, a draw is distributed as the target times the component's share.
     target = latent_target(density, space.transform, space.log_share)
-    result = hmc(target, x[sound], trajectories, deadline=deadline)
+    result = hmc(target, x[sound], trajectories)
     moved = z.clone()
     moved[sound] = space.transform.forward_and_log_det(result.position)[0]
     return moved

@@ -11,7 +11,7 @@ from ..guides import BaseSpace, Guide
 from ..guides.guide import Map
 from ..transforms import LowerTriangularAffine
 
-__all__ = ["plain_space"]
+__all__ = ["mean_and_root", "plain_space"]
 
 #: Draws for each entry from which a whole covariance is read; from fewer, the scales alone.
 DRAWS_PER_ENTRY = 10
@@ -40,7 +40,7 @@ def plain_space(guide: Guide, draws: Tensor) -> BaseSpace:
     draws = draws[draws.isfinite().all(-1)]
     affine = LowerTriangularAffine(draws.shape[-1]).to(draws).requires_grad_(False)
     if len(draws) > 1:
-        affine.set(draws.mean(0), _root(draws - draws.mean(0)))
+        affine.set(*mean_and_root(draws))
     return BaseSpace(affine, PulledBack(guide, affine))
 
 
@@ -69,14 +69,25 @@ class PulledBack:
         return self.guide.log_prob(z) + log_det
 
 
-def _root(centred: Tensor) -> Tensor:
-    """A lower-triangular root of the covariance; where an entry is constant its scale is one."""
+def mean_and_root(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the mean of draws and a lower-triangular root of their covariance.
+
+    The scale of a constant entry is one; of few draws the scales alone are read.
+
+    Args:
+        draws: Vectors of shape ``(n, features)``.
+
+    Returns:
+        Tensors of shape ``(features,)`` and ``(features, features)``.
+    """
+    mean = draws.mean(0)
+    centred = draws - mean
     variance = centred.square().mean(0)
     scale = torch.where(variance > 0, variance, 1.0).sqrt()
     n, features = centred.shape
     if n < DRAWS_PER_ENTRY * features:
-        return scale.diag()
+        return mean, scale.diag()
     standard = centred / scale
     # A ridge, because draws may lie in a plane.
     correlation = standard.T @ standard / n + 1e-6 * torch.eye(features).to(standard)
-    return scale.unsqueeze(-1) * torch.linalg.cholesky(correlation)
+    return mean, scale.unsqueeze(-1) * torch.linalg.cholesky(correlation)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._saturation import limit
 from ..transforms import Transform
 from ._case import (
     DTYPES,
@@ -73,7 +74,8 @@ def _recoverable(
     """Which points come back with finite values, or would if no scale on the way underflowed."""
     with torch.no_grad():
         y = attempt(there, module, points, context)[0]
-        judged = (per_point(points, len(points)) < LARGEST) & (per_point(y, len(points)) < LARGEST)
+        largest = _largest(module, points.dtype)
+        judged = (per_point(points, len(points)) < largest) & (per_point(y, len(points)) < largest)
         kept = judged.nonzero().flatten()
         again = attempt(back, module, y[kept], None if context is None else context[kept])[0]
     for i in kept[~per_point(again, len(kept)).isfinite()].tolist():
@@ -82,6 +84,12 @@ def _recoverable(
             or _outgrows(module, there, *_at(points, context, i))
         )
     return judged
+
+
+def _largest(module: Any, dtype: torch.dtype) -> float:
+    """Beyond this nothing needs to come back, because the layers of flows saturate."""
+    exact = all(getattr(part, "exact", True) for part in parts(module))
+    return LARGEST if exact else min(LARGEST, 0.1 * limit(dtype, 0.5))
 
 
 def extremes(case: Case, direction: Direction, dtype: torch.dtype) -> tuple[Tensor, list[str]]:

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
-import torch
-from torch import Tensor
-
+from .._archive import UnreadableError, packed, read_archive, write_archive
+from .._checks import caller_level
 from .._deadline import Deadline
-from .._files import check_writable, save_whole
+from .._files import check_path, check_writable, reason
+from .._schema import Plain, check_form
 from . import processes as distributed
 
 __all__ = ["Checkpoint"]
 
-FORMAT = 1
+FORMAT = 2
+
+Setting = bool | int | float | str | None
+
+
+class Stage(TypedDict):
+    """A training in a file: what it depends on, and how far it has come."""
+
+    settings: dict[str, Setting | list[Setting]]
+    state: dict[str, Plain] | None
+
+
+class Saved(TypedDict):
+    """The fields of a file, each with what may stand there."""
+
+    format: int
+    settings: dict[str, Setting | list[Setting]]
+    stages: list[Stage]
 
 
 class Checkpoint:
@@ -59,12 +77,10 @@ class Checkpoint:
         settings: Mapping[str, Any] | None = None,
         every: float = 10.0,
     ) -> None:
-        try:
-            self.path = os.fsdecode(path)
-        except TypeError:
-            raise TypeError(f"Expected checkpoint to be a path; got {path!r}.") from None
+        self.path = check_path("checkpoint", path)
         self.settings = dict(settings or {})
         self.every = every
+        self._failed = False
         # One process reads, since the others may run on machines that do not see the file.
         content: Any = distributed.agree(self._read_or_error() if distributed.is_main() else None)
         if isinstance(content, ValueError):
@@ -107,18 +123,25 @@ class Checkpoint:
         """
         del self._stages[self._stage + 1 :]
         if distributed.is_main():
-            # A copy, for the next training goes on with these very tensors.
-            self._stages[self._stage]["state"] = _copy(state)
-            try:
-                save_whole(
-                    {"format": FORMAT, "settings": self.settings, "stages": self._stages}, self.path
-                )
-            except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
-                warnings.warn(
-                    f"Could not write the checkpoint {self.path!r}; the fit goes on: {error}",
-                    stacklevel=2,
-                )
+            # A copy, because the training goes on with these very tensors.
+            self._stages[self._stage]["state"] = packed(state, "cpu")
+            self._write()
         self._due = Deadline(self.every)
+
+    def _write(self) -> None:
+        content = {"format": FORMAT, "settings": self.settings, "stages": self._stages}
+        try:
+            write_archive(content, self.path)
+        except OSError as error:
+            if not self._failed:  # once: it may be tried every few seconds for hours
+                warnings.warn(
+                    f"Could not write the checkpoint {self.path!r}; the fit goes on: "
+                    f"{reason(error)}.",
+                    stacklevel=caller_level(),
+                )
+            self._failed = True
+        else:
+            self._failed = False
 
     def _read_or_error(self) -> Any:
         try:
@@ -133,35 +156,40 @@ class Checkpoint:
             raise ValueError(f"Expected checkpoint in a folder that exists; got {self.path!r}.")
         try:
             check_writable(self.path)
-        except (OSError, ValueError) as error:  # the latter of a name with a null character
+        except OSError as error:
             raise ValueError(
-                f"Expected a checkpoint that can be written; got {self.path!r} ({error})."
+                f"Expected a checkpoint that can be written; got {self.path!r} ({reason(error)})."
             ) from None
 
     def _read(self) -> list[dict[str, Any]]:
         if not os.path.exists(self.path):
             return []
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True)
-            known, settings, stages = (
-                content["format"] == FORMAT,
-                {**content["settings"]},
-                [*content["stages"]],
-            )
-            stages = [
-                {"settings": {**stage["settings"]}, "state": stage["state"]} for stage in stages
-            ]
-        except Exception as error:
-            raise ValueError(
-                f"Expected {self.path!r} to be a checkpoint of a fit; got another file."
-            ) from error
-        if not known:
+            content = read_archive(self.path)
+            check_form(content, Saved, "the checkpoint")
+        except UnreadableError as error:
+            raise ValueError(f"Expected a checkpoint of a fit; {self.path!r} {error}.") from None
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+        if content["format"] != FORMAT:
             raise ValueError(
                 f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has "
                 f"{content['format']}."
             )
-        self._compare(settings, self.settings)
-        return stages
+        self._compare(content["settings"], self.settings)
+        return list(content["stages"])
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Tells in a sentence if a saved state is none of the training that goes back to it."""
+        try:
+            yield
+        except Exception as error:  # of any type, from whatever reads the state
+            [line, *_] = str(error).splitlines() or [""]
+            raise self._damaged(f"{type(error).__name__}: {line.rstrip('.')}") from error
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(f"Expected a checkpoint of a fit; {self.path!r} is damaged ({why}).")
 
     def _compare(self, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         for name in {**saved, **here}:
@@ -179,13 +207,3 @@ def _alike(a: Any, b: Any) -> bool:
         # Another machine rounds otherwise.
         return a == b or abs(a - b) <= 1e-5 * (1 + abs(a))
     return a == b
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {name: _copy(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copy(item) for item in value)
-    return value

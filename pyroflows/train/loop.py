@@ -34,6 +34,8 @@ __all__ = [
 
 # Steps without a finite gradient in a row, after which the last good parameters are restored.
 PATIENCE = 20
+#: The share of skipped steps that changes no fit, so that a user need not hear of it.
+FEW = 0.02
 # How often they are restored before the training gives up.
 RESTORATIONS = 5
 
@@ -166,8 +168,8 @@ class TrainingReport:
 
     @property
     def warning(self) -> str | None:
-        """A sentence about steps that were skipped, if any were."""
-        if not self.skipped:
+        """A sentence about steps that were skipped, if they were more than a few."""
+        if self.skipped <= FEW * self.steps and not self.restored:
             return None
         times = "once" if self.restored == 1 else f"{self.restored} times"
         back = f"; the best parameters so far were restored {times}" if self.restored else ""
@@ -358,10 +360,11 @@ class Loop:
     def _resume(self, steps: int, deadline: Deadline, checkpoint: Checkpoint | None) -> bool:
         """Goes back to the state in the checkpoint; tells whether the training ended in it."""
         saved = None if checkpoint is None else checkpoint.begin(self._settings(steps))
-        if saved is None:
+        if checkpoint is None or saved is None:
             return False
-        self.load_state_dict(saved)
-        self._begun = deadline.elapsed - saved["seconds"]
+        with checkpoint.restoring():
+            self.load_state_dict(saved)
+            self._begun = deadline.elapsed - saved["seconds"]
         return self._reason is not None
 
     def _settings(self, steps: int) -> dict[str, Any]:

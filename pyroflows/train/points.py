@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_tensor
+from ..distributions.flow import advise_features
 from . import processes
 
 __all__ = [
@@ -167,7 +168,8 @@ def _check_event(name: str, flow: nn.Module, points: Points) -> None:
         )
     if tuple(points.x.shape[1:]) != event:
         sizes = ", ".join(["N", *map(str, event)])
-        raise ValueError(f"Expected {name} of shape ({sizes}); got {tuple(points.x.shape)}.")
+        got = f"{tuple(points.x.shape)}.{advise_features(distribution, points.x.shape)}"
+        raise ValueError(f"Expected {name} of shape ({sizes}); got {got}")
     with contextlib.suppress(NotImplementedError):
         support: Any = distribution.support
         inside = support.check(points.x).reshape(len(points.x), -1).all(-1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from .._saturation import saturate
+
 __all__ = ["Step", "recompute"]
 
 
@@ -25,13 +27,14 @@ class Step(nn.Module):
         given = None if self.layer.context_shape is None else context
         return (
             self.layer.inverse_and_log_det if self.inverted else self.layer.forward_and_log_det
-        )(x, given)
+        )(x if self.layer.scales_down else self.layer.keep_within(x), given)
 
     def back(self, y: Tensor, context: Tensor | None) -> Tensor:
         given = None if self.layer.context_shape is None else context
-        return (
-            self.layer.forward_and_log_det if self.inverted else self.layer.inverse_and_log_det
-        )(y, given)[0]
+        x = (self.layer.forward_and_log_det if self.inverted else self.layer.inverse_and_log_det)(
+            y, given
+        )[0]
+        return x if self.layer.exact else saturate(x.nan_to_num(nan=0.0))
 
 
 def recompute(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,13 @@ from torch.distributions import constraints
 
 from .._checks import broadcast_batch, check_size
 from .._compat import transforming
+from .._saturation import saturate
 from ..nn import MADE
 from ..nn.made import Weights
 from ..nn.stages import Folding, Unfolding
+from ..nn.startable import temper
 from ..univariate import Affine, Univariate
+from ._inputs import set_aside
 from .base import Transform, vjp
 from .elementwise import identity_table
 
@@ -140,6 +143,10 @@ class Autoregressive(Transform):
         )
         self.conditioner.start_at(table)
 
+    def temper(self, share: float) -> None:
+        """Makes the network's outputs, before training, count by a share; see :class:`Coupling`."""
+        temper(self.conditioner, share, identity_table(self.univariate, self.features))
+
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
         return constraints.independent(self.univariate.support, 1)
@@ -197,8 +204,8 @@ class Autoregressive(Transform):
 
     def _solve(self, u: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Finds what the fast direction maps to ``u``."""
+        u, context = set_aside(self, u, context)
         context = self.read_context(context)
-        u = u.expand(broadcast_batch(u.shape, 1, context))
         weights = self.conditioner.weights()
         if self.conditioner.stages == 1:
             v, log_slope = self.univariate.inverse_and_log_det(u, self._raw(u, context, weights))
@@ -244,6 +251,7 @@ class Autoregressive(Transform):
         for _ in range(0 if u.is_meta else self.rounds(u.shape[:-1].numel())):
             before = v
             v, log_slope = self.univariate.inverse_and_log_det(u, self._raw(v, context, weights))
+            v = self.keep_within(v)
             if torch.equal(v, before):
                 return v, log_slope.sum(-1)
         return None
@@ -264,6 +272,7 @@ class Autoregressive(Transform):
             v, log_slope = self.univariate.inverse_and_log_det(
                 columns[low:high], unfolding.parameters()
             )
+            v = self.keep_within(v)
             unfolding.reveal(self.univariate.encode(v).unflatten(-1, (net.codes, -1)))
             found.append((v, log_slope))
         v, log_slope = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -380,7 +389,7 @@ class _Linearized:
         for _ in range(self.transform.rounds(v.shape[:-1].numel())):
             before = a
             (pulled,) = torch.autograd.grad(self.value, self.seen, before, retain_graph=True)
-            a = (v - pulled) / slope
+            a = saturate((v - pulled) / slope)
             if torch.equal(a, before):
                 return a
         return None
@@ -409,6 +418,7 @@ class _Linearized:
                 a = (cotangents[low:high] - (folding.pulled() * by_seen[low:high]).sum(1)) / slope[
                     low:high
                 ]
+                a = saturate(a)
                 folding.reveal(by_raw[low:high] * a.unsqueeze(1))
                 parts.append(a)
             return torch.cat(parts[::-1]).index_select(0, net.places).mT.reshape(v.shape)

@@ -17,11 +17,12 @@ from .._checks import (
     check_context,
     check_context_shape,
     check_shape,
-    check_tensor,
 )
-from .._compat import definition_of
+from .._compat import definition_of, dtype_of
 from .._memory import Memory
+from .._saturation import saturate
 from .._spec import Recorded
+from ._inputs import admit, check_directions, check_pull, check_push
 
 __all__ = ["Conditioned", "Inverse", "Transform"]
 
@@ -70,6 +71,11 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
     :class:`pyro.distributions.TransformedDistribution` and, when it takes a context, in
     :class:`pyro.distributions.ConditionalTransformedDistribution`.
 
+    Points and contexts of any floating-point dtype and precision are taken, and computed in the
+    dtype of the parameters, which is also that of the results; a map without parameters or buffers
+    keeps the dtype of its points. What is not a floating-point tensor of the right shape is refused,
+    in every direction.
+
     The last evaluation is remembered, so that ``log_abs_det_jacobian(x, t(x))`` and the score of a
     sample just drawn cost nothing more. What is remembered serves once and only while nothing has
     changed: neither a parameter, nor the tensors, nor the gradient mode.
@@ -104,6 +110,11 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
     bijective = True
     #: Whether a second evaluation at the same point gives the same, so that it can replace what was not kept.
     repeatable: bool = True
+    #: Whether numbers of any size pass, as far as they do; in a flow they saturate, because an
+    #: overflow in one row of a batch would make the gradients of all NaN.
+    exact: bool = True
+    #: Whether it is there to bring numbers of any size to the size of one, and takes them as they are.
+    scales_down: ClassVar[bool] = False
     #: Laws of :mod:`pyroflows.testing` that cannot hold, each with the reason.
     exempt_laws: ClassVar[Mapping[str, str]] = {}
 
@@ -127,6 +138,10 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         self.context_shape = check_context_shape(context_features, context_shape)
         self._memory = Memory()
         self._inverse_ref: weakref.ref[Inverse] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_directions(cls)
 
     # What a subclass writes
 
@@ -160,6 +175,7 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det.")
 
+    @check_push
     def push_score(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +200,7 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         """
         return _carry_score(self.forward_and_log_det, self.inverse_and_log_det, x, score, context)
 
+    @check_pull
     def pull_score(
         self, y: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,6 +238,10 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         """The context as a vector, of shape ``(*, context_features)``."""
         dims = len(self.context_shape or ())
         return context if context is None or dims < 2 else context.flatten(-dims)
+
+    def keep_within(self, x: Tensor) -> Tensor:
+        """Entries as the layers of a flow see them, which saturate."""
+        return x if self.exact else saturate(x)
 
     def broadcast(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Points with the batch dimensions that they share with their contexts."""
@@ -265,14 +286,12 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
         return 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        check_tensor("x", x, self.event_shape)
-        return self._evaluate(x, inverted=False)
+        return self._evaluate(self._admit("x", x, self.event_shape), inverted=False)
 
     forward = __call__
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        check_tensor("y", y, self.image_shape)
-        return self._evaluate(y, inverted=True)
+        return self._evaluate(self._admit("y", y, self.image_shape), inverted=True)
 
     # By these names torch's own wrappers call.
 
@@ -282,13 +301,13 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
     def _inverse(self, y: Tensor) -> Tensor:
         return self._inv_call(y)
 
-    def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
+    def _admit(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
         if self.context_shape is not None:
-            check_context(
-                None,
-                self.context_shape,
-                f"{type(self).__name__} (give it by condition(context))",
-            )
+            owner = f"{type(self).__name__} (give it by condition(context))"
+            check_context(None, self.context_shape, owner)
+        return admit(self, name, value, shape, None)[0]
+
+    def _evaluate(self, given: Tensor, inverted: bool) -> Tensor:
         memory = self._memory.recall(given, self._definition)
         if memory is not None and memory.tag != inverted:
             return memory.given
@@ -300,6 +319,8 @@ class Transform(Recorded, TransformModule, ConditionalTransform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Returns :math:`\log|\det \partial y / \partial x|` for ``y = t(x)``, of the shape of the batch."""
+        x = self._admit("x", x, self.event_shape)
+        y = self._admit("y", y, self.image_shape)
         for given, result, inverted in ((x, y, False), (y, x, True)):
             memory = self._memory.recall(result, self._definition)
             if memory is not None and memory.given is given and memory.tag == inverted:
@@ -491,6 +512,11 @@ class Inverse(Transform):
 class Conditioned(Transform):
     """A transform whose context is fixed; its batch shape is broadcast against that of the context.
 
+    So a context of shape ``(1, c)`` gives one vector a batch of one, and ``forward_shape``, on which
+    the batch shape of a distribution rests, says so: ``(1, d)`` for ``(d,)``. Pyro's own conditional
+    transforms say ``(d,)`` there, which is not the shape that they give. A context of shape
+    ``(c,)`` keeps ``(d,)``.
+
     Args:
         transform: A transform with a context.
         context: Context of shape ``(*, *context_shape)``; a buffer, saved and moved with the
@@ -507,9 +533,8 @@ class Conditioned(Transform):
         check_transform("transform", transform)
         super().__init__(transform.event_shape)
         self.transform = transform
-        self.register_buffer(
-            "context", check_context(context, transform.context_shape, type(transform).__name__)
-        )
+        check_context(context, transform.context_shape, type(transform).__name__)
+        self.register_buffer("context", context.to(dtype_of(transform) or context.dtype))
 
     @property
     def fast(self) -> str:

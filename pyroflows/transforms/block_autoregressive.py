@@ -14,6 +14,7 @@ from .._checks import check_hidden
 from ..nn.made import check_order
 from ..univariate._numeric import invert
 from ..univariate.base import soft_clip
+from ._inputs import set_aside
 from .autoregressive import Order, named_order
 from .base import Transform, vjp
 from .permute import inverse_permutation
@@ -155,13 +156,15 @@ class BlockAutoregressive(Transform):
 
     def _solve(self, u: Tensor, context: Tensor | None, solve: Solver) -> tuple[Tensor, Tensor]:
         """The other direction, entry by entry, in which every unit is settled once."""
-        u = self.broadcast(u, context).index_select(-1, self.order)
+        u, context = set_aside(self, u, context)
+        u = u.index_select(-1, self.order)
         context = self.read_context(context)
         readers = [_Reader(layer, context) for layer in self._layers()]
         found, log_det = [], u.new_zeros(())
         for entry, value in enumerate(u.unbind(-1)):
             blocks = [reader.block(entry) for reader in readers]
             v, log_slope = solve(partial(_through, blocks), value, entry)
+            v = self.keep_within(v)
             found.append(v)
             log_det = log_det + log_slope
             h = slope = seen = v.unsqueeze(-1).unsqueeze(-1)

@@ -84,6 +84,7 @@ class Compose(Transform):
             raise ValueError(f"Expected one shape of context in all transforms; got {described}.")
         super().__init__(layers[0].event_shape, context_shape=next(iter(contexts), None))
         self.layers = nn.ModuleList(layers)
+        self._image_shape = shape
         # Torch asks a dozen times per distribution.
         self._domain, self._codomain = layers[0].domain, layers[-1].codomain
         self.reversible = check_flag("reversible", reversible)
@@ -96,6 +97,10 @@ class Compose(Transform):
         if len(limits) > 1:
             return "neither"
         return limits.pop() if limits else "both"  # type: ignore[return-value]
+
+    @property
+    def image_shape(self) -> torch.Size:
+        return self._image_shape
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -120,14 +125,12 @@ class Compose(Transform):
         if inverted:
             layers.reverse()
         if self.reversible and torch.is_grad_enabled() and not transforming():
-            return recompute([Step(layer, inverted) for layer, _ in layers], x, context)
+            steps = [Step(layer, inverted) for layer, _ in layers]
+            return recompute(steps, x, context)
         total: Tensor | None = None
         for layer, given in layers:
-            x, log_det = (
-                layer.inverse_and_log_det(x, given)
-                if inverted
-                else layer.forward_and_log_det(x, given)
-            )
+            move = layer.inverse_and_log_det if inverted else layer.forward_and_log_det
+            x, log_det = move(x if layer.scales_down else self.keep_within(x), given)
             total = log_det if total is None else total + log_det
         return x, total  # type: ignore[return-value]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_size
 from ..nn import MLP
+from ._inputs import admit, set_aside
 from ._jacobian import Feedforward, Jacobian, check_trace, trace_rule
 from .base import Transform
 
@@ -148,7 +149,7 @@ class ContinuousFlow(Transform):
     def _carry(
         self, x: Tensor, context: Tensor | None, start: float, stop: float
     ) -> tuple[Tensor, Tensor]:
-        x = self.broadcast(x, context)
+        x, context = set_aside(self, x, context)
         rule = _exact_trace if self._exact else _estimated_trace(torch.randn_like(x).sign())
         moved, (log_det,) = self._solve(x, context, start, stop, rule, 1)
         return moved, log_det
@@ -174,7 +175,7 @@ class ContinuousFlow(Transform):
             Finlay, Jacobsen, Nurbekyan, Oberman, "How to train your neural ODE: the world of
             Jacobian and kinetic regularization", 2020, https://arxiv.org/abs/2002.02798
         """
-        y = self.broadcast(y, context)
+        y, context = set_aside(self, *admit(self, "y", y, self.event_shape, context))
         _, (kinetic, jacobian) = self._solve(
             y, context, 1.0, 0.0, _energies(torch.randn_like(y).sign()), 2
         )
@@ -220,7 +221,10 @@ class ContinuousFlow(Transform):
         if self.solver in _FIXED or not state.numel():
             state = _equal_steps(at_context(), state, self.solver, self.steps)
         else:
-            state = self._adaptive_steps(at_context, state, context)
+            # The steps suit the worst point, so that one that is no number would end them for all.
+            lost = ~state.isfinite().all(-1, keepdim=True)
+            state = self._adaptive_steps(at_context, state.masked_fill(lost, 0.0), context)
+            state = state.masked_fill(lost, torch.nan)
         return state[..., :n], state[..., n:].unbind(-1)
 
     def _adaptive_steps(

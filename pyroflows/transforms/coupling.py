@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from ..nn.network import Network, make_network, mlp
+from ..nn.startable import temper
 from ..univariate import Affine, Shift, Univariate
 from .base import Transform, vjp
 from .elementwise import identity_table
@@ -83,9 +84,9 @@ class Coupling(Transform):
         self.univariate = univariate
         channels, self._positions = self.event_shape[:1].numel(), self.event_shape[1:]
         (chosen,) = coupling_masks(mask, channels, 1)
-        start = identity_table(univariate, int((~chosen).sum())).flatten()
         stays, moves = chosen.nonzero().flatten().tolist(), (~chosen).nonzero().flatten().tolist()
         self._sizes = [len(stays), len(moves)]
+        start = self._start()
         self._dim = -len(self.event_shape)
         self._contiguous = _contiguous_part(stays + moves)
         # The entries that stay, then those that move.
@@ -98,6 +99,18 @@ class Coupling(Transform):
             self._context_size(),
             self._positions,
         )
+
+    def _start(self) -> Tensor:
+        return identity_table(self.univariate, self._sizes[1]).flatten()
+
+    def temper(self, share: float) -> None:
+        """Makes the network's outputs, before training, count by a share only.
+
+        Args:
+            share: The share, at most 1. A network without hidden layers, or one of the user's own,
+                stays as it is.
+        """
+        temper(self.conditioner, share, self._start())
 
     def _context_size(self) -> int | None:
         """Entries of the context, or its channels where it has the positions of the event."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .._checks import check_size
+from .._saturation import limit_log
 from ..nn.network import Network, mlp
 from ._linalg import multiply, solve_triangle
 from .parametric import Parametric
@@ -138,18 +139,20 @@ class LULinear(LinearMap):
     def _triangles(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """:math:`L` without its diagonal of ones, and :math:`U`."""
         raw = raw[..., : self.signs.shape[0], :]
-        diagonal = self.signs * raw.diagonal(dim1=-2, dim2=-1).exp()
+        diagonal = self.signs * limit_log(raw.diagonal(dim1=-2, dim2=-1)).exp()
         return raw.tril(-1), raw.triu(1) + torch.diag_embed(diagonal)
 
     def _bias(self, raw: Tensor) -> Tensor | None:
         return raw[..., -1, :] if raw.shape[-2] > raw.shape[-1] else None
 
     def _log_det(self, raw: Tensor) -> Tensor:
-        return raw.diagonal(dim1=-2, dim2=-1).sum(-1)
+        return limit_log(raw.diagonal(dim1=-2, dim2=-1)).sum(-1)
 
     def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
         lower, upper = self._triangles(raw)
-        if raw.dim() == 2 and x[..., 0].numel() >= x.shape[-1]:
+        # A graph for batches of every size must not ask how many points there are.
+        many = torch.compiler.is_compiling() or x[..., 0].numel() >= x.shape[-1]
+        if raw.dim() == 2 and many:
             # For no fewer points than entries, the product of the triangles costs less than a second pass over the points.
             matrix = torch.addmm(upper, lower, upper).index_select(0, self.permutation)
             return linear(x, matrix, self._bias(raw))

@@ -45,7 +45,8 @@ def coupling_masks(
     if check_size("features", features) < 2:
         raise ValueError(
             "Expected features >= 2 for a coupling, which needs one entry to condition on and one to transform; "
-            f"got {features}. For one feature use Elementwise instead."
+            f"got {features}. For one feature use Elementwise instead. Ready-made flows for it are MAF and NSF, which "
+            "take contexts too."
         )
     check_size("transforms", transforms)
     check_size("seed", seed, least=0)

@@ -58,6 +58,8 @@ class Permute(Transform):
         chosen = _check_permutation(permutation, check_size("seed", seed, least=0))
         super().__init__((len(chosen), *check_shape("positions", positions)))
         self._dim = -len(self.event_shape)
+        #: The permutation that it was made with, to be read on the meta device too.
+        self.made_of: list[int] = chosen
         self.register_buffer("permutation", torch.tensor(chosen))
         self.register_buffer("inverse_permutation", torch.tensor(inverse_permutation(chosen)))
 

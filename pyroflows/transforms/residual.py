@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._checks import check_positive
 from ..nn import MLP
 from ..univariate._numeric import readable
+from ._inputs import set_aside
 from ._jacobian import Feedforward, Jacobian, check_trace
 from .base import Transform
 
@@ -173,6 +174,7 @@ class Residual(Transform):
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        x, context = set_aside(self, x, context)
         contraction, exact = self._contraction(context), self._exact
         eps = torch.finfo(x.dtype).eps
         y = self._fixed_point(contraction, x, eps**0.5 if exact else eps)

@@ -39,6 +39,7 @@ class Standardize(Transform):
         tensor([ 2., 20.])
     """
 
+    scales_down = True
     loc: Tensor
     scale: Tensor
     is_fitted: Tensor

@@ -7,13 +7,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._saturation import limit
+
 __all__ = ["invert", "readable"]
 
 Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-#: Most rounds of growth (each by the factor) and most steps, where the search may stop early and where it may not.
+#: Most rounds of growth (each by the factor) and most steps, where the search may stop early, where
+#: it may not, and where besides each step makes a graph larger that TorchScript keeps as it is.
 _FACTOR = 64.0
-_ROUNDS = {True: (200, 200), False: (12, 60)}
+_ROUNDS = {"stops": (200, 200), "fixed": (12, 60), "traced": (3, 12)}
 
 
 def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]:
@@ -25,8 +28,8 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
     :math:`\partial x / \partial \theta = -(\partial f / \partial \theta) / f'`, and the second
     those of second and third order.
 
-    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a
-    compiled graph, on the meta device) it takes a fixed number of steps instead, and cannot raise.
+    To stop, the search reads from the device. Where nothing may be read (under ``vmap``, in a traced
+    or compiled graph, on the meta device) it takes a fixed number of steps instead, and cannot raise.
 
     Args:
         function: Returns :math:`f(x)` and :math:`\log f'(x)`, both of the shape of ``x``.
@@ -37,14 +40,8 @@ def invert(function: Increasing, y: Tensor, owner: str) -> tuple[Tensor, Tensor]
         :math:`x` and :math:`\log \partial x / \partial y`.
 
     Raises:
-        RuntimeError: If the search does not converge, or under ``torch.jit.trace``, which would
-            freeze its length.
+        RuntimeError: If the search does not converge.
     """
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            f"The numeric inverse of {owner} cannot be traced, for its length depends on the values. Use an ELBO that is "
-            "not jitted, such as Trace_ELBO, or the direction that is fast."
-        )
     with torch.no_grad():
         x = _search(function, y.detach(), owner)
     if torch.is_grad_enabled():
@@ -74,7 +71,7 @@ def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
     stops = readable(
         excess
     )  # not of y alone, for the function may close over what a transformation maps
-    growings, steps = (1, 1) if y.is_meta else _ROUNDS[stops]
+    growings, steps = (1, 1) if y.is_meta else _ROUNDS[_manner(stops)]
     low, high, held = _bracket(function, y, guess, excess, growings, stops)
     x = torch.minimum(torch.maximum(y, low), high)
     value, log_slope = function(x)
@@ -99,6 +96,12 @@ def _search(function: Increasing, y: Tensor, owner: str) -> Tensor:
     return x
 
 
+def _manner(stops: bool) -> str:
+    if stops:
+        return "stops"
+    return "traced" if torch.jit.is_tracing() or torch.compiler.is_exporting() else "fixed"
+
+
 def _bracket(
     function: Increasing, y: Tensor, guess: Tensor, excess: Tensor, growings: int, stops: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,9 +114,12 @@ def _bracket(
         if stops and bool(held.all()):
             break
         probe = (near + direction * width).clamp(-largest, largest)
-        crossed = (function(probe)[0] - y) * direction >= 0
+        value = function(probe)[0]
+        crossed = (value - y) * direction >= 0
+        # A root that outgrows the dtype ends at its edge; one out of the range does not exist.
+        outgrown = (probe.abs() == largest) & (value.abs() >= limit(y.dtype, 0.5))
         far = torch.where(held, far, probe)
-        held = held | crossed
+        held = held | crossed | outgrown
         near, width = torch.where(held, near, probe), width * _FACTOR
     return torch.minimum(near, far), torch.maximum(near, far), held
 

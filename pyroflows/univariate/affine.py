@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._checks import check_positive
+from .._saturation import limit_log
 from .base import Univariate, soft_clip
 
 __all__ = ["Affine", "Scale", "Shift"]
@@ -95,7 +96,8 @@ class Affine(_Scaled):
 
     - ``"softclip"``: :math:`s(a) = B \tanh(a / B)`, so that scales stay within :math:`e^{\pm B}`
       (the default, B = 3);
-    - ``"exp"``: :math:`s(a) = a`, unbounded;
+    - ``"exp"``: :math:`s(a) = a`, stopped only where scales would outgrow the dtype, at 31 in
+      single precision;
     - ``"softplus"``: :math:`e^{s(a)} = \log(1 + e^{a + a_0})` with :math:`a_0 = \log(e - 1)`;
     - ``"sigmoid"``: :math:`e^{s(a)} = 2 / (1 + e^{-a})`, at most 2.
 
@@ -146,7 +148,7 @@ def _log_softplus(raw: Tensor, bound: float) -> Tensor:
 
 _LOG_SCALES = {
     "softclip": soft_clip,
-    "exp": lambda raw, bound: raw,
+    "exp": lambda raw, bound: limit_log(raw),
     "softplus": _log_softplus,
     "sigmoid": lambda raw, bound: F.logsigmoid(raw) + math.log(2.0),
 }

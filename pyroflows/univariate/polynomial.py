@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._checks import check_positive, check_size
+from .._saturation import limit
 from ._numeric import invert
 from .base import Univariate, soft_clip
 
@@ -47,7 +49,9 @@ class SumOfSquares(Univariate):
     on :math:`|x| \le B`, with the line of the same value and slope beyond, where powers would
     overflow. The integral is a polynomial of degree :math:`2d + 1`, in closed form. The floor is
     :math:`\varepsilon = 2^{-10}`, and the fixed factors :math:`g_{kj} \in [1/2, 3/2]` let
-    polynomials that start alike learn apart. It is the identity at :math:`a_{kj} = t = 0`.
+    polynomials that start alike learn apart. The :math:`a_{kj}` stop at :math:`M^{1/12}`, 1625 in
+    single precision, because their squares would overflow. It is the identity at
+    :math:`a_{kj} = t = 0`.
 
     The forward direction is fast; the inverse is numeric.
 
@@ -99,7 +103,9 @@ class SumOfSquares(Univariate):
     def _coefficients(self, raw: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Those of the polynomials, each of shape ``(*, K, features)``, and of the mean of their squares, integrated."""
         k, n = self.polynomials, self.degree + 1
-        scaled = raw.narrow(-2, 0, k * n) * gains(k * n, raw).unsqueeze(-1)
+        largest = limit(raw.dtype, 1 / 12)
+        weights = F.hardtanh(raw.narrow(-2, 0, k * n), -largest, largest)
+        scaled = weights * gains(k * n, raw).unsqueeze(-1)
         first, *others = scaled.unflatten(-2, (k, n)).unbind(-2)
         squared = [1 + first, *others]
         integral = []

@@ -123,6 +123,7 @@ def _shorten(size: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
     exponent = near * _relative_log1p(weight * near)
     excess = (far * torch.exp(log_weight - _CAP) - 1) / _CAP
     log_exponent = math.log(_CAP) + excess - torch.where(inside, 0.0, log_weight)
+    log_exponent = log_exponent.clamp(max=1.8 * math.log(torch.finfo(size.dtype).max))
     huge = log_exponent > 50  # where the exponent is the square to the last digit, and may overflow
     exponent = torch.where(inside, exponent, torch.where(huge, 0.0, log_exponent).exp())
     x = torch.where(

@@ -80,6 +80,8 @@ GRIDS: dict[str, Callable[[], tuple[Tensor, ...]]] = {
     "cliff": lambda: (line(-0.5, 8, 0.01), line(-8, 8, 0.4)),
     "wall": lambda: (torch.cat([line(-0.6, -0.4, 0.001), line(-0.39, 8, 0.01)]), line(-8, 8, 0.4)),
     "nan_region": lambda: (line(-8, 2.5, 0.01), line(-8, 8, 0.4)),
+    "two_arcs_long": lambda: (line(-21, 21, 0.08), line(-8, 8, 0.1)),
+    "two_arcs_bent": lambda: (line(-21, 21, 0.08), line(-6, 6, 0.05)),
 }
 
 
@@ -219,9 +221,49 @@ def test_improper_posteriors_have_infinite_mass() -> None:
     )
 
 
+ARCS = ["arc", "three_arcs", "four_arcs"]
+
+
+@pytest.mark.parametrize("name", ARCS)
+def test_moments_and_evidence_of_arcs_are_those_of_exact_draws(name: str) -> None:
+    adversary = ADVERSARIES[name]()
+    arcs = adversary.model.__self__  # type: ignore[attr-defined]
+    n = 100_000
+    x = arcs.sample(n, torch.Generator().manual_seed(0))
+    density = density_of(adversary)
+    row = compare(Row(name, 0, evidence_error=0.0), adversary, {"x": x})
+    assert row.right and not row.missing
+    assert max(row.mean_error or 1.0, row.log_sd_error or 1.0) < 5 / math.sqrt(n)
+    # Exact draws have the entropy of the model's own density, if that is normalised: each mode
+    # adds D / 2 squares of normals, and modes do not overlap.
+    entropy = -float(density.log_prob(x).mean())
+    features = x.shape[-1]
+    of_mode = math.log(arcs.length) + (features - 1) * math.log(arcs.thickness)
+    of_mode += features / 2 * math.log(2 * math.pi * math.e)
+    of_weights = -float((arcs.weights * arcs.weights.log()).sum())
+    error = math.sqrt(features / 2 + 1) / math.sqrt(n)
+    assert entropy == pytest.approx(of_mode + of_weights, abs=5 * error)
+    assert adversary.log_evidence == 0.0
+
+
+@pytest.mark.parametrize("name", ["two_arcs_long", "two_arcs_bent"])
+def test_evidence_of_two_arcs_by_a_grid(name: str) -> None:
+    adversary = ADVERSARIES[name]()
+    z, log_cells = grid(*GRIDS[name]())
+    log_evidence = float((density_of(adversary).log_prob(z) + log_cells).logsumexp(0))
+    assert adversary.log_evidence == pytest.approx(log_evidence, abs=1e-3)
+
+
+def test_a_fit_of_another_evidence_is_not_right() -> None:
+    known = Adversary(lambda: None, {}, {"x": Moments(0.0, 1.0)}, log_evidence=0.0)
+    draws = {"x": torch.linspace(-1, 1, 1001) * math.sqrt(3)}
+    assert compare(Row("x", 0, evidence_error=0.04), known, draws).right
+    assert not compare(Row("x", 0, evidence_error=0.06), known, draws).right
+
+
 def test_every_adversary_is_checked_here() -> None:
     others = {"mixture_of_ten_features", "horseshoe", "improper_direction", "improper_scale"}
-    assert {*GRIDS, *ANCESTRAL, *others} == set(ADVERSARIES)
+    assert {*GRIDS, *ANCESTRAL, *ARCS, *others} == set(ADVERSARIES)
 
 
 @pytest.mark.parametrize(("df", "level", "quantile"), [(3.0, 0.99, 5.840909), (1.5, 0.9, 3.705181)])

@@ -111,7 +111,7 @@ def test_a_flow_of_the_users_own_is_spelt_out_too():
 
     assert parameters(Small).keys() >= {"depth", "scale", "mask", "mixing"}
     assert parameters(Smaller) == parameters(Small)
-    assert len(Smaller(D, depth=1, mixing=None).transform.layers) == 1
+    assert len(Smaller(D, depth=3, mixing=None).transform.layers) == 3
     with pytest.raises(TypeError, match="of the options of Smaller, which are depth, "):
         Smaller(D, widths=3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -35,7 +36,7 @@ def forbid_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr(evaluator, "make_fx", fail)
+    monkeypatch.setattr(evaluator, "capture", fail)
 
 
 # Data
@@ -352,3 +353,50 @@ def test_wrong_points_are_told(method: str, z: Any) -> None:
 def test_wrong_arguments_of_a_density_are_told(options: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="Expected"):
         LogDensity(**{"model": misused, "args": (torch.zeros(6),), **options})
+
+
+# After the param store has been cleared
+
+
+def shifted() -> None:
+    scale = pyro.param("scale", lambda: torch.tensor(2.0), constraint=constraints.positive)
+    pyro.sample("x", dist.Normal(0.0, scale))
+
+
+def of_scale(scale: float) -> Tensor:
+    return dist.Normal(0.0, scale).log_prob(Z.squeeze(-1))
+
+
+def test_parameters_are_held_and_bound_by_name_after_the_store_is_cleared() -> None:
+    density = LogDensity(shifted)
+    pyro.clear_param_store()
+    torch.testing.assert_close(density.log_prob(Z), of_scale(2.0))
+    torch.testing.assert_close(density.bind(batch_size=2).log_prob(Z), of_scale(2.0))
+    other = density.bind(parameters={"scale": torch.tensor(3.0).log()}, batch_size=5)
+    torch.testing.assert_close(other.log_prob(Z), of_scale(3.0))
+    torch.testing.assert_close(other.log_joint(Z), of_scale(3.0))
+    torch.testing.assert_close(other.site_terms(Z)["x"], of_scale(3.0))
+    assert list(pyro.get_param_store()) == []
+
+
+def test_the_present_parameters_of_the_store_are_bound() -> None:
+    density = LogDensity(shifted)
+    pyro.clear_param_store()
+    pyro.param("scale", torch.tensor(5.0), constraint=constraints.positive)
+    bound = density.bind(parameters=density.parameters)
+    torch.testing.assert_close(bound.log_prob(Z), of_scale(5.0))
+    bound.log_joint(Z).sum().backward()
+    assert float(density.parameters["scale"].grad) != 0
+
+
+def test_an_array_that_is_changed_in_place_is_read_anew() -> None:
+    def model(y: np.ndarray) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([2]).to_event(1), obs=torch.as_tensor(y.copy()))
+
+    y = np.array([1.0, 2.0])
+    density = LogDensity(model, (y,))
+    before = density.log_prob(Z)
+    y[0] = 5.0
+    assert torch.equal(density.log_prob(Z), before)
+    torch.testing.assert_close(density.bind().log_prob(Z), LogDensity(model, (y,)).log_prob(Z))

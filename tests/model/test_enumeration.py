@@ -16,8 +16,16 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
 
+from pyroflows._random import forked
 from pyroflows.model import LogDensity
 from pyroflows.model.enumeration import enumerated_log_prob
+from pyroflows.model.prediction import (
+    inference_data,
+    log_likelihood,
+    posterior_predictive,
+    prior_draws,
+    site_draws,
+)
 
 Model = Callable[..., Any]
 Y = 1.3 * torch.sin(1.7 * torch.arange(6.0) + 1).double()
@@ -356,3 +364,98 @@ def test_a_star_of_discrete_sites_needs_no_table_of_all_of_them():
     ]
     expected = torch.stack(given_centre).logsumexp(0) + dist.Normal(0.0, 1.0).log_prob(z[0])
     torch.testing.assert_close(LogDensity(model).log_prob(z)[()], expected, rtol=1e-5, atol=1e-4)
+
+
+# Draws of the discrete sites
+
+
+def groups_and_members() -> None:
+    """A discrete site outside of a plate and one inside, both with an effect on the data."""
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    group = pyro.sample("group", dist.Categorical(torch.tensor([0.3, 0.7])))
+    with pyro.plate("n", 2):
+        rate = torch.tensor([0.2, 0.6])[group]
+        member = pyro.sample("member", dist.OneHotCategorical(torch.stack([rate, 1 - rate], -1)))
+        pyro.deterministic("mean", x + 2 * member[..., 0])
+        pyro.sample("y", dist.Normal(x + 2 * member[..., 0], 1.0), obs=torch.tensor([0.0, 1.5]))
+
+
+def test_discrete_sites_are_drawn_from_their_joint_posterior() -> None:
+    density = LogDensity(groups_and_members)
+    z = torch.full((20_000, 1), 0.2)
+    with forked(0):
+        draws = site_draws(density, z, discrete=True)
+    assert {name: tuple(value.shape[1:]) for name, value in draws.items()} == {
+        "x": (),
+        "group": (),
+        "member": (2, 2),
+        "mean": (2,),
+    }
+    torch.testing.assert_close(draws["mean"], 0.2 + 2 * draws["member"][..., 0])
+    # All eight states, by hand.
+    group, first, second = torch.cartesian_prod(*3 * [torch.arange(2)]).T
+    weights = torch.tensor([0.3, 0.7])[group]
+    for state, y in ((first, 0.0), (second, 1.5)):
+        rate = torch.tensor([0.2, 0.6])[group]
+        likelihood = dist.Normal(0.2 + 2.0 * state, 1.0).log_prob(torch.tensor(y)).exp()
+        weights = weights * torch.where(state == 1, rate, 1 - rate) * likelihood
+    exact = weights / weights.sum()
+    ones = draws["member"][..., 0].long()
+    drawn = 4 * draws["group"] + 2 * ones[:, 0] + ones[:, 1]
+    share = drawn.bincount(minlength=8) / len(z)
+    assert bool(((share - exact).abs() < 4 * (exact * (1 - exact) / len(z)).sqrt()).all())
+
+
+def test_likelihoods_and_predictions_with_discrete_sites() -> None:
+    density = LogDensity(mixture)
+    z = density.initial.expand(50, -1)
+    terms = log_likelihood(density, z)
+    (name,) = terms
+    torch.testing.assert_close(terms[name][0], density.site_terms(z[0])["k"])
+    assert posterior_predictive(density, z[:3])[name].shape == (3, *terms[name].shape[1:])
+    # One site that all observations share leaves them no likelihoods of their own.
+    shared = LogDensity(groups_and_members)
+    assert log_likelihood(shared, torch.zeros(2, 1)) == {}
+    stats = {"lp": torch.zeros(1, 5)}
+    data = inference_data(shared, torch.zeros(1, 5, 1), stats)
+    assert data.attrs["log_likelihood"].startswith("Left out: y,")
+    assert data["posterior_predictive"]["y"].shape == (1, 5, 2)
+
+
+def test_a_model_that_runs_under_enumeration_only() -> None:
+    """Detections of two objects on a line, or spurious ones: the means of each lie along the
+    dimension of the discrete site, which is there under enumeration only."""
+    y = torch.tensor([[-1.1, 0.9], [-0.7, 3.0], [1.4, -0.8]])
+    chances = torch.tensor([0.4, 0.4, 0.2])
+
+    def model() -> None:
+        with pyro.plate("objects", 2):
+            positions = pyro.sample("positions", dist.Normal(0.0, 1.0))
+        with pyro.plate("detections", 2, dim=-1), pyro.plate("time", 3, dim=-2):
+            object_ = pyro.sample("object", dist.Categorical(chances))
+            means = torch.cat([positions, torch.zeros(1)])[object_.reshape(3)].reshape(3, 1, 1)
+            spurious = object_ == 2
+            pyro.sample("y", dist.Normal(means, torch.where(spurious, 5.0, 0.3)), obs=y)
+
+    density = LogDensity(model)
+    assert density.needs_enumeration
+    z = torch.tensor([[-1.0, 1.0], [0.2, 0.3]])
+    means = torch.cat([z, torch.zeros(2, 1)], -1)
+    scales = torch.tensor([0.3, 0.3, 5.0])
+    of_objects = dist.Normal(means, scales).log_prob(y[..., None, None]) + chances.log()
+    expected = of_objects.logsumexp(-1).sum((0, 1)) + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(density.log_prob(z), expected)
+    assert prior_draws(density, 3) == {}
+
+
+def test_data_are_checked_under_enumeration_too() -> None:
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            means = torch.stack([x, -x])[k.reshape(2).long()].reshape(2, 1)
+            pyro.sample("y", dist.Normal(means, 1.0), obs=y)
+
+    assert LogDensity(model, (torch.zeros(3),)).needs_enumeration
+    with pytest.raises((ValueError, RuntimeError)):
+        LogDensity(model, (torch.zeros(3, 1),))

@@ -431,7 +431,7 @@ MISUSE: dict[str, tuple[Callable[..., None], Callable[[], Any], type[Exception],
         fixed_part,
         regression_data,
         ValueError,
-        "runs on all rows of its subsampled plates ('data') too; got one",
+        "runs on all 53 rows of plate 'data' too; got ValueError (Shape mismatch",
     ),
     "unscaled": (
         unscaled,

@@ -84,7 +84,6 @@ ROWS = SEEN.unsqueeze(-1).expand(3, 2)
         (masked_handler, ROWS),
         (masked_distribution, ROWS),
         (masked_inside, torch.tensor([True, False]).expand(3, 2)),
-        (masked_everywhere, torch.zeros(3, 2).bool()),
         (not_masked, torch.ones(3, 2).bool()),
     ],
 )
@@ -94,9 +93,21 @@ def test_sites_know_the_entries_that_a_mask_switches_off(
     density = LogDensity(model)
     (site,) = density.sites
     assert torch.equal(site.active, active)
-    # The log density is flat in just the others.
-    slope = density.value_and_grad(torch.ones(density.features))[1]
-    assert torch.equal(slope.reshape(3, 2) != 0, active)
+    assert density.features == site.features == int(active.sum())
+    z = torch.randn(4, density.features, generator=torch.Generator().manual_seed(0))
+    # The density is that of the others alone, and they stand where they stood.
+    expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(density.log_prob(z), expected)
+    values = density.constrain(z)["x"]
+    torch.testing.assert_close(values[:, active], z)
+    assert not bool(values[:, ~active].any())
+    assert torch.equal(density.unconstrain({"x": values}), z)
+    assert site.blank(values).isnan().any(0).equal(~active)
+
+
+def test_a_model_in_which_all_is_masked_has_nothing_to_learn() -> None:
+    with pytest.raises(ValueError, match="only empty ones"):
+        LogDensity(masked_everywhere)
 
 
 def test_values_imputed_by_obs_mask_have_no_density_where_they_are_observed() -> None:
@@ -108,6 +119,74 @@ def test_values_imputed_by_obs_mask_have_no_density_where_they_are_observed() ->
     sites = {site.name: site.active for site in LogDensity(model).sites}
     assert torch.equal(sites["x_unobserved"], ~SEEN)
     assert bool(sites["mean"])
+
+
+def simplices() -> None:
+    with pyro.plate("n", 3), poutine.mask(mask=SEEN):
+        pyro.sample("w", dist.Dirichlet(torch.ones(4)))
+
+
+def test_whole_events_are_switched_off() -> None:
+    density = LogDensity(simplices)
+    (site,) = density.sites
+    assert (density.features, site.indices[3:]) == (6, [(2, 0), (2, 1), (2, 2)])
+    z = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    of_one = LogDensity(lambda: pyro.sample("w", dist.Dirichlet(torch.ones(4))))
+    torch.testing.assert_close(density.log_prob(z), of_one.log_prob(z.reshape(2, 3)).sum())
+    terms = density.site_terms(z)["w"]
+    torch.testing.assert_close(terms.sum(), density.log_prob(z))
+    assert terms.shape == (3,)
+    assert float(terms[1]) == 0
+
+
+def padded(steps: int = 3) -> None:
+    lengths, z = torch.tensor([3, 1]), 0.0
+    with pyro.plate("sequences", 2):
+        for t in range(steps):
+            with poutine.mask(mask=t < lengths):
+                z = pyro.sample(f"z{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"y{t}", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+
+def test_padded_sequences() -> None:
+    density = LogDensity(padded)
+    assert [site.features for site in density.sites] == [2, 1, 1]
+
+
+def flat_prior() -> None:
+    x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).mask(torch.tensor([True, False, False])))
+    pyro.sample("y", dist.Normal(x[..., 1], 1.0), obs=torch.tensor(3.0))
+
+
+def step_of_a_masked_site() -> None:
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).mask(False))
+    pyro.sample("y", dist.Normal((x > 0.2).float(), 1.0), obs=torch.tensor(0.0))
+
+
+def mask_of_another_site() -> None:
+    g = pyro.sample("g", dist.Normal(0.0, 1.0))
+    pyro.sample("x", dist.Normal(0.0, 1.0).mask(g > 0))
+
+
+@pytest.mark.parametrize(
+    ("model", "features"),
+    [(flat_prior, 2), (step_of_a_masked_site, 1), (mask_of_another_site, 2)],
+)
+def test_a_masked_entry_that_the_model_needs_is_active(
+    model: Callable[[], None], features: int
+) -> None:
+    assert LogDensity(model).features == features
+
+
+def test_a_density_is_not_bound_to_data_that_need_a_masked_entry() -> None:
+    def model(seen: Tensor) -> None:
+        with pyro.plate("n", 3), poutine.mask(mask=seen):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    density = LogDensity(model, (SEEN,))
+    assert density.bind((SEEN.clone(),)).features == 2
+    with pytest.raises(ValueError, match="'x' has entries that a mask switched off"):
+        density.bind((~SEEN,))
 
 
 # Terms
@@ -225,7 +304,7 @@ def test_terms_of_no_points_and_of_a_model_that_is_looped_over() -> None:
     density = LogDensity(test_log_density.CASES["nested_plates"]())
     assert density.site_terms(torch.zeros(0, density.features))["y"].shape == (0, 3, 2)
     with pytest.warns(UserWarning, match="one point at a time"):
-        looped = LogDensity(test_log_density.branches)
+        looped = LogDensity(test_log_density.reads_a_value)
     assert {n: tuple(t.shape) for n, t in looped.site_terms(torch.zeros(4, 1)).items()} == {
         "x": (4,),
         "y": (4,),

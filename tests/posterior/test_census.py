@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyroflows.model import LogDensity
+from pyroflows.model.prediction import prior_draws
 from pyroflows.posterior.census import (
     find_flat_direction,
     missed_mass,
@@ -166,3 +167,25 @@ def test_modes_that_differ_in_one_entry_of_many_are_two() -> None:
         pyro.factor("two", two + 0.5 * x[0] ** 2)
 
     assert len(take_census(LogDensity(model), torch.zeros(60)).weights) == 2
+
+
+def test_prior_draws_at_which_the_model_fails_are_left_out() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Poisson(x).mask(x > -9), obs=torch.tensor(1.0))
+
+    density = LogDensity(model, init_loc_fn=lambda site: torch.tensor(1.0))
+    draws = prior_draws(density, 64)["x"]
+    assert 10 < len(draws) < 60
+    assert bool((draws > 0).all())
+    take_census(density, density.initial, starts=8)
+
+
+def test_a_model_that_fails_at_all_draws_of_its_prior_has_none() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        torch.linalg.cholesky(torch.eye(2) * (x - 50))
+        pyro.sample("y", dist.Poisson(x - 50), obs=torch.tensor(1.0))
+
+    density = LogDensity(model, init_loc_fn=lambda site: torch.tensor(60.0))
+    assert prior_draws(density, 8) == {}

@@ -597,8 +597,8 @@ def test_a_model_without_observed_sites_has_an_evidence_only(three: dict[str, Po
         assert compare({"factor": posterior}, by="loo")["elpd_loo"].isna().all()
 
 
-def test_a_model_with_discrete_latents_has_an_evidence_only() -> None:
-    """Two components of known means: the evidence is an integral over the weight."""
+def test_a_model_with_discrete_latents() -> None:
+    """Two components of known means: integrals over the weight."""
     data = torch.tensor([-1.0, 1.2], dtype=DOUBLE)
 
     def model() -> None:
@@ -614,12 +614,23 @@ def test_a_model_with_discrete_latents_has_an_evidence_only() -> None:
             for y in data
         ]
     )
-    with pytest.warns(UserWarning, match="discrete latent"):
-        row = compare({"mixture": gaussian_fit(model)}).loc["mixture"]
-    assert row["log_evidence"] == pytest.approx(
-        float(likelihood.prod(0).mean().log()), abs=4 * row["log_evidence_error"]
-    )
+    row = compare({"mixture": gaussian_fit(model)}).loc["mixture"]
+    evidence = float(likelihood.prod(0).mean().log())
+    assert row["log_evidence"] == pytest.approx(evidence, abs=4 * row["log_evidence_error"])
     assert row["log_evidence_error"] < 0.01
+    of_one = likelihood.mean(1).log()
+    assert row["elpd_loo"] == pytest.approx(float((evidence - of_one).sum()), abs=0.05)
+
+
+def test_observations_that_share_a_discrete_site_have_no_cross_validation() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(number(0.0), 1.0))
+        k = pyro.sample("k", dist.Bernoulli(number(0.5)))
+        with pyro.plate("data", 2):
+            pyro.sample("y", dist.Normal(x + 2 * k, 1.0), obs=torch.ones(2, dtype=DOUBLE))
+
+    with pytest.warns(UserWarning, match="discrete latent sites that observations share"):
+        row = compare({"mixture": gaussian_fit(model)}, by="loo").loc["mixture"]
     assert math.isnan(row["elpd_loo"])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyroflows.examples import load_example
 from pyroflows.model import LogDensity
-from pyroflows.posterior.gaussian import Gaussian, fit_gaussians
+from pyroflows.posterior.gaussian import Gaussian, antithetic_noise, fit_gaussians
 
 
 @pytest.fixture
@@ -253,3 +253,18 @@ def test_no_steps_give_the_start() -> None:
     torch.testing.assert_close(fit.loc, density.initial)
     torch.testing.assert_close(fit.scale_tril, torch.eye(2))
     assert math.isfinite(fit.elbo)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [64, 105, 114, 127, 128, 302, 314, 331])
+def test_the_bound_of_a_normal_density_is_exact_for_every_size(
+    features: int, dtype: torch.dtype
+) -> None:
+    """With as many draws as features the Gram matrix of the draws is nearly singular."""
+    noise = antithetic_noise(2 * features, torch.zeros(features, dtype=dtype), seed=0)
+    assert noise.dtype == dtype
+    identity = torch.eye(features, dtype=dtype)
+    torch.testing.assert_close(noise.mT @ noise / len(noise), identity, rtol=0, atol=1e-5)
+    assert float(noise.abs().max()) < features**0.5
+    # The bound of a standard normal on itself is zero: half the mean square is half the features.
+    assert abs(float(noise.square().sum(-1).mean()) / features - 1) < 1e-5

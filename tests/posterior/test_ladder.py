@@ -11,6 +11,7 @@ import torch
 
 import pyroflows as pf
 from pyroflows._deadline import Deadline
+from pyroflows._random import forked
 from pyroflows.guides import Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
@@ -56,6 +57,50 @@ def test_a_trusted_guide_ends_the_climb() -> None:
 
     climb = Climb(LogDensity(fine), 10, Deadline())
     assert names(climb_ladder(climb, LADDER)) == ["Gaussian"]
+
+
+class Clock:
+    """A clock that moves by a second for each evaluation of a density."""
+
+    def __init__(self, density: LogDensity) -> None:
+        self.now = 0.0
+        self.run, density._program.run = density._program.run, self.tick
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, points: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.now += 1.0
+        return self.run(points)
+
+
+def late_by(limit: float | None, steps: int = 200) -> tuple[float, Posterior]:
+    """How many evaluations a fit of the banana makes after its time is over."""
+    density = LogDensity(banana, batch_size=2000)
+    climb = Climb(density, steps, Deadline())
+    clock = Clock(density)
+    climb.deadline = Deadline(limit, clock)
+    with forked(0):
+        posterior = climb_ladder(climb, LADDER)
+    return clock.now - (limit or 0.0), posterior
+
+
+def test_a_fit_makes_at_most_one_evaluation_after_its_time_is_over() -> None:
+    whole, _ = late_by(None)
+    for limit in (0.5, *(whole * k / 6 for k in range(1, 6))):
+        late, posterior = late_by(limit)
+        assert late <= 1, limit
+        ended = f"ime limit of {limit:g} s ended the fit at the "
+        expected = "There was no time to check: " if posterior.verdict.ok else ended
+        assert expected in posterior.verdict.reason
+        assert set(posterior.sample(3)) == {"x"}
+
+
+def test_time_is_left_for_a_verdict_on_what_was_trained() -> None:
+    _, posterior = late_by(500.0, steps=10_000)
+    last = posterior.rungs[-1]
+    assert "flow" in last.name
+    assert last.verdict.importance is not None
 
 
 @pytest.mark.parametrize(("limit", "tried"), [(None, 3), (1000.0, 3), (10.0, 1)])
@@ -121,12 +166,12 @@ def test_ctrl_c_in_a_rung_returns_the_best_so_far() -> None:
     assert names(posterior) == ["Gaussian", "interrupted"]
 
 
-def posterior_with(ok: bool, missed: bool, ess: float) -> Posterior:
+def posterior_with(ok: bool, missed: float, ess: float) -> Posterior:
     guide = Guide()
     summary = ImportanceSummary(1000, 0.5, ess, 0.0, 0.0, 0.0)
-    status = FAILED if missed else HELD
+    status = FAILED if missed > 0.02 else HELD
     findings = (
-        Finding("census", status, None, None, "a mode."),
+        Finding("census", status, missed, 0.02, "a mode."),
         Finding("shift", HELD if ok else FAILED, None, None, "a shift.", grounds=True),
     )
     return Posterior(guide, None, Verdict(findings, summary))
@@ -135,13 +180,18 @@ def posterior_with(ok: bool, missed: bool, ess: float) -> Posterior:
 @pytest.mark.parametrize(
     ("better", "worse"),
     [
-        ((True, False, 0.5), (False, False, 0.9)),
-        ((False, False, 0.1), (False, True, 0.9)),
-        ((False, False, 0.3), (False, False, 0.2)),
+        ((True, 0.0, 0.5), (False, 0.0, 0.9)),
+        ((False, 0.0, 0.1), (False, 0.5, 0.9)),
+        ((False, 0.0, 0.3), (False, 0.0, 0.2)),
+        ((False, 0.01, 0.3), (False, 0.0, 0.2)),
+        # What misses half is worse than what misses 3 %, however exact it is on the other half.
+        ((False, 0.03, 0.2), (False, 1.0, 1.0)),
+        # A small miss is better than hardly an effective draw.
+        ((False, 0.03, 0.8), (False, 0.0, 0.02)),
     ],
 )
 def test_the_better_of_two(
-    better: tuple[bool, bool, float], worse: tuple[bool, bool, float]
+    better: tuple[bool, float, float], worse: tuple[bool, float, float]
 ) -> None:
     a, b = posterior_with(*better), posterior_with(*worse)
     assert choose_better(a, b) is a
@@ -149,12 +199,12 @@ def test_the_better_of_two(
 
 
 def test_of_equals_the_later_one_is_kept() -> None:
-    first, second = (posterior_with(True, False, 0.5) for _ in range(2))
+    first, second = (posterior_with(True, 0.0, 0.5) for _ in range(2))
     assert choose_better(first, second) is second
 
 
 def test_an_attempt_that_was_judged_is_kept_before_one_for_which_there_was_no_time() -> None:
-    judged, late = (posterior_with(False, False, 0.5) for _ in range(2))
+    judged, late = (posterior_with(False, 0.0, 0.5) for _ in range(2))
     shift = Finding("shift", NOT_JUDGED, None, None, TIME_OVER, grounds=True)
     late.verdict = Verdict((shift,), judged.verdict.importance)
     assert choose_better(judged, late) is judged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,8 +26,9 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior, load_posterior
+from pyroflows._archive import write_archive
 from pyroflows.posterior import importance
-from pyroflows.posterior.files import FIELDS
+from pyroflows.posterior.loading import Saved
 from pyroflows.posterior.subject import JUDGE_DRAWS
 
 with warnings.catch_warnings():
@@ -250,6 +252,34 @@ def test_the_summary_has_a_row_for_every_scalar(posterior: pf.Posterior) -> None
     )
     assert float(inside.float().mean()) == pytest.approx(0.94, abs=0.005)
     assert posterior.summary(2000).equals(table)
+
+
+def test_the_covariance_goes_with_the_summary(posterior: pf.Posterior) -> None:
+    covariance = posterior.covariance(2000)
+    labels = ["mu", "tau", *(f"eta[{i}]" for i in range(3))]
+    assert list(covariance.index) == list(covariance.columns) == labels
+    sd = posterior.summary(2000).loc[labels, "sd"].to_numpy()
+    assert covariance.to_numpy().diagonal() ** 0.5 == pytest.approx(sd, rel=1e-4)
+    draws = posterior.sample(2000, seed=0)
+    both = torch.stack([draws["mu"], draws["theta"][:, 2]]).cov()
+    chosen = posterior.covariance(2000, sites=["theta", "mu"])
+    assert chosen.loc["mu", "theta[2]"] == chosen.loc["theta[2]", "mu"]
+    assert chosen.loc["mu", "theta[2]"] == pytest.approx(float(both[0, 1]), rel=1e-3, abs=1e-4)
+    assert posterior.covariance(2, sites=["mu"]).shape == (1, 1)
+    assert pf.Posterior(posterior.guide).covariance(10).shape == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"n": 1}, ValueError, "Expected n >= 2; got 1."),
+        ({"sites": "mu"}, TypeError, "Expected sites to be a sequence of names; got 'mu'."),
+        ({"sites": ["nu"]}, ValueError, "Expected sites to be among mu, tau, eta, theta, total"),
+    ],
+)
+def test_a_covariance_that_cannot_be_is_told(posterior, options, error, sentence) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        posterior.covariance(**{"n": 10, **options})
 
 
 # ArviZ
@@ -697,12 +727,12 @@ def test_a_truncated_file_is_refused(posterior: pf.Posterior, tmp_path: Path) ->
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    torch.save({"format": 99}, tmp_path / "p.pt")
-    with pytest.raises(ValueError, match=r"of format 4; .* has format 99"):
+    write_archive({"format": 99}, str(tmp_path / "p.pt"))
+    with pytest.raises(ValueError, match=r"of format 5; .* has format 99"):
         load_posterior(tmp_path / "p.pt", hierarchy)
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", Saved.__annotations__)
 def test_a_file_that_lacks_a_field_is_refused(
     name: str, posterior: pf.Posterior, tmp_path: Path
 ) -> None:
@@ -710,7 +740,7 @@ def test_a_file_that_lacks_a_field_is_refused(
     posterior.save(path)
     state = torch.load(path, weights_only=True)
     del state[name]
-    torch.save(state, path)
+    write_archive(state, str(path))
     with pytest.raises(
         ValueError, match=rf"Expected the file of a saved posterior; .* lacks {name}"
     ):

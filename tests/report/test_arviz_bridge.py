@@ -5,6 +5,7 @@ pytest --noconftest tests/report/test_arviz_bridge.py
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -279,24 +280,41 @@ def test_save_replaces_a_file_that_was_loaded(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.nc"]
 
 
-def test_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
-    class Broken:
-        def to_netcdf(self, path: str, engine: str) -> None:
-            Path(path).write_text("half")
-            raise OSError(28, "No space left on device")
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = tmp_path / "x.nc"
     path.write_text("old")
-    with pytest.raises(ValueError, match=r"Cannot write .*No space left"):
-        bridge.save(Broken(), path)
+    monkeypatch.setattr(os, "fsync", full)
+    data = bridge.to_inference_data({"posterior": {"mu": np.zeros((1, 100))}})
+    with pytest.raises(ValueError, match=r"^Cannot write '.*x\.nc': No space left on device\.$"):
+        bridge.save(data, path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["x.nc"]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", [1.0], np.zeros((1, 100)), {3: np.zeros(100)}])
+@pytest.mark.parametrize(
+    "report",
+    [
+        bridge.to_inference_data,
+        lambda groups: bridge.to_inference_data({"posterior": groups}),
+        lambda notes: bridge.to_inference_data({}, attrs=[1] if notes is None else notes),
+        bridge.loo,
+        bridge.summary,
+        bridge.diagnostics,
+    ],
+)
+def test_what_maps_no_names_is_told(report: Any, wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Expected .* (to map names to|to have names as keys).*;"):
+        report(wrong)
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        (".", "path to name a file; got the folder"),
+        (".", "Cannot write .*Is a directory"),
         ("missing/x.nc", "Cannot write .*No such"),
     ],
 )
@@ -621,3 +639,29 @@ def test_loo_of_a_likelihood_that_no_parameter_moves() -> None:
 def test_misuse_of_loo(log_likelihood: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bridge.loo(log_likelihood)
+
+
+def test_moments_of_angles_are_taken_on_the_circle() -> None:
+    rng = np.random.default_rng(0)
+    angles = np.stack([rng.vonmises(3.0, 8.0, 4000), rng.vonmises(0.5, 8.0, 4000)], 1)
+    table = bridge.summary({"mu": angles, "x": angles}, circular=["mu"])
+    assert table.loc["mu[0]", "mean"] == pytest.approx(3.0, abs=0.03)
+    # sqrt(-2 log R) with R = I1(8) / I0(8)
+    assert table.loc["mu[0]", "sd"] == pytest.approx(0.366, abs=0.01)
+    assert table.loc["mu[0]", "hdi_97%"] < 0 < 2 < table.loc["mu[0]", "hdi_3%"]
+    assert table.loc["x[0]", "sd"] > 1
+    ends = ["hdi_3%", "hdi_97%"]
+    np.testing.assert_allclose(
+        table.loc["mu[1]", ends].tolist(), table.loc["x[1]", ends].tolist(), atol=1e-6
+    )
+    chains = angles.reshape(2, 2000, 2)
+    rhat = bridge.diagnostics({"mu": chains}, circular=["mu"])["rhat"]["mu"]
+    assert bool((rhat < 1.02).all())
+
+
+def test_missing_entries_have_a_row_without_numbers() -> None:
+    draws = np.random.default_rng(0).normal(size=(100, 2))
+    draws[:, 1] = np.nan
+    table = bridge.summary({"x": draws, "mu": draws}, circular=["mu"])
+    assert table.loc[["x[1]", "mu[1]"]].isna().all().all()
+    assert table.loc[["x[0]", "mu[0]"]].notna().all().all()

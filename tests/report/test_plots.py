@@ -85,10 +85,10 @@ def test_any_single_parameter_can_be_drawn(value, tmp_path):
 
 def test_a_picture_that_cannot_be_written_keeps_the_old_one(tmp_path):
     (tmp_path / "x.png").write_text("old")
-    with pytest.raises(ValueError, match="not supported"):
+    with pytest.raises(ValueError, match=r"Expected path to end in one of .* got '.*x\.words'"):
         plot_marginals(schools(), tmp_path / "x.words")
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(OSError, match=r"folder\.png"):
+    with pytest.raises(ValueError, match=r"Cannot write .*folder\.png': Is a directory"):
         plot_marginals(schools(), tmp_path / "folder.png")
     assert {path.name for path in tmp_path.iterdir()} == {"x.png", "folder.png"}
     assert (tmp_path / "x.png").read_text() == "old"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import random
 import subprocess
 import sys
 import warnings
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
+from pyroflows._archive import read_archive, write_archive
 from pyroflows._deadline import Deadline
 from pyroflows.distributions import FlowDistribution
 from pyroflows.model.base import Density
@@ -251,6 +254,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted() -> None:
     assert bool(parameters(flow).isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (TrainingReport(150, 1, 0, ""), False),
+        (TrainingReport(150, 4, 0, ""), True),
+        (TrainingReport(1500, 20, 1, ""), True),
+    ],
+)
+def test_a_few_skipped_steps_are_not_worth_a_word(report: TrainingReport, told: bool) -> None:
+    assert (report.warning is not None) == told
+
+
 def test_particles_without_a_density_are_left_out() -> None:
     def cliff(call: int, value: Tensor, grad: Tensor) -> None:
         value[::2] = -torch.inf
@@ -397,20 +412,48 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(
     checkpoint.begin({})
     checkpoint.save({"step": 1})
 
-    def half(content: Any, file: str) -> None:
-        Path(file).write_bytes(b"PK")
+    def killed(file: int) -> None:
         raise Killed
 
-    monkeypatch.setattr(torch, "save", half)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(Killed):
         checkpoint.save({"step": 2})
     assert Checkpoint(path).begin({}) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["fit.pt"]
 
 
 def test_a_checkpoint_holds_numbers_only(tmp_path: Path) -> None:
     train(realnvp(), Normal(), [], 3, checkpoint=Checkpoint(tmp_path / "fit.pt"))
     content = torch.load(tmp_path / "fit.pt", weights_only=True)
     assert content["stages"][0]["state"]["counts"] == [3, 0, 0, 0]
+
+
+def write_checkpoint(path: Path, **fields: Any) -> None:
+    write_archive({"format": 2, "settings": {}, "stages": [], **fields}, str(path))
+
+
+def forge_state(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    content = read_archive(str(path))
+    [stage] = content["stages"]
+    write_archive({**content, "stages": [{**stage, "state": change(stage["state"])}]}, str(path))
+
+
+def resume(path: Path) -> None:
+    train(realnvp(), Normal(), [], 3, checkpoint=Checkpoint(path))
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_told(tmp_path: Path) -> None:
+    path, rng = tmp_path / "fit.pt", random.Random(0)
+    checkpoint = Checkpoint(path)
+    checkpoint.begin({})
+    checkpoint.save({"step": 1, "values": torch.arange(3.0)})
+    content = path.read_bytes()
+    for _ in range(300):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"Expected a checkpoint of a fit; .*fit\.pt' is "):
+            Checkpoint(path)
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -449,11 +492,34 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "settings": (lambda p: Checkpoint(p, {"seed": 1}), "has seed None, and this fit has seed 1"),
     "no checkpoint": (
         lambda p: (p.write_bytes(b"other"), Checkpoint(p)),
-        "to be a checkpoint of a fit; got another file",
+        "fit.pt' is none",
     ),
     "no stages": (
-        lambda p: (torch.save({"format": 1, "settings": {}, "stages": [3]}, p), Checkpoint(p)),
-        "to be a checkpoint of a fit; got another file",
+        lambda p: (write_checkpoint(p, stages=[3]), Checkpoint(p)),
+        "fit.pt' is damaged (the checkpoint.stages[0] is 3, not a dictionary)",
+    ),
+    "settings of another kind": (
+        lambda p: (write_checkpoint(p, settings={"seed": torch.zeros(2)}), Checkpoint(p)),
+        "fit.pt' is damaged (the checkpoint.settings.seed is of type Tensor)",
+    ),
+    "state without its parts": (
+        lambda p: (forge_state(p, lambda state: {}), resume(p)),
+        "fit.pt' is damaged (KeyError: 'parameters')",
+    ),
+    "state of another shape": (
+        lambda p: (forge_state(p, lambda state: {**state, "counts": [1, 2]}), resume(p)),
+        "fit.pt' is damaged (ValueError: not enough values to unpack",
+    ),
+    "random state of another size": (
+        lambda p: (
+            forge_state(p, lambda state: {**state, "random": {"cpu": torch.zeros(2)}}),
+            resume(p),
+        ),
+        "fit.pt' is damaged (TypeError: RNG state must be a torch.ByteTensor",
+    ),
+    "unsealed": (
+        lambda p: (torch.save({"format": 2, "settings": {}, "stages": []}, p), Checkpoint(p)),
+        "fit.pt' is none",
     ),
     "no folder": (
         lambda p: Checkpoint(p.parent / "none" / "fit.pt"),
@@ -488,7 +554,10 @@ def test_a_checkpoint_that_cannot_be_written_later_leaves_the_fit_alone(tmp_path
     folder.mkdir()
     checkpoint = Checkpoint(folder / "fit.pt")
     folder.rmdir()
-    with pytest.warns(UserWarning, match="Could not write the checkpoint"):
+    with pytest.warns(UserWarning, match="Could not write .* goes on: No such file or directory"):
+        assert train(realnvp(), Normal(), [], 3, checkpoint=checkpoint).steps == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert train(realnvp(), Normal(), [], 3, checkpoint=checkpoint).steps == 3
 
 

@@ -423,8 +423,8 @@ def test_the_way_is_chosen_by_size(device):
     assert budgets == sorted(budgets, reverse=True)
 
 
-def test_overflow_on_the_way_falls_back_to_the_stages(device):
-    """A wrong guess of the first entry makes the second one infinite, and that spoils every later sum."""
+def test_a_wrong_guess_far_off_spoils_nothing(device):
+    """A wrong guess of the first entry makes the second one huge, and every later sum with it."""
     t = AffineAutoregressive(3, hidden=(), scale="exp").to(device, F64)
     layer = t.conditioner.layers[0]
     with torch.no_grad():
@@ -434,8 +434,6 @@ def test_overflow_on_the_way_falls_back_to_the_stages(device):
     u = torch.zeros(2, 3, dtype=F64, device=device)
     u[:, 0], u[:, 1] = torch.tensor([-100.0, -99.0]), 1.0
     assert t.rounds(2) == 4
-    with torch.no_grad():
-        assert t._iterate(u, None, t.conditioner.weights()) is None
     v, log_det = t._solve(u.requires_grad_(), None)
     torch.testing.assert_close(t._move(v, None)[0], u)
     assert bool(v.isfinite().all()) and bool(log_det.isfinite().all())

@@ -157,7 +157,7 @@ class Bound(Objective):
             z = distribution.rsample(shape)[keep]
             log_guide, score = log_prob_and_score(distribution.log_prob, z)
         with torch.no_grad():
-            log_joint, slope = density.value_and_grad(z)
+            log_joint, slope, _ = density.evaluate(z)
             slope = slope if score is None else slope - score
             sound = slope.isfinite().all(-1)
             log_weight = (log_joint - log_guide).where(sound, -math.inf)

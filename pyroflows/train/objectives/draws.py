@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._checks import check_positive, check_size
 from ...model.density import LogDensity
-from ...model.sites import LatentSite, find_latent_sites
+from ...model.sites import LatentSite
 from ._traces import latent_draws
 from .objective import Objective, check_distribution, check_reparametrised
 
@@ -83,7 +83,7 @@ class _DrawsObjective(VectorObjective):
     def _target(
         self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> _Sites:
-        return _Sites(find_latent_sites(guide.prototype_trace))
+        return _Sites(guide.sites)
 
     def _vectors(self, target: LogDensity | _Sites) -> Tensor:
         """The draws as unconstrained vectors."""
@@ -98,7 +98,7 @@ class _DrawsObjective(VectorObjective):
                     f"Expected draws of {site.name!r}, each of shape {expected}; got "
                     f"{tuple(values.shape)}."
                 )
-            part = site.transform.inv(values).reshape(len(values), -1)
+            part = site.pack(values)
             outside = int((~part.isfinite()).any(-1).sum())
             if outside:
                 raise ValueError(

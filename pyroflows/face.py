@@ -1,0 +1,86 @@
+"""The public names, which :mod:`pyroflows` gives once the first of them is asked for."""
+
+from __future__ import annotations
+
+from . import (
+    distributions,
+    flows,
+    guides,
+    model,
+    nn,
+    posterior,
+    report,
+    sampling,
+    testing,
+    train,
+    transforms,
+    univariate,
+)
+from ._version import __version__
+from .flows import (
+    BNAF,
+    BPF,
+    FFJORD,
+    IAF,
+    MAF,
+    NAF,
+    NICE,
+    NSF,
+    SOSPF,
+    UNAF,
+    Flow,
+    FlowPlusPlus,
+    Glow,
+    PlanarFlow,
+    RadialFlow,
+    RealNVP,
+    ResidualFlow,
+    SylvesterFlow,
+)
+from .guides import AutoFlow
+from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
+from .testing import check
+from .train import fit_density
+
+__all__ = [
+    "BNAF",
+    "BPF",
+    "FFJORD",
+    "IAF",
+    "MAF",
+    "NAF",
+    "NICE",
+    "NSF",
+    "SOSPF",
+    "UNAF",
+    "AutoFlow",
+    "Flow",
+    "FlowPlusPlus",
+    "Glow",
+    "PlanarFlow",
+    "Posterior",
+    "RadialFlow",
+    "RealNVP",
+    "ResidualFlow",
+    "SylvesterFlow",
+    "__version__",
+    "check",
+    "compare",
+    "distributions",
+    "evidence",
+    "fit_density",
+    "fit_posterior",
+    "flows",
+    "guides",
+    "judge",
+    "load_posterior",
+    "model",
+    "nn",
+    "posterior",
+    "report",
+    "sampling",
+    "testing",
+    "train",
+    "transforms",
+    "univariate",
+]

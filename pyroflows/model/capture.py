@@ -1,0 +1,185 @@
+"""Graphs of the operations of a function of many points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from .._compat import is_mutating, record_operations
+
+__all__ = ["Captured", "ReadsInputsError", "capture"]
+
+
+class ReadsInputsError(Exception):
+    """A graph that holds for some values of its inputs only.
+
+    Args:
+        places: Which inputs these are.
+    """
+
+    def __init__(self, places: frozenset[int]) -> None:
+        super().__init__("the operations depend on values of inputs")
+        self.places = places
+
+
+def capture(function: Callable[..., Any], points: Tensor, tensors: Sequence[Tensor]) -> GraphModule:
+    """Records the operations of a function of points and of other tensors.
+
+    Args:
+        function: The function.
+        points: Points of shape ``(n, features)``.
+        tensors: Its other arguments.
+
+    Returns:
+        A graph that gives what the function does for all arguments of these shapes.
+
+    Raises:
+        ReadsInputsError: If the operations depend on the values of some of the other arguments,
+            which must then be constants.
+        ValueError: If they depend on values of the points.
+    """
+    graph = record_operations(function)(points, *tensors)
+    inputs = graph.graph.find_nodes(op="placeholder")
+    if _reads_values(graph, inputs[:1]):
+        raise ValueError("the operations depend on values of latent sites")
+    read = [i for i, tensor in enumerate(inputs[1:]) if _reads_values(graph, [tensor])]
+    if read:
+        raise ReadsInputsError(frozenset(read))
+    _merge_duplicates(graph.graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+class Captured:
+    """The recorded operations of a function of many points, for one number of them.
+
+    Args:
+        graph: The graph of a function of points and of other tensors, whose last result tells for
+            which points it holds.
+        size: How many points it takes.
+        split: Whether to evaluate what depends on no point once for all points; it carries no
+            graph of gradients then.
+
+    Attributes:
+        branches: Whether there may be points for which it does not hold.
+    """
+
+    def __init__(self, graph: GraphModule, size: int, split: bool) -> None:
+        *nodes, output = graph.graph.nodes
+        self.branches = output.args[0][-1] in _dependent(nodes, {nodes[0]})
+        self.size = size
+        self._prelude: Callable[..., Any] = lambda *tensors: tensors
+        self._body: Callable[..., Any] = graph.forward
+        if split:
+            prelude, body = _split(graph)
+            self._prelude, self._body = torch.no_grad()(prelude.forward), body.forward
+
+    def bind(self, tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """The function of at most so many points at given values of the other tensors."""
+        fixed = self._prelude(*tensors)
+
+        def run(points: Tensor) -> tuple[Tensor, ...]:
+            missing = self.size - len(points)
+            if not missing:
+                return tuple(self._body(points, *fixed))
+            padding = points[-1:].expand(missing, -1)
+            results = self._body(torch.cat([points, padding]), *fixed)
+            return tuple(result[: len(points)] for result in results)
+
+        return run
+
+
+# The graph
+
+
+def _split(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Splits a graph of points and other tensors into the part that depends on no point, which
+    takes these tensors, and the rest, which takes the points and what that part gives."""
+    *nodes, output = graph.graph.nodes
+    varying = _varying(nodes)
+    needed = {node for user in [*varying, output] for node in user.all_input_nodes}
+    fixed = [node for node in nodes if node in needed and node not in varying]
+    prelude, body = Graph(), Graph()
+    copies: dict[Node, Node] = {}
+    inner = {nodes[0]: body.placeholder("points")}
+    for node in nodes[1:]:
+        if node not in varying:
+            copies[node] = prelude.node_copy(node, copies.__getitem__)
+    prelude.output(tuple(copies[node] for node in fixed))
+    for i, node in enumerate(fixed):
+        inner[node] = body.placeholder(f"fixed_{i}")
+    for node in nodes[1:]:
+        if node in varying:
+            inner[node] = body.node_copy(node, inner.__getitem__)
+    body.node_copy(output, inner.__getitem__)
+    return GraphModule(graph, prelude), GraphModule(graph, body)
+
+
+def _varying(nodes: list[Node]) -> set[Node]:
+    """The nodes that depend on the points, the first of the nodes, or that write into a tensor."""
+    return _dependent(nodes, {nodes[0], *_written(nodes)})
+
+
+def _written(nodes: list[Node]) -> set[Node]:
+    """The nodes that write into a tensor, and those whose memory it may be."""
+    written: set[Node] = set()
+    for node in reversed(nodes):
+        if is_mutating(node.target) or node in written:
+            written.update(i for i in node.all_input_nodes if i.op == "call_function")
+            written.add(node)
+    return written
+
+
+def _reads_values(graph: GraphModule, inputs: list[Node]) -> bool:
+    """Whether operations depend on values of some inputs, so that they hold for these only."""
+    given = _dependent(graph.graph.nodes, set(inputs))
+    return any(node.op == "call_function" and _reads(node, given) for node in given)
+
+
+def _reads(node: Any, given: set[Node]) -> bool:
+    if node.target == torch.ops.aten.index.Tensor:  # by numbers, or by a mask
+        indices = given.intersection(i for i in node.args[1] if isinstance(i, Node))
+        return any(index.meta["val"].dtype == torch.bool for index in indices)
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return not tags.isdisjoint(getattr(node.target, "tags", ()))
+
+
+def _dependent(nodes: Iterable[Node], sources: set[Node]) -> set[Node]:
+    """The nodes that depend on some, these included."""
+    dependent = set(sources)
+    for node in nodes:
+        if not dependent.isdisjoint(node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def _merge_duplicates(graph: Graph) -> None:
+    """Computes once what a graph computes several times."""
+    nodes = list(graph.nodes)
+    touched = _written(nodes)
+    known: dict[Any, Node] = {}
+    for node in nodes:
+        tags = getattr(node.target, "tags", ())
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in tags:
+            continue
+        if node in touched or not touched.isdisjoint(node.all_input_nodes):
+            continue
+        key = (node.target, _hashable(node.args), _hashable(node.kwargs))
+        same = known.setdefault(key, node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def _hashable(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_hashable, argument))
+    if isinstance(argument, dict):
+        return tuple((key, _hashable(value)) for key, value in argument.items())
+    # 1, 1.0 and True are equal, but not the same argument.
+    return type(argument), argument

@@ -1,0 +1,260 @@
+"""Errors that running a model raises, each told in one sentence that names the site."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from traceback import walk_tb
+from types import CodeType
+from typing import Any
+
+import torch
+from pyro.distributions import Distribution
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import constraints
+from torch.distributions.constraints import is_dependent
+from torch.distributions.utils import lazy_property
+
+from .._compat import message_in, plate_in, trace_in
+from .sites import base_distribution, distribution_name, sample_nodes
+
+__all__ = ["check_parameters", "check_site", "describe_error", "explained", "find_place"]
+
+HERE = str(Path(__file__).parent)
+LIBRARIES = ("pyro", "pyroflows", "torch")
+
+# Longer messages are cut.
+WIDTH = 300
+
+
+@contextlib.contextmanager
+def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
+    """Context manager that tells an error of the model in one sentence.
+
+    The sentence names the site at which the model failed. Its error is of the type that the model
+    raised, so that code that catches that type still does, and is a ``ValueError`` too unless it is
+    a ``TypeError``. Its ``__cause__`` is the error of the model.
+
+    Args:
+        run: Runs the model without validation and gives its trace. If given, the trace is searched
+            for parameters that their distribution does not take.
+
+    Raises:
+        TypeError: If the model raises one.
+        ValueError: If the model raises any other exception, of whose type this one is too.
+
+    Example:
+        >>> import pyro
+        >>> def model():
+        ...     pyro.sample("x", {}["prior"])
+        >>> with explained():
+        ...     pyro.poutine.trace(model).get_trace()
+        Traceback (most recent call last):
+            ...
+        KeyError: Expected a model that runs; got KeyError ('prior') before its first site.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Pyro raises an error anew, with the shapes of the trace.
+        retold = "Trace Shapes:" in _text(error) and error.__cause__ is not None
+        root = error.__cause__ if retold else error
+        if isinstance(root, (TypeError, ValueError)) and _raised_here(root):
+            raise root from root.__cause__
+        if run is not None:
+            _look_for_parameters(run, error)
+        raise _like(error, _sentence(error)) from error
+
+
+def _like(error: Exception, sentence: str) -> Exception:
+    """An error of the same type, and a ``ValueError`` or ``TypeError``, that says a sentence."""
+    kind = type(error)
+    if kind in (TypeError, ValueError):
+        return kind(sentence)
+    bases = (kind,) if issubclass(kind, (TypeError, ValueError)) else (ValueError, kind)
+    if issubclass(kind, StopIteration):  # which would end the generator that raises it
+        return ValueError(sentence)
+    try:
+        members = {"__str__": lambda self: sentence, "__module__": kind.__module__}
+        made = type(kind.__name__, bases, members)
+        # The user's class may need other arguments than a sentence.
+        return kind.__new__(made, sentence)
+    except TypeError:  # a class that may not be extended
+        return ValueError(sentence)
+
+
+def describe_error(error: BaseException) -> str:
+    """The type of an error and what it says, in one line without a full stop."""
+    text = _text(error).split("Trace Shapes:")[0].split(", but found invalid values")[0]
+    text = " ".join(text.split())
+    # The allocator of torch begins with a place in its own source.
+    text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text).rstrip(".")
+    name = type(error).__name__.lstrip("_")
+    return f"{name} ({textwrap.shorten(text, WIDTH, placeholder=' ...')})" if text else name
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a class of the user's, whose own text fails
+        return ""
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether an error is a sentence of this room's own."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return frame.f_code.co_filename.startswith(HERE)
+
+
+def _look_for_parameters(run: Callable[[], Any], error: Exception) -> None:
+    """Names parameters at fault, which the error of a distribution shows but whose site it does
+    not know."""
+    try:
+        trace, last = run(), None
+    except Exception as again:  # the sites up to this one are known
+        trace, last = trace_in(again), message_in(again)
+    sites = [] if trace is None else [(name, node["fn"]) for name, node in sample_nodes(trace)]
+    if last is not None and last["type"] == "sample" and not site_is_subsample(last):
+        sites.append((last["name"], last["fn"]))
+    for name, fn in sites:
+        try:
+            check_parameters(name, fn)
+        except ValueError as found:
+            raise found from error
+
+
+def _sentence(error: Exception) -> str:
+    plate = plate_in(error)
+    if plate is not None and plate[1] == 0:
+        return f"Expected data with rows; plate {plate[0]!r} has no rows."
+    message = message_in(error)
+    if message is not None:
+        name, fn = message["name"], message["fn"]
+        if not isinstance(name, str):
+            return f"Expected sites whose names are strings with letters; got {name!r}."
+        if message["type"] == "sample" and not isinstance(fn, Distribution):
+            return _not_a_distribution(name, fn)
+    return f"Expected a model that runs; got {describe_error(error)} {find_place(error)}."
+
+
+# Distributions at fault
+
+
+def check_site(name: str, fn: Any) -> None:
+    """Refuses a site without a name, or whose distribution is none of Pyro."""
+    if not name:
+        raise ValueError(f"Expected sites whose names are strings with letters; got {name!r}.")
+    if not isinstance(fn, Distribution):
+        raise TypeError(_not_a_distribution(name, fn))
+
+
+def _not_a_distribution(name: str, fn: Any) -> str:
+    if isinstance(fn, type):
+        got = f"the class {fn.__name__} without its parameters"
+    elif isinstance(fn, torch.distributions.Distribution):
+        got = f"{distribution_name(fn)} of torch.distributions"
+    else:
+        got = f"an object of type {type(fn).__name__}"
+    return f"Expected distributions of Pyro; site {name!r} has {got}."
+
+
+def check_parameters(name: str, fn: Any) -> None:
+    """Refuses parameters that a distribution, made without validation, does not take.
+
+    Args:
+        name: Name of the site.
+        fn: Its distribution.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    fn = base_distribution(fn)
+    for parameter, constraint in getattr(fn, "arg_constraints", {}).items():
+        computed = isinstance(getattr(type(fn), parameter, None), lazy_property)
+        if not is_dependent(constraint) and (not computed or parameter in fn.__dict__):
+            _check_parameter(name, fn, parameter, constraint)
+
+
+def _check_parameter(name: str, fn: Any, parameter: str, constraint: Any) -> None:
+    value = torch.as_tensor(getattr(fn, parameter))
+    bound = constraint
+    while isinstance(bound, constraints.independent):
+        bound = bound.base_constraint
+    wrong = ~bound.check(value)
+    if not bool(wrong.any()):
+        return
+    if bool(value.isnan().any()):
+        raise ValueError(
+            f"Expected a model with a finite log density where it starts; site {name!r} gives nan. "
+            f"Look for NaN in the data, from which {parameter} is computed."
+        )
+    told = f"{float(value[wrong][0]):g}" if wrong.shape == value.shape else "a value"
+    count = f" in {int(wrong.sum())} of {wrong.numel()} entries" if wrong.dim() else ""
+    raise ValueError(
+        f"Expected parameters that {type(fn).__name__} takes; site {name!r} has {parameter} "
+        f"{told}{count}, outside of {bound}."
+    )
+
+
+# Where a model failed
+
+
+def find_place(error: Exception) -> str:
+    """Where in the model an error arose, as far as it can be told."""
+    plate, message = plate_in(error), message_in(error)
+    if plate is not None:
+        return f"at plate {plate[0]!r}"
+    if message is not None:
+        return f"at {_role(message)} {message['name']!r}"
+    written = _site_in_source(error)
+    if written is not None:
+        return f"at site {written!r}"
+    trace = trace_in(error)
+    if trace is None:
+        return "when it is evaluated"
+    names = [name for name, _ in sample_nodes(trace)]
+    return f"after site {names[-1]!r}" if names else "before its first site"
+
+
+def _role(message: Any) -> str:
+    if message["type"] == "param":
+        return "parameter"
+    return "plate" if site_is_subsample(message) else "site"
+
+
+def _site_in_source(error: Exception) -> str | None:
+    """The name in the sample statement on whose lines an error arose: the distribution is made
+    before Pyro hears of the site."""
+    for frame, line in reversed(list(walk_tb(error.__traceback__))):
+        module = str(frame.f_globals.get("__name__"))
+        if module.split(".")[0] not in LIBRARIES:
+            name = _sample_statement(frame.f_code, line)
+            if name is not None:
+                return name
+    return None
+
+
+def _sample_statement(code: CodeType, line: int) -> str | None:
+    """The name of the innermost ``pyro.sample("name", ...)`` on a line of the source."""
+    try:
+        lines, first = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError, TypeError):
+        return None
+    # Of a whole file, as of a lambda in it, lines are counted from 0.
+    within = line - max(first, 1) + 1
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    around = [node for node in calls if node.lineno <= within <= (node.end_lineno or 0)]
+    names = [name for name in map(_sample_name, around) if name is not None]
+    return names[-1] if names else None
+
+
+def _sample_name(call: ast.Call) -> str | None:
+    function = getattr(call.func, "attr", getattr(call.func, "id", None))
+    name = getattr(call.args[0], "value", None) if call.args else None
+    return name if function == "sample" and isinstance(name, str) else None
