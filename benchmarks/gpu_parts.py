@@ -22,9 +22,10 @@ from benchmarks.memory import PeakBytes
 from benchmarks.peers import BUILDERS, LAYERS, WIDTH, missing
 from benchmarks.waits import waits
 
+_PUBLIC = {name: getattr(pf, name) for name in pf.__all__}
 READY_MADE: dict[str, Callable[..., pf.Flow]] = {
     name: value
-    for name, value in vars(pf).items()
+    for name, value in _PUBLIC.items()
     if isinstance(value, type) and issubclass(value, pf.Flow) and value is not pf.Flow
 }
 PEERS = ("zuko", "normflows")

@@ -92,10 +92,16 @@ module = Module()
 """
 
 
+class FakeDensity:
+    """A density without angles."""
+
+    centres: tuple[str, ...] = ()
+
+
 class FakePosterior:
     """What the command line asks of a posterior, and no more."""
 
-    name = "flow, 150 steps"
+    density = FakeDensity()
     seconds = 1.25
     name = "flow, 150 steps"
 

@@ -155,7 +155,7 @@ def _container(posterior: Any, out: Path, draws: int) -> Any:
 
 
 def _report(name: str, posterior: Any, draws: Mapping[str, Any]) -> Iterator[str]:
-    from ..report.arviz_bridge import summary
+    from ..report.statistics import summary
 
     verdict = posterior.verdict
     yield f"Posterior of {name}:\n"

@@ -16,8 +16,8 @@ from .._compat import init_transform_of, location_and_scale
 from .._random import forked
 from .._spec import build, describe, name_of, resolve_class
 from ..flows import Flow
-from ..model.density import LatentSite, LogDensity
-from ..model.sites import SiteKind
+from ..model.density import LogDensity
+from ..model.sites import LatentSite, SiteKind
 from ..transforms import Transform
 from .auto import FlowGuide
 from .combined import ProductGuide, ReorderedGuide, TorchMap

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .._random import forked
 from .._vmap import vmap
 from ..model.checks import check_call
-from ..model.density import LatentSite, LogDensity
-from ..model.sites import CIRCULAR, SiteKind, base_distribution, distribution_name
+from ..model.density import LogDensity
+from ..model.sites import CIRCULAR, LatentSite, SiteKind, base_distribution, distribution_name
 from .guide import Guide
 
 __all__ = ["TracedGuide", "check_sites"]

@@ -6,9 +6,10 @@ import functools
 
 from torch import Tensor
 
-from .density import LogDensity, value_at
+from .density import LogDensity
 from .evaluator import FAILURES
 from .faults import describe_error, find_place
+from .runs import value_at
 
 __all__ = ["explain"]
 

@@ -68,7 +68,7 @@ def explained(run: Callable[[], Any] | None = None) -> Iterator[None]:
             raise root from root.__cause__
         if run is not None:
             _look_for_parameters(run, error)
-        raise _like(error, _sentence(error)) from error
+        raise (_diagnosed(error) or _like(error, _told(error))) from error
 
 
 def _like(error: Exception, sentence: str) -> Exception:
@@ -128,17 +128,23 @@ def _look_for_parameters(run: Callable[[], Any], error: Exception) -> None:
             raise found from error
 
 
-def _sentence(error: Exception) -> str:
+def _diagnosed(error: Exception) -> Exception | None:
+    """What the error comes of, where that is known, instead of the error itself."""
     plate = plate_in(error)
     if plate is not None and plate[1] == 0:
-        return f"Expected data with rows; plate {plate[0]!r} has no rows."
+        return ValueError(f"Expected data with rows; plate {plate[0]!r} has no rows.")
     message = message_in(error)
     if message is not None:
         name, fn = message["name"], message["fn"]
         if not isinstance(name, str):
-            return f"Expected sites whose names are strings with letters; got {name!r}."
+            told = f"Expected sites whose names are strings with letters; got {name!r}."
+            return TypeError(told)
         if message["type"] == "sample" and not isinstance(fn, Distribution):
-            return _not_a_distribution(name, fn)
+            return TypeError(_not_a_distribution(name, fn))
+    return None
+
+
+def _told(error: Exception) -> str:
     return f"Expected a model that runs; got {describe_error(error)} {find_place(error)}."
 
 

@@ -26,7 +26,7 @@ from ..guides import BaseSpace, Guide
 from ..guides.guide import Map
 from ..model import prediction as simulate
 from ..model.density import LogDensity
-from ..report import arviz_bridge as arviz
+from ..report import statistics
 from ..sampling.hamiltonian import Kernel, Point, Target, choose, evaluate, latent_target
 from ..sampling.spaces import plain_space
 from .posterior import Posterior, check_posterior
@@ -112,7 +112,7 @@ class Chains:
             A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``,
             ``mcse_mean``, ``ess_bulk``, ``ess_tail``, ``rhat``.
         """
-        table = arviz.summary(
+        table = statistics.summary(
             {name: values.reshape(-1, *values.shape[2:]) for name, values in self._arrays.items()},
             circular=self.density.centres,
         )
@@ -149,7 +149,7 @@ class Chains:
 
     @cached_property
     def _diagnostics(self) -> dict[str, dict[str, numpy.ndarray]]:
-        return arviz.diagnostics(self._arrays, circular=self.density.centres)
+        return statistics.diagnostics(self._arrays, circular=self.density.centres)
 
 
 def neutra(

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_choice, check_size, check_tensor
 from .._random import forked
 from ..model.density import LogDensity
-from ..report import arviz_bridge as arviz
+from ..report import statistics
 from .chains import Chains, flow_mc
 from .checks import Weights
 from .posterior import Posterior, check_posterior
@@ -299,7 +299,7 @@ def _rhat(log_weights: Tensor) -> float:
 
 
 def _diagnose(values: Tensor, kind: str) -> float:
-    return float(arviz.diagnostics({"values": values.numpy()})[kind]["values"])
+    return float(statistics.diagnostics({"values": values.numpy()})[kind]["values"])
 
 
 def _balance(of_guide: Tensor, of_posterior: Tensor, log_odds: float) -> float:

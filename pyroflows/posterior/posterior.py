@@ -16,7 +16,7 @@ from ..guides.guide import Guide
 from ..model import prediction as simulate
 from ..model.density import LogDensity
 from ..model.handlers import DetachedCopies
-from ..report import arviz_bridge as arviz
+from ..report import statistics
 from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
 from .fingerprint import take_fingerprint
@@ -242,7 +242,9 @@ class Posterior:
             A data frame, one row a scalar, columns ``mean``, ``sd``, ``hdi_3%``, ``hdi_97%``.
         """
         draws = {name: value.cpu().numpy() for name, value in self.sample(n, seed).items()}
-        return arviz.summary(draws, circular=[] if self._density is None else self.density.centres)
+        return statistics.summary(
+            draws, circular=[] if self._density is None else self.density.centres
+        )
 
     def covariance(
         self, n: int = 4000, seed: int | None = 0, sites: Sequence[str] | None = None

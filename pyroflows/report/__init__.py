@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from . import arviz_bridge
+from . import arviz_bridge, statistics
 
 __all__ = [
     "arviz_bridge",
     "plots",
+    "statistics",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The bridge to ArviZ: plain numpy arrays in, ArviZ's containers and diagnostics out.
+"""The bridge to ArviZ: plain numpy arrays in, ArviZ's containers and smoothed weights out.
 
 One code for ArviZ 0.23 (``InferenceData``) and ArviZ 1.x (``DataTree``). It imports neither torch
 nor another room, so that it can be tested where torch is not installed.
@@ -15,8 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,24 +23,19 @@ import numpy as np
 from .._files import check_path, reason, write_whole
 
 if TYPE_CHECKING:
-    import pandas
     import xarray
 
 __all__ = [
     "Loo",
     "check_mapping",
-    "diagnostics",
-    "hdi",
     "load",
     "loo",
     "psis",
     "save",
-    "summary",
     "to_inference_data",
 ]
 
 SAMPLE_DIMS = ("chain", "draw")
-HDI_PROBABILITY = 0.94
 # The engine that ArviZ 0.23 depends on and that ArviZ 1.x offers as an extra.
 ENGINE = "h5netcdf"
 # ArviZ 1.x fits no shorter tail: its first quartile must differ from its minimum.
@@ -126,15 +120,15 @@ def to_inference_data(
     check_mapping("coords", {} if coords is None else coords, to="labels")
     check_mapping("attrs", {} if attrs is None else attrs, to="notes")
     datasets = {
-        group: _dataset(group, arrays, dims or {}, coords or {})
+        group: make_dataset(group, arrays, dims or {}, coords or {})
         for group, arrays in groups.items()
         if arrays
     }
     notes = {
         str(key): _storable(value) for key, value in (attrs or {}).items() if value is not None
     }
-    arviz = _import_arviz()
-    if not _has_datatree(arviz):
+    arviz = import_arviz()
+    if not has_datatree(arviz):
         return arviz.InferenceData(attrs=notes, **datasets)
     from xarray import DataTree
 
@@ -261,143 +255,6 @@ def loo(log_likelihood: Mapping[str, Any]) -> Loo:
     )
 
 
-def summary(
-    draws: Mapping[str, Any],
-    dims: Mapping[str, Sequence[str | None]] | None = None,
-    coords: Mapping[str, Any] | None = None,
-    circular: Collection[str] = (),
-) -> pandas.DataFrame:
-    r"""Tabulates mean, standard deviation and 94 % interval of every scalar parameter.
-
-    Args:
-        draws: Variable name -> equally weighted draws of shape ``(draws, *shape)``.
-        dims: Variable name -> names of the dimensions of ``shape``, as in ``to_inference_data``.
-        coords: Dimension name -> labels, as in ``to_inference_data``.
-        circular: Names of variables that are angles in radians. Their mean is the mean direction,
-            their ``sd`` the circular one, :math:`\sqrt{-2 \log R}` with the length :math:`R` of the
-            mean of the points on the unit circle, and their interval may run from a larger number
-            to a smaller one, across :math:`\pm\pi`.
-
-    Returns:
-        A data frame with a row for each scalar, labelled as ArviZ does (``mu``, ``theta[0]``,
-        ``theta[1, 2]``, ``theta[Choate]`` where ``coords`` has labels), and the columns ``mean``,
-        ``sd`` (of the sample, with the divisor ``draws - 1``), ``hdi_3%`` and ``hdi_97%`` (the ends
-        of the shortest interval that holds 94 % of the draws, as ArviZ computes it). All are NaN
-        where the draws are.
-
-    Raises:
-        ValueError: If a variable has fewer than two draws, or if ``dims`` or ``coords`` do not fit
-            the arrays.
-        TypeError: If draws are not real numbers, or if ``dims`` gives a string for a sequence.
-
-    Example:
-        >>> import numpy as np
-        >>> from pyroflows.report.arviz_bridge import summary
-        >>> table = summary({"mu": np.arange(101.0), "theta": np.zeros((101, 2))})
-        >>> list(table.index), float(table.loc["mu", "mean"])
-        (['mu', 'theta[0]', 'theta[1]'], 50.0)
-    """
-    import pandas
-
-    check_mapping("draws", draws)
-    check_mapping("dims", {} if dims is None else dims, to="dimensions")
-    check_mapping("coords", {} if coords is None else coords, to="labels")
-    with_chain = {name: np.asarray(values)[None] for name, values in draws.items()}
-    dataset = _dataset("posterior", with_chain, dims or {}, coords or {})
-    labels: list[str] = []
-    rows = [np.empty((0, 4))]
-    angles = {_storable_name(name) for name in circular}
-    for name, variable in dataset.data_vars.items():
-        if variable.sizes["draw"] < 2:
-            raise ValueError(
-                f"Expected at least 2 draws of {name!r}; got {variable.sizes['draw']}."
-            )
-        labels.extend(_labels(str(name), variable))
-        statistics = _circular_statistics if name in angles else _statistics
-        rows.append(statistics(variable.values[0]))
-    columns = ["mean", "sd", "hdi_3%", "hdi_97%"]
-    return pandas.DataFrame(np.concatenate(rows), index=labels, columns=columns)
-
-
-def hdi(columns: np.ndarray, probability: float = HDI_PROBABILITY) -> np.ndarray:
-    """Finds the shortest interval that holds a share of the draws, column by column.
-
-    Args:
-        columns: Draws of shape ``(draws, columns)``, at least two.
-        probability: The share of the draws that the interval holds.
-
-    Returns:
-        Lower and upper ends, of shape ``(columns, 2)``.
-
-    Example:
-        >>> import numpy as np
-        >>> from pyroflows.report.arviz_bridge import hdi
-        >>> hdi(np.arange(101.0)[:, None]).tolist()
-        [[0.0, 94.0]]
-    """
-    arviz = _import_arviz()
-    if not _has_datatree(arviz):
-        return np.asarray(arviz.hdi(columns[None], hdi_prob=probability))
-    from arviz_stats.base import array_stats
-
-    return np.asarray(array_stats.hdi(columns, prob=probability, axis=0))
-
-
-def diagnostics(
-    draws: Mapping[str, Any], circular: Collection[str] = ()
-) -> dict[str, dict[str, np.ndarray]]:
-    """Judges Markov chains by what ArviZ computes from them, for every scalar parameter.
-
-    Args:
-        draws: Variable name -> draws of shape ``(chain, draw, *shape)``.
-        circular: Names of variables that are angles, which are taken relative to their mean
-            direction.
-
-    Returns:
-        For ``"rhat"`` (of split, rank-normalised chains), ``"ess_bulk"``, ``"ess_tail"`` and
-        ``"mcse_mean"`` a mapping from variable name to an array of the variable's ``shape``. NaN is
-        what ArviZ says of a constant.
-
-    Raises:
-        ValueError: If a variable has fewer than four draws a chain.
-        TypeError: If draws are not real numbers.
-
-    Reference:
-        Rank-normalization, folding, and localization: An improved R-hat for assessing convergence
-        of MCMC (Vehtari, Gelman, Simpson, Carpenter, Burkner, 2021),
-        https://doi.org/10.1214/20-BA1221
-
-    Example:
-        >>> import numpy as np
-        >>> from pyroflows.report.arviz_bridge import diagnostics
-        >>> apart = np.random.default_rng(0).normal(size=(2, 100)) + np.array([[0.0], [5.0]])
-        >>> bool(diagnostics({"mu": apart})["rhat"]["mu"] > 1.5)
-        True
-    """
-    check_mapping("draws", draws)
-    arviz = _import_arviz()
-    arrays = {name: np.asarray(values) for name, values in draws.items()}
-    for name in circular:
-        arrays[name] = _wrap(arrays[name] - _mean_direction(arrays[name], axis=(0, 1)))
-    # Numbers for names, so that no variable is called as a dimension.
-    numbered = {f"{i}": values for i, values in enumerate(arrays.values())}
-    dataset = _dataset("posterior", numbered, {}, {})
-    if dataset.data_vars and dataset.sizes["draw"] < 4:
-        raise ValueError(f"Expected at least 4 draws a chain; got {dataset.sizes['draw']}.")
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        found = {
-            "rhat": arviz.rhat(dataset),
-            "ess_bulk": arviz.ess(dataset, method="bulk"),
-            "ess_tail": arviz.ess(dataset, method="tail"),
-            "mcse_mean": arviz.mcse(dataset, method="mean"),
-        }
-    return {
-        kind: {name: np.asarray(values[f"{i}"]) for i, name in enumerate(draws)}
-        for kind, values in found.items()
-    }
-
-
 def save(data: Any, path: str | os.PathLike[str]) -> None:
     """Writes what ``to_inference_data`` returned to a netCDF file, which either ArviZ can read.
 
@@ -446,9 +303,9 @@ def load(path: str | os.PathLike[str]) -> Any:
         See ``save``.
     """
     source = check_path("path", path)
-    arviz = _import_arviz()
+    arviz = import_arviz()
     try:
-        if not _has_datatree(arviz):
+        if not has_datatree(arviz):
             with arviz.rc_context({"data.load": "eager"}):
                 return arviz.from_netcdf(source, engine=ENGINE)
         from xarray import open_datatree
@@ -497,7 +354,8 @@ def _groups(data: Any) -> Iterator[tuple[str, xarray.Dataset]]:
         yield from data.items()
 
 
-def _import_arviz() -> Any:
+def import_arviz() -> Any:
+    """Imports ArviZ, quietly."""
     # At its first import ArviZ 0.23 announces its successor, by a warning once a day, and logs
     # which parts of the successor are not installed.
     log = logging.getLogger("arviz.preview")
@@ -515,16 +373,18 @@ def _refuse(record: logging.LogRecord) -> bool:
     return False
 
 
-def _has_datatree(arviz: Any) -> bool:
+def has_datatree(arviz: Any) -> bool:
+    """Tells whether this is ArviZ 1.x, whose containers are an ``xarray.DataTree``."""
     return int(arviz.__version__.split(".")[0]) >= 1
 
 
-def _dataset(
+def make_dataset(
     group: str,
     arrays: Mapping[str, Any],
     dims: Mapping[str, Sequence[str | None]],
     coords: Mapping[str, Any],
 ) -> xarray.Dataset:
+    """Puts one group of arrays into a dataset; see ``to_inference_data``."""
     from xarray import Dataset
 
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
@@ -532,7 +392,7 @@ def _dataset(
     for name, values in arrays.items():
         array = _checked_array(group, name, values)
         names = _dimensions(group, name, array.shape, dims.get(name, ()))
-        key = _storable_name(name)
+        key = storable_name(name)
         if key in variables:
             raise ValueError(f"Expected different names in {group!r}; got {key!r} twice.")
         for dim, size in zip(names, array.shape, strict=True):
@@ -583,21 +443,22 @@ def _dimensions(
         )
     names += [None] * (rank - len(names))
     named = [f"{name}_dim_{i}" if dim is None else dim for i, dim in enumerate(names)]
-    result = (*sample_dims, *map(_storable_name, named))
+    result = (*sample_dims, *map(storable_name, named))
     if len(set(result)) < len(result):
         raise ValueError(f"Expected different names for the dimensions of {name!r}; got {result}.")
     return result
 
 
 def _coordinates(sizes: Mapping[str, int], coords: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    given = {_storable_name(dim): np.asarray(labels) for dim, labels in coords.items()}
+    given = {storable_name(dim): np.asarray(labels) for dim, labels in coords.items()}
     for dim, size in sizes.items():
         if dim in given and given[dim].shape != (size,):
             raise ValueError(f"Expected {size} labels for {dim!r}; got shape {given[dim].shape}.")
     return {dim: given.get(dim, np.arange(size)) for dim, size in sizes.items()}
 
 
-def _storable_name(name: str) -> str:
+def storable_name(name: str) -> str:
+    """Replaces "/" in a name, because netCDF keeps it for groups."""
     return name.replace("/", ".")
 
 
@@ -637,9 +498,9 @@ def _tail_length(draws: int) -> int:
 
 
 def _arviz_psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    arviz = _import_arviz()
+    arviz = import_arviz()
     with np.errstate(all="ignore"):
-        if not _has_datatree(arviz):
+        if not has_datatree(arviz):
             smoothed, khat = arviz.psislw(log_weights.copy())
         else:
             from arviz_stats.base import array_stats
@@ -647,44 +508,3 @@ def _arviz_psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
             # Here ArviZ 1.x takes log likelihoods, of which the weights are the inverse.
             smoothed, khat = array_stats.psislw(-log_weights)
     return np.asarray(smoothed), float(khat)
-
-
-def _labels(name: str, variable: xarray.DataArray) -> Iterator[str]:
-    labels = [variable.coords[dim].values for dim in variable.dims[len(SAMPLE_DIMS) :]]
-    for entry in product(*labels):
-        yield f"{name}[{', '.join(map(str, entry))}]" if labels else name
-
-
-def _statistics(draws: np.ndarray) -> np.ndarray:
-    columns = _columns(draws)
-    table = np.full((columns.shape[1], 4), np.nan)
-    known = ~np.isnan(columns).any(0)
-    if known.any():
-        columns = columns[:, known]
-        table[known] = np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
-    return table
-
-
-def _circular_statistics(draws: np.ndarray) -> np.ndarray:
-    columns = _columns(draws)
-    mean = _mean_direction(columns)
-    length = np.hypot(np.cos(columns).mean(0), np.sin(columns).mean(0)).clip(max=1.0)
-    table = _statistics(_wrap(columns - mean))
-    table[:, 0] = _wrap(mean)
-    table[:, 1] = np.sqrt(-2 * np.log(length))
-    table[:, 2:] = _wrap(table[:, 2:] + mean[:, None])
-    return table
-
-
-def _columns(draws: np.ndarray) -> np.ndarray:
-    return draws.astype(np.float64).reshape(len(draws), math.prod(draws.shape[1:]))
-
-
-def _mean_direction(angles: np.ndarray, axis: Any = 0) -> np.ndarray:
-    direction: np.ndarray = np.arctan2(np.sin(angles).mean(axis), np.cos(angles).mean(axis))
-    return direction
-
-
-def _wrap(angles: np.ndarray) -> np.ndarray:
-    wrapped: np.ndarray = np.mod(angles + math.pi, 2 * math.pi) - math.pi
-    return wrapped

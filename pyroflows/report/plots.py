@@ -15,7 +15,8 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .._files import check_path, reason, write_whole
-from .arviz_bridge import check_mapping, hdi
+from .arviz_bridge import check_mapping
+from .statistics import hdi
 
 __all__ = ["hardest_pair", "plot_marginals", "plot_pair", "plot_posterior"]
 

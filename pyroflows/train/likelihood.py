@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from .._checks import caller_level, check_flag, check_positive, check_size
 from .._deadline import Deadline
+from .._outliers import bounded, few, list_rows, outlying, tail_end
 from .._random import seeded
 from ..distributions.flow import bijection_onto
 from ..flows import Flow
+from ..transforms.base import channels_last
 from ..transforms.standardize import Standardize
 from . import processes
 from .averaging import Best, copy_tensors, tensors_of
 from .checkpoint import Checkpoint
 from .compiled import compiled_log_prob
 from .loop import INTERRUPTED, TIME_OVER, Group, Loop, LoopOptions, Task
-from .points import Points, batches, log_prob, log_probs, mean_log_prob, split
+from .points import Data, Points, batches, log_prob, log_probs, shared_log_probs, split
 
 __all__ = ["DensityReport", "fit_density"]
 
@@ -34,6 +36,8 @@ IMPROVEMENT = 1e-4
 # The step size falls to this fraction whenever a third of the patience has passed without
 # improvement.
 DECAY = 0.4
+# Log-likelihoods less than this many nats below their median are never bounded.
+REACH = 20.0
 # Latent points beyond this mean or, up or down, this standard deviation are worth a word.
 FAR, WIDE = 3.0, 5.0
 
@@ -44,7 +48,7 @@ class DensityReport:
 
     Attributes:
         train: Mean log-likelihood of the training points in nats, before training and during each
-            epoch.
+            epoch, without outliers.
         validation: Mean log-likelihood of the validation points in nats, before training and after
             each epoch.
         best_epoch: The epoch whose parameters the flow has; 0 stands for those that it came with.
@@ -98,10 +102,10 @@ class DensityReport:
 
 def fit_density(
     flow: nn.Module,
-    x: Tensor,
-    context: Tensor | None = None,
+    x: Data,
+    context: Data | None = None,
     *,
-    validation: float | Tensor | Sequence[Tensor] = 0.1,
+    validation: float | Data | Sequence[Data] = 0.1,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
     max_epochs: int = 500,
@@ -123,10 +127,16 @@ def fit_density(
     over the epochs (or over the time, whichever is shorter) and whenever the log-likelihood of
     held-out points stands still. The training ends when that has not improved for ``patience``
     epochs, and the flow keeps the parameters that were best by it, also after Ctrl-C. The flow is
-    left in ``eval()`` mode. Under an initialised ``torch.distributed`` group all processes call
-    this alike; the points of a batch are shared out among them, and the result is that of one
-    process. (Layers that look at a whole batch, such as ``BatchNorm``, see the share of their
-    process.)
+    left in ``eval()`` mode.
+
+    A few outliers, at most a percent of the rows, steer nothing. Rows with an entry far beyond
+    where the tail of its column ends are left out of training; log-likelihoods held out that are
+    far below the others count as the end of their tail in the choice of the best parameters.
+    Warnings name these rows. What is reported of validation counts them in full.
+
+    Under an initialised ``torch.distributed`` group all processes call this alike; the points of a
+    batch are shared out among them, and the result is that of one process. (Layers that look at a
+    whole batch, such as ``BatchNorm``, see the share of their process.)
 
     A last layer :class:`pyroflows.transforms.Standardize` that was not fitted before is fitted to
     the training points.
@@ -135,7 +145,8 @@ def fit_density(
         flow: A flow, or any module whose call, with the context if there is one, returns a
             distribution over single points. Its parameters change in place; points are moved to
             its device and dtype.
-        x: Points of shape ``(N, *event_shape)``.
+        x: Points of shape ``(N, *event_shape)``, a tensor or an array of numpy; so are the other
+            points and contexts.
         context: Their contexts, of shape ``(N, context_features)``; ``None`` for a flow without
             context.
         validation: Fraction of the points to hold out, chosen at random; or the held-out points
@@ -202,7 +213,7 @@ def fit_density(
     file = None if checkpoint is None else Checkpoint(checkpoint, {"seed": seed})
     with seeded(processes.agree(seed)), torch.enable_grad():
         task = _prepare(flow, x, context, validation, options)
-        _warn_if_far(flow, task.train)
+        _warn_of_start(flow, task.train)
         if compile:
             first = task.train.rows(slice(task.options.batch_size))
             task.log_prob = compiled_log_prob(flow, first) or task.log_prob
@@ -210,7 +221,7 @@ def fit_density(
 
 
 def _prepare(
-    flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any, options: _Options
+    flow: nn.Module, x: Data, context: Data | None, validation: Any, options: _Options
 ) -> _DataTask:
     """Checks everything and sets out the points; an error leaves the flow as it was."""
     before = copy_tensors(flow)
@@ -220,6 +231,8 @@ def _prepare(
     try:
         flow.eval()
         train, held_out = split(flow, x, context, validation)
+        far = _far_rows(flow, train)
+        outliers, train = train.rows(far), train.rows(~far)
         smallest = len(train.x) // batches(len(train.x), options.batch_size)
         if smallest < processes.world_size():
             raise ValueError(
@@ -227,16 +240,16 @@ def _prepare(
                 f"{processes.world_size()} processes."
             )
         _fit_standardize(flow, train.x)
-        history = (
-            _first_log_prob("x", flow, train, options),
-            _first_log_prob("validation", flow, held_out, options),
-        )
+        first = _first_log_probs(flow, train, options, allowed=0)
+        # A percent of the points held out steers nothing, wherever they are.
+        held = _first_log_probs(flow, held_out, options, allowed=len(held_out.x) // 100)
     except BaseException:
         flow.load_state_dict(before, strict=False)
         for module, mode in modes:
             module.training = mode
         raise
-    return _DataTask(flow, train, held_out, options, history)
+    _warn_of_outliers(outliers)
+    return _DataTask(flow, train, held_out, options, (first, held))
 
 
 class _Options(NamedTuple):
@@ -256,18 +269,21 @@ class _DataTask(Task):
         train: Points,
         held_out: Points,
         options: _Options,
-        history: tuple[float, float],
+        first: tuple[Tensor, Tensor],
     ) -> None:
         self.module, self.train, self.held_out, self.options = flow, train, held_out, options
         parameters = [p for p in flow.parameters() if p.requires_grad]
         self.groups = [Group(parameters, options.learning_rate)]
         self.look_every = batches(len(train.x), options.batch_size)
         self.log_prob: Callable[[Points], Tensor] = functools.partial(log_prob, flow)
-        self.history = {"train": [history[0]], "validation": [history[1]]}
+        self.history: dict[str, list[float]] = {"train": [], "validation": [], "score": []}
         self._batches: list[Tensor] = []
         self._taken = 0
         self._seen: list[Tensor] = []
-        self._goal, self._stale, self._shrunk = history[1], 0, 1.0
+        self._stale, self._shrunk = 0, 1.0
+        self.reach = _reach(first[0])
+        self.history["train"].append(float(first[0].mean()))
+        self._goal = self._judge(first[1])
 
     @property
     def looked(self) -> bool:
@@ -302,27 +318,37 @@ class _DataTask(Task):
         self._seen.append(value)
 
     def look(self) -> float:
-        """The log-likelihood of the points held out; ends the epoch, complete or not."""
+        """The bounded log-likelihood of the points held out; ends the epoch, complete or not."""
         self.module.eval()
-        value = mean_log_prob(self.module, self.held_out, self.options.batch_size)
+        values = shared_log_probs(self.module, self.held_out, self.options.batch_size)
         seen = float(torch.stack(self._seen).mean()) if self._seen else math.nan
         self.history["train"].append(seen)
-        self.history["validation"].append(value)
         self._taken = 0
         self._seen.clear()
-        return value
+        return self._judge(values)
+
+    def _judge(self, values: Tensor) -> float:
+        """Notes log-likelihoods of the points held out; returns the mean of the bounded ones."""
+        self.history["validation"].append(float(values.mean()))
+        values = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        self.reach = min(self.reach, _reach(values))
+        kept = bounded(values, self.reach)
+        row_numbers = self.held_out.row_numbers
+        self.beyond = row_numbers[(kept > values).to(row_numbers.device)]
+        self.history["score"].append(float(kept.mean()))
+        return self.history["score"][-1]
 
     def conclude(self, best: Best) -> str | None:
-        validation, options = self.history["validation"], self.options
-        if validation[-1] > self._goal + IMPROVEMENT:
-            self._goal, self._stale = validation[-1], 0
+        scores, options = self.history["score"], self.options
+        if scores[-1] > self._goal + IMPROVEMENT:
+            self._goal, self._stale = scores[-1], 0
         else:
             self._stale += 1
             if self._stale % max(1, options.patience // 3) == 0:
                 self._shrunk *= DECAY
         if self._stale >= options.patience:
             return f"validation had not improved for {_count(options.patience, 'epoch')}"
-        if len(validation) > options.max_epochs:
+        if len(scores) > options.max_epochs:
             return f"all {_count(options.max_epochs, 'epoch')} were done"
         return None
 
@@ -332,7 +358,7 @@ class _DataTask(Task):
         return self._shrunk
 
     def describe(self, best: Best) -> str:
-        return f"validation {self.history['validation'][-1]:.3f}, best {best.value:.3f}"
+        return f"validation {self.history['score'][-1]:.3f}, best {best.value:.3f}"
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -349,14 +375,16 @@ class _DataTask(Task):
             "order": torch.cat(self._batches) if self._taken else torch.zeros(0),
             "taken": self._taken,
             "seen": torch.stack(self._seen) if self._seen else torch.zeros(0),
-            "patience": [self._goal, self._stale, self._shrunk],
+            "patience": [self._goal, self._stale, self._shrunk, self.reach],
+            "beyond": self.beyond,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self.train.x.device
         self.history = {name: list(values) for name, values in state["history"].items()}
         self._seen = list(state["seen"].to(device).unbind())
-        self._goal, self._stale, self._shrunk = state["patience"]
+        self._goal, self._stale, self._shrunk, self.reach = state["patience"]
+        self.beyond = state["beyond"].to(self.held_out.row_numbers.device)
         self._taken = state["taken"]
         if self._taken:
             self._shuffle(state["order"].to(device))
@@ -367,7 +395,7 @@ def _run(
 ) -> DensityReport:
     """Trains to the end, judges an epoch that was cut short, and restores the best parameters."""
     steps = task.look_every * task.options.max_epochs
-    loop.best.see(task.history["validation"][0])
+    loop.best.see(task.history["score"][0])
     try:
         done = loop.run(steps, deadline=deadline, progress=progress, checkpoint=checkpoint)
         if not task.looked:
@@ -380,10 +408,11 @@ def _run(
         task.module.eval()
     if reason == TIME_OVER:
         reason = f"the time limit of {deadline.seconds:g} s was reached"
+    _warn_of_bounded_rows(task)
     return DensityReport(
         train=tuple(task.history["train"]),
         validation=tuple(task.history["validation"]),
-        best_epoch=task.history["validation"].index(loop.best.value),
+        best_epoch=task.history["score"].index(loop.best.value),
         steps=loop.steps,
         skipped=loop.skipped,
         seconds=deadline.elapsed,
@@ -409,16 +438,58 @@ def _check_options(options: _Options) -> _Options:
     return options
 
 
-def _first_log_prob(name: str, flow: nn.Module, points: Points, options: _Options) -> float:
+def _first_log_probs(flow: nn.Module, points: Points, options: _Options, allowed: int) -> Tensor:
     values = log_probs(flow, points, options.batch_size)
-    if not bool(values.isfinite().all()):
+    odd = ~values.isfinite()
+    if int(odd.sum()) > allowed:
+        rows = points.row_numbers[odd.to(points.row_numbers.device)].sort().values
         raise ValueError(
-            f"Expected a finite density at every point of {name} before training; "
-            f"{int((~values.isfinite()).sum())} of "
-            f"{len(values)} points have none. Standardise the points, or end the flow with "
-            "Standardize."
+            f"Expected a finite density at every point of {points.name} before training; "
+            f"{len(rows)} of {len(values)} points have none: {list_rows(rows)}. Standardise the "
+            "points, or end the flow with Standardize."
         )
-    return float(values.mean())
+    return values
+
+
+def _reach(values: Tensor) -> float:
+    """How far below their median log-likelihoods count in full."""
+    return max(REACH, tail_end((values.median() - values).clamp(min=0)))
+
+
+def _far_rows(flow: nn.Module, points: Points) -> Tensor:
+    """Tells which rows have an entry that is an outlier of its column; a few rows or none."""
+    x = _unconstrained(flow, points.x) if isinstance(flow, Flow) else points.x
+    far = torch.zeros(len(x), dtype=torch.bool)
+    for value in (x, points.context):
+        if value is not None and value.numel():
+            value = value.detach().to("cpu", torch.float64)
+            columns = channels_last(value, value.shape[1:])
+            far |= outlying(columns).reshape(len(value), -1).any(-1)
+    return (far & (far.sum() <= few(len(far)))).to(points.x.device)
+
+
+def _warn_of_outliers(outliers: Points) -> None:
+    """Warns of rows that training leaves out."""
+    if len(outliers.x):
+        rows = list_rows(outliers.row_numbers.sort().values)
+        _warn(
+            f"Training leaves out {rows} of x, because entries lie far beyond where the tails of "
+            "their columns end."
+        )
+
+
+def _warn_of_bounded_rows(task: _DataTask) -> None:
+    """Warns of rows held out whose log-likelihoods the choice of the parameters bounds."""
+    if len(task.beyond):
+        rows = f"{list_rows(task.beyond.sort().values)} of {task.held_out.name}"
+        _warn(
+            f"Early stopping counted {rows} as {task.reach:.3g} nats below the median, because of "
+            "a far lower log-likelihood, which the report's mean has in full."
+        )
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=caller_level())
 
 
 def _fit_standardize(flow: nn.Module, x: Tensor) -> None:
@@ -433,22 +504,35 @@ def _unconstrained(flow: Flow, x: Tensor) -> Tensor:
     return x if flow.support is None else bijection_onto(flow.support).inv(x)
 
 
-@torch.no_grad()
-def _warn_if_far(flow: nn.Module, points: Points) -> None:
-    """Warns if the flow takes the points far from its base, the standard normal."""
+def _warn_of_start(flow: nn.Module, points: Points) -> None:
+    """Warns of columns that hardly vary, or else of points far from a standard normal base."""
+    if not isinstance(flow, Flow):
+        return
+    x = points.x.reshape(len(points.x), -1)
+    others = (x != x[:100].median(0).values).sum(0)
+    constant = others <= len(x) // 100
+    if bool(constant.any()):
+        columns = list_rows(constant.nonzero().flatten()).replace("row", "column")
+        _warn(
+            "The likelihood has no maximum, because each density is surpassed by one that is "
+            f"narrower in {columns} of x, where at least 99 % of the rows are the same; leave "
+            "constant columns out."
+        )
+        return
     some = points.rows(slice(1000))
-    if not isinstance(flow, Flow) or len(some.x) < 100:
+    if len(some.x) < 100:
         return
     if isinstance(flow.given_base, torch.distributions.Distribution):
         return
-    latent, _ = flow(some.context).transform.inverse_and_log_det(_unconstrained(flow, some.x))
+    with torch.no_grad():
+        x = _unconstrained(flow, some.x)
+        latent, _ = flow(some.context).transform.inverse_and_log_det(x)
     mean, sd = latent.mean(0).abs().max(), latent.std(0)
     if bool((mean > FAR) | (sd.max() > WIDE) | (sd.min() < 1 / WIDE)):
-        warnings.warn(
+        _warn(
             f"The flow starts far from the points: it takes them to means up to {float(mean):.3g} "
             "and standard deviations "
             f"from {float(sd.min()):.3g} to {float(sd.max()):.3g}, which training has to mend "
             "first. Standardise the "
-            "points, or end the flow with Standardize.",
-            stacklevel=caller_level(),
+            "points, or end the flow with Standardize."
         )

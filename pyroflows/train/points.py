@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._checks import check_tensor
@@ -16,14 +18,17 @@ from ..distributions.flow import advise_features
 from . import processes
 
 __all__ = [
+    "Data",
     "Points",
     "batches",
     "distribution_of",
     "log_prob",
     "log_probs",
-    "mean_log_prob",
+    "shared_log_probs",
     "split",
 ]
+
+Data = Tensor | NDArray[np.floating[Any]]
 
 
 class Points(NamedTuple):
@@ -32,14 +37,19 @@ class Points(NamedTuple):
     Attributes:
         x: Of shape ``(n, *event_shape)``.
         context: Of shape ``(n, *context_shape)``, or ``None``.
+        row_numbers: The rows of the given data that they are, of shape ``(n,)``.
+        name: The argument that they were given as.
     """
 
     x: Tensor
     context: Tensor | None
+    row_numbers: Tensor
+    name: str
 
     def rows(self, index: Any) -> Points:
         """Some of them."""
-        return Points(self.x[index], None if self.context is None else self.context[index])
+        context = None if self.context is None else self.context[index]
+        return Points(self.x[index], context, self.row_numbers[index], self.name)
 
 
 def batches(count: int, size: int) -> int:
@@ -66,17 +76,14 @@ def log_probs(flow: nn.Module, points: Points, batch_size: int) -> Tensor:
     return torch.cat(values)
 
 
-def mean_log_prob(flow: nn.Module, points: Points, batch_size: int) -> float:
-    """The mean log density of all points, of which each process evaluates its share."""
+def shared_log_probs(flow: nn.Module, points: Points, batch_size: int) -> Tensor:
+    """The log density of each point, of which each process evaluates its share."""
     mine = points.rows(processes.rows(len(points.x)))
-    total = log_probs(flow, mine, batch_size).sum().to(points.x.device)
-    processes.sum_over_ranks([total])
-    return float(total) / len(points.x)
+    values = log_probs(flow, mine, batch_size)
+    return processes.gather(values.to(points.x.device), len(points.x)).cpu()
 
 
-def split(
-    flow: nn.Module, x: Tensor, context: Tensor | None, validation: Any
-) -> tuple[Points, Points]:
+def split(flow: nn.Module, x: Data, context: Data | None, validation: Any) -> tuple[Points, Points]:
     """The training points and those held out."""
     trained = next((p for p in flow.parameters() if p.requires_grad), None)
     if trained is None:
@@ -87,7 +94,8 @@ def split(
     if isinstance(validation, Real) and not isinstance(validation, bool):
         train, held_out = _hold_out(points, float(validation))
     else:
-        given: Any = (validation,) if isinstance(validation, Tensor) else validation
+        alone = isinstance(validation, Tensor) or hasattr(validation, "__array__")
+        given: Any = (validation,) if alone else validation
         if not isinstance(given, Sequence) or isinstance(given, str) or not 1 <= len(given) <= 2:
             raise TypeError(
                 "Expected validation to be a fraction, held-out points, or a pair of points and "
@@ -108,13 +116,13 @@ def split(
 
 def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Tensor) -> Points:
     """Points that a flow can be fitted to, where it is and of its dtype."""
-    check_tensor(name, x, ())
+    x = check_tensor(name, _as_tensor(x), ())
     if x.dim() == 0 or len(x) == 0:
         raise ValueError(
             f"Expected {name} to hold points along its first dimension; got shape {tuple(x.shape)}."
         )
     if context is not None:
-        check_tensor("context", context, ())
+        context = check_tensor("context", _as_tensor(context), ())
         if context.dim() == 0 or len(context) != len(x):
             raise ValueError(
                 f"Expected one context for each of the {len(x)} points; got shape "
@@ -129,9 +137,24 @@ def _points(name: str, flow: nn.Module, x: Any, context: Any = None, *, like: Te
     def placed(value: Tensor) -> Tensor:
         return value.detach().to(like.device, like.dtype)
 
-    points = Points(placed(x), None if context is None else placed(context))
+    index = torch.arange(len(x), device=like.device)
+    points = Points(placed(x), None if context is None else placed(context), index, name)
     _check_event(name, flow, points)
     return points
+
+
+def _as_tensor(value: Any) -> Any:
+    """A tensor of the numbers of an array of numpy, or whatever becomes one, such as a table."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array__"):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiub":
+        return value
+    if array.dtype.kind == "f" and np.ma.is_masked(value):
+        array = np.ma.filled(value, np.nan)  # entries that are masked are missing
+    # The dtypes that torch has no name for are those of other byte orders and sizes.
+    native = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
+    return torch.from_numpy(np.array(array, dtype=native, order="C"))
 
 
 def _hold_out(points: Points, fraction: float) -> tuple[Points, Points]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor
+from .._outliers import outlying
 from .base import Transform, channels_last
 
 __all__ = ["Standardize"]
@@ -21,7 +22,8 @@ class Standardize(Transform):
     It goes last, next to the data, so that all layers before it see entries of mean zero and
     variance one. Its numbers are buffers: they are saved and moved with the module, and no
     optimiser touches them. It is the identity until it is fitted, by :meth:`fit`, :meth:`from_data`
-    or :func:`pyroflows.fit_density`. Images and series are standardised channel by channel.
+    or :func:`pyroflows.fit_density`. Images and series are standardised channel by channel. A few
+    numbers far beyond all others do not count.
 
     Args:
         features: Entries of a vector, or the shape of an event, whose first dimension holds the
@@ -93,7 +95,7 @@ class Standardize(Transform):
                 f"Expected finite numbers in x; got {int(odd.sum())} rows with others."
             )
         values = channels_last(points, self.event_shape)
-        loc, scale = values.mean(0), values.std(0)
+        loc, scale = _moments(values)
         tiny = scale.to(self.scale.dtype) < torch.finfo(self.scale.dtype).tiny
         constant = tiny | (values == values[0]).all(0)
         if bool(constant.any()):
@@ -128,3 +130,14 @@ class Standardize(Transform):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, log_det = self.forward_and_log_det(x)
         return y, log_det, score / self.scale
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and standard deviation of each column, without its outliers."""
+    far = outlying(values)
+    if not bool(far.any()):
+        return values.mean(0), values.std(0)
+    kept = values.masked_fill(far, torch.nan)
+    mean = kept.nanmean(0)
+    squares = (kept - mean).square().nansum(0)
+    return mean, (squares / ((~far).sum(0) - 1)).sqrt()

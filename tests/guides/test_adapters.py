@@ -491,13 +491,13 @@ def test_discrete_sites_are_left_out() -> None:
 
 def test_a_guide_is_asked_by_its_methods_alone() -> None:
     class Fixed(Guide):
-        features = 5
+        features = 6
 
     guide = Fixed()
     assert as_guide(guide, LogDensity(model, (data(),))) is guide
     assert not guide.base_spaces() and not guide.has_path_gradient and not guide.state_dict()
     (part,) = guide.parts()
-    assert part.entries.tolist() == [0, 1, 2, 3, 4] and part.rows is None
-    for call in (lambda: guide.log_prob(torch.zeros(1, 5)), lambda: guide.sample_and_log_prob(1)):
+    assert part.entries.tolist() == [0, 1, 2, 3, 4, 5] and part.rows is None
+    for call in (lambda: guide.log_prob(torch.zeros(1, 6)), lambda: guide.sample_and_log_prob(1)):
         with pytest.raises(NotImplementedError, match="Fixed does not define"):
             call()

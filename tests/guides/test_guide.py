@@ -49,9 +49,10 @@ def base() -> Any:
     return dist.StudentT(torch.full((FEATURES,), 5.0), 0.0, 2.0).to_event(1)
 
 
+PUBLIC = {name: getattr(pf, name) for name in pf.__all__}
 FLOWS: dict[str, Callable[[int], Any]] = {
     name: flow
-    for name, flow in vars(pf).items()
+    for name, flow in PUBLIC.items()
     if name != "Glow" and isinstance(flow, type) and issubclass(flow, pf.flows.LayeredFlow)
 }
 OPTIONS: dict[str, Callable[[int], Any]] = {

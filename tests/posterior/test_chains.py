@@ -21,7 +21,7 @@ from pyroflows.model import LogDensity
 from pyroflows.posterior import Posterior
 from pyroflows.posterior import chains as mcmc
 from pyroflows.posterior.chains import Chains, flow_mc, neutra
-from pyroflows.report import arviz_bridge as arviz
+from pyroflows.report import statistics
 from pyroflows.sampling.hamiltonian import evaluate, latent_target
 from pyroflows.sampling.spaces import plain_space
 
@@ -131,7 +131,7 @@ def assert_moments(chains: Chains, site: str, mean: float, variance: float) -> N
     """First and second moment within 4.5 standard errors, which come from the effective sample sizes."""
     x = chains.draws[site].double().numpy()
     for values, expected in ((x, mean), (np.square(x - mean), variance)):
-        error = float(arviz.diagnostics({"f": values})["mcse_mean"]["f"])
+        error = float(statistics.diagnostics({"f": values})["mcse_mean"]["f"])
         assert error < 0.2 * math.sqrt(variance) * max(1, math.sqrt(variance)), (
             "the chains say nothing"
         )
@@ -175,7 +175,7 @@ def test_jumps_between_modes() -> None:
     chains = flow_mc(posterior, draws=150, progress=False)
     x = chains.draws["x"]
     right = (x[..., 0] > 0).double().numpy()
-    error = float(arviz.diagnostics({"f": right})["mcse_mean"]["f"])
+    error = float(statistics.diagnostics({"f": right})["mcse_mean"]["f"])
     assert error < 0.02
     assert abs(right.mean() - 0.8) < 4.5 * error
     for sign, loc in ((-1, (-8.0, 0.0)), (1, (8.0, 1.0))):
@@ -336,13 +336,13 @@ def test_summary() -> None:
 
 def test_diagnostics_of_few_draws() -> None:
     with pytest.raises(ValueError, match="Expected at least 4 draws a chain; got 3"):
-        arviz.diagnostics({"x": np.zeros((2, 3))})
+        statistics.diagnostics({"x": np.zeros((2, 3))})
 
 
 def test_diagnostics_see_chains_apart() -> None:
     draws = np.random.default_rng(0).normal(size=(4, 100, 2))
     draws[0, :, 1] += 5
-    found = arviz.diagnostics({"x": draws, "chain": np.ones((4, 100))})
+    found = statistics.diagnostics({"x": draws, "chain": np.ones((4, 100))})
     assert found["rhat"]["x"][0] < 1.05 < 1.5 < found["rhat"]["x"][1]
     assert math.isnan(found["rhat"]["chain"])
 

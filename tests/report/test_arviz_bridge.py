@@ -1,4 +1,4 @@
-"""The bridge to ArviZ. Runs with ArviZ 0.23 and, without torch, with ArviZ 1.x:
+"""The bridge to ArviZ and the statistics. Runs with ArviZ 0.23 and, without torch, with ArviZ 1.x:
 
 pytest --noconftest tests/report/test_arviz_bridge.py
 """
@@ -28,17 +28,18 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def load_bridge() -> ModuleType:
+def load_modules() -> tuple[ModuleType, ModuleType]:
     if importlib.util.find_spec("torch") is None:
         # Packages without their __init__.py, which import torch.
         for package in (PATH.parents[1], PATH.parent):
             name = "pyroflows" if package.name == "pyroflows" else "pyroflows.report"
             sys.modules[name] = ModuleType(name)
             sys.modules[name].__path__ = [str(package)]
-    return importlib.import_module("pyroflows.report.arviz_bridge")
+    bridge = importlib.import_module("pyroflows.report.arviz_bridge")
+    return bridge, importlib.import_module("pyroflows.report.statistics")
 
 
-bridge = load_bridge()
+bridge, statistics = load_modules()
 DATATREE = int(az.__version__.split(".")[0]) >= 1
 SCHOOLS = ["Choate", "Deerfield", "Phillips"]
 
@@ -302,8 +303,8 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
         lambda groups: bridge.to_inference_data({"posterior": groups}),
         lambda notes: bridge.to_inference_data({}, attrs=[1] if notes is None else notes),
         bridge.loo,
-        bridge.summary,
-        bridge.diagnostics,
+        statistics.summary,
+        statistics.diagnostics,
     ],
 )
 def test_what_maps_no_names_is_told(report: Any, wrong: Any) -> None:
@@ -494,7 +495,7 @@ def test_summary_against_numpy() -> None:
         "theta": np.exp(normal(1000, 2, 3, seed=1)),
         "z": np.arange(1000) % 7,
     }
-    table = bridge.summary(draws)
+    table = statistics.summary(draws)
     assert list(table.columns) == ["mean", "sd", "hdi_3%", "hdi_97%"]
     assert list(table.index) == [
         "mu",
@@ -519,7 +520,7 @@ def test_summary_against_numpy() -> None:
 )
 def test_summary_labels_and_moments_as_arviz(dims: Any, coords: Any) -> None:
     draws = {"mu": normal(400), "theta": normal(400, 3, 2, seed=1)}
-    table = bridge.summary(draws, dims, coords)
+    table = statistics.summary(draws, dims, coords)
     chains = {name: values[None] for name, values in draws.items()}
     data = bridge.to_inference_data({"posterior": chains}, dims, coords)
     expected = az.summary(data, kind="stats", round_to="none")
@@ -529,10 +530,10 @@ def test_summary_labels_and_moments_as_arviz(dims: Any, coords: Any) -> None:
 
 
 def test_summary_of_booleans_of_nothing_and_of_empty_sites() -> None:
-    table = bridge.summary({"b": np.array([True, False] * 50), "none": np.zeros((100, 0))})
+    table = statistics.summary({"b": np.array([True, False] * 50), "none": np.zeros((100, 0))})
     assert list(table.index) == ["b"]
     assert table.loc["b", "mean"] == 0.5
-    assert bridge.summary({}).shape == (0, 4)
+    assert statistics.summary({}).shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -545,14 +546,14 @@ def test_summary_of_booleans_of_nothing_and_of_empty_sites() -> None:
 )
 def test_summary_refuses(draws: Any, dims: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        bridge.summary(draws, dims)
+        statistics.summary(draws, dims)
 
 
 def test_hdi_is_the_shortest_interval() -> None:
     columns = np.column_stack([normal(500), np.exp(normal(500, seed=1))])
     for probability in (0.5, 0.94):
         expected = [shortest_interval(column, probability) for column in columns.T]
-        np.testing.assert_allclose(bridge.hdi(columns, probability), expected, rtol=1e-12)
+        np.testing.assert_allclose(statistics.hdi(columns, probability), expected, rtol=1e-12)
 
 
 # ArviZ takes what the bridge gives
@@ -586,6 +587,7 @@ for name, folder in (("pyroflows", {str(PATH.parents[1])!r}), ("pyroflows.report
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
 import pyroflows.report.arviz_bridge as bridge
+import pyroflows.report.statistics
 assert "arviz" not in sys.modules
 bridge.psis(np.random.default_rng(0).normal(size=1000))
 assert not {{"torch", "pyro"}} & set(sys.modules)
@@ -644,7 +646,7 @@ def test_misuse_of_loo(log_likelihood: Any, error: type[Exception], message: str
 def test_moments_of_angles_are_taken_on_the_circle() -> None:
     rng = np.random.default_rng(0)
     angles = np.stack([rng.vonmises(3.0, 8.0, 4000), rng.vonmises(0.5, 8.0, 4000)], 1)
-    table = bridge.summary({"mu": angles, "x": angles}, circular=["mu"])
+    table = statistics.summary({"mu": angles, "x": angles}, circular=["mu"])
     assert table.loc["mu[0]", "mean"] == pytest.approx(3.0, abs=0.03)
     # sqrt(-2 log R) with R = I1(8) / I0(8)
     assert table.loc["mu[0]", "sd"] == pytest.approx(0.366, abs=0.01)
@@ -655,13 +657,13 @@ def test_moments_of_angles_are_taken_on_the_circle() -> None:
         table.loc["mu[1]", ends].tolist(), table.loc["x[1]", ends].tolist(), atol=1e-6
     )
     chains = angles.reshape(2, 2000, 2)
-    rhat = bridge.diagnostics({"mu": chains}, circular=["mu"])["rhat"]["mu"]
+    rhat = statistics.diagnostics({"mu": chains}, circular=["mu"])["rhat"]["mu"]
     assert bool((rhat < 1.02).all())
 
 
 def test_missing_entries_have_a_row_without_numbers() -> None:
     draws = np.random.default_rng(0).normal(size=(100, 2))
     draws[:, 1] = np.nan
-    table = bridge.summary({"x": draws, "mu": draws}, circular=["mu"])
+    table = statistics.summary({"x": draws, "mu": draws}, circular=["mu"])
     assert table.loc[["x[1]", "mu[1]"]].isna().all().all()
     assert table.loc[["x[0]", "mu[0]"]].notna().all().all()

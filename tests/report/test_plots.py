@@ -10,8 +10,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pyroflows.report.arviz_bridge import summary
 from pyroflows.report.plots import hardest_pair, plot_marginals, plot_pair, plot_posterior
+from pyroflows.report.statistics import summary
 
 
 def schools(n: int = 4000) -> dict[str, np.ndarray]:

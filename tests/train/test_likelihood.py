@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -359,10 +360,25 @@ BAD: dict[str, tuple[Callable[[], DensityReport], type[Exception], str]] = {
         ValueError,
         r"single points; got one of batch shape \(2,\)",
     ),
-    "x-array": (
-        lambda: quickly(small(), noise(N, 2).numpy()),
+    "x-list": (
+        lambda: quickly(small(), noise(N, 2).tolist()),
         TypeError,
         "Expected x to be a tensor",
+    ),
+    "x-array-of-integers": (
+        lambda: quickly(small(), np.ones((N, 2), int)),
+        TypeError,
+        "floating-point dtype",
+    ),
+    "x-array-of-text": (
+        lambda: quickly(small(), np.full((N, 2), "1")),
+        TypeError,
+        "Expected x to be a tensor",
+    ),
+    "x-array-with-masked-entries": (
+        lambda: quickly(small(), np.ma.masked_less(noise(N, 2).numpy(), -2)),
+        ValueError,
+        "finite numbers in x; 18 of 400 rows",
     ),
     "x-integers": (
         lambda: quickly(small(), torch.ones(N, 2).long()),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._checks import check_positive, check_size
 from ...model.density import LogDensity
-from ...model.sites import LatentSite
+from ...model.sites import LatentSite, find_latent_sites
 from ._traces import latent_draws
 from .objective import Objective, check_distribution, check_reparametrised
 
@@ -83,7 +83,9 @@ class _DrawsObjective(VectorObjective):
     def _target(
         self, model: Any, guide: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> _Sites:
-        return _Sites(guide.sites)
+        # A guide of Pyro's knows its trace alone.
+        sites = getattr(guide, "sites", None)
+        return _Sites(find_latent_sites(guide.prototype_trace) if sites is None else sites)
 
     def _vectors(self, target: LogDensity | _Sites) -> Tensor:
         """The draws as unconstrained vectors."""
