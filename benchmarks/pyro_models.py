@@ -33,14 +33,12 @@ class Case:
         scalars: From draws by site, of shape ``(n, *shape)``, to scalars by name, of shape
             ``(n,)``: all entries of all sites by default. Models whose labels can be switched give
             numbers that do not depend on them.
-        sites: The deterministic sites that they need beside the latent ones.
     """
 
     model: Callable[..., Any]
     args: tuple[Any, ...] = ()
     exact: Moments = field(default_factory=dict)
     scalars: Callable[[Draws], dict[str, Tensor]] | None = None
-    sites: tuple[str, ...] = ()
 
 
 def case(make: Callable[[], Case]) -> Callable[[], Case]:
@@ -240,7 +238,9 @@ def sparse_regression() -> Case:
         products = (kappa * x) @ (kappa * x).T
         k = 0.5 * eta1**2 * (1.0 + products).square() - 0.5 * eta1**2 + torch.eye(n) * 1e-4
         noise = sigma.square() * torch.eye(n)
-        pyro.sample("y", dist.MultivariateNormal(torch.zeros(n), covariance_matrix=k + noise), obs=y)
+        pyro.sample(
+            "y", dist.MultivariateNormal(torch.zeros(n), covariance_matrix=k + noise), obs=y
+        )
 
     return Case(model, (x, y), scalars=logs("sigma", "eta1", "lambda", "msq"))
 
@@ -283,7 +283,10 @@ def lkj() -> Case:
         rows, columns = torch.tril_indices(d, d, -1)
         return {
             **only("theta")(draws),
-            **{f"corr[{int(i)}, {int(j)}]": corr[:, i, j] for i, j in zip(rows, columns)},
+            **{
+                f"corr[{int(i)}, {int(j)}]": corr[:, i, j]
+                for i, j in zip(rows, columns, strict=True)
+            },
         }
 
     return Case(model, (y,), scalars=scalars)
@@ -309,7 +312,12 @@ def gaussian_mixture() -> Case:
     def scalars(draws: Draws) -> dict[str, Tensor]:
         locs, order = draws["locs"].sort(-1)
         weight = draws["weights"].gather(-1, order)[:, 0]
-        return {"low": locs[:, 0], "high": locs[:, 1], "weight": weight, "scale": draws["scale"].log()}
+        return {
+            "low": locs[:, 0],
+            "high": locs[:, 1],
+            "weight": weight,
+            "scale": draws["scale"].log(),
+        }
 
     return Case(model, (data,), scalars=scalars)
 
@@ -324,7 +332,9 @@ def toy_mixture() -> Case:
     def model(events: Tensor) -> None:
         share = pyro.sample("share", dist.Beta(2.0, 2.0))
         with pyro.plate("kinds", 2):
-            first = pyro.sample("first", dist.Beta(torch.tensor([2.0, 6.0]), torch.tensor([6.0, 2.0])))
+            first = pyro.sample(
+                "first", dist.Beta(torch.tensor([2.0, 6.0]), torch.tensor([6.0, 2.0]))
+            )
             second = pyro.sample("second", dist.Beta(2.0, 2.0))
         with pyro.plate("rows", len(events)):
             kind = pyro.sample("kind", dist.Bernoulli(share), infer={"enumerate": "parallel"})
@@ -389,5 +399,3 @@ def lda() -> Case:
         }
 
     return Case(model, (words,), scalars=scalars)
-
-

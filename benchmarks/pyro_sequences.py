@@ -9,12 +9,11 @@ import math
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
-from benchmarks.pyro_models import Case, Draws, case, logs, only
+from benchmarks.pyro_models import Case, case, logs, only
 
 PARALLEL = {"enumerate": "parallel"}
 
