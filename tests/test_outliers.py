@@ -38,7 +38,7 @@ def test_an_honest_sample_has_no_outliers(name: str) -> None:
     assert not bool(outlying(SAMPLES[name].unsqueeze(-1)).any())
 
 
-@pytest.mark.parametrize("name", SAMPLES.keys() - {"two far groups"})
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name != "two far groups"])
 @pytest.mark.parametrize("size", [1e6, -1e6, math.inf])
 def test_a_number_far_beyond_the_tail_is_an_outlier(name: str, size: float) -> None:
     sample = SAMPLES[name].clone()

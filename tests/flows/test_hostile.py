@@ -14,9 +14,6 @@ import pyroflows as pf
 from pyroflows.flows import LayeredFlow
 
 DTYPES = [torch.float32, torch.float64]
-#: Those that search for a root point by point, or solve an equation.
-SOLVERS = ("flow-plus-plus", "ffjord", "planar-flow", "sylvester-flow", "naf", "bnaf")
-CHUNK = 10_000
 
 
 def hostile_points(count: int, features: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -77,9 +74,8 @@ def test_nothing_is_nan(name: str, spread: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [0.0, 2.0, 20.0])
 @pytest.mark.parametrize("name", list(FLOWS))
-def test_nothing_is_nan_in_a_million_points(name: str, spread: float, dtype: torch.dtype) -> None:
-    for seed in range(1 if name.startswith(SOLVERS) else 100):
-        check_is_tame(name, dtype, spread, count=CHUNK, seed=seed)
+def test_nothing_is_nan_in_many_points(name: str, spread: float, dtype: torch.dtype) -> None:
+    check_is_tame(name, dtype, spread, count=10_000, seed=0)
 
 
 def test_ordinary_rows_keep_their_gradients_beside_a_hostile_one(device) -> None:
