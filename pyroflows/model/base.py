@@ -132,6 +132,17 @@ class Density(abc.ABC):
         """
         return self.value_and_grad(z)[0]
 
+    def precise_log_prob(self, z: Tensor) -> Tensor:
+        """The log density in double precision, as far as the model's tensors can be promoted.
+
+        Args:
+            z: Points of shape ``(n, features)``.
+
+        Returns:
+            Tensor of shape ``(n,)``, NaN where it cannot be had.
+        """
+        return torch.full(z.shape[:-1], torch.nan, dtype=torch.double, device=z.device)
+
     @torch.no_grad()
     def evaluate(self, z: Tensor) -> Evaluation:
         """The log density and its gradient, with a mask of the points that could be evaluated.

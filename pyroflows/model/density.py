@@ -251,6 +251,17 @@ class LogDensity(RunnableModel, Density):
         values, grads = self.data.evaluate(self, points)
         return values.reshape(z.shape[:-1]), grads.reshape(z.shape)
 
+    def precise_log_prob(self, z: Tensor) -> Tensor:
+        if self.streamed or z.dtype == torch.double:
+            return super().precise_log_prob(z)
+        # A graph would not pay, because few points are ever asked for.
+        mode = "vmap" if self.mode == "captured" else self.mode
+        try:
+            program = self._evaluator.make_program(self.inputs, self.batch_size, mode)
+            return program(z.detach().double())[0]
+        except RuntimeError:  # single and double precision do not mix in matrix products
+            return super().precise_log_prob(z)
+
     def evaluate_inputs(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """The log density on the present inputs, which are one batch if the data are streamed.
 

@@ -14,6 +14,7 @@ from .._random import forked
 from ..model import prediction as simulate
 from ..model.density import LogDensity
 from ..model.explanation import explain
+from ..model.rounding import is_sound, without_noise
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 
 __all__ = [
@@ -33,6 +34,8 @@ GRADIENTS = 16_384
 # Draws for the evidence of a local fit.
 DRAWS = 256
 MOST_FITS = 24
+# So many of a fit's draws of highest density are looked at, whether rounding has raised it.
+HIGHEST = 4
 # Spread of the starts around the first fit, in its standard deviations.
 SPREADS = (3.0, 10.0)
 # Stan's own: uniform numbers of the unconstrained space. Others lie further out, because the first
@@ -113,8 +116,9 @@ def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts:
     count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
     others = _spread_starts(density, first.one(0), count)
     best, end = fit_gaussians(density, others, draws=_count_draws(density))
-    fits = _score(density, _drop_duplicates(_join(first, first_end, best, end)))
-    modes, weights = _find_modes(density, _join(first_end, end))
+    fits = _sound(density, _join(first, first_end, best, end))
+    fits = _score(density, _drop_duplicates(fits))
+    modes, weights = _find_modes(density, _sound(density, _join(first_end, end)))
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
@@ -130,8 +134,9 @@ def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
         The census of all ascents.
     """
     best, end = fit_gaussians(density, points, draws=_count_draws(density))
-    fits = _score(density, _drop_duplicates(_join(census.fits, best, end)))
-    modes, weights = _find_modes(density, _join(census.modes, end))
+    found = _sound(density, _join(best, end))
+    fits = _score(density, _drop_duplicates(_join(census.fits, found)))
+    modes, weights = _find_modes(density, _join(census.modes, _sound(density, end)))
     return Census(fits, modes, weights, census.flat_direction)
 
 
@@ -207,8 +212,9 @@ def missed_mass(
     with torch.no_grad():
         log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape)
     missed = has_missed(log_p, log_guide, log_evidence)
-    ratio = (log_p - log_c - log_evidence).exp()
-    return torch.where(missed, ratio, 0.0).mean(-1).nan_to_num(nan=0.0)
+    log_ratio = (log_p - log_c - log_evidence).masked_fill(~missed, -math.inf)
+    log_ratio = without_noise(density, z.flatten(0, 1), log_ratio.flatten()).reshape(missed.shape)
+    return log_ratio.exp().mean(-1).nan_to_num(nan=0.0)
 
 
 def has_missed(log_p: Tensor, log_q: Tensor, log_evidence: float) -> Tensor:
@@ -254,6 +260,12 @@ def _join(*groups: Gaussians) -> Gaussians:
     return Gaussians(loc, root, elbo).pick(sound)
 
 
+def _sound(density: LogDensity, fits: Gaussians) -> Gaussians:
+    """Drops fits at whose centres the density is noise, unless all are."""
+    sound = is_sound(density, fits.loc)
+    return fits.pick(sound) if bool(sound.any()) else fits
+
+
 def _drop_duplicates(fits: Gaussians) -> Gaussians:
     """Drops near-duplicates, best ELBO first.
 
@@ -287,10 +299,14 @@ def _mean_square(matrices: Tensor) -> Tensor:
 
 
 def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
-    """Estimates the ELBOs again, by many draws, and sorts by them."""
-    _, log_p, log_c = _weigh(density, fits)
+    """Estimates the ELBOs again, by many draws, and sorts by them; fits to noise are dropped."""
+    z, log_p, log_c = _weigh(density, fits)
     elbo = (log_p - log_c).mean(-1)
-    return fits._replace(elbo=elbo).pick(elbo.argsort(descending=True))
+    highest = log_p.topk(HIGHEST).indices.unsqueeze(-1)
+    looked_at = z.take_along_dim(highest, 1)
+    sound = is_sound(density, looked_at.flatten(0, 1)).reshape(-1, HIGHEST).all(-1)
+    scored = fits._replace(elbo=elbo).pick(sound | ~sound.any())
+    return scored.pick(scored.elbo.argsort(descending=True))
 
 
 def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:

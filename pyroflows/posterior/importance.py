@@ -11,6 +11,7 @@ import torch
 from pyro.ops.stats import weighed_quantile
 from torch import Tensor
 
+from ..model.rounding import without_noise
 from ..report.arviz_bridge import psis
 
 if TYPE_CHECKING:
@@ -189,7 +190,8 @@ def draw_importance_sample(guide: Guide, density: LogDensity, draws: int) -> Imp
         The weighted draws.
     """
     z, log_q = guide.sample_and_log_prob(draws)
-    return ImportanceSample(z, density.log_prob(z) - log_q)
+    log_weights = without_noise(density, z, density.log_prob(z) - log_q)
+    return ImportanceSample(z, log_weights)
 
 
 def resample(z: Tensor, weights: Tensor, n: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from ..model.rounding import is_sound
 from ..sampling.polishing import polish
 from ..sampling.roaming import roam
 from .census import Census, has_missed, missed_mass
@@ -191,7 +192,9 @@ class Subject:
         log_evidence = self.sample.log_evidence
         with torch.no_grad():
             log_p, log_q = self._density.log_prob(z), self._guide.log_prob(z)
-        return has_missed(log_p, log_q, log_evidence)
+        beyond = has_missed(log_p, log_q, log_evidence)
+        beyond[beyond.clone()] = is_sound(self._density, z[beyond])
+        return beyond
 
     def _move(self, z: Tensor, trajectories: int) -> Tensor:
         return polish(self._density, self._guide, z, trajectories)
