@@ -44,9 +44,6 @@ CAPTURES = 8
 
 DIFFERENT = "its values differ from those of single traces"
 
-# Errors that a model raises on purpose, once it has looked at values.
-REFUSALS = (ArithmeticError, AssertionError, ValueError)
-
 
 class Way(NamedTuple):
     """How points are evaluated.
@@ -364,7 +361,7 @@ class Evaluator:
         try:
             with batchable:
                 value = self.function(point, inputs)
-        except REFUSALS as error:
+        except POINT_ERRORS as error:
             if not batchable.branched:
                 raise
             self.failures.reason = first_sentence(error)

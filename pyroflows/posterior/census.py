@@ -27,10 +27,10 @@ __all__ = [
     "widen_census",
 ]
 
-STARTS = 64
+STARTS = 96
 # Gradient evaluations per iteration, over all ascents; a finite-difference Hessian costs 2D of
 # them.
-GRADIENTS = 16_384
+GRADIENTS = 24_576
 # Draws for the evidence of a local fit.
 DRAWS = 256
 MOST_FITS = 24
@@ -93,7 +93,7 @@ def take_census(
     Args:
         density: The log density.
         start: A point of shape ``(features,)`` with a finite log density.
-        starts: How many starts, besides those far out; fewer where there are many features.
+        starts: How many starts besides the given one; fewer where there are many features.
         seed: Seed of the starts and of the draws that weigh the fits.
 
     Returns:
@@ -113,7 +113,7 @@ def take_census(
 
 def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts: int) -> Census:
     """Takes the census from the first fit on."""
-    count = max(8, min(starts, GRADIENTS // (2 * density.features + 36)))
+    count = max(12, min(starts, GRADIENTS // (2 * density.features + 36)))
     others = _spread_starts(density, first.one(0), count)
     best, end = fit_gaussians(density, others, draws=_count_draws(density))
     fits = _sound(density, _join(first, first_end, best, end))
@@ -235,19 +235,19 @@ def _count_draws(density: LogDensity) -> int:
 
 def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     n, like = density.features, fit.loc
-    quarter = count // 4
-    prior = simulate.prior_draws(density, quarter)
-    around = count - quarter - (quarter if prior else 0)
+    share = count // 6
+    prior = simulate.prior_draws(density, share)
+    around = count - share * (1 + len(FAR_OUT) + bool(prior))
     noise = torch.randn(around, n, device="cpu").to(like) @ fit.scale_tril.mT
     spreads = like.new_tensor(SPREADS).repeat(-(-around // len(SPREADS)))[:around]
     points = [
-        UNIFORM * (2 * torch.rand(quarter, n, device="cpu") - 1).to(like),
+        UNIFORM * (2 * torch.rand(share, n, device="cpu") - 1).to(like),
         fit.loc + spreads.unsqueeze(-1) * noise,
     ]
     if prior:
         points.append(density.unconstrain(prior).to(like))
     for size in FAR_OUT:
-        points.append(size * (2 * torch.rand(quarter, n, device="cpu") - 1).to(like))
+        points.append(size * (2 * torch.rand(share, n, device="cpu") - 1).to(like))
     candidates = torch.cat(points)
     values, slopes = density.value_and_grad(candidates)
     usable = values.isfinite() & slopes.isfinite().all(-1) & candidates.isfinite().all(-1)

@@ -199,24 +199,20 @@ def truths_of_a_bernoulli() -> Problem:
     return model, (torch.tensor(True),)
 
 
+def categories(k: torch.Tensor) -> None:
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("n", 3):
+        pyro.sample("k", dist.Categorical(p), obs=k)
+
+
 @hostile("'k'", "outside of")
 def counts_beyond_their_categories() -> Problem:
-    def model(k):
-        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
-        with pyro.plate("n", 3):
-            pyro.sample("k", dist.Categorical(p), obs=k)
-
-    return model, (torch.tensor([0, 1, 3]),)
+    return categories, (torch.tensor([0, 1, 3]),)
 
 
 @hostile("'k'", "outside of")
 def float_categories() -> Problem:
-    def model(k):
-        p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
-        with pyro.plate("n", 3):
-            pyro.sample("k", dist.Categorical(p), obs=k)
-
-    return model, (torch.tensor([0.0, 1.0, 0.5]),)
+    return categories, (torch.tensor([0.0, 1.0, 0.5]),)
 
 
 @hostile("'p'", "outside of")

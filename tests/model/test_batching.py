@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -270,6 +271,21 @@ def test_an_error_on_a_branch_is_that_of_its_points_only() -> None:
     value, _ = density.value_and_grad(Z)
     assert value.isnan().tolist() == (Z[:, 0] > 1).tolist()
     assert density.failures.reason == "x is too large"
+
+
+def test_an_index_out_of_range_is_an_error_of_its_points_only() -> None:
+    levels = torch.tensor([0.5, 1.0])
+
+    def look_up(x: Tensor, y: Tensor) -> Tensor:
+        return x * levels.tolist()[int(x.abs())]
+
+    density = density_of(look_up)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, _ = density.value_and_grad(Z)
+    assert density.mode == "captured"
+    assert value.isnan().tolist() == (Z[:, 0].abs() >= 2).tolist()
+    assert "out of range" in density.failures.reason
 
 
 def test_functions_of_autograd_of_any_style() -> None:
