@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pickle
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -423,7 +424,7 @@ class Evaluator:
             captured = self._capturing(agrees, way._replace(mode="captured"))
             if isinstance(captured, Way):
                 return captured
-            why = self._failure(lambda way=way: agrees(way))  # type: ignore[misc]
+            why = self._failure(functools.partial(agrees, way))
             if not why:
                 return way._replace(reason=captured)
             reasons.append(why)
