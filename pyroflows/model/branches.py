@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import caller_level
+from .._deadline import TimeOver
 
 __all__ = ["Branches"]
 
@@ -31,7 +32,7 @@ class Branches:
 
     def __init__(self, first: Run, follow: Callable[[int, Tensor], Run], alone: Run) -> None:
         self.known, self.follow, self.alone = [first], follow, alone
-        self._told = False
+        self._most, self._told = FOLLOWED, False
 
     def __call__(self, points: Tensor) -> tuple[Tensor, ...]:
         """The results for points of shape ``(n, features)``."""
@@ -50,11 +51,8 @@ class Branches:
         return tuple(results)
 
     def _evaluate(self, turn: int, points: Tensor) -> tuple[list[Tensor], Tensor]:
-        if turn == len(self.known) < FOLLOWED:
-            try:
-                self.known.append(self.follow(turn, points[0]))
-            except Exception:
-                pass  # branches that torch cannot follow for many points are evaluated for each
+        if turn == len(self.known) < self._most:
+            self._learn(turn, points)
         if turn < len(self.known):
             *found, held = self.known[turn](points)
             return found, held
@@ -67,3 +65,18 @@ class Branches:
                 stacklevel=caller_level(),
             )
         return list(self.alone(points)), points.new_ones(len(points), dtype=torch.bool)
+
+    def _learn(self, turn: int, points: Tensor) -> None:
+        """Learns to follow the branches of the first point for many points, if torch can."""
+        try:
+            run = self.follow(turn, points[0])
+            failed = bool(run(points)[0][0].isnan())
+        except TimeOver:
+            raise
+        except Exception:
+            return
+        if failed and not bool(self.alone(points[:1])[0].isnan()):
+            # An error that a batch raises, and a single point does not.
+            self._most = turn
+        else:
+            self.known.append(run)

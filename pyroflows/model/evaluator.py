@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .._compat import functions_of_any_style, stamp, tree_flatten, tree_unflatten
-from .._deadline import check_time
+from .._deadline import TimeOver, check_time
 from .._vmap import vmap
 from .base import Failures
 from .batching import Batchable
@@ -438,6 +438,8 @@ class Evaluator:
                 agreed = agrees(way)
             except ReadsInputsError as error:
                 way = way._replace(constants=way.constants | error.places)
+            except TimeOver:
+                raise
             except Exception as error:
                 return first_sentence(error)
             else:
@@ -448,6 +450,8 @@ class Evaluator:
         """Why a way of evaluation fails; empty if it does not."""
         try:
             return "" if agrees() else DIFFERENT
+        except TimeOver:
+            raise
         except Exception as error:
             return first_sentence(error)
 

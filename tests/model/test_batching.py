@@ -350,3 +350,26 @@ def test_a_slow_way_is_told_once_with_its_cause(monkeypatch: pytest.MonkeyPatch)
     density.bind((Y + 1,)).log_prob(Z)
     assert density.mode == "vmap"
     assert len(told) == 1
+
+
+class Lookup:
+    """A table that a batch cannot read, because a branch looks for the shape of one point."""
+
+    def __getitem__(self, index):
+        if torch._C._functorch.is_batchedtensor(index):
+            raise IndexError("one at a time")
+        return 1.0 + index
+
+
+def test_an_error_that_only_a_batch_raises_on_a_branch_is_no_failure_of_its_points():
+    def model():
+        x = pyro.sample("x", dist.Normal(-3.0, 1.0))
+        pyro.factor("f", Lookup()[x] if x > 0 else 2.0 * x)
+
+    density = LogDensity(model)
+    z = torch.tensor([[-3.0], [1.0], [2.0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = density.log_prob(z)
+    prior = dist.Normal(-3.0, 1.0).log_prob(z[:, 0])
+    assert torch.allclose(found, prior + torch.tensor([-6.0, 2.0, 3.0]))
