@@ -28,8 +28,9 @@ class Reference:
     Args:
         model: A Pyro model without discrete latents, which takes the arguments of the case and has
             every site that the scalars of the case need.
-        prior_draws: Draws of the prior that are weighted by the likelihood, for posteriors of
-            several modes between which chains do not move; with 0, NUTS runs.
+        prior_draws: Draws of the prior that are weighted by the likelihood, for posteriors that are
+            not much narrower than their priors, and for those of several modes, between which
+            chains do not move. With 0, NUTS runs.
     """
 
     model: Callable[..., Any]
@@ -118,13 +119,13 @@ def _probability(name: str) -> Tensor:
     return pyro.sample(name, dist.Uniform(0.0, 1.0))
 
 
-@_reference()
+@_reference(prior_draws=1_000_000)
 def cjs_1(captures: Tensor) -> None:
     """One probability of survival."""
     pyro.factor("captures", _log_captures(captures, _probability("phi"), _probability("rho")))
 
 
-@_reference()
+@_reference(prior_draws=1_000_000)
 def cjs_2(captures: Tensor) -> None:
     """Survival differs from year to year."""
     rho = _probability("rho")
@@ -133,7 +134,7 @@ def cjs_2(captures: Tensor) -> None:
     pyro.factor("captures", _log_captures(captures, survival, rho))
 
 
-@_reference()
+@_reference(prior_draws=1_000_000)
 def cjs_3(captures: Tensor) -> None:
     """Survival is random from year to year, not centred."""
     mean, rho = _probability("phi_mean"), _probability("rho")
@@ -144,7 +145,7 @@ def cjs_3(captures: Tensor) -> None:
     pyro.factor("captures", _log_captures(captures, logits.sigmoid(), rho))
 
 
-@_reference()
+@_reference(prior_draws=1_000_000)
 def cjs_4(captures: Tensor) -> None:
     """Survival is random from animal to animal, not centred."""
     mean, rho = _probability("phi_mean"), _probability("rho")
@@ -154,7 +155,7 @@ def cjs_4(captures: Tensor) -> None:
     pyro.factor("captures", _log_captures(captures, logits.sigmoid()[:, None], rho))
 
 
-@_reference()
+@_reference(prior_draws=1_000_000)
 def cjs_5(captures: Tensor, sex: Tensor) -> None:
     """Two groups of animals."""
     male, female = _probability("phi_male"), _probability("phi_female")
@@ -184,8 +185,12 @@ def _log_forward(transition: Tensor, emissions: Tensor, lengths: Tensor) -> Tens
 def _log_notes(rates: Tensor, sequences: Tensor) -> Tensor:
     """Log densities of notes, of shape ``(sequences, times, states)``, from rates of shape
     ``(states, notes)``."""
+    return _log_notes_apart(rates, sequences).sum(-1)
+
+
+def _log_notes_apart(rates: Tensor, sequences: Tensor) -> Tensor:
     sounds = sequences[:, :, None]
-    return (sounds * rates.log() + (1 - sounds) * (1 - rates).log()).sum(-1)
+    return sounds * rates.log() + (1 - sounds) * (1 - rates).log()
 
 
 def _transition(name: str, *batch: int) -> Tensor:
@@ -205,10 +210,10 @@ def _one_chain(sequences: Tensor, lengths: Tensor) -> None:
     pyro.factor("notes", _log_forward(transition, _log_notes(rates, sequences), lengths))
 
 
-REFERENCES["hmm_0"] = REFERENCES["hmm_1"] = Reference(_one_chain)
+REFERENCES["hmm_0"] = REFERENCES["hmm_1"] = Reference(_one_chain, prior_draws=2_000_000)
 
 
-@_reference()
+@_reference(prior_draws=2_000_000)
 def hmm_2(sequences: Tensor, lengths: Tensor) -> None:
     """A note depends on whether it sounded before."""
     transition = _transition("probs_x")
@@ -219,17 +224,12 @@ def hmm_2(sequences: Tensor, lengths: Tensor) -> None:
     pyro.factor("notes", _log_forward(transition, emissions, lengths))
 
 
-def _log_notes_apart(rates: Tensor, sequences: Tensor) -> Tensor:
-    sounds = sequences[:, :, None]
-    return sounds * rates.log() + (1 - sounds) * (1 - rates).log()
-
-
 def _rates_of_two() -> Tensor:
     """Rates in the four states of two chains, of shape ``(4, 3)``."""
     return _rates(torch.tensor([[[8.0, 8, 1], [8, 2, 1]], [[2, 8, 1], [2, 2, 1]]])).flatten(0, 1)
 
 
-@_reference()
+@_reference(prior_draws=2_000_000)
 def hmm_3(sequences: Tensor, lengths: Tensor) -> None:
     """Two chains are one of four states."""
     transition = torch.kron(_transition("probs_w"), _transition("probs_x"))
@@ -237,7 +237,7 @@ def hmm_3(sequences: Tensor, lengths: Tensor) -> None:
     pyro.factor("notes", _log_forward(transition, emissions, lengths))
 
 
-@_reference()
+@_reference(prior_draws=2_000_000)
 def hmm_4(sequences: Tensor, lengths: Tensor) -> None:
     """Two chains, of which the second depends on where the first has gone."""
     first, second = _transition("probs_w"), _transition("probs_x", 2)
@@ -272,7 +272,7 @@ def forecasting_1(data: Tensor) -> None:
     pyro.factor("data", (-sigma.log() - 5.5 * (z.square() / 10).log1p()).sum())
 
 
-@_reference()
+@_reference(prior_draws=1_000_000)
 def forecasting_2(data: Tensor) -> None:
     """The walk summed out: its covariance at two times is the variance up to the earlier."""
     drift_scale = pyro.sample("drift_scale", dist.LogNormal(-2.0, 1.0))

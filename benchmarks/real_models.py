@@ -239,8 +239,8 @@ def right_moments(name: str, references: dict[str, Any]) -> Moments:
     return exact or {key: (mean, sd) for key, (mean, sd) in stored.items()}
 
 
-def run_references(names: Sequence[str], references: dict[str, Any]) -> None:
-    """Runs the long chains of models without a closed form, and stores those that have mixed."""
+def run_references(names: Sequence[str]) -> None:
+    """Runs the references of models without a closed form, and stores those that have mixed."""
     for name in names:
         if MODELS[name]().exact:
             continue
@@ -248,7 +248,7 @@ def run_references(names: Sequence[str], references: dict[str, Any]) -> None:
         found = long_run(name)
         mixed = found["least_ess"] >= LEAST_ESS and found["largest_rhat"] <= LARGEST_RHAT
         if mixed:
-            references[name] = found
+            references = read_references() | {name: found}
             REFERENCE.write_text(json.dumps(references, indent=1) + "\n")
         print(
             f"{name}: ess {found['least_ess']:.0f}, rhat {found['largest_rhat']:.3f}, "
@@ -309,10 +309,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"Expected names among {', '.join(MODELS)}; got {', '.join(unknown)}.")
     names = options.names or list(MODELS)
-    references = read_references()
     if options.reference:
-        run_references(names, references)
+        run_references(names)
         return
+    references = read_references()
     rows = []
     for name in names:
         right = right_moments(name, references)

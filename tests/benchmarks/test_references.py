@@ -131,9 +131,7 @@ def test_the_bias_of_a_forecast_is_summed_into_the_levels() -> None:
 
 def test_a_weighted_prior_knows_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "gaussian_mixture"
-    monkeypatch.setitem(
-        REFERENCES, name, Reference(REFERENCES[name].model, prior_draws=50_000)
-    )
+    monkeypatch.setitem(REFERENCES, name, Reference(REFERENCES[name].model, prior_draws=50_000))
     found = long_run(name)
     assert found["method"] == "weighted draws of the prior"
     assert 1 < found["least_ess"] < 50_000
