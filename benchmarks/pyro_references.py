@@ -2,7 +2,8 @@
 more such that long chains answer: discrete and nuisance variables are summed out by hand, and
 hierarchies are not centred.
 
-None of this uses pyroflows, nor Pyro's enumeration.
+None of this uses pyroflows, nor Pyro's enumeration: where an enumerated site is masked, NUTS and
+``TraceEnum_ELBO`` of Pyro disagree, because only the former masks the site itself.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The benchmark of real models: Pyro's own examples and tutorials, fitted with defaults, against
 closed forms and long chains.
 
-Run `python -m benchmarks.real_models [NAME ...]`; with `--reference` the long chains are run anew, by
-Pyro's NUTS in float64, and stored in `benchmarks/results/real_models_reference.json`.
+Run `python -m benchmarks.real_models [NAME ...]`; with `--reference` the right numbers are found anew
+in float64, by Pyro's NUTS or by weighted draws of the prior, of the model or of its entry in
+:mod:`benchmarks.pyro_references`, and stored in `benchmarks/results/real_models_reference.json`.
 """
 
 from __future__ import annotations
