@@ -5,6 +5,8 @@ masks for sequences of unequal length, enumeration by ``infer``, handlers that r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -33,22 +35,37 @@ def _captures(animals: int = 40, years: int = 6) -> Tensor:
     return captured
 
 
+def _follow(
+    animals: pyro.plate, captures: Tensor, survival: Callable[[int], Any], rho: Tensor
+) -> None:
+    """Follows animals from their first captures on.
+
+    Args:
+        animals: Their plate.
+        captures: Who was captured when, of shape ``(animals, years)``.
+        survival: From a year to the probability to survive into it.
+        rho: The probability that a living animal is captured.
+    """
+    n, years = captures.shape
+    z, first = torch.ones(n), torch.zeros(n).bool()
+    for t in pyro.markov(range(years)):
+        phi = survival(t)
+        with animals, poutine.mask(mask=first):
+            alive = torch.where(first, phi * z, torch.ones(()))
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(alive), infer=PARALLEL)
+            pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=captures[:, t])
+        first = first | captures[:, t].bool()
+
+
 @case
 def cjs_1() -> Case:
     """Capture and recapture 1: one probability of survival, one of recapture."""
 
     def model(captures: Tensor) -> None:
-        n, years = captures.shape
         phi = pyro.sample("phi", dist.Uniform(0.0, 1.0))
         rho = pyro.sample("rho", dist.Uniform(0.0, 1.0))
-        with pyro.plate("animals", n, dim=-1):
-            z, first = torch.ones(n), torch.zeros(n).bool()
-            for t in pyro.markov(range(years)):
-                with poutine.mask(mask=first):
-                    survival = torch.where(first, phi * z, torch.ones(()))
-                    z = pyro.sample(f"z_{t}", dist.Bernoulli(survival), infer=PARALLEL)
-                    pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=captures[:, t])
-                first = first | captures[:, t].bool()
+        animals = pyro.plate("animals", len(captures), dim=-1)
+        _follow(animals, captures, lambda t: phi, rho)
 
     return Case(model, (_captures(),))
 
@@ -57,18 +74,13 @@ def cjs_1() -> Case:
 def cjs_2() -> Case:
     """Capture and recapture 2: survival differs from year to year."""
 
+    def survival(t: int) -> Any:
+        return pyro.sample(f"phi_{t}", dist.Uniform(0.0, 1.0)) if t > 0 else 1.0
+
     def model(captures: Tensor) -> None:
-        n, years = captures.shape
         rho = pyro.sample("rho", dist.Uniform(0.0, 1.0))
-        z, first = torch.ones(n), torch.zeros(n).bool()
-        animals = pyro.plate("animals", n, dim=-1)
-        for t in pyro.markov(range(years)):
-            phi = pyro.sample(f"phi_{t}", dist.Uniform(0.0, 1.0)) if t > 0 else 1.0
-            with animals, poutine.mask(mask=first):
-                survival = torch.where(first, phi * z, torch.ones(()))
-                z = pyro.sample(f"z_{t}", dist.Bernoulli(survival), infer=PARALLEL)
-                pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=captures[:, t])
-            first = first | captures[:, t].bool()
+        animals = pyro.plate("animals", len(captures), dim=-1)
+        _follow(animals, captures, survival, rho)
 
     return Case(model, (_captures(),))
 
@@ -78,20 +90,17 @@ def cjs_3() -> Case:
     """Capture and recapture 3: the logit of survival is random from year to year."""
 
     def model(captures: Tensor) -> None:
-        n, years = captures.shape
         phi_mean = pyro.sample("phi_mean", dist.Uniform(0.0, 1.0))
-        phi_logit_mean = (phi_mean / (1 - phi_mean)).log()
         phi_sigma = pyro.sample("phi_sigma", dist.Uniform(0.0, 10.0))
         rho = pyro.sample("rho", dist.Uniform(0.0, 1.0))
-        z, first = torch.ones(n), torch.zeros(n).bool()
-        animals = pyro.plate("animals", n, dim=-1)
-        for t in pyro.markov(range(years)):
+        phi_logit_mean = (phi_mean / (1 - phi_mean)).log()
+
+        def survival(t: int) -> Tensor:
             logit = pyro.sample(f"phi_logit_{t}", dist.Normal(phi_logit_mean, phi_sigma))
-            with animals, poutine.mask(mask=first):
-                survival = torch.where(first, logit.sigmoid() * z, torch.ones(()))
-                z = pyro.sample(f"z_{t}", dist.Bernoulli(survival), infer=PARALLEL)
-                pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=captures[:, t])
-            first = first | captures[:, t].bool()
+            return logit.sigmoid()
+
+        animals = pyro.plate("animals", len(captures), dim=-1)
+        _follow(animals, captures, survival, rho)
 
     return Case(model, (_captures(),), scalars=only("phi_mean", "phi_sigma", "rho"))
 
@@ -101,20 +110,14 @@ def cjs_4() -> Case:
     """Capture and recapture 4: animals differ in survival, integrated by a latent for each."""
 
     def model(captures: Tensor) -> None:
-        n, years = captures.shape
         phi_mean = pyro.sample("phi_mean", dist.Uniform(0.0, 1.0))
         phi_sigma = pyro.sample("phi_sigma", dist.HalfNormal(1.0))
         rho = pyro.sample("rho", dist.Uniform(0.0, 1.0))
         logit_mean = (phi_mean / (1 - phi_mean)).log()
-        with pyro.plate("animals", n, dim=-1):
+        animals = pyro.plate("animals", len(captures), dim=-1)
+        with animals:
             logit = pyro.sample("phi_logit", dist.Normal(logit_mean, phi_sigma))
-            z, first = torch.ones(n), torch.zeros(n).bool()
-            for t in pyro.markov(range(years)):
-                with poutine.mask(mask=first):
-                    survival = torch.where(first, logit.sigmoid() * z, torch.ones(()))
-                    z = pyro.sample(f"z_{t}", dist.Bernoulli(survival), infer=PARALLEL)
-                    pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=captures[:, t])
-                first = first | captures[:, t].bool()
+        _follow(animals, captures, lambda t: logit.sigmoid(), rho)
 
     noncentred = poutine.reparam(model, {"phi_logit": LocScaleReparam(0.0)})
     return Case(noncentred, (_captures(),), scalars=only("phi_mean", "phi_sigma", "rho"))
@@ -127,19 +130,12 @@ def cjs_5() -> Case:
     sex = torch.arange(len(captures)) % 2
 
     def model(captures: Tensor, sex: Tensor) -> None:
-        n, years = captures.shape
         phi_male = pyro.sample("phi_male", dist.Uniform(0.0, 1.0))
         phi_female = pyro.sample("phi_female", dist.Uniform(0.0, 1.0))
         rho = pyro.sample("rho", dist.Uniform(0.0, 1.0))
         phi = sex * phi_male + (1.0 - sex) * phi_female
-        with pyro.plate("animals", n, dim=-1):
-            z, first = torch.ones(n), torch.zeros(n).bool()
-            for t in pyro.markov(range(years)):
-                with poutine.mask(mask=first):
-                    survival = torch.where(first, phi * z, torch.ones(()))
-                    z = pyro.sample(f"z_{t}", dist.Bernoulli(survival), infer=PARALLEL)
-                    pyro.sample(f"y_{t}", dist.Bernoulli(rho * z), obs=captures[:, t])
-                first = first | captures[:, t].bool()
+        animals = pyro.plate("animals", len(captures), dim=-1)
+        _follow(animals, captures, lambda t: phi, rho)
 
     return Case(model, (captures, sex))
 
@@ -166,12 +162,22 @@ def _transitions(states: int = 2) -> Tensor:
 
 
 def _emissions(notes: int, states: int = 2) -> Tensor:
-    """The rates of the notes in each state, a priori rising from state to state for the first
+    """The rates of the notes in each state, a priori falling from state to state for the first
     note, so that states have names."""
     a = torch.ones(states, notes)
     b = torch.ones(states, notes)
     a[:, 0], b[:, 0] = torch.tensor([8.0, 2.0]), torch.tensor([2.0, 8.0])
     return pyro.sample("probs_y", dist.Beta(a, b).to_event(2))
+
+
+def _emissions_of_two(notes: int) -> Tensor:
+    """The rates of the notes in each pair of states of two chains: a priori the first note falls
+    with the state of the first chain, and the second note with that of the second."""
+    a = torch.ones(2, 2, notes)
+    a[0, :, 0], a[1, :, 0], a[:, 0, 1], a[:, 1, 1] = 8.0, 2.0, 8.0, 2.0
+    b = torch.ones(2, 2, notes)
+    b[0, :, 0], b[1, :, 0], b[:, 0, 1], b[:, 1, 1] = 2.0, 8.0, 2.0, 8.0
+    return pyro.sample("probs_y", dist.Beta(a, b).to_event(3))
 
 
 @case
@@ -246,11 +252,7 @@ def hmm_3() -> Case:
         stay = 0.9 * torch.eye(2) + 0.1
         probs_w = pyro.sample("probs_w", dist.Dirichlet(stay).to_event(1))
         probs_x = pyro.sample("probs_x", dist.Dirichlet(stay).to_event(1))
-        a = torch.ones(2, 2, notes)
-        a[0, :, 0], a[1, :, 0], a[:, 0, 1], a[:, 1, 1] = 8.0, 2.0, 8.0, 2.0
-        b = torch.ones(2, 2, notes)
-        b[0, :, 0], b[1, :, 0], b[:, 0, 1], b[:, 1, 1] = 2.0, 8.0, 2.0, 8.0
-        probs_y = pyro.sample("probs_y", dist.Beta(a, b).to_event(3))
+        probs_y = _emissions_of_two(notes)
         tones = pyro.plate("notes", notes, dim=-1)
         with pyro.plate("sequences", len(sequences), dim=-2):
             w = x = 0
@@ -274,11 +276,7 @@ def hmm_4() -> Case:
         stay = 0.9 * torch.eye(2) + 0.1
         probs_w = pyro.sample("probs_w", dist.Dirichlet(stay).to_event(1))
         probs_x = pyro.sample("probs_x", dist.Dirichlet(stay.expand(2, 2, 2)).to_event(2))
-        a = torch.ones(2, 2, notes)
-        a[0, :, 0], a[1, :, 0], a[:, 0, 1], a[:, 1, 1] = 8.0, 2.0, 8.0, 2.0
-        b = torch.ones(2, 2, notes)
-        b[0, :, 0], b[1, :, 0], b[:, 0, 1], b[:, 1, 1] = 2.0, 8.0, 2.0, 8.0
-        probs_y = pyro.sample("probs_y", dist.Beta(a, b).to_event(3))
+        probs_y = _emissions_of_two(notes)
         tones = pyro.plate("notes", notes, dim=-1)
         with pyro.plate("sequences", len(sequences), dim=-2):
             w, x = torch.zeros(()).long(), torch.zeros(()).long()

@@ -1,8 +1,9 @@
 """The benchmark of real models: Pyro's own examples and tutorials, fitted with defaults, against
 closed forms and long chains.
 
-Run `python -m benchmarks.real_models [NAME ...]`; with `--reference` the long chains are run anew, by
-Pyro's NUTS in float64, and stored in `benchmarks/results/real_models_reference.json`.
+Run `python -m benchmarks.real_models [NAME ...]`; with `--reference` the right numbers are found anew
+in float64, by Pyro's NUTS or by weighted draws of the prior, of the model or of its entry in
+:mod:`benchmarks.pyro_references`, and stored in `benchmarks/results/real_models_reference.json`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from typing import Any
 import pyro
 import torch
 from arviz import ess, rhat
-from pyro.infer import MCMC, NUTS, config_enumerate
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, Predictive, config_enumerate
 from torch import Tensor
 
 import benchmarks.pyro_sequences  # noqa: F401  (enters its models)
 import pyroflows as pf
 from benchmarks.posteriors import machine
 from benchmarks.pyro_models import MODELS, Case, Moments, entries
+from benchmarks.pyro_references import REFERENCES, Reference
 
 REFERENCE = Path(__file__).parent / "results" / "real_models_reference.json"
 TIME_LIMIT = 60.0
@@ -35,6 +38,7 @@ DRAWS = 4000
 # A posterior is right if no mean is off by more standard deviations, and no sd by a larger factor.
 RIGHT = 0.2
 CHAINS, CHAIN_DRAWS, WARMUP = 2, 500, 300
+PRIOR_CHUNK = 50_000
 # Chains that have not mixed answer nothing, and are not stored.
 LEAST_ESS, LARGEST_RHAT = 200, 1.03
 
@@ -138,35 +142,85 @@ def compare(draws: dict[str, Tensor], right: Moments) -> tuple[float, float]:
 # Long chains
 
 
-def long_chains(case: Case) -> dict[str, Any]:
-    """Runs Pyro's NUTS in float64, and returns the moments of the scalars with their diagnostics."""
+def long_run(name: str) -> dict[str, Any]:
+    """Finds the moments of a case's scalars in float64, by NUTS or by weighted draws of the prior.
+
+    Args:
+        name: The model's name; its entry in `REFERENCES` runs where there is one.
+
+    Returns:
+        The method, the moments, and by how many independent draws they are known.
+    """
+    case, reference = MODELS[name](), REFERENCES.get(name)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        arrays = _chains(case)
+        if reference is not None and reference.prior_draws:
+            return weighted_prior(case, reference)
+        return long_chains(case, reference)
     finally:
         torch.set_default_dtype(before)
-    values = {name: value.numpy() for name, value in arrays.items()}
+
+
+def long_chains(case: Case, reference: Reference | None) -> dict[str, Any]:
+    """Runs Pyro's NUTS on the reference, or on the model itself."""
+    args = tuple(_double(value) for value in case.args)
+    chains = [_chain(case, args, reference, seed) for seed in range(CHAINS)]
+    values = {name: torch.stack([chain[name] for chain in chains]).numpy() for name in chains[0]}
     return {
+        "method": "NUTS",
         "moments": {name: (float(v.mean()), float(v.std())) for name, v in values.items()},
         "least_ess": min(float(ess({name: v})[name]) for name, v in values.items()),
         "largest_rhat": max(float(rhat({name: v})[name]) for name, v in values.items()),
     }
 
 
-def _chains(case: Case) -> dict[str, Tensor]:
+def _chain(
+    case: Case, args: tuple[Any, ...], reference: Reference | None, seed: int
+) -> dict[str, Tensor]:
+    pyro.set_rng_seed(seed)
+    pyro.clear_param_store()
+    model = config_enumerate(case.model) if reference is None else reference.model
+    kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True, target_accept_prob=0.9)
+    mcmc = MCMC(kernel, CHAIN_DRAWS, WARMUP, disable_progbar=True)
+    mcmc.run(*args)
+    draws = mcmc.get_samples()
+    if reference is not None:
+        draws |= Predictive(model, draws)(*args)
+    return scalars_of(case, draws)
+
+
+def weighted_prior(case: Case, reference: Reference) -> dict[str, Any]:
+    """Draws the prior of a reference, whose sites are independent a priori, and weights the draws
+    by their likelihood."""
     args = tuple(_double(value) for value in case.args)
-    model = config_enumerate(case.model)
-    chains = []
-    for seed in range(CHAINS):
-        pyro.set_rng_seed(seed)
-        pyro.clear_param_store()
-        kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True, target_accept_prob=0.9)
-        mcmc = MCMC(kernel, CHAIN_DRAWS, WARMUP, disable_progbar=True)
-        mcmc.run(*args)
-        draws = mcmc.get_samples()
-        chains.append(scalars_of(case, draws))
-    return {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
+    pyro.set_rng_seed(0)
+    nodes = poutine.trace(reference.model).get_trace(*args).nodes.values()
+    priors = {
+        node["name"]: node["fn"]
+        for node in nodes
+        if node["type"] == "sample" and not node["is_observed"]
+    }
+
+    def log_likelihood(latents: dict[str, Tensor]) -> Tensor:
+        known = poutine.block(poutine.condition(reference.model, latents), hide=list(latents))
+        return poutine.trace(known).get_trace(*args).log_prob_sum()
+
+    parts = []
+    with pyro.validation_enabled(False):
+        for rows in torch.arange(reference.prior_draws).split(PRIOR_CHUNK):
+            draws = {name: prior.sample(rows.shape) for name, prior in priors.items()}
+            parts.append({**scalars_of(case, draws), "": torch.vmap(log_likelihood)(draws)})
+    values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    weights = values.pop("").softmax(0)
+    means = {name: weights @ v for name, v in values.items()}
+    variances = {name: weights @ (v - means[name]).square() for name, v in values.items()}
+    return {
+        "method": "weighted draws of the prior",
+        "moments": {name: (float(means[name]), float(variances[name]) ** 0.5) for name in values},
+        "least_ess": 1.0 / float(weights.square().sum()),
+        "largest_rhat": 1.0,
+    }
 
 
 def _double(value: Any) -> Any:
@@ -186,17 +240,16 @@ def right_moments(name: str, references: dict[str, Any]) -> Moments:
     return exact or {key: (mean, sd) for key, (mean, sd) in stored.items()}
 
 
-def run_references(names: Sequence[str], references: dict[str, Any]) -> None:
-    """Runs the long chains of models without a closed form, and stores those that have mixed."""
+def run_references(names: Sequence[str]) -> None:
+    """Runs the references of models without a closed form, and stores those that have mixed."""
     for name in names:
-        case = MODELS[name]()
-        if case.exact:
+        if MODELS[name]().exact:
             continue
         start = time.perf_counter()
-        found = long_chains(case)
+        found = long_run(name)
         mixed = found["least_ess"] >= LEAST_ESS and found["largest_rhat"] <= LARGEST_RHAT
         if mixed:
-            references[name] = found
+            references = read_references() | {name: found}
             REFERENCE.write_text(json.dumps(references, indent=1) + "\n")
         print(
             f"{name}: ess {found['least_ess']:.0f}, rhat {found['largest_rhat']:.3f}, "
@@ -257,10 +310,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"Expected names among {', '.join(MODELS)}; got {', '.join(unknown)}.")
     names = options.names or list(MODELS)
-    references = read_references()
     if options.reference:
-        run_references(names, references)
+        run_references(names)
         return
+    references = read_references()
     rows = []
     for name in names:
         right = right_moments(name, references)

@@ -44,7 +44,7 @@ def test_long_chains_find_a_closed_form(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(real_models, "CHAIN_DRAWS", 200)
     monkeypatch.setattr(real_models, "WARMUP", 100)
     case = MODELS["weighing"]()
-    found = real_models.long_chains(case)
+    found = real_models.long_run("weighing")
     (mean, sd), (right, right_sd) = found["moments"]["weight"], case.exact["weight"]
     # Four standard errors of as many independent draws as the chains have.
     assert abs(mean - right) < 4 * right_sd / math.sqrt(found["least_ess"])
