@@ -33,7 +33,7 @@ from benchmarks.pyro_models import MODELS, Case, Moments, entries
 from benchmarks.pyro_references import REFERENCES, Reference
 
 REFERENCE = Path(__file__).parent / "results" / "real_models_reference.json"
-TIME_LIMIT = 60.0
+TIME_LIMIT = 120.0
 DRAWS = 4000
 # A posterior is right if no mean is off by more standard deviations, and no sd by a larger factor.
 RIGHT = 0.2
