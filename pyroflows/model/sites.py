@@ -21,6 +21,7 @@ from .._compat import mask_of
 from .circle import CircleMap
 
 __all__ = [
+    "WRAPPERS",
     "LatentSite",
     "SiteKind",
     "base_distribution",
@@ -42,6 +43,8 @@ __all__ = [
 
 Node = dict[str, Any]
 
+#: Distributions of another one, by which Pyro and torch reshape and mask it.
+WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
@@ -325,8 +328,7 @@ def site_plates(node: Node) -> tuple[str | None, ...]:
 
 def base_distribution(fn: Any) -> Any:
     """The distribution inside of ``to_event``, ``expand`` and ``mask``."""
-    wrappers = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
-    while isinstance(fn, wrappers):
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 
