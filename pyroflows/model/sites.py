@@ -142,8 +142,19 @@ class LatentSite:
         Returns:
             Tensor of shape ``(*, features)``.
         """
-        batch = value.shape[: value.dim() - len(self.shape)]
-        flat = self.transform.inv(value).reshape(*batch, self.unconstrained_shape.numel())
+        return self.active_entries(self.transform.inv(value))
+
+    def active_entries(self, unconstrained: Tensor) -> Tensor:
+        """The entries of an unconstrained value that are unknown.
+
+        Args:
+            unconstrained: Tensor of shape ``(*, *unconstrained_shape)``.
+
+        Returns:
+            Tensor of shape ``(*, features)``.
+        """
+        batch = unconstrained.shape[: unconstrained.dim() - len(self.unconstrained_shape)]
+        flat = unconstrained.reshape(*batch, self.unconstrained_shape.numel())
         return flat if self.complete else flat.index_select(-1, self._places.to(flat.device))
 
     def log_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
