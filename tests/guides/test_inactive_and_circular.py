@@ -118,9 +118,13 @@ def test_guides_that_have_masked_entries_are_refused() -> None:
 
 def test_a_guide_of_independent_entries_leaves_masked_ones_out() -> None:
     density = LogDensity(masked)
-    guide = as_guide(AutoNormal(masked, density.init_loc_fn, 0.3), density)
+    autoguide = AutoNormal(masked, init_scale=0.3)
+    guide = as_guide(autoguide, density)
     z, log_q = guide.sample_and_log_prob(4)
     assert z.shape == (4, density.features)
     torch.testing.assert_close(guide.log_prob(z), log_q)
-    expected = dist.Normal(density.initial, 0.3).log_prob(z).sum(-1)
+    loc = torch.cat(
+        [autoguide.locs.scale_unconstrained.reshape(1), autoguide.locs.x_unconstrained[SEEN]]
+    )
+    expected = dist.Normal(loc, 0.3).log_prob(z).sum(-1)
     torch.testing.assert_close(log_q, expected)
