@@ -31,6 +31,8 @@ class Deadline:
     Args:
         seconds: Seconds of wall-clock time from now on; ``None`` for no limit.
         clock: Returns a time in seconds that never goes back.
+        agree: From whether the time is over by this clock to whether it is; for several processes,
+            whose clocks differ, the answer of one of them. All of them must ask equally often.
 
     Example:
         >>> times = iter([0.0, 4.0, 9.0, 11.0])
@@ -40,10 +42,13 @@ class Deadline:
     """
 
     def __init__(
-        self, seconds: float | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        seconds: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         self.seconds = seconds
-        self._clock = clock
+        self._clock, self._agree = clock, agree
         self._start = clock()
 
     @property
@@ -59,7 +64,7 @@ class Deadline:
     @property
     def passed(self) -> bool:
         """Whether the time is over."""
-        return self.seconds is not None and self.elapsed >= self.seconds
+        return self.seconds is not None and self._agree(self.elapsed >= self.seconds)
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
@@ -90,7 +95,7 @@ class Deadline:
             8.0
         """
         limit = None if self.seconds is None else self.seconds - seconds
-        sooner = Deadline(limit, self._clock)
+        sooner = Deadline(limit, self._clock, self._agree)
         sooner._start = self._start
         return sooner
 

@@ -179,8 +179,10 @@ def _(guide: autoguides.AutoNormal, density: LogDensity) -> Adapted:
     sites = _sites(guide, density)
 
     def loc_and_scale() -> tuple[Tensor, Tensor]:
-        locs, scales = zip(*(location_and_scale(guide, site.name) for site in sites), strict=True)
-        return _concatenated(locs), _concatenated(scales)
+        pairs = [(site, location_and_scale(guide, site.name)) for site in sites]
+        # Entries are independent, so that those which a mask switches off can be left out.
+        locs, scales = zip(*(map(site.active_entries, pair) for site, pair in pairs), strict=True)
+        return torch.cat(locs), torch.cat(scales)
 
     def space() -> tuple[Base, Any]:
         loc, scale = loc_and_scale()
@@ -236,10 +238,6 @@ def _of_vector(
                 f"transform has no inverse here ({reason}). Use AutoFlow, or another transform."
             ) from error
     return Adapted(adapted, sites)
-
-
-def _concatenated(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.flatten() for part in parts])
 
 
 def _standard_normal(like: Tensor) -> Any:

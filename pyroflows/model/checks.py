@@ -27,6 +27,7 @@ from .sites import (
     sample_nodes,
     unmasked_entries,
 )
+from .supports import zero_outside
 
 __all__ = [
     "check_all_data",
@@ -262,9 +263,10 @@ def _check_kind_of_data(name: str, value: Any) -> None:
 
 
 def _check_support_of_data(name: str, fn: Any, value: Any) -> None:
+    scored = zero_outside(unvalidated(fn))
     inside = _is_inside(fn, torch.as_tensor(value))
     try:
-        log_prob = torch.as_tensor(unvalidated(fn).log_prob(value))
+        log_prob = torch.as_tensor(scored.log_prob(value))
     except Exception as error:  # of any type: the distribution may be the user's own
         if bool(inside.all()):
             raise ValueError(
@@ -280,10 +282,14 @@ def _check_support_of_data(name: str, fn: Any, value: Any) -> None:
 
 
 def _is_inside(fn: Any, value: Tensor) -> Tensor:
-    """Which values are in the support of a distribution, as far as it is known and validated."""
+    """Which values are in the support of a distribution, as far as it is known and validated.
+
+    Bounds that may move are left to the density, which is zero outside of them.
+    """
     everywhere = torch.ones((), dtype=torch.bool, device=value.device)
+    checked = validates(fn) and value.numel() and zero_outside(fn) is fn
     try:
-        return fn.support.check(value) if validates(fn) and value.numel() else everywhere
+        return fn.support.check(value) if checked else everywhere
     except NotImplementedError:
         return everywhere
 

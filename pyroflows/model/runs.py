@@ -45,6 +45,7 @@ from .sites import (
     split_vector,
 )
 from .start import start_elsewhere
+from .supports import WithinSupport
 
 __all__ = ["RunnableModel", "value_at"]
 
@@ -277,7 +278,7 @@ class RunnableModel:
         if self.discrete:
             model = self._enumerate(model, self._max_plate_nesting)
         model = poutine.trace(poutine.condition(model, data=dict(values)))
-        with Unvalidated(), MissingData():
+        with WithinSupport(), Unvalidated(), MissingData():
             return model.get_trace(*inputs.args, **inputs.kwargs)
 
     @staticmethod

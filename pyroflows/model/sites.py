@@ -21,6 +21,7 @@ from .._compat import mask_of
 from .circle import CircleMap
 
 __all__ = [
+    "WRAPPERS",
     "LatentSite",
     "SiteKind",
     "base_distribution",
@@ -42,6 +43,8 @@ __all__ = [
 
 Node = dict[str, Any]
 
+#: Distributions of another one, by which Pyro and torch reshape and mask it.
+WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
@@ -139,8 +142,19 @@ class LatentSite:
         Returns:
             Tensor of shape ``(*, features)``.
         """
-        batch = value.shape[: value.dim() - len(self.shape)]
-        flat = self.transform.inv(value).reshape(*batch, self.unconstrained_shape.numel())
+        return self.active_entries(self.transform.inv(value))
+
+    def active_entries(self, unconstrained: Tensor) -> Tensor:
+        """The entries of an unconstrained value that are unknown.
+
+        Args:
+            unconstrained: Tensor of shape ``(*, *unconstrained_shape)``.
+
+        Returns:
+            Tensor of shape ``(*, features)``.
+        """
+        batch = unconstrained.shape[: unconstrained.dim() - len(self.unconstrained_shape)]
+        flat = unconstrained.reshape(*batch, self.unconstrained_shape.numel())
         return flat if self.complete else flat.index_select(-1, self._places.to(flat.device))
 
     def log_det(self, unconstrained: Tensor, value: Tensor) -> Tensor:
@@ -325,8 +339,7 @@ def site_plates(node: Node) -> tuple[str | None, ...]:
 
 def base_distribution(fn: Any) -> Any:
     """The distribution inside of ``to_event``, ``expand`` and ``mask``."""
-    wrappers = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
-    while isinstance(fn, wrappers):
+    while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
 

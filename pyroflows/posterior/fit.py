@@ -143,16 +143,16 @@ def fit_posterior(
     if not callable(model):
         raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
     check_size("steps", steps, least=0)
-    deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
+    seconds = None if time_limit is None else check_positive("time_limit", time_limit)
+    deadline = Deadline(seconds, agree=processes.agree)
     args, kwargs = _move_arguments(device, model, args, kwargs)
     settings = _train_settings(training, {"seed": seed, "steps": steps})
-    with seeded(processes.agree(seed)), without_handlers():
+    with processes.warning_once(), seeded(processes.agree(seed)), without_handlers():
         particles = processes.share(settings["objective"].num_particles)
         # However many runs of the model it takes to capture it, the draws of the fit are the same.
         with forked(0):
             density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
-        if processes.is_main():
-            warn_of_oversights(density.full)
+        warn_of_oversights(density.full)
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)

@@ -143,7 +143,10 @@ class Climb:
         steps = min(steps, self.steps_left)
         # A guide is of use only with a verdict on it.
         settings = {"deadline": self.deadline.earlier(self.judging), **self.settings, **options}
-        report = train(flow, self.trained, history, steps, **settings)
+        # In training, processes evaluate points of their own, and agree on the time at each step.
+        alone = processes.world_size() == 1
+        with contextlib.nullcontext() if alone else Deadline().enforced():
+            report = train(flow, self.trained, history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
 
@@ -199,9 +202,9 @@ class Climb:
         return verdict
 
     def _is_over(self, verdict: Verdict) -> bool:
-        """Whether to stop. All processes use the main one's answer, because their clocks differ."""
-        over = verdict.ok or _has_failed(verdict, "proper") or self.deadline.passed
-        return bool(processes.agree(over))
+        """Whether to stop. All processes use the main one's answer, because rounding differs."""
+        settled = processes.agree(verdict.ok or _has_failed(verdict, "proper"))
+        return settled or self.deadline.passed
 
     def _ending(self) -> str:
         """Returns a sentence on why the fit ended before all was tried, or nothing."""
@@ -294,10 +297,8 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
     Returns:
         The posterior.
     """
-    # The clocks of several processes differ, and all of them must go the same way.
-    alone = processes.world_size() == 1
     try:
-        with climb.deadline.enforced() if alone else contextlib.nullcontext():
+        with climb.deadline.enforced():
             _climb(climb, ladder)
     except KeyboardInterrupt:
         climb.interrupted = True

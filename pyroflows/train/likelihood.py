@@ -211,7 +211,7 @@ def fit_density(
             f"Expected flow to be a module whose call returns a distribution; got {flow!r}."
         )
     file = None if checkpoint is None else Checkpoint(checkpoint, {"seed": seed})
-    with seeded(processes.agree(seed)), torch.enable_grad():
+    with processes.warning_once(), seeded(processes.agree(seed)), torch.enable_grad():
         task = _prepare(flow, x, context, validation, options)
         _warn_of_start(flow, task.train)
         if compile:

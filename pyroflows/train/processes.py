@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ __all__ = [
     "share",
     "sum_over_ranks",
     "take_from_main",
+    "warning_once",
     "world_size",
 ]
 
@@ -56,6 +58,25 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return rank() == 0
+
+
+@contextlib.contextmanager
+def warning_once() -> Iterator[None]:
+    """Context manager in which the main process warns for all of them.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught, warning_once():
+        ...     warnings.warn("the model is slow")
+        >>> len(caught)
+        1
+    """
+    if is_main():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def share(count: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import NeuTraReparam
 
 import pyroflows as pf
@@ -113,4 +113,18 @@ def test_guides_that_take_angles_for_real_numbers_are_refused() -> None:
 
 def test_guides_that_have_masked_entries_are_refused() -> None:
     with pytest.raises(ValueError, match="3 unknown entries of the model; got one of 4"):
-        as_guide(AutoNormal(masked), LogDensity(masked))
+        as_guide(AutoMultivariateNormal(masked), LogDensity(masked))
+
+
+def test_a_guide_of_independent_entries_leaves_masked_ones_out() -> None:
+    density = LogDensity(masked)
+    autoguide = AutoNormal(masked, init_scale=0.3)
+    guide = as_guide(autoguide, density)
+    z, log_q = guide.sample_and_log_prob(4)
+    assert z.shape == (4, density.features)
+    torch.testing.assert_close(guide.log_prob(z), log_q)
+    loc = torch.cat(
+        [autoguide.locs.scale_unconstrained.reshape(1), autoguide.locs.x_unconstrained[SEEN]]
+    )
+    expected = dist.Normal(loc, 0.3).log_prob(z).sum(-1)
+    torch.testing.assert_close(log_q, expected)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor
 
 import pyroflows as pf
+from pyroflows._deadline import Deadline
 from pyroflows.model.minibatch import log_density_of
+from pyroflows.posterior import fit
 from pyroflows.train import fit_density
 from pyroflows.train import processes as distributed
 from pyroflows.train.checkpoint import Checkpoint
@@ -72,6 +79,33 @@ def fitted(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.cat([p.detach().flatten() for p in flow.parameters()]), likelihoods
 
 
+def timed(limit: float) -> list[Any]:
+    """How far a fit got by clocks of which the main one moves by a second at each reading, the
+    other one not at all, and the warnings of this process."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += distributed.rank() == 0
+        return now[0]
+
+    timed = functools.partial(Deadline, clock=clock)
+    with mock.patch.object(fit, "Deadline", timed), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior = pf.fit_posterior(unobserved, steps=60, time_limit=limit, progress=False)
+    torch.manual_seed(0)
+    z = posterior.guide.sample_and_log_prob(3)[0].detach()
+    told = ["No site" in str(warning.message) for warning in caught]
+    judged = [finding.status for finding in posterior.verdict.findings]
+    ended = [*(attempt.name for attempt in posterior.rungs), *judged, len(posterior.history)]
+    return [ended, z, sum(told), len(told)]
+
+
+def unobserved() -> None:
+    """A funnel, which no Gaussian fits."""
+    width = pyro.sample("width", dist.Normal(0.0, 2.0))
+    pyro.sample("x", dist.Normal(torch.zeros(()), width.exp()))
+
+
 def everything(folder: Path) -> tuple[Tensor, ...]:
     """The same for each objective that shares its particles out, for one that does not, and a density."""
     objectives = (PathELBO(65), RenyiBound(0.5, 65), PathELBO(65, path=False), FAB(65))
@@ -85,6 +119,8 @@ def everything(folder: Path) -> tuple[Tensor, ...]:
 def main(folder: Path) -> None:
     with distributed.initialize_from_environment() as device:
         assert device is None or device == f"cuda:{distributed.rank()}"
+        ends = [timed(limit) for limit in (40.0, 700.0)]
+        torch.save(ends, folder / f"ends{distributed.rank()}.pt")
         torch.save(
             everything(folder), folder / f"rank{distributed.rank()}of{distributed.world_size()}.pt"
         )
@@ -124,6 +160,14 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("Fitting:   0%") == 4  # one process shows its progress
+    first, second = (torch.load(tmp_path / f"ends{rank}.pt") for rank in range(2))
+    # Wherever the time of the main process ends, both end at the same place.
+    assert [end[0] for end in first] == [end[0] for end in second]
+    torch.testing.assert_close([end[1] for end in first], [end[1] for end in second])
+    assert first[0][0] != first[1][0]
+    # One process warns.
+    assert all(end[2] == 1 for end in first)
+    assert all(end[3] == 0 for end in second)
     for rank in range(2):
         together = torch.load(tmp_path / f"rank{rank}of2.pt")
         for found, expected in zip(together, alone, strict=True):
@@ -148,6 +192,8 @@ def test_without_a_group_there_is_one_process() -> None:
     distributed.take_from_main([rows])
     assert torch.equal(rows, before)
     assert distributed.agree("x") == "x"
+    with pytest.warns(UserWarning, match="told"), distributed.warning_once():
+        warnings.warn("told", stacklevel=1)
 
 
 if __name__ == "__main__":
