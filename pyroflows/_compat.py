@@ -25,6 +25,8 @@ from pyro.poutine.runtime import _PYRO_STACK, apply_stack
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from pyro.poutine.trace_messenger import TraceHandler, TraceMessenger
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Function, forward_ad
 from torch.distributions import Distribution
 from torch.fx import GraphModule
@@ -362,9 +364,16 @@ class _NoContext:
 def record_operations(function: Callable[..., Any]) -> Callable[..., GraphModule]:
     """Returns ``make_fx`` of a function that may read values, which are noted in the graph.
 
-    Without its private option, ``make_fx`` refuses even to read constants.
+    Without its private option, ``make_fx`` refuses even to read constants. Without a mode given for
+    all operations, it makes one for each to note their shapes, which takes most of its time.
     """
-    return make_fx(function, _error_on_data_dependent_ops=False)
+    recorded = make_fx(function, _error_on_data_dependent_ops=False)
+
+    def record(*args: Any) -> GraphModule:
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            return recorded(*args)
+
+    return record
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -278,6 +278,12 @@ def test_recorded_operations_may_read_constants_and_say_so():
     torch.testing.assert_close(graph(torch.ones(2)), torch.full((2,), 3.0))
 
 
+def test_all_recorded_operations_note_their_shapes_in_one_mode():
+    graph = _compat.record_operations(lambda x: x.exp() + x[:2].sum())(torch.ones(3))
+    noted = [node.meta["val"] for node in graph.graph.nodes if "val" in node.meta]
+    assert len(noted) > 3 and len({id(value.fake_mode) for value in noted}) == 1
+
+
 def test_what_is_batched_and_what_it_holds():
     shared, points = torch.tensor([4.0, 5.0]), torch.tensor([[1.0], [2.0]])
     row = shared[1:]

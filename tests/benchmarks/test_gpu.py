@@ -20,6 +20,7 @@ from benchmarks.waits import waits
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_the_command_measures_tells_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,14 +135,19 @@ KINDS = {**AUTO, **MESSENGERS, **WRITTEN}
 DTYPES = {"AutoNormalizingFlow": torch.float32, "list with a flow": torch.float32}
 
 
-def made(name: str, device: torch.device | str = "cpu", steps: int = 30) -> tuple[Any, LogDensity]:
+@functools.cache
+def density_of(dtype: torch.dtype, device: str) -> LogDensity:
+    return LogDensity(model, (data(device, dtype),))
+
+
+def made(name: str, device: torch.device | str = "cpu", steps: int = 6) -> tuple[Any, LogDensity]:
     """A guide after some steps of SVI."""
     y = data(device, DTYPES.get(name, torch.float64))
     guide = KINDS[name](model)
     if isinstance(guide, nn.Module):
         guide.to(device)
-    density = LogDensity(model, (y,))
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+    density = density_of(y.dtype, str(y.device))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02 if steps > 6 else 0.06}), Trace_ELBO())
     for _ in range(steps if name != "branching" else 0):
         svi.step(y)
     return guide, density
@@ -194,7 +199,7 @@ def test_draws_come_with_their_density(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "branching"])
 def test_the_draws_are_those_of_the_guide(name: str) -> None:
-    guide, density = made(name)
+    guide, density = made(name, steps=30)
     with torch.no_grad():
         z, _ = as_guide(guide, density).sample_and_log_prob(2000)
         traces = [poutine.trace(guide).get_trace(*density.args) for _ in range(400)]
@@ -245,7 +250,7 @@ def test_the_base_space_gives_the_density(name: str) -> None:
             torch.testing.assert_close(log_det_back, -log_det, **near(z))
 
 
-@pytest.mark.parametrize("name", ["AutoNormal", "list", "function"])
+@pytest.mark.parametrize("name", ["list", "function"])
 def test_draws_are_polished(name: str) -> None:
     """From an untrained guide to the posterior, which further trajectories leave as it is."""
     guide, density = made(name, steps=0)

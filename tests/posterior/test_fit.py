@@ -23,7 +23,9 @@ from torch import Tensor
 import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior
 from pyroflows.examples import load_example
+from pyroflows.posterior import census as census_module
 from pyroflows.posterior import ladder as ladder_module
+from pyroflows.posterior import subject as subject_module
 from pyroflows.train import loop as loop_module
 
 Model = Callable[..., Any]
@@ -355,6 +357,10 @@ def test_a_start_of_zero_density_is_left() -> None:
 
 def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 300)
+    # A search of one point at a time takes its time by every one of these.
+    monkeypatch.setattr(ladder_module, "POLISH_TRAJECTORIES", 2)
+    monkeypatch.setattr(subject_module, "ROAMERS", 8)
+    monkeypatch.setattr(census_module, "GRADIENTS", 0)
 
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 1.0))

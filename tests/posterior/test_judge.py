@@ -100,7 +100,11 @@ def test_a_right_guide_is_trusted(name: str) -> None:
     assert abs(math.log(float(draws["b"].log().std()))) < 6 / math.sqrt(8000)
 
 
-@pytest.mark.parametrize("name", GUIDES)
+#: One of the library, one of Pyro, a list, and a function; the check sees their densities alone.
+SOME = ["AutoFlow", "AutoNormal", "AutoGuideList", "by hand"]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_a_guide_of_a_wrong_scale_is_not_trusted(name: str) -> None:
     verdict = pf.judge(made(name), pair, (4.0,)).verdict
     assert not verdict.ok
@@ -134,14 +138,12 @@ ON_ONE_MODE: dict[str, Any] = {
 ONE_MODE: dict[str, Callable[[], Guide]] = {
     "AutoFlow": lambda: pf.AutoFlow(two_modes, **ON_ONE_MODE),
     "AutoNormal": lambda: AutoNormal(two_modes, **ON_ONE_MODE),
-    "AutoDiagonalNormal": lambda: AutoDiagonalNormal(two_modes, **ON_ONE_MODE),
-    "AutoMultivariateNormal": lambda: AutoMultivariateNormal(two_modes, **ON_ONE_MODE),
     "AutoGuideList": list_on_one_mode,
     "by hand": lambda: by_hand_on_one_mode,
 }
 
 
-@pytest.mark.parametrize("name", ONE_MODE)
+@pytest.mark.parametrize("name", SOME)
 def test_a_guide_that_has_lost_a_mode_is_not_trusted(name: str) -> None:
     verdict = pf.judge(ONE_MODE[name](), two_modes).verdict
     # Importance sampling sees nothing of it.
