@@ -13,6 +13,9 @@ __all__ = ["limit", "limit_log", "saturate"]
 #: The largest scale of a layer, as a power of the largest number of its dtype. With that of
 #: :func:`saturate` it leaves room for a sum over the entries.
 _SCALE = 0.35
+#: The largest gradient that passes from layer to layer. Times a value and the weights of a network
+#: it is finite.
+_STEEPNESS = 0.25
 
 
 def limit(dtype: torch.dtype, power: float) -> float:
@@ -24,7 +27,9 @@ def saturate(x: Tensor) -> Tensor:
     r"""Stops values at :math:`\pm \sqrt M`, for the largest number :math:`M` of their dtype.
 
     Products of two such values are finite. Where they stop the gradient is zero, even if the one
-    that comes down to it is infinite or NaN.
+    that comes down to it is infinite or NaN. Elsewhere it stops at :math:`\pm M^{1/4}`, 4e9 in
+    single precision, so that nothing overflows on its way through many layers. In half precision
+    gradients pass as they are, because a loss may be scaled up beyond 16 on purpose.
 
     Args:
         x: Values.
@@ -35,7 +40,12 @@ def saturate(x: Tensor) -> Tensor:
     """
     most = limit(x.dtype, 0.5)
     # The backward pass of hardtanh is one kernel; that of clamp takes four.
-    return F.hardtanh(x, -most, most)
+    stopped = F.hardtanh(x, -most, most)
+    if stopped.requires_grad and x.dtype != torch.float16:
+        steepest = limit(x.dtype, _STEEPNESS)
+        # A hook and no autograd function: it takes part in every transformation of torch.func.
+        stopped.register_hook(lambda gradient: gradient.clamp(-steepest, steepest))
+    return stopped
 
 
 def limit_log(log_scale: Tensor) -> Tensor:
