@@ -132,8 +132,8 @@ class Compose(Transform):
         for number, (layer, given) in enumerate(layers):
             move = layer.inverse_and_log_det if inverted else layer.forward_and_log_det
             x = x if layer.scales_down else self.keep_within(x)
-            # Before every other layer, because each hook costs as much as two small kernels.
-            bounded = number % 2 == 1 and not self.exact
+            # Before every fourth layer, because each hook costs as much as two small kernels.
+            bounded = number % 4 == 1 and not self.exact
             x, log_det = move(bound_gradient(x) if bounded else x, given)
             total = log_det if total is None else total + log_det
         return x, total  # type: ignore[return-value]
