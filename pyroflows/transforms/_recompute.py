@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from .._saturation import saturate
+from .._saturation import bound_gradient, saturate
 
 __all__ = ["Step", "recompute"]
 
@@ -27,7 +27,7 @@ class Step(nn.Module):
         given = None if self.layer.context_shape is None else context
         return (
             self.layer.inverse_and_log_det if self.inverted else self.layer.forward_and_log_det
-        )(x if self.layer.scales_down else self.layer.keep_within(x), given)
+        )(x if self.layer.scales_down else bound_gradient(self.layer.keep_within(x)), given)
 
     def back(self, y: Tensor, context: Tensor | None) -> Tensor:
         given = None if self.layer.context_shape is None else context
