@@ -280,9 +280,25 @@ def forecasting_2(data: Tensor) -> None:
     sigma = pyro.sample("noise_scale", dist.LogNormal(-2.0, 1.0))
     times = torch.arange(1.0, len(data) + 1)
     walk = drift_scale.square() * torch.minimum(times[:, None], times)
-    tril = torch.linalg.cholesky(walk + sigma.square() * torch.eye(len(data)))
+    pyro.factor("data", _log_normal(data, walk + sigma.square() * torch.eye(len(data))))
+
+
+@_reference(prior_draws=1_000_000)
+def gaussian_hmm(data: Tensor) -> None:
+    """The level summed out: a walk from a normal start."""
+    q = pyro.sample("q", dist.LogNormal(-1.0, 1.0))
+    r = pyro.sample("r", dist.LogNormal(-1.0, 1.0))
+    times = torch.arange(1.0, len(data) + 1)
+    level = 1.0 + q.square() * torch.minimum(times[:, None], times)
+    covariance = level + r.square() * torch.eye(len(data))
+    pyro.factor("data", _log_normal(data.squeeze(-1), covariance))
+
+
+def _log_normal(data: Tensor, covariance: Tensor) -> Tensor:
+    """The log density of a centred normal distribution but for a constant."""
+    tril = torch.linalg.cholesky(covariance)
     whitened = torch.linalg.solve_triangular(tril, data[:, None], upper=False)
-    pyro.factor("data", -0.5 * whitened.square().sum() - tril.diagonal().log().sum())
+    return -0.5 * whitened.square().sum() - tril.diagonal().log().sum()
 
 
 @_reference()
