@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._compat import array_of, is_batched, number_of, storage_of, tree_leaves, tree_map_only
 
-__all__ = ["Batchable"]
+__all__ = ["READINGS", "REPLACEMENTS", "Batchable"]
 
 _READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _DTYPES_OF_MASKS = (torch.bool, torch.uint8)
@@ -177,6 +177,14 @@ _WRITING = {"__setitem__"} | {
 # Conversions of a tensor to a number, by which a program decides how to go on.
 _TRUTHS = {Tensor.__bool__, Tensor.is_nonzero}
 _NUMBERS = {*_TRUTHS, Tensor.__int__, Tensor.__index__, Tensor.item}
+
+
+# All that read a value out of a tensor.
+READINGS = {
+    *_NUMBERS,
+    *(Tensor.__float__, Tensor.__complex__, Tensor.tolist, Tensor.numpy, Tensor.__array__),
+    *(torch.equal, Tensor.equal, torch.allclose, Tensor.allclose, Tensor.__contains__),
+}
 
 
 _INDEXED = {Tensor.__getitem__, Tensor.__setitem__}

@@ -23,6 +23,7 @@ from .faults import first_sentence
 from .inputs import Inputs
 from .singular import NanWhereSingular
 from .stable import selecting_no_entries
+from .together import Together
 
 __all__ = ["Evaluator", "Program", "map_points"]
 
@@ -42,6 +43,9 @@ FAILURES = (*POINT_ERRORS, RuntimeError)
 
 # How many graphs are made for other values of inputs that a model reads, such as mini-batches.
 CAPTURES = 8
+
+# Points far from the start at which a model that is run for many points together is compared.
+FAR_OUT = 8
 
 DIFFERENT = "its values differ from those of single traces"
 
@@ -349,10 +353,11 @@ class Evaluator:
             assert self.in_plate is not None
             inputs = leaves.rebuild(constants, tensors)
             held = torch.ones(len(points), dtype=torch.bool, device=points.device)
+            function = functools.partial(_run_together, self.in_plate)
             with NanWhereSingular(), selecting_no_entries():
                 if not gradients:
-                    return self.in_plate(points, inputs), held
-                return *_differentiate(self.in_plate, points, inputs), held
+                    return function(points, inputs), held
+                return *_differentiate(function, points, inputs), held
 
         return run
 
@@ -413,8 +418,10 @@ class Evaluator:
         batch = points.repeat(-(-batch_size // n), 1)[:batch_size]
 
         def agrees(way: Way) -> bool:
-            value, grad = self._make_run(leaves, batch_size, way)(batch)
-            return agree(value[:n], values) and agree(grad[:n], grads)
+            run = self._make_run(leaves, batch_size, way)
+            value, grad = run(batch)
+            near = agree(value[:n], values) and agree(grad[:n], grads)
+            return near and (not way.in_plate or self._agrees_far_out(run, leaves, batch_size))
 
         ways = (
             [Way("vmap")] if self.in_plate is None else [Way("vmap"), Way("plate", in_plate=True)]
@@ -429,6 +436,25 @@ class Evaluator:
                 return way._replace(reason=captured)
             reasons.append(why)
         return Way("loop", reasons[0])
+
+    def _agrees_far_out(self, run: Run, leaves: _Leaves, batch_size: int) -> bool:
+        """Whether points far from each other do not change each other's values."""
+        generator = torch.Generator(device="cpu").manual_seed(1)
+        noise = torch.randn(FAR_OUT, len(self.start), generator=generator, device="cpu")
+        spread = torch.linspace(0.5, 3.0, FAR_OUT).unsqueeze(-1)
+        points = (self.start + (spread * noise).to(self.start))[:batch_size]
+        alone = torch.stack([self._value_alone(point, leaves.inputs) for point in points])
+        batch = points.repeat(-(-batch_size // len(points)), 1)[:batch_size]
+        together = run(batch)[0][: len(points)]
+        pairs = zip(together, alone, strict=True)
+        return all(bool(b.isnan()) or agree(a, b) for a, b in pairs)
+
+    def _value_alone(self, point: Tensor, inputs: Inputs) -> Tensor:
+        """The value at a point, NaN where the function fails."""
+        try:
+            return self._value_and_grad(point, inputs)[0]
+        except POINT_ERRORS:
+            return point.new_tensor(torch.nan)
 
     @staticmethod
     def _capturing(agrees: Callable[[Way], bool], way: Way) -> Way | str:
@@ -488,6 +514,13 @@ class Evaluator:
         yield from self.start + 0.1 * noise
         yield self.start
         yield from self.start + 0.01 * noise
+
+
+def _run_together(
+    function: Callable[[Tensor, Inputs], Tensor], points: Tensor, inputs: Inputs
+) -> Tensor:
+    with Together(points):
+        return function(points, inputs)
 
 
 def _differentiate(
