@@ -23,6 +23,7 @@ from .faults import explained
 from .inputs import Inputs
 from .runs import RunnableModel
 from .sites import plate_size, rotated, sample_nodes
+from .slopes import check_slopes
 from .start import init_to_median
 from .validity import ArgumentChecks, validated_sites
 
@@ -77,7 +78,8 @@ class LogDensity(RunnableModel, Density):
 
     Raises:
         ValueError: If the model has no continuous latent site or has one in a subsampled plate,
-            changes the shape of a site between runs, or draws random numbers outside of its sites.
+            changes the shape of a site between runs, draws random numbers outside of its sites, or
+            turns latents into numbers on which its density depends.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -110,6 +112,8 @@ class LogDensity(RunnableModel, Density):
             self._validated = validated_sites(trace)
             self._make_program()
             self._set_centres(find_centres(self, self.sites))
+            if not self.batched:
+                check_slopes(self.evaluate_inputs, self.sites, self.initial)
             self.data.check(self, trace)
         if self._program.way.warning:
             warnings.warn(self._program.way.warning, stacklevel=caller_level())
