@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import plain
 from ._files import read_whole, reason, write_whole
 
 __all__ = ["UnreadableError", "is_dense", "packed", "read_archive", "write_archive"]
@@ -86,10 +87,10 @@ def packed(value: Any, device: torch.device | str | None = None) -> Any:
         to = value.device if device is None else device
         return value.detach().to(to, copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, Mapping):
-        return {name: packed(item, device) for name, item in value.items()}
+        return {plain(name): packed(item, device) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(packed(item, device) for item in value)
-    return value
+    return plain(value)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -190,6 +190,16 @@ def _pattern(shape: Sequence[int]) -> str:
     return "(" + ", ".join(["*", *map(str, shape)]) + ")"
 
 
+def plain(name: Any) -> Any:
+    """Returns a string in the place of one of a subclass, as those of numpy and of enumerations."""
+    return str.__str__(name) if isinstance(name, str) else name
+
+
+def count(number: int, noun: str) -> str:
+    """Returns a number of things for a sentence."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def list_names(names: Sequence[str], most: int = 5) -> str:
     """Returns names for a sentence: quoted, and counted beyond some."""
     told = ", ".join(map(repr, names[:most]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import list_names
 from .._compat import unvalidated, validates
-from .faults import check_site, describe_error
+from .faults import check_site, describe_constraint, describe_error
 from .missing import TAKE_NAN
 from .shapes import check_mask, check_shape
 from .sites import (
@@ -186,12 +186,19 @@ def check_sizes(name: str, fn: Any) -> None:
 
 
 def check_entries(sites: Sequence[LatentSite]) -> None:
-    """Refuses a model whose latent sites are all empty."""
-    if not any(site.features for site in sites):
-        names = ", ".join(repr(site.name) for site in sites)
+    """Refuses a model whose latent sites are all empty or masked."""
+    if any(site.features for site in sites):
+        return
+    masked = [site.name for site in sites if site.shape.numel()]
+    if masked:
         raise ValueError(
-            f"Expected a model with a latent site that has entries; got only empty ones ({names})."
+            "Expected a model with a latent site that no mask switches off; got only masked ones "
+            f"({list_names(masked)})."
         )
+    names = list_names([site.name for site in sites])
+    raise ValueError(
+        f"Expected a model with a latent site that has entries; got only empty ones ({names})."
+    )
 
 
 def check_same_shapes(first: Any, second: Any) -> None:
@@ -277,7 +284,8 @@ def _check_support_of_data(name: str, fn: Any, value: Any) -> None:
     if bool((~inside & log_prob.isfinite()).any()):
         raise ValueError(
             f"Expected data within the support of their site; site {name!r} with "
-            f"{distribution_name(fn)} observes values outside of {fn.support}."
+            f"{distribution_name(fn)} observes values outside of "
+            f"{describe_constraint(fn.support)}."
         )
 
 

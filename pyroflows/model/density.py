@@ -23,6 +23,7 @@ from .faults import explained
 from .inputs import Inputs
 from .runs import RunnableModel
 from .sites import plate_size, rotated, sample_nodes
+from .slopes import find_lost_slope
 from .start import init_to_median
 from .validity import ArgumentChecks, validated_sites
 
@@ -77,7 +78,8 @@ class LogDensity(RunnableModel, Density):
 
     Raises:
         ValueError: If the model has no continuous latent site or has one in a subsampled plate,
-            changes the shape of a site between runs, or draws random numbers outside of its sites.
+            changes the shape of a site between runs, draws random numbers outside of its sites, or
+            turns latents into numbers on which its density depends.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -113,6 +115,18 @@ class LogDensity(RunnableModel, Density):
             self.data.check(self, trace)
         if self._program.way.warning:
             warnings.warn(self._program.way.warning, stacklevel=caller_level())
+        if not self.batched:
+            self._tell_lost_slope()
+
+    def _tell_lost_slope(self) -> None:
+        site = find_lost_slope(self.evaluate_inputs, self.sites, self.initial)
+        if site:
+            warnings.warn(
+                f"The log density has no gradient along latent {site!r}, which the model turns into "
+                "a number, so that a fit will not follow it. Keep it a tensor, and use the "
+                "functions of torch.",
+                stacklevel=caller_level(),
+            )
 
     # What it is a density of
 

@@ -21,7 +21,7 @@ from .branches import Branches
 from .capture import Captured, ReadsInputsError, capture
 from .faults import first_sentence
 from .inputs import Inputs
-from .singular import NanWhereSingular
+from .singular import Factorisations, NanWhereSingular, survives_failure
 from .stable import selecting_no_entries
 from .together import Together
 
@@ -48,6 +48,11 @@ CAPTURES = 8
 FAR_OUT = 8
 
 DIFFERENT = "its values differ from those of single traces"
+VMAP_SAYS = "What torch.func.vmap says: "
+SURVIVES = (
+    "It goes on when a factorisation fails, by an except for its error, and in a batch no error can "
+    "be raised for some of the points."
+)
 
 
 class Way(NamedTuple):
@@ -81,7 +86,7 @@ WARNINGS = {
     "plate": _UNCAPTURED,
     "loop": (
         "This model cannot be evaluated for a batch of points, so its log density is evaluated one "
-        "point at a time, which is slow. What torch.func.vmap says: "
+        "point at a time, which is slow. "
     ),
 }
 
@@ -216,6 +221,8 @@ class Evaluator:
         self._graphs: dict[Hashable, list[Captured]] = {}
         # How many graphs there are of inputs whose values they depend on.
         self._captures = 0
+        # Whether a run has met a factorisation, whose error the function may catch.
+        self._factorises = False
         # Whether it has functions of autograd, whose gradients a graph of values does not know.
         self._own_gradients = False
         # Kept so that the identities in the keys of the graphs cannot be reused.
@@ -414,6 +421,8 @@ class Evaluator:
     @torch.no_grad()
     def _choose_way(self, leaves: _Leaves, batch_size: int) -> Way:
         points, values, grads = self._references(leaves.inputs, min(3, batch_size))
+        if self._factorises and survives_failure(lambda: self.function(points[0], leaves.inputs)):
+            return Way("loop", SURVIVES)
         n = len(points)
         batch = points.repeat(-(-batch_size // n), 1)[:batch_size]
 
@@ -435,7 +444,9 @@ class Evaluator:
             if not why:
                 return way._replace(reason=captured)
             reasons.append(why)
-        return Way("loop", reasons[0])
+        for i in range(n):
+            self._check_repeats(leaves.inputs, points[i], values[i], grads[i])
+        return Way("loop", VMAP_SAYS + reasons[0])
 
     def _agrees_far_out(self, run: Run, leaves: _Leaves, batch_size: int) -> bool:
         """Whether points far from each other do not change each other's values."""
@@ -499,14 +510,20 @@ class Evaluator:
         found = found or failed[:count]
         if not found and last is not None:
             raise last
-        point, value, _ = found[0]
-        if not agree(self._value_and_grad(point, inputs)[0], value):
+        self._check_repeats(inputs, *found[0])
+        points, values, grads = zip(*found, strict=True)
+        return torch.stack(points), torch.stack(values), torch.stack(grads)
+
+    def _check_repeats(self, inputs: Inputs, point: Tensor, value: Tensor, grad: Tensor) -> None:
+        """Refuses a function that has another value or gradient when it is run again."""
+        with Factorisations() as noted:
+            again = self._value_and_grad(point, inputs)
+        self._factorises |= bool(noted.places)
+        if not (agree(again[0], value) and agree(again[1], grad)):
             raise ValueError(
                 "Expected a model whose log density is a function of its latent sites; got two "
                 "values at one point. Does it draw random numbers outside of pyro.sample?"
             )
-        points, values, grads = zip(*found, strict=True)
-        return torch.stack(points), torch.stack(values), torch.stack(grads)
 
     def _candidates(self) -> Iterator[Tensor]:
         generator = torch.Generator(device="cpu").manual_seed(0)

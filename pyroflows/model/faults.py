@@ -16,12 +16,20 @@ from typing import Any
 import torch
 from pyro.distributions import Distribution
 from pyro.poutine.util import site_is_subsample
+from torch.distributions import constraints
 
 from .._compat import message_in, plate_in, trace_in
 from .sites import base_distribution, distribution_name, sample_nodes
 from .validity import given_arguments, innermost
 
-__all__ = ["check_site", "describe_error", "explained", "find_place", "first_sentence"]
+__all__ = [
+    "check_site",
+    "describe_constraint",
+    "describe_error",
+    "explained",
+    "find_place",
+    "first_sentence",
+]
 
 HERE = str(Path(__file__).parent)
 LIBRARIES = ("pyro", "pyroflows", "torch")
@@ -197,8 +205,26 @@ def _check_parameter(name: str, fn: Any, parameter: str, bound: Any, given: Any)
     count = f" in {int(wrong.sum())} of {wrong.numel()} entries" if wrong.dim() else ""
     raise ValueError(
         f"Expected parameters that {type(fn).__name__} takes; site {name!r} has {parameter} "
-        f"{told}{count}, outside of {bound}."
+        f"{told}{count}, outside of {describe_constraint(bound)}."
     )
+
+
+def describe_constraint(constraint: Any) -> str:
+    """The numbers that a constraint allows, in words where these are shorter than its name."""
+    inner = innermost(constraint)
+    return NUMBERS.get(str(inner), str(inner))
+
+
+# By their texts, because constraints of equal bounds are not equal.
+NUMBERS = {
+    str(constraints.positive): "the positive numbers",
+    str(constraints.nonnegative): "the nonnegative numbers",
+    str(constraints.unit_interval): "the unit interval",
+    str(constraints.nonnegative_integer): "the nonnegative whole numbers",
+    str(constraints.positive_integer): "the positive whole numbers",
+    str(constraints.boolean): "0 and 1",
+    str(constraints.simplex): "the simplex",
+}
 
 
 # Where a model failed

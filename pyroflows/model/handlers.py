@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.overrides import TorchFunctionMode
 
+from .._checks import plain
 from .._compat import start_in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
 
 __all__ = [
@@ -20,11 +21,37 @@ __all__ = [
     "GivenParameters",
     "GivenRows",
     "ParameterRecorder",
+    "PlainNames",
     "StartInPlates",
     "SubstituteTensors",
     "Unvalidated",
     "WholePlates",
 ]
+
+
+# Names
+
+
+class PlainNames(Messenger):
+    """Makes strings of names that are of a subclass, such as those of numpy and of enumerations.
+
+    Other libraries and files take them for another type, or cannot read them.
+
+    Example:
+        >>> import numpy, pyro, pyro.distributions as dist
+        >>> with pyro.poutine.trace() as traced, PlainNames():
+        ...     _ = pyro.sample(numpy.str_("x"), dist.Normal(0.0, 1.0))
+        >>> list(traced.trace.nodes)
+        ['x']
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["name"] = plain(msg["name"])
+        frames = msg["cond_indep_stack"]
+        msg["cond_indep_stack"] = tuple(frame._replace(name=plain(frame.name)) for frame in frames)
+
+    def _pyro_param(self, msg: Any) -> None:
+        msg["name"] = plain(msg["name"])
 
 
 # The rows of plates

@@ -14,7 +14,7 @@ from pyro.infer.enum import config_enumerate
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .._checks import check_tensor
+from .._checks import check_tensor, count
 from .._compat import build_guide, stored_parameters
 from .._random import forked
 from . import checks
@@ -25,6 +25,7 @@ from .handlers import (
     GivenParameters,
     GivenRows,
     ParameterRecorder,
+    PlainNames,
     StartInPlates,
     SubstituteTensors,
     Unvalidated,
@@ -241,7 +242,7 @@ class RunnableModel:
         model = self.model
         if self._enumerated_nesting is not None:
             model = self._enumerate(model, self._enumerated_nesting)
-        with self.on_device(), poutine.block():
+        with self.on_device(), poutine.block(), PlainNames():
             model = poutine.trace(InitMessenger(start)(StartInPlates()(model)))
             return model.get_trace(*self.args, **self.kwargs)
 
@@ -254,7 +255,8 @@ class RunnableModel:
         """The context of every run of the model and of every use of its distributions."""
         # Validation reads values, which a batch under vmap does not have.
         held = self._holding(inputs.parameters)
-        with self.on_device(), poutine.block(), pyro.validation_enabled(False), held:
+        unvalidated = pyro.validation_enabled(False)
+        with self.on_device(), poutine.block(), PlainNames(), unvalidated, held:
             yield
 
     @contextlib.contextmanager
@@ -344,7 +346,8 @@ class RunnableModel:
             checks.check_data(self._run_unvalidated(init_loc_fn), self._enumerated_nesting)
         except Exception as error:
             plates = [
-                f"{size} rows of plate {name!r}" for name, (size, _) in self.subsampled.items()
+                f"{count(size, 'row')} of plate {name!r}"
+                for name, (size, _) in self.subsampled.items()
             ]
             raise ValueError(
                 f"Expected a model that runs on all {' and '.join(plates)} too; got "

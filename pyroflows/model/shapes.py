@@ -25,6 +25,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from .._checks import count
 from .sites import Node, base_distribution, distribution_name, is_factor
 
 __all__ = ["check_mask", "check_shape"]
@@ -164,5 +165,12 @@ def _together(sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _told_plates(plates: dict[int, Any]) -> str:
-    told = [f"plate {frame.name!r} of {frame.size} rows" for frame in plates.values()]
+    told = [f"plate {frame.name!r} {_told_rows(frame)}" for frame in plates.values()]
     return f" in {' and '.join(told)}" if told else ""
+
+
+def _told_rows(frame: Any) -> str:
+    full = frame.full_size
+    if full in (None, frame.size):
+        return f"of {count(frame.size, 'row')}"
+    return f"with {frame.size} of {count(full, 'row')}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
+from traceback import walk_stack
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .._compat import (
     tree_map_only,
 )
 
-__all__ = ["NanWhereSingular"]
+__all__ = ["Factorisations", "NanWhereSingular", "survives_failure"]
 
 
 class NanWhereSingular(TorchDispatchMode):
@@ -36,6 +37,75 @@ class NanWhereSingular(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _SAFE.get(func, func)(*args, **(kwargs or {}))
+
+
+class Factorisations(TorchDispatchMode):
+    """Notes from where the factorisations of a run are called, and lets one of them fail.
+
+    Args:
+        failed: From where factorisations have failed before. If given, the first one that is called
+            from elsewhere fails.
+
+    Attributes:
+        places: From where factorisations have been called, each as the lines of all callers.
+
+    Example:
+        >>> with Factorisations() as noted:
+        ...     _ = torch.linalg.cholesky(torch.eye(2))
+        >>> len(noted.places)
+        1
+    """
+
+    def __init__(self, failed: Collection[Hashable] | None = None) -> None:
+        super().__init__()
+        self.places: set[Hashable] = set()
+        self.failed = failed
+        self.failing: Hashable = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RAISING:
+            place = tuple((frame.f_code, line) for frame, line in walk_stack(None))
+            self.places.add(place)
+            if self.failed is not None and self.failing is None and place not in self.failed:
+                self.failing = place
+                raise torch.linalg.LinAlgError("The input is singular.")
+        return func(*args, **(kwargs or {}))
+
+
+def survives_failure(run: Callable[[], Any]) -> bool:
+    """Whether a function goes on after one of its factorisations has failed.
+
+    Such a function catches the error, to add jitter or to take another matrix, and has a value
+    where :class:`NanWhereSingular` gives NaN. Each factorisation fails in a run of its own; those
+    that a loop calls from one place are one.
+
+    Args:
+        run: The function.
+
+    Returns:
+        Whether a run ends without an error though a factorisation has failed.
+
+    Example:
+        >>> def run():
+        ...     try:
+        ...         return torch.linalg.cholesky(torch.eye(2))
+        ...     except RuntimeError:
+        ...         return torch.eye(2)
+        >>> survives_failure(run)
+        True
+    """
+    failed: set[Hashable] = set()
+    while True:
+        noted = Factorisations(failed)
+        try:
+            with noted:
+                run()
+        except Exception:
+            if noted.failing is None:
+                return False
+        else:
+            return noted.failing is not None
+        failed.add(noted.failing)
 
 
 def _by_info(factorise: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,3 +167,6 @@ _SAFE: dict[Any, Callable[..., Any]] = {
     **{operation: _by_info(operation) for operation in FACTORISATIONS_WITH_INFO},
     **{operation: _of_finite(operation) for operation in FACTORISATIONS_OF_FINITE},
 }
+
+# Those that raise an error of their own.
+_RAISING = _SAFE.keys() - set(FACTORISATIONS_WITH_INFO)

@@ -45,6 +45,14 @@ Node = dict[str, Any]
 
 #: Distributions of another one, by which Pyro and torch reshape and mask it.
 WRAPPERS = (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
+DTYPES = (torch.float32, torch.float64)
+
+# How to write latent sites whose support has no bijection from real vectors.
+ADVICE = {
+    "ProjectedNormal": " Use poutine.reparam with pyro.infer.reparam.ProjectedNormalReparam.",
+    "MixtureSameFamily": " Draw the component from a Categorical site, which is summed out.",
+}
+
 CIRCULAR = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 
 
@@ -230,7 +238,8 @@ def find_latent_sites(trace: Any) -> list[LatentSite]:
         The sites in the order of the trace.
 
     Raises:
-        ValueError: If ``biject_to`` does not know the support of one.
+        ValueError: If one has no density, as a ``Delta``, if it is in half precision, or if
+            ``biject_to`` does not know its support.
     """
     nodes = latent_nodes(trace)
     return [_latent_site(name, node) for name, node in nodes if not is_discrete(node)]
@@ -356,6 +365,7 @@ def distribution_name(fn: Any) -> str:
 
 def _latent_site(name: str, node: Node) -> LatentSite:
     fn, value = node["fn"], node["value"]
+    _check_density(name, fn, value)
     circular = isinstance(base_distribution(fn), CIRCULAR)
     try:
         transform = CircleMap() if circular else biject_to(fn.support)
@@ -363,7 +373,7 @@ def _latent_site(name: str, node: Node) -> LatentSite:
     except (NotImplementedError, AttributeError):
         raise ValueError(
             f"Expected latent sites with a support that biject_to knows; got {name!r} with "
-            f"{distribution_name(fn)}."
+            f"{distribution_name(fn)}.{ADVICE.get(distribution_name(fn), '')}"
         ) from None
     return LatentSite(
         name,
@@ -374,6 +384,20 @@ def _latent_site(name: str, node: Node) -> LatentSite:
         SiteKind.CIRCLE if circular else SiteKind.REAL,
         unmasked_entries(node),
     )
+
+
+def _check_density(name: str, fn: Any, value: Tensor) -> None:
+    """Refuses a latent site whose values have no density, or too few digits for one."""
+    if isinstance(base_distribution(fn), dist.Delta):
+        raise ValueError(
+            f"Expected latent sites with a density; got {name!r} with Delta, which has none. Write "
+            "it as pyro.deterministic(name, value)."
+        )
+    if value.dtype not in DTYPES:
+        raise ValueError(
+            f"Expected latent sites of dtype float32 or float64; got {name!r} of dtype "
+            f"{str(value.dtype).removeprefix('torch.')}."
+        )
 
 
 def unmasked_entries(node: Node) -> Tensor:

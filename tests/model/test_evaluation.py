@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -195,3 +196,36 @@ def test_a_gaussian_process_whose_covariance_fails_at_wide_length_scales() -> No
     assert bool(found.usable[:20].all()) and not bool(found.usable[-20:].any())
     alone = torch.stack([density.evaluate(row).log_prob for row in z[:20:5]])
     torch.testing.assert_close(found.log_prob[:20:5], alone)
+
+
+def test_a_model_that_catches_its_own_error_is_evaluated_alone() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Uniform(-2.0, 2.0))
+        one = torch.ones_like(x)
+        covariance = torch.stack([torch.stack([one, x]), torch.stack([x, one])])
+        try:
+            factor = torch.linalg.cholesky(covariance)
+        except RuntimeError:
+            factor = torch.eye(2)
+        pyro.factor("f", factor.diagonal().log().sum())
+
+    with pytest.warns(UserWarning, match="at a time.*It goes on when a factorisation"):
+        density = LogDensity(model)
+    x = torch.tensor([-1.5, 0.5, 1.2])
+    z = density.unconstrain({"x": x})
+    found = density.log_prob(z)
+    log_det = density.sites[0].transform.log_abs_det_jacobian(z[:, 0], x)
+    factor = torch.where(x.abs() < 1, 0.5 * (1 - x**2).log(), 0.0)
+    torch.testing.assert_close(found, factor - math.log(4) + log_det)
+
+
+def test_random_numbers_from_elsewhere_are_refused_every_time() -> None:
+    draw = random.Random(0).random
+
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(x + draw(), 1.0), obs=torch.tensor(0.5))
+
+    for _ in range(20):
+        with pytest.raises(ValueError, match="two values at one point"):
+            LogDensity(model)

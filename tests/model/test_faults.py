@@ -11,8 +11,9 @@ import pytest
 import torch
 from model.hostile import HOSTILE
 from pyro import poutine
+from pyro.distributions import constraints
 
-from pyroflows.model.faults import describe_error, explained
+from pyroflows.model.faults import describe_constraint, describe_error, explained
 from pyroflows.model.minibatch import log_density_of
 from pyroflows.posterior.census import find_start
 
@@ -199,3 +200,15 @@ def test_a_model_that_is_right_is_left_alone() -> None:
     with explained():
         trace = poutine.trace(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))).get_trace()
     assert "x" in trace
+
+
+@pytest.mark.parametrize(
+    ("constraint", "words"),
+    [
+        (constraints.greater_than(0.0), "the positive numbers"),
+        (constraints.independent(constraints.unit_interval, 1), "the unit interval"),
+        (constraints.greater_than(2.0), "GreaterThan(lower_bound=2.0)"),
+    ],
+)
+def test_constraints_are_told_in_words(constraint: Any, words: str) -> None:
+    assert describe_constraint(constraint) == words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributions import LowRankMultivariateNormal, MultivariateNormal
 
 from pyroflows._compat import make_fx
-from pyroflows.model.singular import NanWhereSingular
+from pyroflows.model.singular import NanWhereSingular, survives_failure
 
 linalg = torch.linalg
 REGULAR = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, 0.2], [0.1, 0.2, 1.5]])
@@ -100,3 +101,69 @@ def test_gradients_factorise_too() -> None:
     with NanWhereSingular():
         slope, _ = torch.func.vmap(torch.func.grad_and_value(spread))(matrices)
     assert bool(slope[0].isfinite().all())
+
+
+def or_unit(matrix: Tensor) -> Tensor:
+    try:
+        return linalg.cholesky(matrix)
+    except RuntimeError:
+        return torch.eye(3)
+
+
+def with_jitter(matrix: Tensor) -> Tensor:
+    jitter = 0.0
+    while True:
+        try:
+            return linalg.cholesky(matrix + jitter * torch.eye(3))
+        except torch.linalg.LinAlgError:
+            jitter = max(10 * jitter, 1e-6)
+
+
+def in_vain(matrix: Tensor) -> Tensor:
+    try:
+        return linalg.cholesky(matrix)
+    except RuntimeError as error:
+        raise ValueError("no covariance") from error
+
+
+def in_steps(matrix: Tensor) -> Tensor:
+    for _ in range(50):
+        matrix = linalg.inv(matrix)
+    return linalg.cholesky(matrix)
+
+
+def suppressed(matrix: Tensor) -> Tensor:
+    with contextlib.suppress(RuntimeError):
+        return linalg.eigvalsh(matrix)
+    return torch.zeros(3)
+
+
+SURVIVING: dict[str, Callable[[Tensor], Any]] = {
+    "another factor": or_unit,
+    "jitter": with_jitter,
+    "after others": lambda a: or_unit(in_steps(a)),
+    "eigenvalues": suppressed,
+}
+ENDING: dict[str, Callable[[Tensor], Any]] = {
+    "no try": linalg.cholesky,
+    "another error": in_vain,
+    "a loop": in_steps,
+    "no factorisation": torch.trace,
+    "info": lambda a: linalg.cholesky_ex(a).L,
+}
+
+
+@pytest.mark.parametrize("name", SURVIVING)
+def test_a_function_that_catches_its_own_error_is_found(name: str) -> None:
+    assert survives_failure(lambda: SURVIVING[name](REGULAR))
+
+
+@pytest.mark.parametrize("name", ENDING)
+def test_a_function_that_ends_with_the_error_is_not(name: str) -> None:
+    assert not survives_failure(lambda: ENDING[name](REGULAR))
+
+
+def test_factorisations_called_from_one_place_fail_once() -> None:
+    runs = []
+    assert not survives_failure(lambda: (runs.append(1), in_steps(REGULAR)))
+    assert len(runs) == 3

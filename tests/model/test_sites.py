@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -15,6 +19,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyroflows._archive import read_archive, write_archive
+from pyroflows.guides import AutoFlow
 from pyroflows.model import LogDensity
 from pyroflows.model.sites import SiteKind
 
@@ -106,7 +112,7 @@ def test_sites_know_the_entries_that_a_mask_switches_off(
 
 
 def test_a_model_in_which_all_is_masked_has_nothing_to_learn() -> None:
-    with pytest.raises(ValueError, match="only empty ones"):
+    with pytest.raises(ValueError, match=r"got only masked ones \('x'\)"):
         LogDensity(masked_everywhere)
 
 
@@ -309,3 +315,76 @@ def test_terms_of_no_points_and_of_a_model_that_is_looped_over() -> None:
         "x": (4,),
         "y": (4,),
     }
+
+
+# Sites without a density here
+
+
+def half(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float16)
+
+
+def point_mass() -> None:
+    with pyro.plate("n", 2):
+        pyro.sample("x", dist.Delta(torch.ones(2)))
+    pyro.sample("u", dist.Normal(0.0, 1.0))
+
+
+def in_half_precision() -> None:
+    pyro.sample("x", dist.Normal(half(0.0), half(1.0)))
+
+
+def direction() -> None:
+    pyro.sample("x", dist.ProjectedNormal(torch.ones(3)))
+
+
+def mixture() -> None:
+    components = dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)
+    pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2) / 2), components))
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (point_mass, "got 'x' with Delta, which has none. Write it as pyro.deterministic"),
+        (in_half_precision, "of dtype float32 or float64; got 'x' of dtype float16."),
+        (direction, "ProjectedNormalReparam"),
+        (mixture, "got 'x' with MixtureSameFamily. Draw the component from a Categorical site"),
+    ],
+)
+def test_sites_without_a_density_are_refused_with_advice(model: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        LogDensity(model)
+    guide = AutoFlow(model)
+    with pytest.raises(ValueError, match="'x'"):
+        guide()
+
+
+# Names
+
+
+class Name(str):
+    """Stands for the names of other libraries."""
+
+
+class Names(str, enum.Enum):
+    X = "x"
+    Y = "y"
+    ROWS = "rows"
+    MEAN = "mean"
+
+
+@pytest.mark.parametrize("make", [np.str_, Name, Names])
+def test_names_of_other_types_are_strings(make: Any, tmp_path: Path) -> None:
+    def model() -> None:
+        mean = pyro.param(make("mean"), torch.tensor(0.0).requires_grad_(False))
+        with pyro.plate(make("rows"), 2):
+            x = pyro.sample(make("x"), dist.Normal(mean, 1.0))
+            pyro.sample(make("y"), dist.Normal(x, 1.0), obs=torch.zeros(2))
+
+    density = LogDensity(model)
+    (site,) = density.sites
+    assert [type(name) for name in (site.name, *site.plates, *density.observed)] == 3 * [str]
+    path = str(tmp_path / "names.pt")
+    write_archive({make("x"): [make("y")]}, path)
+    assert read_archive(path) == {"x": ["y"]}
