@@ -174,6 +174,19 @@ def test_data_that_are_shared_count_for_each_row(name: str) -> None:
     torch.testing.assert_close(density.log_prob(torch.tensor([0.7])), expected)
 
 
+def test_a_vector_under_a_flow_counts_for_each_row_of_a_plate() -> None:
+    flow = pf.RealNVP(features=2).eval()
+
+    def model() -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", flow(), obs=torch.zeros(2))
+
+    standard_normal = dist.Normal(0.0, 1.0).log_prob(torch.zeros(()))
+    found = LogDensity(model).log_prob(torch.zeros(1))
+    torch.testing.assert_close(found, (1 + 3 * 2) * standard_normal)
+
+
 def test_the_sentence_has_both_shapes_and_the_plate() -> None:
     model, y = WRONG["column in a plate"]
     with pytest.raises(ValueError, match="Expected data") as caught:
