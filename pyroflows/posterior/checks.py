@@ -39,7 +39,8 @@ class Check(ABC):
         grounds: Whether it is a reason to trust the posterior when it holds, instead of a search
             for one fault.
         of_weights: Whether it looks at the guide's own draws, which do not decide where draws are
-            polished.
+            polished. Once these are weighed it costs next to nothing, and is made even after the
+            time is over.
         costly: Whether it runs trajectories, so that it is left out once a check has failed.
         needs: What must be known of a subject; each returns a sentence on what is lacking, or
             ``None``.
@@ -79,7 +80,8 @@ class Check(ABC):
             The finding.
         """
         try:
-            check_time()
+            if not (self.of_weights and subject.weighed):
+                check_time()
             obstacle = self._obstacle(subject, failed)
             value = self.measure(subject) if obstacle is None else None
         except TimeOver:
@@ -408,7 +410,7 @@ def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict
     for check in checks:
         failed = any(finding.status == FAILED for finding in findings)
         findings.append(check.find(subject, failed))
-    importance = subject.sample.summary() if "sample" in vars(subject) else None
+    importance = subject.sample.summary() if subject.weighed else None
     return Verdict(tuple(findings), importance)
 
 

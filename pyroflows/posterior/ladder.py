@@ -55,6 +55,10 @@ REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
+# Share of the time that a census leaves: draws are weighed with fewer evaluations than it makes.
+LEFT_BY_CENSUS = 1 / 4
+# How much longer a verdict may take than one on a guide that has not been trained.
+UNTRAINED = 2.0
 # Remedies that are left, once all rungs have been tried or a guide of the user's has been trained.
 REMEDY = "hand a richer flow to guide="
 OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
@@ -120,6 +124,15 @@ class Climb:
             guide.whiten(self.census.best.loc, self.census.best.scale_tril)
         return guide
 
+    @staticmethod
+    def enforced(deadline: Deadline) -> contextlib.AbstractContextManager[None]:
+        """Context manager that ends the evaluations of one process at a deadline.
+
+        The clocks of several processes differ, and all of them must go the same way.
+        """
+        alone = processes.world_size() == 1
+        return deadline.enforced() if alone else contextlib.nullcontext()
+
     def train(self, flow: Flow, steps: int) -> int:
         """Trains a flow for as many steps as are left, and returns how many it took."""
         return self._train(flow, steps, self.history)
@@ -141,8 +154,9 @@ class Climb:
     def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
         self.out_of_steps |= steps > self.steps_left
         steps = min(steps, self.steps_left)
-        # A guide is of use only with a verdict on it.
-        settings = {"deadline": self.deadline.earlier(self.judging), **self.settings, **options}
+        # A guide is of use only with a verdict on it, for which a trained one takes longer.
+        judging = self.judging if self.history else UNTRAINED * self.judging
+        settings = {"deadline": self.deadline.earlier(judging), **self.settings, **options}
         report = train(flow, self.trained, history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
@@ -294,10 +308,8 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
     Returns:
         The posterior.
     """
-    # The clocks of several processes differ, and all of them must go the same way.
-    alone = processes.world_size() == 1
     try:
-        with climb.deadline.enforced() if alone else contextlib.nullcontext():
+        with climb.enforced(climb.deadline):
             _climb(climb, ladder)
     except KeyboardInterrupt:
         climb.interrupted = True
@@ -307,12 +319,19 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
 
 def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
     with contextlib.suppress(TimeOver):
-        climb.census = take_census(climb.density, climb.start)
+        _take_census(climb)
         for rung in ladder:
             if climb.attempt(rung):
                 return
     if climb.best is None:
         climb.judge(ladder[0].name, ladder[0].make(climb))
+
+
+def _take_census(climb: Climb) -> None:
+    """Takes the census, and leaves time to judge a guide, which is of use only with a verdict."""
+    sooner = climb.deadline.earlier(max(climb.deadline.left, 0.0) * LEFT_BY_CENSUS)
+    with climb.enforced(sooner), contextlib.suppress(TimeOver):
+        climb.census = take_census(climb.density, climb.start)
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
@@ -475,7 +494,7 @@ LADDER: list[Rung] = [
 ]
 
 
-def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
+def make_own_rung(guide: AutoFlow, fresh: bool, steps: int, limited: bool = False) -> Rung:
     """Makes the only rung of a guide that the user has chosen.
 
     Args:
@@ -483,6 +502,8 @@ def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
         fresh: Whether it has never been trained, so that it starts at the best Gaussian of the
             census.
         steps: Most steps of training.
+        limited: Whether the time is limited, so that the guide is judged before it is trained: a
+            verdict is then at hand, and it is known how much time the next one takes.
     """
 
     def make(climb: Climb) -> AutoFlow:
@@ -490,4 +511,5 @@ def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
             guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)
         return guide
 
-    return Rung("guide", make, rounds=(*ROUNDS, steps) if steps else (0,))
+    rounds = (*ROUNDS, steps) if steps else ()
+    return Rung("guide", make, rounds=(0, *rounds) if limited or not steps else rounds)

@@ -109,7 +109,12 @@ class Subject:
     @property
     def weighable(self) -> bool:
         """Whether draws can be weighed: the density is known, or weighted draws are given."""
-        return self.density is not None or "sample" in vars(self)
+        return self.density is not None or self.weighed
+
+    @property
+    def weighed(self) -> bool:
+        """Whether draws have been weighed."""
+        return "sample" in vars(self)
 
     @cached_property
     def sample(self) -> ImportanceSample:

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import pyroflows as pf
 from pyroflows.model import LogDensity
 from pyroflows.model.checks import check_data
 from pyroflows.model.minibatch import log_density_of

@@ -17,7 +17,7 @@ from pyroflows._deadline import Deadline, TimeOver
 from pyroflows.guides import AutoFlow, Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Verdict
-from pyroflows.posterior.checks import CHECKS, Check, Drift, Polish, judge_subject
+from pyroflows.posterior.checks import CHECKS, Check, Drift, Modes, Polish, Shift, judge_subject
 from pyroflows.posterior.importance import ImportanceSample
 from pyroflows.posterior.subject import Subject
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
@@ -354,6 +354,17 @@ def test_a_check_that_outlasts_the_time_is_not_judged() -> None:
     assert verdict.finding("drift") == Finding("drift", NOT_JUDGED, None, 0.1, TIME_OVER)
     assert verdict.ok
     assert "There was no time to check: drift." in str(verdict)
+
+
+def test_draws_that_have_been_weighed_are_judged_even_after_the_time_is_over() -> None:
+    with Deadline(0.0).enforced():
+        verdict = judge_subject(subject_of(), [Shift(), Moved()])
+        unsearched = judge_subject(subject_of(), [Modes(), Shift()])
+    assert verdict.ok
+    assert str(verdict).endswith("There was no time to check: drift.")
+    # No weights show a mode that the guide misses.
+    assert not unsearched.ok
+    assert unsearched.reason.endswith("There was no time to check: census.")
 
 
 def test_without_time_nothing_is_judged() -> None:
