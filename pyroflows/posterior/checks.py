@@ -170,16 +170,17 @@ class Supports(Check):
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Says how many such draws there are."""
         if value == 1.0:
-            return (
-                "the model gives every draw of the guide zero density; look at its priors and "
-                "supports."
-            )
+            return f"the model gives every draw of the guide zero density{subject.forbidden}."
         if held:
             return f"the model gives {1 - value:.0%} of the guide's draws a density."
         return (
-            f"{value:.0%} of the guide's draws have zero density under the model; look at its "
-            f"supports. {_capitalise(_facts(subject))}."
+            f"{value:.0%} of the guide's draws have zero density under the model"
+            f"{subject.forbidden}. {_capitalise(_facts(subject))}."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Says where a prior has to end."""
+        return "Restrict the priors to where the model has a density."
 
 
 class Weights(Check):

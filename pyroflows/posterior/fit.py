@@ -27,6 +27,7 @@ from ..train.checkpoint import Checkpoint
 from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
 from ..transforms import Transform
+from ..univariate import Univariate
 from .ladder import LADDER, Climb, climb_ladder, make_own_rung
 from .posterior import Posterior
 
@@ -200,6 +201,12 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
         made = guide(density.continuous_model, init_loc_fn=density.init_loc_fn)
+    elif _is_kind(guide, (Univariate,)):
+        name = guide.__name__ if isinstance(guide, type) else type(guide).__name__
+        raise TypeError(
+            f"Expected guide to be a flow; got the univariate map {name}, of which "
+            "pyroflows.transforms.Elementwise makes one."
+        )
     elif callable(guide) and not _is_kind(guide, (torch.nn.Module, AutoGuide)):
         made = AutoFlow(density.continuous_model, guide, density.init_loc_fn)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_positive, check_size
 from .._compat import transforming
+from .._wording import unstopped
 from ..nn import MLP
 from ._inputs import admit, set_aside
 from ._jacobian import Feedforward, Jacobian, check_trace, trace_rule
@@ -238,7 +239,7 @@ class ContinuousFlow(Transform):
 
         if torch.jit.is_tracing():
             raise RuntimeError(
-                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, for its steps depend on the "
+                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, because its steps depend on the "
                 "values. Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
             )
         rounding = 8 * torch.finfo(state.dtype).eps
@@ -267,8 +268,9 @@ class ContinuousFlow(Transform):
             )[-1]
         except AssertionError as error:
             raise RuntimeError(
-                f"The solver {self.solver} of {type(self).__name__} fails: {error}. Are its parameters and points finite, "
-                f"and its tolerances no smaller than they need be? solver='rk4' always comes to an end."
+                f"The solver {self.solver} of {type(self).__name__} fails: {unstopped(error)}. Are its "
+                f"parameters and points finite, and its tolerances no smaller than they need be? "
+                f"solver='rk4' always comes to an end."
             ) from None
 
     def extra_repr(self) -> str:

@@ -14,10 +14,20 @@ from torch import Tensor
 from torch.distributions import Normal, StudentT
 
 from pyroflows._deadline import Deadline, TimeOver
+from pyroflows._random import forked
 from pyroflows.guides import AutoFlow, Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Verdict
-from pyroflows.posterior.checks import CHECKS, Check, Drift, Modes, Polish, Shift, judge_subject
+from pyroflows.posterior.checks import (
+    CHECKS,
+    Check,
+    Drift,
+    Modes,
+    Polish,
+    Shift,
+    Supports,
+    judge_subject,
+)
 from pyroflows.posterior.importance import ImportanceSample
 from pyroflows.posterior.subject import Subject
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
@@ -315,6 +325,23 @@ def test_a_model_that_forbids_every_draw_has_no_weights_to_judge() -> None:
     verdict = judge(torch.full((DRAWS,), -math.inf), z, names)[0]
     assert statuses(verdict)["supports"] == FAILED
     assert statuses(verdict)["weights"] == statuses(verdict)["shift"] == NOT_JUDGED
+
+
+def test_a_draw_without_density_is_told_with_the_site_at_fault() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(x, 9.0, validate_args=False), obs=torch.tensor(0.5))
+
+    density, guide = LogDensity(model), AutoFlow(model)
+    density.introduce(guide)
+    guide.whiten(torch.zeros(1), torch.eye(1))
+    with forked(0):
+        finding = judge_subject(Subject(guide, density, draws=500), [Supports()]).findings[0]
+    assert "of the guide's draws have zero density under the model, such as one near x = " in str(
+        finding
+    )
+    assert "where site 'y' gives -inf. " in finding.sentence
+    assert finding.sentence.endswith("Restrict the priors to where the model has a density.")
 
 
 class Moved(Drift):
