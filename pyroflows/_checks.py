@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._wording import unstopped
+
 
 def check_size(name: str, value: Any, least: int = 1) -> int:
     """Returns ``value`` as an ``int`` of at least ``least``."""
@@ -55,7 +57,7 @@ def call_factory(name: str, factory: Callable[..., Any], like: str, **arguments:
     except TypeError as error:
         takes = f"({', '.join(arguments)})"
         raise TypeError(
-            f"Expected {name} to be called with {takes}, as {like}; got {factory!r} ({error})."
+            f"Expected {name} to be called with {takes}, as {like}; got {factory!r} ({unstopped(error)})."
         ) from None
     except ValueError:  # written in C, without a signature
         pass
@@ -82,7 +84,7 @@ def check_device(name: str, value: Any) -> str:
         torch.zeros(1, device=device).add_(1).tolist()
     except Exception as error:  # of many types: each backend has its own
         [reason, *_] = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"Cannot compute on {name} {device}: {reason.rstrip('.')}.") from error
+        raise ValueError(f"Cannot compute on {name} {device}: {unstopped(reason)}.") from error
     return str(device)
 
 
@@ -163,7 +165,8 @@ def check_context(context: Any, shape: torch.Size | None, owner: str) -> Tensor 
     if shape is None:
         if context is not None:
             raise ValueError(
-                f"Expected no context, for {owner} was made without context_features; got {_describe(context)}."
+                f"Expected no context, because {owner} was made without context_features; "
+                f"got {_describe(context)}."
             )
         return None
     if context is None:

@@ -71,11 +71,14 @@ def read_whole(path: str | os.PathLike[str]) -> bytes:
 
 
 def check_path(name: str, value: Any) -> str:
-    """Returns a path as a string; ``TypeError`` if it is none."""
+    """Returns a path as a string; ``TypeError`` if it is none, ``ValueError`` if it is empty."""
     try:
-        return os.fsdecode(value)
+        path = os.fsdecode(value)
     except TypeError:
         raise TypeError(f"Expected {name} to be a path; got {value!r}.") from None
+    if not path:
+        raise ValueError(f"Expected {name} to be the name of a file; got ''.")
+    return path
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -369,7 +369,17 @@ MISTAKES = {
     "out is a folder": ("funnel --out folder.nc", "Cannot write folder.nc: Is a directory"),
     "out is a device": ("funnel --out device.nc", "Cannot write device.nc: Not a regular file"),
     "out with a null character": ("funnel --out a\0b.nc", "Cannot write 'a\\x00b.nc': "),
-    "data is empty": ("m.py:model --data=", "Cannot read --data '': Is a directory"),
+    "data is empty": ("m.py:model --data=", "--data: expected the name of a file, got ''"),
+    "a key twice": ("m.py:model --data twice.json", "each key in twice.json once; got 'y' more"),
+    "checkpoint is empty": (
+        "funnel --checkpoint=",
+        "--checkpoint: expected the name of a file, got ''",
+    ),
+    "checkpoint in no folder": (
+        "funnel --checkpoint no/such",
+        "Cannot write --checkpoint no/such: No such file or directory",
+    ),
+    "import ends": ("ends.py:model", "GeneratorExit at ends.py, line 1"),
     "data with a null character": ("m.py:model --data a\0b", "Cannot read --data 'a\\x00b': "),
     "data without end": ("m.py:model --data /dev/zero", "/dev/zero: Not a regular file"),
     "model with a null character": ("a\0b.py:model", "no model file 'a\\x00b.py'"),
@@ -401,6 +411,8 @@ FILES = {
     "syntax.py": "x = 1\ndef model(:\n",
     "raises.py": "\n\nfoo.bar\n",
     "exits.py": "import sys\nsys.exit(1)",
+    "ends.py": "raise GeneratorExit",
+    "twice.json": '{"y": [1.0], "sigma": 1.0, "y": [2.0]}',
     "lacks.py": "import no_such_thing",
 }
 
@@ -623,6 +635,15 @@ def test_an_error_that_a_sentence_tells_is_told_with_its_line(monkeypatch, capsy
     line = 1 + next(i for i, text in enumerate(MODEL.splitlines()) if text.endswith("y.missing"))
     expected = f"pyroflows: Expected a model that runs (m.py, line {line}).\n"
     assert capsys.readouterr().err == expected
+
+
+def test_anything_that_a_model_raises_is_told(fit, monkeypatch, capsys):
+    def end(*_: Any, **__: Any) -> None:
+        raise GeneratorExit
+
+    monkeypatch.setattr(pyroflows, "fit_posterior", end)
+    assert main(["fit", "funnel"]) == 2
+    assert "The model ended the program by GeneratorExit." in _one_sentence(capsys)
 
 
 @pytest.mark.parametrize("name", ["exits", "stops"])

@@ -71,7 +71,9 @@ def _run(argv: Sequence[str] | None) -> int:
         warnings.filterwarnings("ignore", message="Encountered (NaN|[+]?inf)")
         try:
             code: int = run(**given)
-        except SystemExit as stop:
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as stop:
             raise UserError(f"The model ended the program by {describe(stop)}.") from stop
     return code
 
@@ -118,7 +120,9 @@ def _posterior(problem: Problem, options: Options, device: str | None) -> Any:
             device=device,
             checkpoint=options.checkpoint,
         )
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a model may raise anything
         told = blame(problem.source, error)
         if told is None:
             raise  # a mistake of this package: its traceback is of use
@@ -235,6 +239,8 @@ def _check_output(options: Options, default: str) -> Path:
         except OSError as error:
             raise UserError(f"Cannot write {shown(file)}: {reason(error)}.") from error
     checkpoint = options.checkpoint
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint)
     try:
         same = checkpoint is not None and Path(checkpoint).resolve() in [f.resolve() for f in files]
     except ValueError:  # of a name with a null character, which the fit refuses
@@ -243,6 +249,13 @@ def _check_output(options: Options, default: str) -> Path:
         expected = "Expected --checkpoint to name another file than --out and its picture"
         raise UserError(f"{expected}; got {checkpoint!r} for both.")
     return path
+
+
+def _check_checkpoint(file: str) -> None:
+    try:
+        check_writable(file)
+    except OSError as error:
+        raise UserError(f"Cannot write --checkpoint {shown(file)}: {reason(error)}.") from error
 
 
 def _check_device(name: str | None) -> str | None:

@@ -6,6 +6,8 @@ import os
 import textwrap
 import traceback
 
+from .._wording import unstopped
+
 __all__ = ["UserError", "blame", "describe", "line_in", "sentence", "shown"]
 
 
@@ -26,7 +28,7 @@ def blame(source: str, error: BaseException) -> str | None:
     line = line_in(source, error)
     if line is not None:
         return f"The model raised {describe(error)} at {source}, line {line}."
-    if isinstance(error, SystemExit):
+    if not isinstance(error, Exception):
         return f"The model ended the program by {describe(error)}."
     if not isinstance(error, (ValueError, TypeError)):
         return None
@@ -45,7 +47,7 @@ def line_in(source: str, error: BaseException) -> int | None:
 
 def describe(error: BaseException) -> str:
     """Returns the type and the message of an error."""
-    text = error.msg if isinstance(error, SyntaxError) else sentence(error).rstrip(".")
+    text = error.msg if isinstance(error, SyntaxError) else unstopped(sentence(error))
     return f"{type(error).__name__} ({text})" if text else type(error).__name__
 
 
@@ -53,7 +55,7 @@ def sentence(error: BaseException | Warning | str) -> str:
     """Returns the message of an error, in one line that ends with a full stop."""
     # Pyro appends the shapes of a trace, torch the values of a tensor, over many lines.
     text = textwrap.shorten(str(error).split("Trace Shapes:")[0], width=400, placeholder=" ...")
-    return text if not text or text.endswith(".") else f"{text}."
+    return text if not text or text[-1] in ".!?" else f"{text}."
 
 
 def shown(path: str | os.PathLike[str]) -> str:

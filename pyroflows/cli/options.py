@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NoReturn
 
 from .._version import __version__
+from .._wording import unstopped
 from .errors import UserError
 
 __all__ = ["FLOWS", "Options", "make_parser"]
@@ -78,6 +79,12 @@ _seconds = _number(float, "a positive number of seconds", math.ulp(0.0), sys.flo
 _threads = _number(int, "a positive number of threads", 1, sys.maxsize)
 
 
+def _file(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file, got ''")
+    return text
+
+
 def _option(about: str, default: Any = None, **argparse_options: Any) -> Any:
     return field(default=default, metadata={"help": about, **argparse_options})
 
@@ -90,7 +97,9 @@ class Options:
         "a packaged example (see: pyroflows list), or path/to/model.py:function", MISSING
     )
     data: str | None = _option(
-        "JSON file with the arguments of the model, see below", metavar="FILE"
+        "JSON file with the arguments of the model, see below",
+        metavar="FILE",
+        type=_file,
     )
     flow: str | None = _option(
         "family of the guide's flow (default: the fit's choice)", choices=list(FLOWS)
@@ -119,7 +128,9 @@ class Options:
         type=_threads,
     )
     checkpoint: str | None = _option(
-        "file from which a fit that was killed goes on (default: none)", metavar="FILE"
+        "file from which a fit that was killed goes on (default: none)",
+        metavar="FILE",
+        type=_file,
     )
     quiet: bool = _option(
         "print the verdict only: no progress, no table", False, action="store_true"
@@ -130,7 +141,7 @@ class _Parser(argparse.ArgumentParser):
     """Tells a mistake in one sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:].rstrip('.')}; see {self.prog} --help.")
+        raise UserError(f"{message[:1].upper()}{unstopped(message[1:])}; see {self.prog} --help.")
 
 
 def make_parser(

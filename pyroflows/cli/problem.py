@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,7 +82,9 @@ def _import(file: str) -> ModuleType:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a model may raise anything
         line = error.lineno if isinstance(error, SyntaxError) else line_in(file, error)
         where = file if line is None else f"{file}, line {line}"
         raise UserError(f"Could not import the model: {describe(error)} at {where}.") from error
@@ -152,7 +155,9 @@ def _runs(problem: Problem) -> bool:
         warnings.simplefilter("ignore")
         try:
             trace.get_trace(*problem.args, **problem.kwargs).compute_log_prob()
-        except (Exception, SystemExit):
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a model may raise anything
             return False
     return True
 
@@ -186,7 +191,8 @@ def _check_keys(
 
 def _read_data(file: str) -> dict[str, Any]:
     try:
-        data = json.loads(read_whole(Path(file)).decode("utf-8-sig"))
+        text = read_whole(Path(file)).decode("utf-8-sig")
+        data = json.loads(text, object_pairs_hook=partial(_object, file))
     except OSError as error:
         raise UserError(f"Cannot read --data {shown(file)}: {reason(error)}.") from error
     except json.JSONDecodeError as error:
@@ -199,6 +205,15 @@ def _read_data(file: str) -> dict[str, Any]:
         expected = f"Expected {file} to hold a JSON object, its keys the model's arguments"
         raise UserError(f"{expected}; got {kinds.get(type(data), 'a number')}.")
     return {key: _argument(file, key, value) for key, value in data.items()}
+
+
+def _object(file: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which the parser would keep the last value of each key."""
+    keys = [key for key, _ in pairs]
+    twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    if twice:
+        raise UserError(f"Expected each key in {file} once; got {_listed(twice)} more than once.")
+    return dict(pairs)
 
 
 def _argument(file: str, key: str, value: Any) -> Any:

@@ -32,7 +32,8 @@ class StandardNormal(dist.Normal):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of values of shape ``(*, *batch_shape)``."""
+        """Log-density of values that broadcast to ``(*, *batch_shape)``, of that shape."""
+        value, _ = torch.broadcast_tensors(value, self.loc)
         return value.square().mul(-0.5).sub(0.5 * math.log(2 * math.pi))
 
 
@@ -173,7 +174,8 @@ class FlowDistribution(dist.TransformedDistribution):
         return None if last is None else last.tag
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of values of shape ``(*, *batch_shape, *event_shape)``."""
+        """Log-density, of shape ``(*, *batch_shape)``, of values that broadcast to that shape
+        before their event dimensions."""
         value = self._cast(self._check_value(value))
         # torch's check of a support fails on empty batches, and reads values, which a compiled graph cannot.
         if self._validate_args and value.numel() and not torch.compiler.is_compiling():

@@ -22,7 +22,7 @@ class FlowMixture(dist.TorchDistribution):
     .. math:: q(z) = \sum_k \pi_k\, q_k(z).
 
     A batch of one family can be mixed by ``MixtureSameFamily``; flows with parameters of their own
-    cannot. Draws carry no gradient, for there is none through the choice of a component.
+    cannot. Draws carry no gradient, because there is none through the choice of a component.
 
     Args:
         components: Distributions with the same batch and event shapes.

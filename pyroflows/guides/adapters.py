@@ -15,6 +15,7 @@ from torch import Tensor
 from .._compat import init_transform_of, location_and_scale
 from .._random import forked
 from .._spec import build, describe, name_of, resolve_class
+from .._wording import unstopped
 from ..flows import Flow
 from ..model.density import LogDensity
 from ..model.sites import LatentSite, SiteKind
@@ -232,7 +233,7 @@ def _of_vector(
         try:
             adapted.log_prob(z.clone())
         except (NotImplementedError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = unstopped(" ".join(str(error).split())) or type(error).__name__
             raise ValueError(
                 f"Expected a guide that can score any vector; got {type(guide).__name__}, whose "
                 f"transform has no inverse here ({reason}). Use AutoFlow, or another transform."

@@ -213,7 +213,17 @@ def _out_of_place(func: Any, target: Tensor | None) -> Callable[..., Any] | None
 
 
 # Operations in place whose namesakes do something else, or that copy takes too.
-_MAKING = {"copy_", "requires_grad_", "detach_", "squeeze_", "unsqueeze_", "t_", "transpose_"}
+_MAKING = {
+    "copy_",
+    "requires_grad_",
+    "detach_",
+    "squeeze_",
+    "unsqueeze_",
+    "t_",
+    "transpose_",
+    "swapaxes_",
+    "swapdims_",
+}
 
 
 def _any_batched(arguments: Any) -> bool:

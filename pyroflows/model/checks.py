@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._checks import list_names
 from .._compat import unvalidated, validates
+from .._wording import unstopped
 from .faults import check_site, describe_constraint, describe_error
 from .missing import TAKE_NAN
 from .shapes import check_mask, check_shape
@@ -102,7 +103,7 @@ def check_call(name: str, function: Callable[..., Any], args: Any, kwargs: Any) 
         given = [f"{len(args)} in args", *(f"{key!r} in kwargs" for key in kwargs)]
         raise TypeError(
             f"Expected args and kwargs that {name} takes, with the signature {signature}; got "
-            f"{', '.join(given)} ({error})."
+            f"{', '.join(given)} ({unstopped(error)})."
         ) from None
 
 

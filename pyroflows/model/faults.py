@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import constraints
 
 from .._compat import message_in, plate_in, trace_in
+from .._wording import unstopped
 from .sites import base_distribution, distribution_name, sample_nodes
 from .validity import given_arguments, innermost
 
@@ -98,7 +99,7 @@ def describe_error(error: BaseException) -> str:
     """The type and the message of an error, in one line without a full stop."""
     text = _line(error).split(", but found invalid values")[0]
     # The allocator of torch begins with a place in its own source.
-    text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text).rstrip(".")
+    text = re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", unstopped(text))
     name = type(error).__name__.lstrip("_")
     return f"{name} ({textwrap.shorten(text, WIDTH, placeholder=' ...')})" if text else name
 

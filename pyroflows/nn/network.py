@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import call_factory, check_activation, check_hidden, check_size
+from .._wording import unstopped
 from .convnet import ConvNet
 from .mlp import MLP
 from .resnet import ResNet
@@ -185,7 +186,7 @@ def _try_out(
             result = module.eval()(*given)
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else ""
-        reason = f"which raises {type(error).__name__}: {line.rstrip('.')}"
+        reason = f"which raises {type(error).__name__}: {unstopped(line)}"
         raise TypeError(f"{wanted}, {reason}.{_advice(positions, context)}") from error
     finally:
         module.train(training)

@@ -39,7 +39,8 @@ class Check(ABC):
         grounds: Whether it is a reason to trust the posterior when it holds, instead of a search
             for one fault.
         of_weights: Whether it looks at the guide's own draws, which do not decide where draws are
-            polished.
+            polished. Once these are weighed it costs next to nothing, and is made even after the
+            time is over.
         costly: Whether it runs trajectories, so that it is left out once a check has failed.
         needs: What must be known of a subject; each returns a sentence on what is lacking, or
             ``None``.
@@ -79,7 +80,8 @@ class Check(ABC):
             The finding.
         """
         try:
-            check_time()
+            if not (self.of_weights and subject.weighed):
+                check_time()
             obstacle = self._obstacle(subject, failed)
             value = self.measure(subject) if obstacle is None else None
         except TimeOver:
@@ -168,16 +170,17 @@ class Supports(Check):
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Says how many such draws there are."""
         if value == 1.0:
-            return (
-                "the model gives every draw of the guide zero density; look at its priors and "
-                "supports."
-            )
+            return f"the model gives every draw of the guide zero density{subject.forbidden}."
         if held:
             return f"the model gives {1 - value:.0%} of the guide's draws a density."
         return (
-            f"{value:.0%} of the guide's draws have zero density under the model; look at its "
-            f"supports. {_capitalise(_facts(subject))}."
+            f"{value:.0%} of the guide's draws have zero density under the model"
+            f"{subject.forbidden}. {_capitalise(_facts(subject))}."
         )
+
+    def advise(self, subject: Subject) -> str:
+        """Says where a prior has to end."""
+        return "Restrict the priors to where the model has a density."
 
 
 class Weights(Check):
@@ -408,7 +411,7 @@ def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict
     for check in checks:
         failed = any(finding.status == FAILED for finding in findings)
         findings.append(check.find(subject, failed))
-    importance = subject.sample.summary() if "sample" in vars(subject) else None
+    importance = subject.sample.summary() if subject.weighed else None
     return Verdict(tuple(findings), importance)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._archive import UnreadableError, is_dense, read_archive, write_archive
 from .._files import check_path, reason
 from .._schema import check_form
+from .._wording import unstopped
 from ..model.density import LogDensity
 
 __all__ = ["damaged", "describe_sites", "is_plain", "read_state", "reading", "write_state"]
@@ -68,7 +69,7 @@ def read_state(path: str | PathLike[str], form: Any) -> dict[str, Any]:
         check_form(written, int, "its format")
         check_form(state, form, "the posterior")
     except ValueError as error:
-        raise damaged(name, str(error)) from None
+        raise damaged(name, unstopped(error)) from None
     return state
 
 
@@ -90,7 +91,7 @@ def reading(path: str | PathLike[str], *sentences: type[Exception]) -> Iterator[
     except Exception as error:
         # What stands in a damaged file makes its readers raise errors of any type.
         [line, *_] = str(error).splitlines() or [""]
-        raise damaged(path, f"{type(error).__name__}: {line.rstrip('.')}") from error
+        raise damaged(path, f"{type(error).__name__}: {unstopped(line)}") from error
 
 
 def damaged(path: str | PathLike[str], reason: str) -> ValueError:

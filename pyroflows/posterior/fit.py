@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._checks import check_device, check_flag, check_positive, check_size
-from .._compat import without_handlers
+from .._compat import record_operations, without_handlers
 from .._deadline import Deadline
 from .._random import forked, seeded
 from ..flows import Flow
@@ -21,11 +21,13 @@ from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from ..model.notices import warn_of_oversights
+from ..report.arviz_bridge import import_arviz
 from ..train import processes
 from ..train.checkpoint import Checkpoint
 from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
 from ..transforms import Transform
+from ..univariate import Univariate
 from .ladder import LADDER, Climb, climb_ladder, make_own_rung
 from .posterior import Posterior
 
@@ -94,10 +96,13 @@ def fit_posterior(
         guide: ``"auto"``, the ladder; a flow such as ``pyroflows.RealNVP`` or any callable from
             the number of features to a flow; or an :class:`AutoFlow` of this model, which is
             trained in place, from where it is if it has been trained. Such a guide is trained in
-            rounds until the verdict is ok, and its draws are not polished.
+            rounds until the verdict is ok, and its draws are not polished. Under a time limit it
+            is judged before the first round too.
         seed: Seed of all that is random here; the same seed gives the same posterior. The random
             state outside is left as it was. ``None`` draws from that state.
         time_limit: Seconds of wall-clock time for the fit; the step size then decays with the time.
+            The first limited fit of a process takes a few seconds more, which do not count, in
+            which torch and ArviZ load parts of theirs.
         device: Where to run: tensors in ``args`` and ``kwargs`` and a module model are moved there.
         steps: Most gradient steps to take in all.
         training: Options of the training of each flow:
@@ -143,8 +148,10 @@ def fit_posterior(
     if not callable(model):
         raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
     check_size("steps", steps, least=0)
-    seconds = None if time_limit is None else check_positive("time_limit", time_limit)
-    deadline = Deadline(seconds, agree=processes.agree)
+    if time_limit is not None:
+        check_positive("time_limit", time_limit)
+        _load_libraries()
+    deadline = Deadline(time_limit, agree=processes.agree)
     args, kwargs = _move_arguments(device, model, args, kwargs)
     settings = _train_settings(training, {"seed": seed, "steps": steps})
     with processes.warning_once(), seeded(processes.agree(seed)), without_handlers():
@@ -158,7 +165,14 @@ def fit_posterior(
         own, fresh = _make_guide(guide, density.full)
         density = density.rotated(own.centres())
         climb = Climb(density, steps, deadline, own, **settings)
-        return climb_ladder(climb, [make_own_rung(own, fresh, steps)])
+        rung = make_own_rung(own, fresh, steps, limited=time_limit is not None)
+        return climb_ladder(climb, [rung])
+
+
+def _load_libraries() -> None:
+    """Has libraries load what they load at their first use, which may take as long as a fit."""
+    record_operations(torch.neg)(torch.zeros(1))
+    import_arviz()
 
 
 def _train_settings(training: Mapping[str, Any], fit: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,6 +200,12 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
         made = guide(density.continuous_model, init_loc_fn=density.init_loc_fn)
+    elif _is_kind(guide, (Univariate,)):
+        name = guide.__name__ if isinstance(guide, type) else type(guide).__name__
+        raise TypeError(
+            f"Expected guide to be a flow; got the univariate map {name}, of which "
+            "pyroflows.transforms.Elementwise makes one."
+        )
     elif callable(guide) and not _is_kind(guide, (torch.nn.Module, AutoGuide)):
         made = AutoFlow(density.continuous_model, guide, density.init_loc_fn)
     else:

@@ -55,6 +55,10 @@ REFIT_ROUNDS = (0, 450)
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
+# Share of the time that a census leaves: draws are weighed with fewer evaluations than it makes.
+LEFT_BY_CENSUS = 1 / 4
+# How much longer a verdict may take than one on a guide that has not been trained.
+UNTRAINED = 2.0
 # Remedies that are left, once all rungs have been tried or a guide of the user's has been trained.
 REMEDY = "hand a richer flow to guide="
 OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
@@ -141,8 +145,9 @@ class Climb:
     def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
         self.out_of_steps |= steps > self.steps_left
         steps = min(steps, self.steps_left)
-        # A guide is of use only with a verdict on it.
-        settings = {"deadline": self.deadline.earlier(self.judging), **self.settings, **options}
+        # A guide is of use only with a verdict on it, for which a trained one takes longer.
+        judging = self.judging if self.history else UNTRAINED * self.judging
+        settings = {"deadline": self.deadline.earlier(judging), **self.settings, **options}
         # In training, processes evaluate points of their own, and agree on the time at each step.
         alone = processes.world_size() == 1
         with contextlib.nullcontext() if alone else Deadline().enforced():
@@ -308,12 +313,19 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
 
 def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
     with contextlib.suppress(TimeOver):
-        climb.census = take_census(climb.density, climb.start)
+        _take_census(climb)
         for rung in ladder:
             if climb.attempt(rung):
                 return
     if climb.best is None:
         climb.judge(ladder[0].name, ladder[0].make(climb))
+
+
+def _take_census(climb: Climb) -> None:
+    """Takes the census, and leaves time to judge a guide, which is of use only with a verdict."""
+    sooner = climb.deadline.earlier(max(climb.deadline.left, 0.0) * LEFT_BY_CENSUS)
+    with sooner.enforced(), contextlib.suppress(TimeOver):
+        climb.census = take_census(climb.density, climb.start)
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
@@ -476,7 +488,7 @@ LADDER: list[Rung] = [
 ]
 
 
-def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
+def make_own_rung(guide: AutoFlow, fresh: bool, steps: int, limited: bool = False) -> Rung:
     """Makes the only rung of a guide that the user has chosen.
 
     Args:
@@ -484,6 +496,8 @@ def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
         fresh: Whether it has never been trained, so that it starts at the best Gaussian of the
             census.
         steps: Most steps of training.
+        limited: Whether the time is limited, so that the guide is judged before it is trained: a
+            verdict is then at hand, and it is known how much time the next one takes.
     """
 
     def make(climb: Climb) -> AutoFlow:
@@ -491,4 +505,5 @@ def make_own_rung(guide: AutoFlow, fresh: bool, steps: int) -> Rung:
             guide.whiten(climb.census.best.loc, climb.census.best.scale_tril)
         return guide
 
-    return Rung("guide", make, rounds=(*ROUNDS, steps) if steps else (0,))
+    rounds = (*ROUNDS, steps) if steps else ()
+    return Rung("guide", make, rounds=(0, *rounds) if limited or not steps else rounds)

@@ -16,6 +16,7 @@ from .._checks import caller_level
 from .._random import forked
 from .._schema import Numbers, Plain, Range
 from .._spec import own_error
+from .._wording import unstopped
 from ..guides import Guide, as_guide, from_spec
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
@@ -147,7 +148,7 @@ def _density_of_file(model: Callable[..., Any], state: Mapping[str, Any], path: 
     except TypeError as error:
         raise ValueError(
             f"Expected the model of the saved posterior, which takes the arguments in "
-            f"{str(path)!r}; got another ({str(error).rstrip('.')})."
+            f"{str(path)!r}; got another ({unstopped(error)})."
         ) from error
 
 

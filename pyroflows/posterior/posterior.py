@@ -267,7 +267,8 @@ class Posterior:
 
         Raises:
             TypeError: If ``sites`` is no sequence of names.
-            ValueError: If ``n`` is below 2, or if there is no site of a name.
+            ValueError: If ``n`` is below 2, or if ``sites`` is empty, has a name twice, or one of
+                no site.
 
         Example:
             >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -380,8 +381,10 @@ def _check_sites(sites: Any, draws: Mapping[str, Tensor]) -> list[str]:
     if isinstance(sites, (str, bytes)) or not isinstance(sites, Sequence):
         raise TypeError(f"Expected sites to be a sequence of names; got {sites!r}.")
     for name in sites:
-        if name not in draws:
+        if not isinstance(name, str) or name not in draws:
             raise ValueError(f"Expected sites to be among {', '.join(draws)}; got {name!r}.")
+    if len(set(sites)) != len(sites) or not sites:
+        raise ValueError(f"Expected sites to name one site or more, each once; got {sites!r}.")
     return list(sites)
 
 

@@ -4,6 +4,7 @@ asked for.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from .._deadline import TimeOver
+from ..model.explanation import explain
 from ..model.rounding import is_sound
 from ..sampling.polishing import polish
 from ..sampling.roaming import roam
@@ -109,7 +112,12 @@ class Subject:
     @property
     def weighable(self) -> bool:
         """Whether draws can be weighed: the density is known, or weighted draws are given."""
-        return self.density is not None or "sample" in vars(self)
+        return self.density is not None or self.weighed
+
+    @property
+    def weighed(self) -> bool:
+        """Whether draws have been weighed."""
+        return "sample" in vars(self)
 
     @cached_property
     def sample(self) -> ImportanceSample:
@@ -206,6 +214,18 @@ class Subject:
     @property
     def _density(self) -> LogDensity:
         return _known("density", self.density)
+
+    @cached_property
+    def forbidden(self) -> str:
+        """A draw that the model gives no density, and the site at fault, in words; nothing where
+        they are not known."""
+        usable = self.sample.usable.to(self.sample.z.device)
+        z = self.sample.z[~usable & self.sample.z.isfinite().all(-1)][:1]
+        with contextlib.suppress(TimeOver):
+            if self.density is not None and not bool(self.density.log_prob(z).isfinite().all()):
+                why = explain(self.density, z[0])
+                return f", such as one {self.describe(z[0])}, where {why}"
+        return ""
 
     def describe(self, z: Tensor) -> str:
         """Returns a point in words: the values of the first sites."""

@@ -59,8 +59,8 @@ class Finding:
 class Verdict:
     r"""Whether to trust a posterior, and why.
 
-    A posterior is trusted if no check has failed and at least one has held that is a reason for
-    trust. With draws :math:`z_i \sim q` of a guide the weights
+    A posterior is trusted if no check has failed, at least one has held that is a reason for
+    trust, and the time has not ended the census of modes. With draws :math:`z_i \sim q` of a guide the weights
     :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)` show faults wherever the guide has draws; a census
     of modes and Hamiltonian trajectories look for faults elsewhere.
 
@@ -90,8 +90,8 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether to trust the posterior."""
-        return not self.failed and any(finding.status == HELD for finding in self._grounds)
+        """Whether to trust the posterior: no weights show a mode for which no time was left."""
+        return not self.failed and bool(self._held) and "census" not in self._late
 
     @property
     def reason(self) -> str:
@@ -101,11 +101,10 @@ class Verdict:
             return first.sentence if first.block is None else f"{first.block}: {first.sentence}"
         if not self._grounds:
             return "it has not been judged."
-        if not self.ok:
+        if not self._held:
             return f"it has not been judged, because {self._grounds[0].sentence}"
-        held = [finding.sentence for finding in self._grounds if finding.status == HELD]
-        late = [finding.name for finding in self.findings if finding.sentence == TIME_OVER]
-        return held[-1] + (f" There was no time to check: {', '.join(late)}." if late else "")
+        late = f" There was no time to check: {', '.join(self._late)}." if self._late else ""
+        return self._held[-1].sentence + late
 
     @property
     def failed(self) -> tuple[Finding, ...]:
@@ -116,14 +115,23 @@ class Verdict:
     def _grounds(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.grounds]
 
+    @property
+    def _held(self) -> list[Finding]:
+        return [finding for finding in self._grounds if finding.status == HELD]
+
+    @property
+    def _late(self) -> list[str]:
+        """Names of the checks for which no time was left."""
+        return [finding.name for finding in self.findings if finding.sentence == TIME_OVER]
+
     def with_remedy(self, remedy: str) -> Verdict:
         """Returns the verdict with another remedy for all failures that have one, and for all
-        checks that were not made for want of time where there is neither trust nor a failure.
+        checks that were not made for want of time where none tells for or against the guide.
 
         Args:
             remedy: A sentence, such as one on what has ended the fit too early.
         """
-        unjudged = not self.ok and not self.failed
+        unjudged = not self._held and not self.failed
         late = f"{remedy[0].lower()}{remedy[1:]}"
 
         def remedied(finding: Finding) -> Finding:

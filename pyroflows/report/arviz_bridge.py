@@ -29,6 +29,7 @@ __all__ = [
     "Loo",
     "check_labels",
     "check_mapping",
+    "import_arviz",
     "load",
     "loo",
     "psis",

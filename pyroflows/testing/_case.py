@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from .._checks import check_context, check_tensor
+from .._wording import unstopped
 from ..distributions.flow import sum_rightmost
 from ..flows import Flow
 from ..transforms import Transform
@@ -381,7 +382,7 @@ def attempt(direction: Direction, module: Any, points: Tensor, context: Tensor |
 def told(error: Exception) -> str:
     """An error in a line."""
     first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first[:300].rstrip('.')}"
+    return f"{type(error).__name__}: {unstopped(first[:300])}"
 
 
 def transform_of(module: Any) -> Transform:

@@ -14,6 +14,7 @@ from .._checks import caller_level
 from .._deadline import Deadline
 from .._files import check_path, check_writable, reason
 from .._schema import Plain, check_form
+from .._wording import unstopped
 from . import processes as distributed
 
 __all__ = ["Checkpoint"]
@@ -170,7 +171,7 @@ class Checkpoint:
         except UnreadableError as error:
             raise ValueError(f"Expected a checkpoint of a fit; {self.path!r} {error}.") from None
         except ValueError as error:
-            raise self._damaged(str(error)) from None
+            raise self._damaged(unstopped(error)) from None
         if content["format"] != FORMAT:
             raise ValueError(
                 f"Expected a checkpoint of format {FORMAT}; the one in {self.path!r} has "
@@ -186,7 +187,7 @@ class Checkpoint:
             yield
         except Exception as error:  # of any type, from whatever reads the state
             [line, *_] = str(error).splitlines() or [""]
-            raise self._damaged(f"{type(error).__name__}: {line.rstrip('.')}") from error
+            raise self._damaged(f"{type(error).__name__}: {unstopped(line)}") from error
 
     def _damaged(self, why: str) -> ValueError:
         return ValueError(f"Expected a checkpoint of a fit; {self.path!r} is damaged ({why}).")

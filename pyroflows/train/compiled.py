@@ -15,6 +15,7 @@ from torch.func import functional_call
 from .._checks import caller_level
 from .._compat import WeakIdKeyDictionary, make_fx
 from .._compile import compiled
+from .._wording import unstopped
 from ..transforms import Transform
 from .points import Points, log_prob
 
@@ -160,6 +161,5 @@ def _reason(error: BaseException) -> str:
         if type(cause).__name__ in ("InvalidCxxCompiler", "TritonMissing"):
             return "torch.compile found no C++ compiler, or no Triton, on this machine"
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
-    return "torch.compile failed with " + (
-        " ".join(str(error).split())[:200] or type(error).__name__
-    ).rstrip(".")
+    told = " ".join(str(error).split())[:200] or type(error).__name__
+    return f"torch.compile failed with {unstopped(told)}"

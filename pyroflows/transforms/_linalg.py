@@ -16,6 +16,21 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
+def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of at least 32 bits: torch factorises and solves in no 16 bits."""
+    return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
+
+
+def solve_columns(
+    matrix: Tensor, columns: Tensor, upper: bool = False, unit_diagonal: bool = False
+) -> Tensor:
+    """Solves ``matrix x = columns`` for a triangular matrix, or for a batch of them."""
+    solved = torch.linalg.solve_triangular(
+        *widened(matrix, columns), upper=upper, unitriangular=unit_diagonal
+    )
+    return solved.to(columns.dtype)
+
+
 def solve_triangle(
     matrix: Tensor,
     y: Tensor,
@@ -38,13 +53,9 @@ def solve_triangle(
 def _substitute(matrix: Tensor, y: Tensor, upper: bool, unit_diagonal: bool) -> Tensor:
     if matrix.dim() == 2:
         columns = y.reshape(-1, y.shape[-1]).mT
-        solved = torch.linalg.solve_triangular(
-            matrix, columns, upper=upper, unitriangular=unit_diagonal
-        ).mT.reshape(y.shape)
+        solved = solve_columns(matrix, columns, upper, unit_diagonal).mT.reshape(y.shape)
     else:
-        solved = torch.linalg.solve_triangular(
-            matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit_diagonal
-        ).squeeze(-1)
+        solved = solve_columns(matrix, y.unsqueeze(-1), upper, unit_diagonal).squeeze(-1)
     most = limit(y.dtype, 0.5)
     return solved.nan_to_num(nan=most, posinf=most, neginf=-most)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_positive, check_size
+from .._compat import transforming
+from .._wording import unstopped
 from ..nn import MLP
 from ._inputs import admit, set_aside
 from ._jacobian import Feedforward, Jacobian, check_trace, trace_rule
@@ -25,6 +27,8 @@ _MOST_STEPS = 10_000
 
 #: Solvers of equal steps, with their number of steps, and midpoints per step of the extrapolated one.
 _FIXED = {"rk4": 16, "gbs": 4}
+#: Steps of "gbs" in the place of those that an adaptive solver would choose, where none can.
+_UNREAD = 8
 _READS = "an adaptive solver reads from the device how far to step"
 _MIDPOINTS = (2, 4, 6, 8, 10)
 
@@ -49,10 +53,11 @@ class ContinuousFlow(Transform):
     generator, fixed over a solve. In evaluation mode the trace is always exact.
 
     The adaptive solvers are those of torchdiffeq, an optional dependency. They hold *each* point of
-    a batch to the tolerance, and choose their steps on the host, which neither ``vmap`` nor
-    ``torch.compile`` can follow; ``"rk4"`` and ``"gbs"`` (the extrapolation of Gragg, Bulirsch and
-    Stoer, of order ten, near the rounding error on smooth paths) take equal steps, need nothing
-    more and work everywhere; they keep no tolerance, and rough paths ask for more steps.
+    a batch to the tolerance, and choose their steps on the host, which ``torch.compile`` cannot
+    follow; under the transforms of ``torch.func``, eight steps of ``"gbs"`` take their place.
+    ``"rk4"`` and ``"gbs"`` (the extrapolation of Gragg, Bulirsch and Stoer, of order ten, near the
+    rounding error on smooth paths) take equal steps, need nothing more and work everywhere; they
+    keep no tolerance, and rough paths ask for more steps.
 
     Args:
         features: Entries of the vector.
@@ -127,9 +132,7 @@ class ContinuousFlow(Transform):
     @property
     def exempt_laws(self) -> dict[str, str]:  # type: ignore[override]
         """What an adaptive solver cannot keep, for :mod:`pyroflows.testing`."""
-        return (
-            {} if self.solver in _FIXED else dict.fromkeys(("vmap", "compiles", "devices"), _READS)
-        )
+        return {} if self.solver in _FIXED else dict.fromkeys(("compiles", "devices"), _READS)
 
     @property
     def _exact(self) -> bool:
@@ -220,6 +223,8 @@ class ContinuousFlow(Transform):
         state = torch.cat([x, x.new_zeros((*x.shape[:-1], quantities))], -1)
         if self.solver in _FIXED or not state.numel():
             state = _equal_steps(at_context(), state, self.solver, self.steps)
+        elif transforming() and not torch.compiler.is_compiling():
+            state = _equal_steps(at_context(), state, "gbs", _UNREAD)
         else:
             # The steps suit the worst point, so that a single NaN would end them for all.
             lost = ~state.isfinite().all(-1, keepdim=True)
@@ -234,7 +239,7 @@ class ContinuousFlow(Transform):
 
         if torch.jit.is_tracing():
             raise RuntimeError(
-                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, for its steps depend on the "
+                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, because its steps depend on the "
                 "values. Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
             )
         rounding = 8 * torch.finfo(state.dtype).eps
@@ -263,8 +268,9 @@ class ContinuousFlow(Transform):
             )[-1]
         except AssertionError as error:
             raise RuntimeError(
-                f"The solver {self.solver} of {type(self).__name__} fails: {error}. Are its parameters and points finite, "
-                f"and its tolerances no smaller than they need be? solver='rk4' always comes to an end."
+                f"The solver {self.solver} of {type(self).__name__} fails: {unstopped(error)}. Are its "
+                f"parameters and points finite, and its tolerances no smaller than they need be? "
+                f"solver='rk4' always comes to an end."
             ) from None
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_size
 from ..nn.network import Network, mlp
-from ._linalg import multiply, solve_triangle
+from ._linalg import multiply, solve_triangle, widened
 from .linear import LinearMap
 
 __all__ = ["Householder", "Orthogonal"]
@@ -60,7 +60,7 @@ class Orthogonal(LinearMap):
         skew = lower - lower.mT
         eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
         # I - A has no singular value below one, so there is no error to check for, which would wait for the device.
-        return torch.linalg.solve_ex(eye - skew, eye + skew)[0]
+        return torch.linalg.solve_ex(*widened(eye - skew, eye + skew))[0].to(raw.dtype)
 
     def _multiply(self, raw: Tensor, x: Tensor) -> Tensor:
         return multiply(self._matrix(raw), x)

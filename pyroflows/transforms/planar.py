@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .._checks import check_size
 from ..nn.network import Network, mlp
 from ..univariate._numeric import invert
-from ._linalg import multiply, solve_triangle
+from ._linalg import multiply, solve_columns, solve_triangle
 from .orthogonal import accumulate
 from .parametric import Parametric
 
@@ -296,7 +296,7 @@ class Sylvester(Parametric):
         n, m = self.features, self.units
         vectors, outer, inner, b = self.parameters_for(context).split([m * n, m * m, m * m, m], -1)
         units, mixing = accumulate(vectors.unflatten(-1, (m, n)))
-        weights = torch.linalg.solve_triangular(mixing, units[..., :m], upper=True)
+        weights = solve_columns(mixing, units[..., :m], upper=True)
         q = torch.eye(n, m, dtype=b.dtype, device=b.device) - units.mT @ weights
         outer, inner = outer.unflatten(-1, (m, m)), inner.unflatten(-1, (m, m))
         steepness = _positive(_diagonal(inner))

@@ -14,6 +14,7 @@ from ..nn import MLP
 from ..univariate._numeric import readable
 from ._inputs import set_aside
 from ._jacobian import Feedforward, Jacobian, check_trace
+from ._linalg import widened
 from .base import Transform
 
 __all__ = ["Residual"]
@@ -236,8 +237,8 @@ class Residual(Transform):
         if not self._exact:
             return self._estimate(jacobian, torch.randn_like(at).sign())
         # No determinant is taken in the 16 bits of autocast.
-        matrix = _identity_plus(jacobian).to(at.dtype)
-        return torch.linalg.slogdet(matrix)[1].expand(at.shape[:-1])
+        (matrix,) = widened(_identity_plus(jacobian).to(at.dtype))
+        return torch.linalg.slogdet(matrix)[1].to(at.dtype).expand(at.shape[:-1])
 
     def _estimate(self, jacobian: Jacobian, noise: Tensor) -> Tensor:
         r"""An unbiased estimate, whose gradient is an unbiased estimate of the gradient.
@@ -280,7 +281,8 @@ def _identity_plus(jacobian: Jacobian) -> Tensor:
 
 
 def _solve(jacobian: Jacobian, vector: Tensor) -> Tensor:
-    return torch.linalg.solve(_identity_plus(jacobian), vector.unsqueeze(-1)).squeeze(-1)
+    solved = torch.linalg.solve(*widened(_identity_plus(jacobian), vector.unsqueeze(-1)))
+    return solved.squeeze(-1).to(vector.dtype)
 
 
 def _size(x: Tensor, y: Tensor) -> Tensor:
@@ -291,7 +293,7 @@ def _size(x: Tensor, y: Tensor) -> Tensor:
 def _check_lipschitz(value: Any) -> float:
     if check_positive("lipschitz", value) >= 1:
         raise ValueError(
-            f"Expected lipschitz within (0, 1), for only then is the map invertible; got {value}."
+            f"Expected lipschitz within (0, 1), because only then is the map invertible; got {value}."
         )
     return float(value)
 

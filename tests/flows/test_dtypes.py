@@ -38,6 +38,19 @@ def test_everything_is_in_the_dtype_of_the_parameters(name, own, device):
         assert log_prob.dtype == own and value.grad is not None and value.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [pf.RealNVP, pf.Glow, pf.SylvesterFlow, pf.ResidualFlow])
+def test_a_flow_of_16_bits_solves_in_32(make, dtype, device):
+    flow = make(features=3).to(device, dtype).eval()
+    y, log_prob = flow().rsample_and_log_prob((5,))
+    (log_prob + flow().log_prob(y.detach())).sum().backward()
+    assert y.dtype == log_prob.dtype == dtype
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in flow.parameters())
+    zero = torch.zeros(2, 3, device=device)
+    expected = pf.RealNVP(features=3).to(device)().log_prob(zero)
+    torch.testing.assert_close(flow().log_prob(zero).float(), expected, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("own", [torch.float32, torch.float64])
 def test_a_fresh_glow_starts_from_data_of_another_dtype(own, device):
     flow = pf.Glow(3, transforms=2).to(device, own)

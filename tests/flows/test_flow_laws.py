@@ -189,6 +189,9 @@ def test_expands(moved):
     y, log_prob = wide.rsample_and_log_prob((5,))
     assert y.shape == (5, *batch, *d.event_shape) and log_prob.shape == (5, *batch)
     assert len(torch.unique(y.reshape(30, -1), dim=0)) == 30
+    one = y[0, 0, 0]
+    assert wide.log_prob(one).shape == batch
+    torch.testing.assert_close(wide.log_prob(one), wide.log_prob(one.expand(y.shape[1:]).clone()))
     assert wide.expand((4, *batch)).batch_shape == (4, *batch)
     event = wide.to_event(1)
     assert event.batch_shape == (2,) and event.log_prob(wide.sample()).shape == (2,)

@@ -89,6 +89,11 @@ def into_copies_of_data(x: Tensor, y: Tensor) -> Tensor:
     return loc + y
 
 
+def by_swapped_dimensions(x: Tensor, y: Tensor) -> Tensor:
+    loc = (x * y).reshape(5, 1)
+    return loc.swapaxes_(0, 1).swapdims_(0, 1).transpose_(0, 1)[0]
+
+
 def by_a_mask_of_data(x: Tensor, y: Tensor) -> Tensor:
     loc = x * y
     loc[y > 1] = 0.0
@@ -192,7 +197,7 @@ def on_a_comparison(x: Tensor, y: Tensor) -> Tensor:
 
 FUNCTIONS: list[Function] = [
     *(by_entry, by_slices, by_index, into_rows_of_a_matrix, into_copies_of_data),
-    *(by_a_mask_of_data, by_a_mask_of_latents, through_data),
+    *(by_swapped_dimensions, by_a_mask_of_data, by_a_mask_of_latents, through_data),
     *(as_a_number, as_a_range, as_a_branch, as_a_list, as_a_selection, as_counts),
     *(by_search, as_a_place, in_print),
     *(on_its_sign, on_whether_any, on_a_whole_number, on_a_comparison),

@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import pyroflows as pf
 from pyroflows.model import LogDensity
 from pyroflows.model.checks import check_data
 from pyroflows.model.minibatch import log_density_of
@@ -172,6 +173,19 @@ def test_data_that_are_shared_count_for_each_row(name: str) -> None:
     conditioned = poutine.condition(model, data={"w": torch.tensor(0.7)})
     expected = poutine.trace(conditioned).get_trace(torch.as_tensor(y)).log_prob_sum()
     torch.testing.assert_close(density.log_prob(torch.tensor([0.7])), expected)
+
+
+def test_a_vector_under_a_flow_counts_for_each_row_of_a_plate() -> None:
+    flow = pf.RealNVP(features=2).eval()
+
+    def model() -> None:
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 3):
+            pyro.sample("y", flow(), obs=torch.zeros(2))
+
+    standard_normal = dist.Normal(0.0, 1.0).log_prob(torch.zeros(()))
+    found = LogDensity(model).log_prob(torch.zeros(1))
+    torch.testing.assert_close(found, (1 + 3 * 2) * standard_normal)
 
 
 def test_the_sentence_has_both_shapes_and_the_plate() -> None:

@@ -48,7 +48,9 @@ def by_a_branch(x: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:This model cannot be evaluated for a batch")
 @pytest.mark.parametrize("function", [through_a_number, through_numpy])
 def test_a_gradient_that_is_lost_is_told_by_its_site(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.warns(UserWarning, match="no gradient along latent 'x', which the model turns into"):
+    with pytest.warns(
+        UserWarning, match="no gradient along latent 'x', which the model turns into"
+    ):
         make_density(function)
 
 

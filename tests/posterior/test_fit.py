@@ -939,6 +939,13 @@ FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         "Expected guide to be 'auto'",
     ),
     ("guide is a number", fine, {"guide": 3}, TypeError, "Expected guide to be 'auto'"),
+    (
+        "guide is a univariate map",
+        fine,
+        {"guide": pf.univariate.Affine},
+        TypeError,
+        "Expected guide to be a flow; got the univariate map Affine",
+    ),
     ("guide is None", fine, {"guide": None}, TypeError, "Expected guide to be 'auto'"),
     (
         "guide is a made flow",

@@ -16,7 +16,13 @@ from pyroflows.guides import Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
 from pyroflows.posterior.importance import ImportanceSummary
-from pyroflows.posterior.ladder import LADDER, Climb, choose_better, climb_ladder
+from pyroflows.posterior.ladder import (
+    LADDER,
+    Climb,
+    choose_better,
+    climb_ladder,
+    make_own_rung,
+)
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
 
 
@@ -91,8 +97,8 @@ def test_a_fit_makes_at_most_one_evaluation_after_its_time_is_over() -> None:
         late, posterior = late_by(limit)
         assert late <= 1, limit
         ended = f"ime limit of {limit:g} s ended the fit at the "
-        expected = "There was no time to check: " if posterior.verdict.ok else ended
-        assert expected in posterior.verdict.reason
+        reason = posterior.verdict.reason
+        assert "There was no time to check: " in reason or ended in reason
         assert set(posterior.sample(3)) == {"x"}
 
 
@@ -101,6 +107,30 @@ def test_time_is_left_for_a_verdict_on_what_was_trained() -> None:
     last = posterior.rungs[-1]
     assert "flow" in last.name
     assert last.verdict.importance is not None
+
+
+def test_a_census_leaves_time_for_a_verdict() -> None:
+    whole, _ = late_by(None, steps=0)
+    for limit in (whole / 3, whole / 2):
+        _, posterior = late_by(limit)
+        assert posterior.rungs[0].verdict.importance is not None
+        assert "has not been judged" not in posterior.verdict.reason
+
+
+@pytest.mark.parametrize("limit", [200.0, 300.0])
+def test_a_guide_of_the_users_is_judged_before_the_time_is_over(limit: float) -> None:
+    density = LogDensity(banana, batch_size=2000)
+    guide = pf.AutoFlow(banana)
+    density.introduce(guide)
+    climb = Climb(density, 10_000, Deadline(), guide)
+    climb.deadline = Deadline(limit, Clock(density))
+    rung = make_own_rung(guide, fresh=True, steps=10_000, limited=True)
+    with forked(0):
+        posterior = climb_ladder(climb, [rung])
+    assert names(posterior)[0] == "guide"
+    assert len(posterior.history) > 0
+    assert posterior.rungs[0].verdict.importance is not None
+    assert "has not been judged" not in posterior.verdict.reason
 
 
 @pytest.mark.parametrize(("limit", "tried"), [(None, 3), (1000.0, 3), (10.0, 1)])

@@ -291,7 +291,7 @@ def test_members_of_another_file_are_told(tmp_path: Path) -> None:
         pf.load_posterior(one, model)
 
 
-@pytest.mark.parametrize("special", ["/dev/zero", "/dev/null", ".", "a\0b", "", "\ud800"])
+@pytest.mark.parametrize("special", ["/dev/zero", "/dev/null", ".", "a\0b", "\ud800"])
 def test_what_is_no_file_is_told(special: str) -> None:
     with pytest.raises(
         ValueError, match=r"Expected the file of a saved posterior; .* (cannot be|is none)"
@@ -299,11 +299,17 @@ def test_what_is_no_file_is_told(special: str) -> None:
         pf.load_posterior(special, model)
 
 
-@pytest.mark.parametrize("special", ["/dev/full", "/dev/null/x", ".", "a\0b", "", "no/such/x"])
+@pytest.mark.parametrize("special", ["/dev/full", "/dev/null/x", ".", "a\0b", "no/such/x"])
 def test_what_cannot_be_written_is_told(special: str, tmp_path: Path) -> None:
     posterior = load(tmp_path)
     with pytest.raises(ValueError, match="Expected a path that can be written; got"):
         posterior.save(special)
+
+
+def test_an_empty_path_is_told(tmp_path: Path) -> None:
+    for act in (load(tmp_path).save, lambda path: pf.load_posterior(path, model)):
+        with pytest.raises(ValueError, match=r"Expected path to be the name of a file; got ''\."):
+            act("")
 
 
 # The verdict belongs to the data that it was on

@@ -274,6 +274,8 @@ def test_the_covariance_goes_with_the_summary(posterior: pf.Posterior) -> None:
     [
         ({"n": 1}, ValueError, "Expected n >= 2; got 1."),
         ({"sites": "mu"}, TypeError, "Expected sites to be a sequence of names; got 'mu'."),
+        ({"sites": []}, ValueError, "Expected sites to name one site or more, each once; got []."),
+        ({"sites": ["mu", "mu"]}, ValueError, "one site or more, each once; got ['mu', 'mu']."),
         ({"sites": ["nu"]}, ValueError, "Expected sites to be among mu, tau, eta, theta, total"),
     ],
 )

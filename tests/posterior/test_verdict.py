@@ -14,10 +14,20 @@ from torch import Tensor
 from torch.distributions import Normal, StudentT
 
 from pyroflows._deadline import Deadline, TimeOver
+from pyroflows._random import forked
 from pyroflows.guides import AutoFlow, Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Verdict
-from pyroflows.posterior.checks import CHECKS, Check, Drift, Polish, judge_subject
+from pyroflows.posterior.checks import (
+    CHECKS,
+    Check,
+    Drift,
+    Modes,
+    Polish,
+    Shift,
+    Supports,
+    judge_subject,
+)
 from pyroflows.posterior.importance import ImportanceSample
 from pyroflows.posterior.subject import Subject
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
@@ -317,6 +327,23 @@ def test_a_model_that_forbids_every_draw_has_no_weights_to_judge() -> None:
     assert statuses(verdict)["weights"] == statuses(verdict)["shift"] == NOT_JUDGED
 
 
+def test_a_draw_without_density_is_told_with_the_site_at_fault() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Uniform(x, 9.0, validate_args=False), obs=torch.tensor(0.5))
+
+    density, guide = LogDensity(model), AutoFlow(model)
+    density.introduce(guide)
+    guide.whiten(torch.zeros(1), torch.eye(1))
+    with forked(0):
+        finding = judge_subject(Subject(guide, density, draws=500), [Supports()]).findings[0]
+    assert "of the guide's draws have zero density under the model, such as one near x = " in str(
+        finding
+    )
+    assert "where site 'y' gives -inf. " in finding.sentence
+    assert finding.sentence.endswith("Restrict the priors to where the model has a density.")
+
+
 class Moved(Drift):
     """A drift that runs no trajectories."""
 
@@ -354,6 +381,17 @@ def test_a_check_that_outlasts_the_time_is_not_judged() -> None:
     assert verdict.finding("drift") == Finding("drift", NOT_JUDGED, None, 0.1, TIME_OVER)
     assert verdict.ok
     assert "There was no time to check: drift." in str(verdict)
+
+
+def test_draws_that_have_been_weighed_are_judged_even_after_the_time_is_over() -> None:
+    with Deadline(0.0).enforced():
+        verdict = judge_subject(subject_of(), [Shift(), Moved()])
+        unsearched = judge_subject(subject_of(), [Modes(), Shift()])
+    assert verdict.ok
+    assert str(verdict).endswith("There was no time to check: drift.")
+    # No weights show a mode that the guide misses.
+    assert not unsearched.ok
+    assert unsearched.reason.endswith("There was no time to check: census.")
 
 
 def test_without_time_nothing_is_judged() -> None:

@@ -609,7 +609,7 @@ mistake(
     "flow-context-unwanted",
     lambda: pf.NICE(D)(torch.zeros(2)),
     ValueError,
-    "Expected no context, for NICE was made without context_features; got a tensor of shape (2,).",
+    "Expected no context, because NICE was made without context_features; got a tensor of shape (2,).",
 )
 mistake(
     "call-without-context",
@@ -686,7 +686,7 @@ OPTIONS: dict[str, list[tuple[Any, type[Exception], str]]] = {
     "steps": NOT_SIZES,
     "lipschitz": [
         *NOT_POSITIVE[:2],
-        (1.0, ValueError, "lipschitz within (0, 1), for only then"),
+        (1.0, ValueError, "lipschitz within (0, 1), because only then"),
     ],
     "trace": [("guess", ValueError, "trace to be"), (None, ValueError, "trace to be")],
     "solver": [("cramer", ValueError, "solver to be"), (None, ValueError, "solver to be")],

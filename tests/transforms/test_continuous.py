@@ -12,7 +12,7 @@ import pytest
 import torch
 from registry import context_for, normal_log_prob, perturbed, points
 from torch import Tensor, nn
-from torch.func import jacrev, vmap
+from torch.func import grad, jacrev, vmap
 
 from pyroflows.transforms.continuous import ContinuousFlow
 
@@ -334,6 +334,19 @@ def test_the_adjoint_carries_scores(device):
     (slope,) = torch.autograd.grad(by_steps.inverse_and_log_det(value)[1].sum(), value)
     expected = (jacobian.mT @ -x.unsqueeze(-1)).squeeze(-1) + slope
     torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adaptive_solver_takes_equal_steps_under_function_transforms(device):
+    t = perturbed(ContinuousFlow(2, context_features=2, **SMALL).double(), 0.5).to(device)
+    x, c = points(t, 5).to(device), torch.randn(5, 2, dtype=torch.float64, device=device)
+
+    def score(x, c):
+        return t.inverse_and_log_det(x, c)[1]
+
+    torch.testing.assert_close(vmap(score)(x, c), score(x, c), rtol=1e-4, atol=1e-4)
+    value = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(score(value, c).sum(), value)
+    torch.testing.assert_close(vmap(grad(score))(x, c), slope, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
