@@ -348,7 +348,7 @@ class LogDensity(RunnableModel, Density):
         # Without points, the shapes are those at the start.
         given = points if len(points) else self.initial.unsqueeze(0)
         batch_size = self.batch_size if self.batched else 1
-        terms = map_points(self._terms, given, batch_size, safe=self.initial)
+        terms = map_points(self._terms, given, batch_size, safe=self.initial, random=False)
         return {
             name: term[: len(points)].reshape(z.shape[:-1] + term.shape[1:])
             for name, term in terms.items()

@@ -567,6 +567,7 @@ def map_points(
     points: Tensor,
     batch_size: int,
     safe: Tensor | None = None,
+    random: bool = True,
 ) -> dict[str, Tensor]:
     """Evaluates a function of one point for many, with other random numbers for each.
 
@@ -576,6 +577,8 @@ def map_points(
         batch_size: How many points one evaluation takes; one at a time if 1.
         safe: A point of shape ``(features,)`` at which the function can be evaluated. If given,
             the results at points where it fails are NaN; else its error is raised.
+        random: Whether the function is random; if not, all that it draws comes from generators of
+            its own.
 
     Returns:
         For each name a tensor with a first dimension of size ``n``.
@@ -585,10 +588,11 @@ def map_points(
         with Batchable(point) as batchable:
             return function(point), batchable.held
 
+    randomness = "different" if random else "error"
     if batch_size > 1:
         try:
             with NanWhereSingular(), functions_of_any_style(), selecting_no_entries():
-                batched = vmap(of_point, randomness="different", chunk_size=batch_size)
+                batched = vmap(of_point, randomness=randomness, chunk_size=batch_size)
                 found, held = batched(points)
             for i in (~held).nonzero().squeeze(-1).tolist():
                 row = _run_once(function, points[i], strict=safe is None)

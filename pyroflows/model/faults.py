@@ -13,6 +13,7 @@ from traceback import walk_tb
 from types import CodeType
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import Distribution
 from pyro.poutine.util import site_is_subsample
@@ -173,6 +174,12 @@ def check_site(name: str, fn: Any) -> None:
         raise ValueError(f"Expected sites whose names are strings with letters; got {name!r}.")
     if not isinstance(fn, Distribution):
         raise TypeError(_not_a_distribution(name, fn))
+    stable = base_distribution(fn)
+    if isinstance(stable, dist.StableWithLogProb) and stable.coords == "S":
+        raise ValueError(
+            f"Expected StableWithLogProb with coords='S0'; site {name!r} has 'S', of which Pyro's "
+            "density is wrong."
+        )
 
 
 def _not_a_distribution(name: str, fn: Any) -> str:

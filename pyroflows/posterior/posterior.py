@@ -255,7 +255,8 @@ class Posterior:
             (\theta_i^{(k)} - \bar\theta_i) (\theta_j^{(k)} - \bar\theta_j),
 
         whose diagonal holds the squares of the ``sd`` of :meth:`summary` for as many draws of the
-        same seed.
+        same seed. Of an angle, :math:`\theta - \bar\theta` is the deviation from its mean direction,
+        on the circle; its square is on average less than that of the circular ``sd``.
 
         Args:
             n: How many draws it rests on.
@@ -285,9 +286,16 @@ class Posterior:
         draws = self.sample(n, seed)
         chosen = self._latent_names if sites is None else _check_sites(sites, draws)
         names = [scalar for name in chosen for scalar in scalar_names(name, draws[name].shape[1:])]
-        values = torch.cat([draws[name].reshape(n, -1) for name in chosen], -1)
-        matrix = values.double().mT.cov().reshape(len(names), len(names))
-        return pandas.DataFrame(matrix.cpu().numpy(), index=names, columns=names)
+        values = torch.cat([self._on_a_line(name, draws[name]) for name in chosen], -1)
+        matrix = values.mT.cov().reshape(len(names), len(names))
+        return pandas.DataFrame(matrix.numpy(), index=names, columns=names)
+
+    def _on_a_line(self, name: str, draws: Tensor) -> Tensor:
+        """Draws of a site as columns; of angles their deviations from the mean direction."""
+        columns = draws.reshape(len(draws), -1).double().cpu()
+        if self._density is None or name not in self._density.centres:
+            return columns
+        return torch.from_numpy(statistics.deviations(columns.numpy()))
 
     @property
     def _latent_names(self) -> list[str]:

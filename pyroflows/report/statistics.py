@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-__all__ = ["diagnostics", "hdi", "summary"]
+__all__ = ["deviations", "diagnostics", "hdi", "summary"]
 
 HDI_PROBABILITY = 0.94
 
@@ -145,7 +145,7 @@ def diagnostics(
     arviz = import_arviz()
     arrays = {name: np.asarray(values) for name, values in draws.items()}
     for name in circular:
-        arrays[name] = _wrap(arrays[name] - _mean_direction(arrays[name], axis=(0, 1)))
+        arrays[name] = deviations(arrays[name], axis=(0, 1))
     # Numbers for names, so that no variable is called as a dimension.
     numbered = {f"{i}": values for i, values in enumerate(arrays.values())}
     dataset = make_dataset("posterior", numbered, {}, {})
@@ -179,6 +179,21 @@ def _statistics(draws: np.ndarray) -> np.ndarray:
         columns = columns[:, known]
         table[known] = np.column_stack([columns.mean(0), columns.std(0, ddof=1), hdi(columns)])
     return table
+
+
+def deviations(angles: np.ndarray, axis: int | tuple[int, ...] = 0) -> np.ndarray:
+    r"""Returns the deviations of angles from their mean direction, in :math:`[-\pi, \pi)`.
+
+    Args:
+        angles: Draws of angles in radians.
+        axis: The dimensions of the draws.
+
+    Example:
+        >>> deviations(np.array([np.pi - 0.25, 0.25 - np.pi])).round(2)
+        array([-0.25,  0.25])
+    """
+    wrapped: np.ndarray = _wrap(angles - _mean_direction(angles, axis=axis))
+    return wrapped
 
 
 def _circular_statistics(draws: np.ndarray) -> np.ndarray:

@@ -323,3 +323,13 @@ def test_a_linear_hmm_by_its_reparametrisation() -> None:
         pyro.sample("y", hmm(x, dist.LinearHMM, functools.partial(dist.StudentT, 3.0)), obs=data)
 
     check_batch(poutine.reparam(model, {"y": LinearHMMReparam(obs=StudentTReparam())}))
+
+
+def test_stable_densities_in_coordinates_that_pyro_has_wrong_are_refused():
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        stable = dist.StableWithLogProb(1.7, 0.0, 1.0, loc, coords="S")
+        pyro.sample("y", stable, obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="coords='S0'; site 'y' has 'S'"):
+        LogDensity(model)

@@ -96,3 +96,16 @@ def test_data_that_are_read_into_memory_are_those_that_are_bound():
     other = torch.tensor([10.0, -20.0, 30.0, 0.0])
     z = torch.zeros(1, 2)
     assert torch.allclose(density.bind((other,)).log_prob(z), alone(quiet(scaled, other), z))
+
+
+def test_terms_add_up_where_a_model_draws_from_a_generator_of_its_own():
+    def model():
+        slopes = torch.rand(3, generator=torch.Generator().manual_seed(3))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 3):
+            pyro.sample("y", dist.Normal(b * slopes, 0.1), obs=torch.ones(3))
+
+    density = quiet(model)
+    z = torch.ones(3, 1)
+    total = sum(term.reshape(3, -1).sum(-1) for term in density.site_terms(z).values())
+    assert torch.allclose(total, density.log_prob(z))

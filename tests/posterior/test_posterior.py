@@ -864,3 +864,18 @@ def test_saving_to_no_path_is_refused():
     posterior = pf.fit_posterior(model, steps=0, progress=False)
     with pytest.raises(TypeError, match="Expected path to be a path; got 3"):
         posterior.save(3)
+
+
+def test_the_covariance_of_angles_is_that_of_their_deviations_on_the_circle() -> None:
+    def model() -> None:
+        pyro.sample("angle", dist.VonMises(3.1, 4.0))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = pf.fit_posterior(model, steps=0, progress=False)
+    # The variance about the mode, by quadrature; the guide is a normal at least as wide.
+    angle = torch.linspace(-math.pi, math.pi, 10_001, dtype=torch.double)
+    weight = (4.0 * angle.cos()).exp()
+    variance = float((weight * angle.square()).sum() / weight.sum())
+    found = float(posterior.covariance(20_000).loc["angle", "angle"])
+    assert found == pytest.approx(variance, rel=0.15)
