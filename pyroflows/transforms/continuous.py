@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_positive, check_size
+from .._checks import caller_level, check_positive, check_size
 from .._compat import transforming
 from .._wording import unstopped
 from ..nn import MLP
@@ -23,12 +24,14 @@ EXACT_FEATURES = 32
 
 #: Solvers that choose their steps, and most steps they may take.
 _ADAPTIVE = ("dopri5", "dopri8", "bosh3", "adaptive_heun")
-_MOST_STEPS = 10_000
+_MOST_STEPS = 1000
 
 #: Solvers of equal steps, with their number of steps, and midpoints per step of the extrapolated one.
 _FIXED = {"rk4": 16, "gbs": 4}
 #: Steps of "gbs" in the place of those that an adaptive solver would choose, where none can.
 _UNREAD = 8
+#: Steps of "gbs" where an adaptive solver comes to no end.
+_AT_LAST = 64
 _READS = "an adaptive solver reads from the device how far to step"
 _MIDPOINTS = (2, 4, 6, 8, 10)
 
@@ -84,7 +87,11 @@ class ContinuousFlow(Transform):
         ValueError: If a size or tolerance is not positive, a word is unknown, or options contradict
             each other.
         ImportError: If the solver needs torchdiffeq and it is not installed.
-        RuntimeError: When called, if an adaptive solver fails.
+        RuntimeError: When a call with an adaptive solver is traced.
+
+    Warns:
+        UserWarning: When called, if an adaptive solver comes to no end in a thousand steps. Equal
+            ones carry the batch then, out of the tolerance.
 
     Reference:
         Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD: Free-form continuous dynamics
@@ -267,11 +274,13 @@ class ContinuousFlow(Transform):
                 **given,
             )[-1]
         except AssertionError as error:
-            raise RuntimeError(
-                f"The solver {self.solver} of {type(self).__name__} fails: {unstopped(error)}. Are its "
-                f"parameters and points finite, and its tolerances no smaller than they need be? "
-                f"solver='rk4' always comes to an end."
-            ) from None
+            warnings.warn(
+                f"The solver {self.solver} of {type(self).__name__} gives up ({unstopped(error)}), so "
+                f"{_AT_LAST} equal steps carry this batch, out of its tolerance. Are the parameters "
+                "and points of usual sizes, and the tolerances no smaller than they need be?",
+                stacklevel=caller_level(),
+            )
+            return _equal_steps(at_context(), state, "gbs", _AT_LAST)
 
     def extra_repr(self) -> str:
         how = f"rtol={self.rtol}, atol={self.atol}" if self.steps is None else f"steps={self.steps}"
