@@ -214,7 +214,7 @@ def _one_chain(sequences: Tensor, lengths: Tensor) -> None:
 REFERENCES["hmm_0"] = REFERENCES["hmm_1"] = Reference(_one_chain, prior_draws=2_000_000)
 
 
-@_reference(prior_draws=500_000)
+@_reference()
 def hmm_2(sequences: Tensor, lengths: Tensor) -> None:
     """A note depends on whether it sounded before."""
     transition = _transition("probs_x")

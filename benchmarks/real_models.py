@@ -37,7 +37,7 @@ TIME_LIMIT = 120.0
 DRAWS = 4000
 # A posterior is right if no mean is off by more standard deviations, and no sd by a larger factor.
 RIGHT = 0.2
-CHAINS, CHAIN_DRAWS, WARMUP = 2, 500, 300
+CHAINS, CHAIN_DRAWS, WARMUP = 2, 1500, 300
 PRIOR_CHUNK = 50_000
 # Chains that have not mixed answer nothing, and are not stored.
 LEAST_ESS, LARGEST_RHAT = 200, 1.03

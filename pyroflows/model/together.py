@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._compat import tree_leaves
+from .._compat import is_batched, tree_leaves
 from .batching import READINGS, REPLACEMENTS
 
 __all__ = ["Together"]
@@ -26,7 +26,7 @@ class Together(TorchFunctionMode):
 
     A branch on a latent value, ``x.max()`` over all dimensions, or the reading of a latent value
     into memory takes all points together there; so a model that does it cannot be run in this way.
-    Functions of autograd may read their arguments.
+    Functions of autograd may read their arguments, and what vmap takes apart is one point's.
 
     Args:
         points: The points, of shape ``(n, features)``.
@@ -41,7 +41,7 @@ class Together(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         dependent = any(map(self._depends, tree_leaves((args, kwargs))))
-        if dependent and _decides(func, args, kwargs) and torch.is_grad_enabled() == self._graded:
+        if dependent and self._decides(func, args, kwargs):
             raise RuntimeError("a value that latent sites determine is read for all points at once")
         if func in _TO_MEMORY and not dependent:
             func = REPLACEMENTS[func]  # which lets a graph see that data are read
@@ -54,8 +54,10 @@ class Together(TorchFunctionMode):
     def _depends(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and (leaf.requires_grad or id(leaf) in self._dependent)
 
-
-def _decides(func: Any, args: Any, kwargs: Any) -> bool:
-    if func in READINGS:
-        return True
-    return func in _MIXING and len(args) == 1 and not kwargs.keys() & {"dim", "axis", "other"}
+    def _decides(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a function makes one number or decision of a tensor with all points."""
+        read = args[0] if args else kwargs.get("input")
+        if torch.is_grad_enabled() != self._graded or is_batched(read):
+            return False
+        whole = len(args) <= 1 and not kwargs.keys() & {"dim", "axis", "other"}
+        return func in READINGS or (func in _MIXING and whole)

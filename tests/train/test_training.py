@@ -525,7 +525,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: Checkpoint(p.parent / "none" / "fit.pt"),
         "Expected checkpoint in a folder that exists",
     ),
-    "no file": (lambda p: Checkpoint(""), "Expected a checkpoint that can be written; got ''"),
+    "no file": (lambda p: Checkpoint(""), "Expected checkpoint to be the name of a file; got ''"),
     "long name": (
         lambda p: Checkpoint(p.parent / ("a" * 300)),
         "Expected a checkpoint that can be written",
