@@ -34,7 +34,7 @@ class Together(TorchFunctionMode):
 
     def __init__(self, points: Tensor) -> None:
         super().__init__()
-        self._graded = torch.is_grad_enabled()
+        self._graded, self._several = torch.is_grad_enabled(), len(points) > 1
         # Kept, so that no identity is used twice.
         self._dependent: dict[int, Tensor] = {id(points): points}
 
@@ -56,8 +56,9 @@ class Together(TorchFunctionMode):
 
     def _decides(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether a function makes one number or decision of a tensor with all points."""
-        read = args[0] if args else kwargs.get("input")
-        if torch.is_grad_enabled() != self._graded or is_batched(read):
+        if torch.is_grad_enabled() != self._graded:
             return False
+        read = args[0] if args else kwargs.get("input")
         whole = len(args) <= 1 and not kwargs.keys() & {"dim", "axis", "other"}
-        return func in READINGS or (func in _MIXING and whole)
+        mixes = func in _MIXING and whole and self._several
+        return (mixes or func in READINGS) and not is_batched(read)
