@@ -57,7 +57,8 @@ def call_factory(name: str, factory: Callable[..., Any], like: str, **arguments:
     except TypeError as error:
         takes = f"({', '.join(arguments)})"
         raise TypeError(
-            f"Expected {name} to be called with {takes}, as {like}; got {factory!r} ({unstopped(error)})."
+            f"Expected {name} to be called with {takes}, as {like}; got {factory!r} "
+            f"({unstopped(error)})."
         ) from None
     except ValueError:  # written in C, without a signature
         pass

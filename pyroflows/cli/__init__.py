@@ -234,13 +234,10 @@ def _check_output(options: Options, default: str) -> Path:
         raise UserError(f"Expected --out to name a file that ends in .nc; got {text!r}.")
     files = path, path.with_suffix(".png")
     for file in files:
-        try:
-            check_writable(file)
-        except OSError as error:
-            raise UserError(f"Cannot write {shown(file)}: {reason(error)}.") from error
+        _check_writable(file)
     checkpoint = options.checkpoint
     if checkpoint is not None:
-        _check_checkpoint(checkpoint)
+        _check_writable(checkpoint, "--checkpoint ")
     try:
         same = checkpoint is not None and Path(checkpoint).resolve() in [f.resolve() for f in files]
     except ValueError:  # of a name with a null character, which the fit refuses
@@ -251,11 +248,11 @@ def _check_output(options: Options, default: str) -> Path:
     return path
 
 
-def _check_checkpoint(file: str) -> None:
+def _check_writable(file: str | Path, option: str = "") -> None:
     try:
         check_writable(file)
     except OSError as error:
-        raise UserError(f"Cannot write --checkpoint {shown(file)}: {reason(error)}.") from error
+        raise UserError(f"Cannot write {option}{shown(file)}: {reason(error)}.") from error
 
 
 def _check_device(name: str | None) -> str | None:

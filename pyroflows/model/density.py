@@ -18,9 +18,10 @@ from .base import Density
 from .cuts import find_centres
 from .data import GivenData, as_data
 from .enumeration import enumerated_groups, enumerated_log_prob, sample_enumerated
-from .evaluator import Evaluator, map_points
+from .evaluator import Evaluator
 from .faults import explained
 from .inputs import Inputs
+from .pointwise import map_points
 from .runs import RunnableModel
 from .sites import plate_size, rotated, sample_nodes
 from .slopes import find_lost_slope
@@ -78,8 +79,11 @@ class LogDensity(RunnableModel, Density):
 
     Raises:
         ValueError: If the model has no continuous latent site or has one in a subsampled plate,
-            changes the shape of a site between runs, draws random numbers outside of its sites, or
-            turns latents into numbers on which its density depends.
+            changes the shape of a site between runs, or draws random numbers outside of its sites.
+
+    Warns:
+        UserWarning: If the model is evaluated in a slow way, or turns latents into numbers, so that
+            its density has no gradient along them.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -122,8 +126,8 @@ class LogDensity(RunnableModel, Density):
         site = find_lost_slope(self.evaluate_inputs, self.sites, self.initial)
         if site:
             warnings.warn(
-                f"The log density has no gradient along latent {site!r}, which the model turns into "
-                "a number, so that a fit will not follow it. Keep it a tensor, and use the "
+                f"The log density has no gradient along latent {site!r}, which the model turns "
+                "into a number, so that a fit will not follow it. Keep it a tensor, and use the "
                 "functions of torch.",
                 stacklevel=caller_level(),
             )

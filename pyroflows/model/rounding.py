@@ -87,6 +87,7 @@ def without_noise(density: Density, z: Tensor, log_weights: Tensor) -> Tensor:
     for _ in range(ROUNDS):
         ranked = log_weights.nan_to_num(nan=-math.inf, posinf=-math.inf)
         heaviest = ranked.topk(count).indices
+        heaviest = heaviest[ranked[heaviest].isfinite()]
         noise = heaviest[~is_sound(density, z[heaviest])]
         log_weights = log_weights.index_fill(0, noise, -math.inf)
         if 2 * len(noise) < count:

@@ -93,7 +93,7 @@ def _has_bounds(fn: Any) -> bool:
         return any(innermost(part) is not constraints.real for part in _images(fn))
     try:
         bounds = vars(innermost(_support(fn))).values()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # a user's own distribution, without a support
         return False
     return any(isinstance(bound, Tensor) for bound in bounds)
 

@@ -116,9 +116,9 @@ def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts:
     count = max(12, min(starts, GRADIENTS // (2 * density.features + 36)))
     others = _spread_starts(density, first.one(0), count)
     best, end = fit_gaussians(density, others, draws=_count_draws(density))
-    fits = _sound(density, _join(first, first_end, best, end))
-    fits = _score(density, _drop_duplicates(fits))
-    modes, weights = _find_modes(density, _sound(density, _join(first_end, end)))
+    found, ends = _sound(density, _join(first, best), _join(first_end, end))
+    fits = _score(density, _drop_duplicates(found))
+    modes, weights = _find_modes(density, ends)
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
 
 
@@ -134,9 +134,9 @@ def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
         The census of all ascents.
     """
     best, end = fit_gaussians(density, points, draws=_count_draws(density))
-    found = _sound(density, _join(best, end))
+    found, ends = _sound(density, _join(best), _join(end))
     fits = _score(density, _drop_duplicates(_join(census.fits, found)))
-    modes, weights = _find_modes(density, _join(census.modes, _sound(density, end)))
+    modes, weights = _find_modes(density, _join(census.modes, ends))
     return Census(fits, modes, weights, census.flat_direction)
 
 
@@ -260,9 +260,23 @@ def _join(*groups: Gaussians) -> Gaussians:
     return Gaussians(loc, root, elbo).pick(sound)
 
 
-def _sound(density: LogDensity, fits: Gaussians) -> Gaussians:
-    """Drops fits at whose centres the density is noise, unless all are."""
+def _sound(density: LogDensity, others: Gaussians, ends: Gaussians) -> tuple[Gaussians, Gaussians]:
+    """Drops fits at whose centres the density is noise, unless all are.
+
+    Args:
+        density: The log density.
+        others: The best fits of ascents.
+        ends: Where the ascents end.
+
+    Returns:
+        All fits, and the ends alone.
+    """
+    fits = _join(others, ends)
     sound = is_sound(density, fits.loc)
+    return _pick_sound(fits, sound), _pick_sound(ends, sound[len(others.elbo) :])
+
+
+def _pick_sound(fits: Gaussians, sound: Tensor) -> Gaussians:
     return fits.pick(sound) if bool(sound.any()) else fits
 
 

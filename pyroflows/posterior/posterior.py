@@ -255,8 +255,8 @@ class Posterior:
             (\theta_i^{(k)} - \bar\theta_i) (\theta_j^{(k)} - \bar\theta_j),
 
         whose diagonal holds the squares of the ``sd`` of :meth:`summary` for as many draws of the
-        same seed. Of an angle, :math:`\theta - \bar\theta` is the deviation from its mean direction,
-        on the circle; its square is on average less than that of the circular ``sd``.
+        same seed. Of an angle, :math:`\theta - \bar\theta` is the deviation from its mean
+        direction, on the circle; its square is on average less than that of the circular ``sd``.
 
         Args:
             n: How many draws it rests on.

@@ -60,8 +60,8 @@ class Verdict:
     r"""Whether to trust a posterior, and why.
 
     A posterior is trusted if no check has failed, at least one has held that is a reason for
-    trust, and the time has not ended the census of modes. With draws :math:`z_i \sim q` of a guide the weights
-    :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)` show faults wherever the guide has draws; a census
+    trust, and the time has not ended the census of modes. With draws :math:`z_i \sim q` of a guide
+    the weights :math:`w_i = p(z_i, \mathrm{data}) / q(z_i)` show faults wherever the guide has draws; a census
     of modes and Hamiltonian trajectories look for faults elsewhere.
 
     Args:
@@ -90,7 +90,8 @@ class Verdict:
 
     @property
     def ok(self) -> bool:
-        """Whether to trust the posterior: no weights show a mode for which no time was left."""
+        """Whether to trust the posterior."""
+        # Only a census sees a mode that all draws miss.
         return not self.failed and bool(self._held) and "census" not in self._late
 
     @property

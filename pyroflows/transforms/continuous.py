@@ -246,8 +246,8 @@ class ContinuousFlow(Transform):
 
         if torch.jit.is_tracing():
             raise RuntimeError(
-                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, because its steps depend on the "
-                "values. Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
+                f"The adaptive solver {self.solver!r} of ContinuousFlow cannot be traced, because "
+                "its steps depend on the values. Use solver='rk4', or an ELBO that is not jitted, such as Trace_ELBO."
             )
         rounding = 8 * torch.finfo(state.dtype).eps
         common: dict[str, Any] = {"max_num_steps": _MOST_STEPS, "norm": _largest}
@@ -275,8 +275,8 @@ class ContinuousFlow(Transform):
             )[-1]
         except AssertionError as error:
             warnings.warn(
-                f"The solver {self.solver} of {type(self).__name__} gives up ({unstopped(error)}), so "
-                f"{_AT_LAST} equal steps carry this batch, out of its tolerance. Are the parameters "
+                f"The solver {self.solver} of {type(self).__name__} gives up ({unstopped(error)}), "
+                f"so {_AT_LAST} equal steps carry this batch, out of its tolerance. Are the parameters "
                 "and points of usual sizes, and the tolerances no smaller than they need be?",
                 stacklevel=caller_level(),
             )

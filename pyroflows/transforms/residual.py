@@ -293,7 +293,8 @@ def _size(x: Tensor, y: Tensor) -> Tensor:
 def _check_lipschitz(value: Any) -> float:
     if check_positive("lipschitz", value) >= 1:
         raise ValueError(
-            f"Expected lipschitz within (0, 1), because only then is the map invertible; got {value}."
+            "Expected lipschitz within (0, 1), because only then is the map invertible; got "
+            f"{value}."
         )
     return float(value)
 

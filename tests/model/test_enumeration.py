@@ -178,7 +178,7 @@ def test_the_terms_of_many_points_are_evaluated_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     density = density_of(mixture)
-    monkeypatch.setattr("pyroflows.model.evaluator._run_once", None)  # one point at a time
+    monkeypatch.setattr("pyroflows.model.pointwise._run_once", None)  # one point at a time
     z = density.initial.expand(4, -1)
     total = sum(term.reshape(4, -1).sum(-1) for term in density.site_terms(z).values())
     torch.testing.assert_close(total, density.log_prob(z))

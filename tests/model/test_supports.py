@@ -222,3 +222,17 @@ def test_a_distribution_without_bounds_that_move_is_left_as_it_is() -> None:
     uniform = dist.Uniform(0.0, 1.0).expand([2]).to_event(1)
     assert type(zero_outside(uniform)) is type(uniform)
     assert type(uniform.base_dist.log_prob).__name__ == "method"
+
+
+class Unsupported(dist.TorchDistribution):
+    """A distribution of the user's own that says nothing of its support."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return -value.square()
+
+
+def test_a_distribution_without_a_support_is_left_as_it_is() -> None:
+    fn = Unsupported(validate_args=False)
+    assert zero_outside(fn) is fn
