@@ -1,0 +1,188 @@
+"""Which latent entries of a model touch which, found from its log density alone."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from .curvature import in_cache, multiply_hessian
+from .density import LogDensity
+from .sites import LatentSite
+from .sparsity import NEGLIGIBLE, SymmetricEntries, find_entries
+
+__all__ = ["Structure", "find_structure"]
+
+# Distances from the start of the points at which a model is looked at, tried in turn.
+RADII = (0.3, 0.1, 0.01)
+# A site with more entries holds no globals.
+LARGEST_GLOBAL_SITE = 16
+# A global touches this share of all entries, or of those of a site of so many entries.
+SHARE, SITE_SHARE, SITE_SIZE = 0.25, 0.5, 4
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which entries of the unconstrained vector touch which.
+
+    Two entries touch if the second derivative of the log density by them is not zero: then neither
+    is independent of the other given all the rest.
+
+    Attributes:
+        size: Entries of the vector.
+        edges: Pairs of different entries that touch, of shape ``(e, 2)``, the smaller first.
+        globals: The entries of which many others depend, of shape ``(g,)``, in order.
+        locals: The others, of shape ``(n,)``, in order.
+    """
+
+    size: int
+    edges: Tensor
+    globals: Tensor
+    locals: Tensor
+
+    @functools.cached_property
+    def local_edges(self) -> Tensor:
+        """The edges between locals, as pairs of places in :attr:`locals`, of shape ``(m, 2)``."""
+        place = torch.full((self.size,), -1)
+        place[self.locals] = torch.arange(len(self.locals))
+        edges = place[self.edges]
+        return edges[(edges >= 0).all(-1)]
+
+    @functools.cached_property
+    def blocks(self) -> Tensor:
+        """For each local the number of its block: locals of two blocks are independent given the
+        globals. Of shape ``(n,)``."""
+        n = len(self.locals)
+        i, j = self.local_edges.unbind(-1)
+        graph = coo_array((torch.ones(len(i)), (i, j)), shape=(n, n))
+        _, labels = connected_components(graph, directed=False)
+        return torch.as_tensor(labels, dtype=torch.long)
+
+    @functools.cached_property
+    def block_sizes(self) -> Tensor:
+        """How many locals each block has, of shape ``(b,)``."""
+        return torch.bincount(self.blocks)
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        """Which blocks have at least three locals, all of which touch each other, of shape
+        ``(b,)``."""
+        sizes = self.block_sizes
+        edges = torch.bincount(self.blocks[self.local_edges[:, 0]], minlength=len(sizes))
+        return (sizes > 2) & (2 * edges == sizes * (sizes - 1))
+
+
+def find_structure(density: LogDensity, seed: int = 0) -> Structure:
+    r"""Finds which entries touch which, and which of them are globals.
+
+    The pattern of :math:`\nabla^2 \log p` is found at two points near the start, by products with
+    few vectors: see :func:`pyroflows.model.sparsity.find_entries`. Nothing needs to be known of the
+    model, so rows may be reached by indexing and chains written as one vector.
+
+    Globals are entries of small sites outside of plates that touch a large share of all entries, or
+    half of the entries of another site; and those that touch nothing but globals.
+
+    Args:
+        density: A log density whose data do not come from a loader.
+        seed: Seed of the points and vectors.
+
+    Returns:
+        The structure.
+
+    Raises:
+        ValueError: If more than 1,024 entries touch many others, or if the second derivatives are
+            not finite anywhere near the start.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(y):
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     with pyro.plate("groups", 5):
+        ...         effect = pyro.sample("effect", dist.Normal(0.0, scale))
+        ...         pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+        >>> structure = find_structure(LogDensity(model, (torch.arange(5.0),)))
+        >>> structure.globals, len(structure.edges), len(structure.local_edges)
+        (tensor([0]), 5, 0)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    density = in_cache(density)
+    found = [_entries_near_start(density, generator) for _ in range(2)]
+    entries = found[0].joined(found[1].rows, found[1].columns, found[1].values)
+    off = entries.rows != entries.columns
+    edges = torch.stack([entries.rows[off], entries.columns[off]], -1).cpu()
+    is_global = _find_globals(density.sites, edges)
+    return Structure(
+        density.features,
+        edges,
+        is_global.nonzero().squeeze(-1),
+        (~is_global).nonzero().squeeze(-1),
+    )
+
+
+# The pattern
+
+
+def _entries_near_start(density: LogDensity, generator: torch.Generator) -> SymmetricEntries:
+    """The second derivatives at a point near the start."""
+    start = density.initial.double()
+    for radius in RADII:
+        noise = torch.randn(len(start), generator=generator, dtype=torch.double)
+        point = start + radius * noise.to(start)
+
+        def multiply(directions: Tensor, point: Tensor = point) -> Tensor:
+            return multiply_hessian(density, point.expand_as(directions), directions).products
+
+        probe = torch.randn(1, len(start), generator=generator, dtype=torch.double).to(start)
+        product = multiply(probe)
+        if not product.isfinite().all():
+            continue
+        entries = find_entries(multiply, start, generator)
+        _check_found(product, entries.multiply(probe))
+        return entries
+    raise ValueError(
+        "Expected a log density with finite second derivatives near its start; got some that are "
+        "not finite at all points that were tried."
+    )
+
+
+def _check_found(product: Tensor, found: Tensor) -> None:
+    error = (product - found).abs().amax()
+    if error > NEGLIGIBLE**0.5 * product.abs().amax():
+        raise ValueError(
+            "Expected a log density with a symmetric matrix of second derivatives; got products "
+            f"with it that differ by {error:.2g} from those of its entries."
+        )
+
+
+# Globals
+
+
+def _find_globals(sites: list[LatentSite], edges: Tensor) -> Tensor:
+    """Which entries are globals, of shape ``(features,)``."""
+    features = torch.tensor([site.features for site in sites])
+    site_of = torch.repeat_interleave(torch.arange(len(sites)), features)
+    size = len(site_of)
+    in_plate = torch.tensor([any(site.plates) for site in sites])
+    candidates = (~in_plate & (features <= LARGEST_GLOBAL_SITE))[site_of]
+    near, far = torch.cat([edges, edges.flip(-1)]).unbind(-1)
+    touched = torch.zeros(size, len(sites))
+    touched.index_put_((near, site_of[far]), torch.ones(len(near)), accumulate=True)
+    larger = (features > SITE_SIZE) & (features > 2 * features[site_of].unsqueeze(-1))
+    half_of_site = (larger & (touched >= SITE_SHARE * features)).any(-1)
+    is_global = candidates & (half_of_site | (touched.sum(-1) >= SHARE * (size - 1)))
+    return _with_parents(is_global, candidates & (touched.sum(-1) > 0), near, far)
+
+
+def _with_parents(is_global: Tensor, candidates: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """The globals, and the candidates that touch nothing but them."""
+    while True:
+        touches_local = torch.zeros_like(is_global)
+        touches_local[near[~is_global[far]]] = True
+        grown = is_global | (candidates & ~touches_local)
+        if torch.equal(grown, is_global):
+            return is_global
+        is_global = grown
