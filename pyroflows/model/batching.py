@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._compat import array_of, is_batched, number_of, storage_of, tree_leaves, tree_map_only
 
-__all__ = ["READINGS", "REPLACEMENTS", "Batchable"]
+__all__ = ["READINGS", "REPLACEMENTS", "Batchable", "written"]
 
 _READ_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _DTYPES_OF_MASKS = (torch.bool, torch.uint8)
@@ -53,7 +53,7 @@ class Batchable(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._copies:
             args, kwargs = tree_map_only(Tensor, self.current, (args, kwargs))
-        target = _written(func, args, kwargs)
+        target = written(func, args, kwargs)
         if target is not None and not is_batched(target) and _any_batched((args, kwargs)):
             self._copy(target)
             args, kwargs = tree_map_only(Tensor, self.current, (args, kwargs))
@@ -154,7 +154,7 @@ class _View:
         return view
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
+def written(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     """The tensor into which a function writes, if it does."""
     if isinstance(kwargs.get("out"), Tensor):
         return kwargs["out"]

@@ -11,7 +11,7 @@ from .density import LogDensity
 from .promotion import Promoting
 from .sites import sample_nodes
 
-__all__ = ["Products", "in_cache", "multiply_hessian"]
+__all__ = ["Products", "in_cache", "multiply_hessian", "multiply_hessians"]
 
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
@@ -54,11 +54,27 @@ def multiply_hessian(density: LogDensity, points: Tensor, directions: Tensor) ->
         >>> multiply_hessian(LogDensity(model), torch.zeros(1, 2), torch.eye(2)[:1]).products
         tensor([[-4., 0.]])
     """
-    pieces = zip(
-        points.split(density.batch_size), directions.split(density.batch_size), strict=True
-    )
-    parts = [_multiply(density, *piece) for piece in pieces]
-    return Products(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    size = density.batch_size
+    pieces = zip(points.split(size), directions.split(size), strict=True)
+    parts = [_multiply(density, piece, vectors.unsqueeze(0)) for piece, vectors in pieces]
+    values, gradients, products = map(torch.cat, zip(*parts, strict=True))
+    return Products(values, gradients, products.squeeze(1))
+
+
+def multiply_hessians(density: LogDensity, points: Tensor, directions: Tensor) -> Products:
+    r"""Multiplies the second derivatives at every point by the same vectors.
+
+    Args:
+        density: A log density whose data do not come from a loader.
+        points: Points of shape ``(n, features)``.
+        directions: Vectors of shape ``(k, features)``.
+
+    Returns:
+        Values, gradients and products, these of shape ``(n, k, features)``, without a graph.
+    """
+    pieces = points.split(density.batch_size)
+    parts = [_multiply(density, piece, directions.unsqueeze(1)) for piece in pieces]
+    return Products(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def in_cache(density: LogDensity) -> LogDensity:
@@ -79,20 +95,23 @@ def in_cache(density: LogDensity) -> LogDensity:
 
 
 def _multiply(density: LogDensity, points: Tensor, directions: Tensor) -> tuple[Tensor, ...]:
+    """The products with directions of shape ``(k, n or 1, features)``, next to each other."""
     with torch.enable_grad():
         points = points.detach().requires_grad_()
         with Promoting():
             values = density.log_joint(points)
-        gradients = _differentiate(values.sum(), points, create_graph=True)
-        products = _differentiate((gradients * directions).sum(), points)
-    return values.detach(), gradients.detach(), products
+        gradients = _differentiate(values.sum(), points, twice=True)
+        totals = [(gradients * direction).sum() for direction in directions]
+        products = [_differentiate(total, points) for total in totals]
+    stacked = torch.stack(products, 1) if products else points.new_zeros(len(points), 0, 1)
+    return values.detach(), gradients.detach(), stacked.detach()
 
 
-def _differentiate(total: Tensor, points: Tensor, create_graph: bool = False) -> Tensor:
+def _differentiate(total: Tensor, points: Tensor, twice: bool = False) -> Tensor:
     """The gradient of a number; zero where it does not depend on the points."""
     if not total.requires_grad:
         return torch.zeros_like(points)
     (gradient,) = torch.autograd.grad(
-        total, points, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        total, points, create_graph=twice, retain_graph=True, materialize_grads=True
     )
     return gradient

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._compat import tree_leaves, tree_map_only
+from .._compat import is_mutating, tree_leaves, tree_map_only
+from .batching import written
 
 __all__ = ["Promoting"]
 
 
 class Promoting(TorchFunctionMode):
-    """Lets matrix products and all else take operands of single and double precision together.
+    """Lets all operations take operands of single and double precision together, in double.
 
-    Torch promotes sums and products of numbers, but refuses those of matrices. A model whose data
-    are single can so be evaluated at a point in double precision.
+    Torch refuses products of two such matrices, and rounds a double number to the precision of the
+    array that it meets. Within, a model whose data are single is evaluated in double precision at a
+    point that is double. What is written into a single array is rounded.
 
     Example:
+        >>> import torch
         >>> with Promoting():
         ...     (torch.eye(2).double() @ torch.ones(2)).dtype
         torch.float64
@@ -27,15 +29,16 @@ class Promoting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = args, kwargs or {}
-        dtypes = {leaf.dtype for leaf in tree_leaves(given) if _is_array(leaf)}
-        if len(dtypes) > 1:
+        dtypes = {leaf.dtype for leaf in tree_leaves(given) if _is_real(leaf)}
+        # A tensor that is written to has to stay the same.
+        if len(dtypes) > 1 and not is_mutating(func) and written(func, *given) is None:
             given = tree_map_only(Tensor, _in_double, given)
         return func(*given[0], **given[1])
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 0
+def _is_real(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _in_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if _is_array(tensor) else tensor
+    return tensor.double() if _is_real(tensor) else tensor

@@ -14,8 +14,9 @@ Multiply = Callable[[Tensor], Tensor]
 
 #: The most rows that are read by a product each.
 DENSE = 1024
-# A number is zero if it is so many times smaller than the largest of its row.
-NEGLIGIBLE = 1e-10
+# A number is zero if it is so many times smaller than the largest of its row, or as so many times
+# the noise of products.
+NEGLIGIBLE, NOISE = 1e-10, 30.0
 # Columns of a row are told apart by a mark: how far from a mark is none, in units of their spacing,
 # and from the second mark.
 SPACING, MARK = 0.02, 1e-6
@@ -108,20 +109,21 @@ def find_entries(multiply: Multiply, like: Tensor, generator: torch.Generator) -
         (400, tensor([0, 0, 1]), tensor([  1, 399,   2]))
     """
     entries, buckets = SymmetricEntries.empty(like, len(like)), BUCKETS
+    negligible = max(NEGLIGIBLE, NOISE * _noise(multiply, like, generator))
     while True:
         if 3 * TABLES * buckets >= len(like) and len(like) <= DENSE:
             every = torch.ones(len(like), dtype=torch.bool, device=like.device)
-            return _read_rows(multiply, like, entries, every)
+            return _read_rows(multiply, like, entries, every, negligible)
         table = _Table(like, buckets, generator)
         products = multiply(table.directions())
-        entries, left = table.decode(products, entries)
+        entries, left = table.decode(products, entries, negligible)
         many = int(left.sum())
         if not many:
             return entries
         buckets *= 2
         # Twice as many products may help; when they cost about as much, each row is read by one.
         if many <= min(DENSE, 4 * 3 * TABLES * buckets):
-            return _read_rows(multiply, like, entries, left)
+            return _read_rows(multiply, like, entries, left, negligible)
         if 3 * TABLES * buckets > 2 * DENSE:
             raise ValueError(
                 f"Expected a model whose latent entries touch few others each, or at most {DENSE} "
@@ -162,12 +164,14 @@ class _Table:
         inside = (self.buckets_of.unsqueeze(0) == numbers[:, None, None]).any(1)
         return (inside.unsqueeze(1) * self.vectors).flatten(0, 1)
 
-    def decode(self, products: Tensor, known: SymmetricEntries) -> tuple[SymmetricEntries, Tensor]:
+    def decode(
+        self, products: Tensor, known: SymmetricEntries, negligible: float
+    ) -> tuple[SymmetricEntries, Tensor]:
         """The entries known and found, and which rows have others, of shape ``(size,)``."""
         by_vector = products.reshape(-1, 3, self.size).transpose(0, 1)
         residual = by_vector.reshape(3, -1).clone()  # (vectors, buckets * size)
         # Rounding is relative to all that is subtracted.
-        scale = NEGLIGIBLE * products.abs().amax(0)
+        scale = negligible * products.abs().amax(0)
         self._subtract(residual, known)
         while True:
             grown = known.joined(*self._alone(residual, scale))
@@ -200,6 +204,14 @@ class _Table:
             residual.index_add_(1, buckets[columns] * self.size + rows, change)
 
 
+def _noise(multiply: Multiply, like: Tensor, generator: torch.Generator) -> float:
+    """How far products are from linear, because they are rounded, relative to their sizes."""
+    one, other = torch.randn(2, len(like), generator=generator, dtype=torch.double).to(like)
+    products = multiply(torch.stack([one, other, one + other]))
+    error = (products[0] + products[1] - products[2]).abs()
+    return float((error / products.abs().amax(0)).nan_to_num(0).amax()) if len(like) else 0.0
+
+
 def _difference(grown: SymmetricEntries, known: SymmetricEntries) -> SymmetricEntries:
     """The entries of the first that the second does not have."""
     keys = grown.rows * grown.size + grown.columns
@@ -208,7 +220,7 @@ def _difference(grown: SymmetricEntries, known: SymmetricEntries) -> SymmetricEn
 
 
 def _read_rows(
-    multiply: Multiply, like: Tensor, entries: SymmetricEntries, chosen: Tensor
+    multiply: Multiply, like: Tensor, entries: SymmetricEntries, chosen: Tensor, negligible: float
 ) -> SymmetricEntries:
     """The entries with some rows, marked by a mask, read anew by a product each."""
     numbers = chosen.nonzero().squeeze(-1)
@@ -216,5 +228,5 @@ def _read_rows(
     directions[torch.arange(len(numbers), device=like.device), numbers] = 1
     read = multiply(directions)
     largest = read.abs().amax(-1, keepdim=True)
-    i, column = (read.abs() > NEGLIGIBLE * largest).nonzero().unbind(-1)
+    i, column = (read.abs() > negligible * largest).nonzero().unbind(-1)
     return entries.without(chosen).joined(numbers[i], column, read[i, column])

@@ -13,12 +13,14 @@ from torch import Tensor
 from .curvature import in_cache, multiply_hessian
 from .density import LogDensity
 from .sites import LatentSite
-from .sparsity import NEGLIGIBLE, SymmetricEntries, find_entries
+from .sparsity import SymmetricEntries, find_entries
 
 __all__ = ["Structure", "find_structure"]
 
 # Distances from the start of the points at which a model is looked at, tried in turn.
 RADII = (0.3, 0.1, 0.01)
+# How far products with what was found may be from the true ones, relative to the largest.
+LARGEST_ERROR = 1e-4
 # A site with more entries holds no globals.
 LARGEST_GLOBAL_SITE = 16
 # A global touches this share of all entries, or of those of a site of so many entries.
@@ -151,7 +153,7 @@ def _entries_near_start(density: LogDensity, generator: torch.Generator) -> Symm
 
 def _check_found(product: Tensor, found: Tensor) -> None:
     error = (product - found).abs().amax()
-    if error > NEGLIGIBLE**0.5 * product.abs().amax():
+    if error > LARGEST_ERROR * product.abs().amax():
         raise ValueError(
             "Expected a log density with a symmetric matrix of second derivatives; got products "
             f"with it that differ by {error:.2g} from those of its entries."

@@ -188,6 +188,20 @@ def test_latents_of_a_gaussian_process_make_a_dense_block() -> None:
     assert len(structure.edges) >= 39 + 40  # the precision of an exponential kernel is sparse
 
 
+def test_arrays_in_single_precision() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", len(y)):
+            effect = pyro.sample("effect", dist.Normal(slope * x, 1.0))
+            buffer = torch.zeros(len(y))
+            buffer[:] = effect  # rounds
+            pyro.sample("y", dist.Normal(buffer, 1.0), obs=y)
+
+    structure, entries = structure_of(model, torch.randn(60), torch.randn(60))
+    assert globals_of(structure, entries) == {"slope"}
+    assert len(structure.local_edges) == 0
+
+
 def test_a_model_without_plates_has_globals_only() -> None:
     def model(y: Tensor) -> None:
         weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
@@ -239,7 +253,17 @@ def test_every_entry_is_found(size: int, edges: int, block: int) -> None:
     assert torch.equal(found.rows, rows)
     assert torch.equal(found.columns, columns)
     torch.testing.assert_close(found.values, matrix[rows, columns])
-    assert sum(asked) <= min(size, 500)
+    assert sum(asked) <= min(size, 500) + 3
+
+
+def test_entries_among_rounded_products() -> None:
+    matrix = sparse_matrix(300, 500)
+
+    def multiply(directions: Tensor) -> Tensor:
+        return (directions.float() @ matrix.float()).double()
+
+    found = find_entries(multiply, matrix[0], torch.Generator().manual_seed(0))
+    assert torch.equal(torch.stack([found.rows, found.columns], -1), matrix.triu().nonzero())
 
 
 def test_too_many_dense_rows_are_refused() -> None:

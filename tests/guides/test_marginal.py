@@ -1,0 +1,192 @@
+"""Marginal densities of globals against closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from pyroflows.guides.marginal import Marginal
+from pyroflows.model import LogDensity
+from pyroflows.model.structure import find_structure
+
+
+def half_normal(u: Tensor, scale: float = 1.0) -> Tensor:
+    """The log density of the logarithm of a half-normal number."""
+    return dist.HalfNormal(torch.tensor(scale).double()).log_prob(u.exp()) + u
+
+
+def marginal_of(model: Callable[..., None], *args: Tensor) -> Marginal:
+    density = LogDensity(model, args, batch_size=8)
+    return Marginal(density, find_structure(density))
+
+
+def normal(y: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    return MultivariateNormal(mean.expand(len(y)), covariance).log_prob(y.double())
+
+
+# Groups
+
+
+def groups(y: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    between = pyro.sample("between", dist.HalfNormal(1.0))
+    within = pyro.sample("within", dist.HalfNormal(1.0))
+    with pyro.plate("groups", len(y), dim=-2):
+        effect = pyro.sample("effect", dist.Normal(mean, between))
+        with pyro.plate("rows", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(effect, within), obs=y)
+
+
+def exact_groups(y: Tensor, g: Tensor) -> Tensor:
+    mean, between, within = g[0], g[1].exp(), g[2].exp()
+    rows = y.shape[1]
+    covariance = between**2 + within**2 * torch.eye(rows).double()
+    prior = dist.Normal(0.0, 1.0).log_prob(mean) + half_normal(g[1]) + half_normal(g[2])
+    rows_given = MultivariateNormal(mean.expand(rows), covariance)
+    return prior + rows_given.log_prob(y.double()).sum()
+
+
+# A local level
+
+
+def level(y: Tensor) -> None:
+    step = pyro.sample("step", dist.HalfNormal(1.0))
+    noise = pyro.sample("noise", dist.HalfNormal(1.0))
+    flat = dist.ImproperUniform(dist.constraints.real_vector, (), (len(y),))
+    x = pyro.sample("x", flat)
+    pyro.factor("start", dist.Normal(0.0, 3.0).log_prob(x[0]))
+    pyro.factor("walk", dist.Normal(x[:-1], step).log_prob(x[1:]).sum())
+    pyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
+
+
+def exact_level(y: Tensor, g: Tensor) -> Tensor:
+    """By a Kalman filter."""
+    step, noise = g[0].exp() ** 2, g[1].exp() ** 2
+    mean, variance = torch.zeros(2).double()
+    variance = variance + 9.0
+    total = half_normal(g[0]) + half_normal(g[1])
+    for value in y.double():
+        spread = variance + noise
+        total = total + dist.Normal(mean, spread.sqrt()).log_prob(value)
+        gain = variance / spread
+        mean = mean + gain * (value - mean)
+        variance = variance * (1 - gain) + step
+    return total
+
+
+# Crossed effects, and increments of a walk
+
+
+PERSONS, ITEMS = 14, 6
+CELLS = torch.arange(0, PERSONS * ITEMS, 2)
+
+
+def crossed(y: Tensor) -> None:
+    first = pyro.sample("first", dist.HalfNormal(1.0))
+    second = pyro.sample("second", dist.HalfNormal(1.0))
+    with pyro.plate("persons", PERSONS):
+        a = pyro.sample("a", dist.Normal(0.0, first))
+    with pyro.plate("items", ITEMS):
+        b = pyro.sample("b", dist.Normal(0.0, second))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a[CELLS // ITEMS] + b[CELLS % ITEMS], 0.5), obs=y)
+
+
+def exact_crossed(y: Tensor, g: Tensor) -> Tensor:
+    first, second = g.exp() ** 2
+    person, item = CELLS // ITEMS, CELLS % ITEMS
+    covariance = first * (person == person.unsqueeze(-1)) + second * (item == item.unsqueeze(-1))
+    prior = half_normal(g[0]) + half_normal(g[1])
+    return prior + normal(
+        y, torch.zeros(()).double(), covariance + 0.25 * torch.eye(len(y)).double()
+    )
+
+
+def increments(y: Tensor) -> None:
+    step = pyro.sample("step", dist.HalfNormal(1.0))
+    with pyro.plate("times", len(y)):
+        x = pyro.sample("dx", dist.Normal(0.0, step)).cumsum(-1)
+        pyro.sample("y", dist.Normal(x, 0.5), obs=y)
+
+
+def exact_increments(y: Tensor, g: Tensor) -> Tensor:
+    times = torch.arange(1, len(y) + 1).double()
+    covariance = g[0].exp() ** 2 * torch.minimum(times, times.unsqueeze(-1))
+    zero = torch.zeros(()).double()
+    return half_normal(g[0]) + normal(y, zero, covariance + 0.25 * torch.eye(len(y)).double())
+
+
+CASES = {
+    "groups": (groups, exact_groups, (12, 3)),
+    "level": (level, exact_level, (40,)),
+    "crossed": (crossed, exact_crossed, (len(CELLS),)),
+    "increments": (increments, exact_increments, (25,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_step_is_exact_for_normal_locals(name: str) -> None:
+    model, exact, shape = CASES[name]
+    y = torch.randn(shape)
+    marginal = marginal_of(model, y)
+    g = marginal.initial.double() + 0.5 * torch.randn(20, marginal.features).double()
+    expected = torch.stack([exact(y, point) for point in g])
+    torch.testing.assert_close(marginal.log_prob(g), expected)
+    far = marginal.reference + torch.randn(20, len(marginal.reference)).double()
+    torch.testing.assert_close(marginal.log_prob(g, far), expected)
+
+
+def test_the_joint_density_factorises() -> None:
+    y = torch.randn(40)
+    marginal = marginal_of(level, y)
+    g = marginal.initial.double() + 0.3 * torch.randn(5, 2).double()
+    given = marginal.condition(g, marginal.reference.expand(5, -1))
+    x = given.sample(torch.randn_like(given.mean))
+    joint = marginal.density.log_joint(marginal.join(g, x))
+    torch.testing.assert_close(given.log_marginal + given.log_prob(x), joint)
+
+
+def logit(y: Tensor) -> None:
+    between = pyro.sample("between", dist.HalfNormal(1.0))
+    with pyro.plate("groups", y.shape[-1]):
+        effect = pyro.sample("effect", dist.Normal(0.0, between))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=3 * effect), obs=y)
+
+
+def test_several_steps_reach_the_mode() -> None:
+    y = (torch.rand(5, 20) < torch.linspace(0.1, 0.9, 20)).float()
+    marginal = marginal_of(logit, y)
+    g = torch.tensor([[-1.0], [0.0], [1.5]]).double()
+    given = marginal.condition(g, 8 * torch.randn(3, 20).double(), steps=25)
+    z = marginal.join(g, given.mean).requires_grad_()
+    (slope,) = torch.autograd.grad(marginal.density.log_joint(z).sum(), z)
+    assert slope[:, marginal.structure.locals].abs().max() < 1e-6
+    chance = torch.sigmoid(3 * given.mean)
+    curvature = 5 * 9 * chance * (1 - chance) + (-2 * g).exp()
+    laplace = -0.5 * (curvature / (2 * math.pi)).log().sum(-1)
+    joint = marginal.density.log_joint(z)
+    torch.testing.assert_close(given.log_marginal, joint.detach() + laplace)
+
+
+def test_globals_at_which_the_model_fails_have_no_density() -> None:
+    marginal = marginal_of(groups, torch.randn(6, 2))
+    g = torch.zeros(2, 3).double()
+    g[1, 1] = 1e4
+    assert marginal.log_prob(g).isfinite().tolist() == [True, False]
+
+
+def test_single_precision_is_kept() -> None:
+    marginal = marginal_of(groups, torch.randn(6, 2))
+    g = torch.zeros(2, 3)
+    assert marginal.log_prob(g).dtype == torch.float
+    torch.testing.assert_close(
+        marginal.log_prob(g), marginal.log_prob(g.double()).float(), rtol=1e-5, atol=1e-4
+    )
