@@ -107,6 +107,9 @@ class Marginal:
         self._colouring = Colouring(locals_, structure.local_edges)
         self._directions = torch.zeros(self._colouring.count, density.features).double()
         self._directions[:, structure.locals] = self._colouring.directions
+        outside = (self._directions == 0).all(0).split([site.features for site in density.sites])
+        pairs = zip(density.sites, outside, strict=True)
+        self._held = {site.name for site, entries in pairs if entries.all()}
 
     @torch.no_grad()
     def log_prob(self, g: Tensor, reference: Tensor | None = None, steps: int = 1) -> Tensor:
@@ -164,7 +167,7 @@ class Marginal:
     ) -> tuple[Tensor, Tensor, SparseNormal]:
         """The log density, the mean to which a step goes, and the normal distribution there."""
         inner, directions = self.structure.locals, self._directions.to(g)
-        found = multiply_hessians(self.density, self.join(g, x), directions)
+        found = multiply_hessians(self.density, self.join(g, x), directions, self._held)
         precision = -self._colouring.read(found.products[..., inner])
         normal = SparseNormal(self._elimination, precision, repaired)
         return found.values, x + normal.solve(found.gradients[:, inner]), normal

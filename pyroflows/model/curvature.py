@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .density import LogDensity
 from .promotion import Promoting
-from .sites import sample_nodes
+from .sites import LatentSite, sample_nodes
 
 __all__ = ["Products", "in_cache", "multiply_hessian", "multiply_hessians"]
 
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
+# As a model calls it, and as it is called in a graph.
+SPLITS = (Tensor.split, torch.ops.aten.split_with_sizes.default)
 
 
 class Products(NamedTuple):
@@ -61,20 +65,49 @@ def multiply_hessian(density: LogDensity, points: Tensor, directions: Tensor) ->
     return Products(values, gradients, products.squeeze(1))
 
 
-def multiply_hessians(density: LogDensity, points: Tensor, directions: Tensor) -> Products:
+def multiply_hessians(
+    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
+) -> Products:
     r"""Multiplies the second derivatives at every point by the same vectors.
 
     Args:
         density: A log density whose data do not come from a loader.
         points: Points of shape ``(n, features)``.
         directions: Vectors of shape ``(k, features)``.
+        held: Names of sites that are taken for constants, which saves most of the time if rows of
+            data share them. Their entries of the results are of no use.
 
     Returns:
         Values, gradients and products, these of shape ``(n, k, features)``, without a graph.
     """
     pieces = points.split(density.batch_size)
-    parts = [_multiply(density, piece, directions.unsqueeze(1)) for piece in pieces]
+    parts = [_multiply(density, piece, directions.unsqueeze(1), held) for piece in pieces]
     return Products(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Holding(TorchFunctionMode):
+    """Takes some sites for constants in an evaluation of a density.
+
+    A density begins by taking its vector apart, and the parts of these sites are detached then.
+
+    Args:
+        sites: The sites of the vector.
+        held: The names of some of them.
+    """
+
+    def __init__(self, sites: Sequence[LatentSite], held: Set[str]) -> None:
+        super().__init__()
+        self.sizes = [site.features for site in sites]
+        self.held = [site.name in held for site in sites]
+        self.found = not held
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.found and func in SPLITS and args[1] == self.sizes:
+            self.found = True
+            parts = zip(result, self.held, strict=True)
+            return tuple(part.detach() if held else part for part, held in parts)
+        return result
 
 
 def in_cache(density: LogDensity) -> LogDensity:
@@ -94,11 +127,13 @@ def in_cache(density: LogDensity) -> LogDensity:
     return density if batch_size == density.batch_size else density.bind(batch_size=batch_size)
 
 
-def _multiply(density: LogDensity, points: Tensor, directions: Tensor) -> tuple[Tensor, ...]:
+def _multiply(
+    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
+) -> tuple[Tensor, ...]:
     """The products with directions of shape ``(k, n or 1, features)``, next to each other."""
     with torch.enable_grad():
         points = points.detach().requires_grad_()
-        with Promoting():
+        with Promoting(), Holding(density.sites, held):
             values = density.log_joint(points)
         gradients = _differentiate(values.sum(), points, twice=True)
         totals = [(gradients * direction).sum() for direction in directions]

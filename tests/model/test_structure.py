@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.model import LogDensity
-from pyroflows.model.curvature import multiply_hessian
+from pyroflows.model.curvature import multiply_hessian, multiply_hessians
 from pyroflows.model.sparsity import SymmetricEntries, find_entries
 from pyroflows.model.structure import Structure, find_structure
 
@@ -289,3 +289,16 @@ def test_hessian_products_agree_with_autograd() -> None:
         hessian = torch.autograd.functional.hessian(density.log_joint, point)
         torch.testing.assert_close(found.products[i], hessian @ directions[i])
     torch.testing.assert_close(found.values, density.log_joint(points))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_derivatives_by_some_sites_only(batch_size: int) -> None:
+    density = LogDensity(groups, (torch.randn(3, 4),), batch_size=batch_size)
+    points = 0.3 * torch.randn(4, density.features, dtype=torch.double)
+    directions = torch.randn(2, density.features, dtype=torch.double)
+    directions[:, :3] = 0
+    every = multiply_hessians(density, points, directions)
+    some = multiply_hessians(density, points, directions, {"mean", "between", "within"})
+    torch.testing.assert_close(some.products[..., 3:], every.products[..., 3:])
+    torch.testing.assert_close(some.gradients[:, 3:], every.gradients[:, 3:])
+    assert not some.gradients[:batch_size, :3].any()
