@@ -131,10 +131,12 @@ class _Graph:
     def choose_few_neighbours(self) -> list[int]:
         """Entries with the fewest neighbours that do not touch each other; empty if they are dear
         to eliminate in this way."""
-        fewest = min((len(self.near[i]) for i in self.left), default=DEGREE + 1)
-        if fewest > DEGREE or (fewest and len(self.left) <= FEW):
+        counts = sorted(len(self.near[i]) for i in self.left)
+        if not counts or counts[0] > DEGREE or (counts[0] and len(counts) <= FEW):
             return []
-        return self._independent(limit=max(2, 2 * fewest))
+        # The ends of a chain have the fewest; to take them alone would need a level for each entry.
+        usual = counts[len(counts) // 4]
+        return self._independent(limit=min(DEGREE, max(2 * counts[0], usual)))
 
     def eliminate(self, chosen: list[int]) -> Level:
         """Takes entries out, and lets the neighbours of each touch each other."""

@@ -13,7 +13,7 @@ from ..distributions.elimination import Elimination
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import in_cache, multiply_hessians
+from ..model.curvature import multiply_hessian, with_points_in_cache
 from ..model.promotion import Promoting
 from ..model.structure import Structure
 
@@ -98,7 +98,7 @@ class Marginal:
     """
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
-        self.density, self.structure = in_cache(density), structure
+        self.density, self.structure = with_points_in_cache(density), structure
         self.features = len(structure.globals)
         self.initial = density.initial[structure.globals]
         self.reference = density.initial[structure.locals].double()
@@ -127,8 +127,8 @@ class Marginal:
         """
         check_tensor("g", g, (self.features,))
         start = self.reference if reference is None else reference
-        start = start.to(g).expand(*g.shape[:-1], -1).reshape(-1, start.shape[-1])
         points = g.reshape(-1, self.features)
+        start = start.to(g).expand(*g.shape[:-1], -1).reshape(len(points), -1)
         size = self.density.batch_size
         pairs = zip(points.split(size), start.split(size), strict=True)
         parts = [self.condition(few, near, steps).log_marginal for few, near in pairs]
@@ -167,7 +167,7 @@ class Marginal:
     ) -> tuple[Tensor, Tensor, SparseNormal]:
         """The log density, the mean to which a step goes, and the normal distribution there."""
         inner, directions = self.structure.locals, self._directions.to(g)
-        found = multiply_hessians(self.density, self.join(g, x), directions, self._held)
+        found = multiply_hessian(self.density, self.join(g, x), directions, self._held)
         precision = -self._colouring.read(found.products[..., inner])
         normal = SparseNormal(self._elimination, precision, repaired)
         return found.values, x + normal.solve(found.gradients[:, inner]), normal

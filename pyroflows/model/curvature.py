@@ -13,7 +13,7 @@ from .density import LogDensity
 from .promotion import Promoting
 from .sites import LatentSite, sample_nodes
 
-__all__ = ["Products", "in_cache", "multiply_hessian", "multiply_hessians"]
+__all__ = ["Products", "multiply_hessian", "with_points_in_cache"]
 
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
@@ -27,7 +27,7 @@ class Products(NamedTuple):
     Attributes:
         values: The log density, of shape ``(n,)``.
         gradients: Its gradients, of shape ``(n, features)``.
-        products: Matrices of second derivatives times directions, of shape ``(n, features)``.
+        products: Matrices of second derivatives times vectors, of shape ``(n, k, features)``.
     """
 
     values: Tensor
@@ -35,40 +35,15 @@ class Products(NamedTuple):
     products: Tensor
 
 
-def multiply_hessian(density: LogDensity, points: Tensor, directions: Tensor) -> Products:
-    r"""Multiplies the second derivatives of a log density by vectors.
+def multiply_hessian(
+    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
+) -> Products:
+    r"""Multiplies the second derivatives of a log density at every point by the same vectors.
 
     .. math:: \nabla^2 \log p(z)\, v = \nabla_z \bigl(\nabla \log p(z)^\top v\bigr)
 
-    A product costs about as much as two gradients. The dtype is that of the points; in double
+    A product costs about as much as a gradient. The dtype is that of the points; in double
     precision a zero among the second derivatives is told from a small number.
-
-    Args:
-        density: A log density whose data do not come from a loader.
-        points: Points of shape ``(n, features)``.
-        directions: A vector for each point, of shape ``(n, features)``.
-
-    Returns:
-        Values, gradients and products, without a graph; NaN where the model fails.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model():
-        ...     pyro.sample("x", dist.Normal(0.0, 0.5).expand([2]).to_event(1))
-        >>> multiply_hessian(LogDensity(model), torch.zeros(1, 2), torch.eye(2)[:1]).products
-        tensor([[-4., 0.]])
-    """
-    size = density.batch_size
-    pieces = zip(points.split(size), directions.split(size), strict=True)
-    parts = [_multiply(density, piece, vectors.unsqueeze(0)) for piece, vectors in pieces]
-    values, gradients, products = map(torch.cat, zip(*parts, strict=True))
-    return Products(values, gradients, products.squeeze(1))
-
-
-def multiply_hessians(
-    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
-) -> Products:
-    r"""Multiplies the second derivatives at every point by the same vectors.
 
     Args:
         density: A log density whose data do not come from a loader.
@@ -78,11 +53,35 @@ def multiply_hessians(
             data share them. Their entries of the results are of no use.
 
     Returns:
-        Values, gradients and products, these of shape ``(n, k, features)``, without a graph.
+        Values, gradients and products, without a graph; NaN where the model fails.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 0.5).expand([2]).to_event(1))
+        >>> multiply_hessian(LogDensity(model), torch.zeros(1, 2), torch.eye(2)[:1]).products
+        tensor([[[-4., 0.]]])
     """
     pieces = points.split(density.batch_size)
-    parts = [_multiply(density, piece, directions.unsqueeze(1), held) for piece in pieces]
+    parts = [_multiply(density, piece, directions, held) for piece in pieces]
     return Products(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def with_points_in_cache(density: LogDensity, most: int | None = None) -> LogDensity:
+    """The density with so few points at once that an evaluation stays in the cache.
+
+    Args:
+        density: A log density.
+        most: The most points at once; as many as the density's if ``None``.
+
+    Returns:
+        The same density, with another ``batch_size``.
+    """
+    nodes = sample_nodes(density.trace(density.initial))
+    sizes = [torch.as_tensor(node["value"]).numel() for _, node in nodes]
+    fitting = ROWS_AT_ONCE // max(density.features, *sizes)
+    batch_size = max(1, min(most or density.batch_size, density.batch_size, fitting))
+    return density if batch_size == density.batch_size else density.bind(batch_size=batch_size)
 
 
 class Holding(TorchFunctionMode):
@@ -128,17 +127,17 @@ def in_cache(density: LogDensity) -> LogDensity:
 
 
 def _multiply(
-    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
-) -> tuple[Tensor, ...]:
-    """The products with directions of shape ``(k, n or 1, features)``, next to each other."""
+    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str]
+) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         points = points.detach().requires_grad_()
         with Promoting(), Holding(density.sites, held):
             values = density.log_joint(points)
         gradients = _differentiate(values.sum(), points, twice=True)
-        totals = [(gradients * direction).sum() for direction in directions]
+        totals = [(gradients @ direction).sum() for direction in directions]
         products = [_differentiate(total, points) for total in totals]
-    stacked = torch.stack(products, 1) if products else points.new_zeros(len(points), 0, 1)
+    shape = (len(points), len(directions), density.features)
+    stacked = torch.stack(products, 1) if products else points.new_zeros(shape)
     return values.detach(), gradients.detach(), stacked.detach()
 
 

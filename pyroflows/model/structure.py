@@ -10,7 +10,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from .curvature import in_cache, multiply_hessian
+from .curvature import multiply_hessian, with_points_in_cache
 from .density import LogDensity
 from .sites import LatentSite
 from .sparsity import SymmetricEntries, find_entries
@@ -86,7 +86,7 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
     model, so rows may be reached by indexing and chains written as one vector.
 
     Globals are entries of small sites outside of plates that touch a large share of all entries, or
-    half of the entries of another site; and those that touch nothing but globals.
+    half of the entries of another site; and those that touch nothing but globals, if they are few.
 
     Args:
         density: A log density whose data do not come from a loader.
@@ -111,7 +111,7 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
         (tensor([0]), 5, 0)
     """
     generator = torch.Generator().manual_seed(seed)
-    density = in_cache(density)
+    density = with_points_in_cache(density, most=1)
     found = [_entries_near_start(density, generator) for _ in range(2)]
     entries = found[0].joined(found[1].rows, found[1].columns, found[1].values)
     off = entries.rows != entries.columns
@@ -136,7 +136,7 @@ def _entries_near_start(density: LogDensity, generator: torch.Generator) -> Symm
         point = start + radius * noise.to(start)
 
         def multiply(directions: Tensor, point: Tensor = point) -> Tensor:
-            return multiply_hessian(density, point.expand_as(directions), directions).products
+            return multiply_hessian(density, point.unsqueeze(0), directions).products.squeeze(0)
 
         probe = torch.randn(1, len(start), generator=generator, dtype=torch.double).to(start)
         product = multiply(probe)
@@ -180,11 +180,12 @@ def _find_globals(sites: list[LatentSite], edges: Tensor) -> Tensor:
 
 
 def _with_parents(is_global: Tensor, candidates: Tensor, near: Tensor, far: Tensor) -> Tensor:
-    """The globals, and the candidates that touch nothing but them."""
+    """The globals, and the candidates that touch nothing but them, if these are few: else they are
+    the rows of a plate that is a loop."""
     while True:
         touches_local = torch.zeros_like(is_global)
         touches_local[near[~is_global[far]]] = True
-        grown = is_global | (candidates & ~touches_local)
-        if torch.equal(grown, is_global):
+        parents = candidates & ~touches_local & ~is_global
+        if not 0 < parents.sum() <= LARGEST_GLOBAL_SITE:
             return is_global
-        is_global = grown
+        is_global = is_global | parents

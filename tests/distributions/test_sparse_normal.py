@@ -22,6 +22,11 @@ def crossed(first: int, second: int, cells: int) -> tuple[int, Tensor]:
     return first + second, torch.stack([chosen // second, first + chosen % second], -1)
 
 
+def second_order(size: int) -> tuple[int, Tensor]:
+    second = torch.stack([torch.arange(size - 2), torch.arange(2, size)], -1)
+    return size, torch.cat([chain(size)[1], second])
+
+
 def tree(schools: int, classes: int, pupils: int) -> tuple[int, Tensor]:
     of_class = torch.arange(schools * classes) // classes
     of_pupil = schools + torch.arange(schools * classes * pupils) // pupils
@@ -44,6 +49,7 @@ PATTERNS: dict[str, Callable[[], tuple[int, Tensor]]] = {
     "pairs": lambda: (80, torch.arange(80).reshape(40, 2)),
     "short chain": lambda: chain(7),
     "chain": lambda: chain(101),
+    "second order": lambda: second_order(90),
     "crossed": lambda: crossed(60, 20, 400),
     "thinly crossed": lambda: crossed(60, 20, 150),
     "tree": lambda: tree(4, 5, 6),
@@ -128,6 +134,10 @@ def test_a_chain_takes_a_logarithm_of_levels() -> None:
     larger = (2.5 + root) / 2
     exact = (size + 1) * math.log(larger) - math.log(root)
     assert SparseNormal(elimination, values).log_det.item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_a_chain_of_second_order_takes_few_levels() -> None:
+    assert len(Elimination(*second_order(1000)).levels) <= 2 * math.log2(1000)
 
 
 def test_of_crossed_factors_the_smaller_is_the_core() -> None:

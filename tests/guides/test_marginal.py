@@ -176,6 +176,16 @@ def test_several_steps_reach_the_mode() -> None:
     torch.testing.assert_close(given.log_marginal, joint.detach() + laplace)
 
 
+def test_a_model_without_locals_is_its_own_marginal() -> None:
+    def model(y: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(weights.sum(), 1.0).expand([3]).to_event(1), obs=y)
+
+    marginal = marginal_of(model, torch.randn(3))
+    g = torch.randn(2, 5, 2).double()
+    torch.testing.assert_close(marginal.log_prob(g), marginal.density.log_joint(g))
+
+
 def test_globals_at_which_the_model_fails_have_no_density() -> None:
     marginal = marginal_of(groups, torch.randn(6, 2))
     g = torch.zeros(2, 3).double()

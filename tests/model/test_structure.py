@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.model import LogDensity
-from pyroflows.model.curvature import multiply_hessian, multiply_hessians
+from pyroflows.model.curvature import multiply_hessian
 from pyroflows.model.sparsity import SymmetricEntries, find_entries
 from pyroflows.model.structure import Structure, find_structure
 
@@ -226,6 +226,17 @@ def test_the_scale_of_a_global_is_one() -> None:
     assert globals_of(structure, entries) == {"width", "between"}
 
 
+def test_a_plate_that_is_a_loop_has_locals() -> None:
+    def model(y: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
+        for i in pyro.plate("groups", len(y)):
+            effect = pyro.sample(f"effect{i}", dist.Normal(mean, 1.0))
+            pyro.sample(f"y{i}", dist.Normal(effect, 1.0), obs=y[i])
+
+    structure, entries = structure_of(model, torch.randn(20))
+    assert globals_of(structure, entries) == {"mean"}
+
+
 # The search of entries
 
 
@@ -283,11 +294,11 @@ def test_products_of_entries() -> None:
 def test_hessian_products_agree_with_autograd() -> None:
     density = LogDensity(groups, (torch.randn(3, 4),), batch_size=4)
     points = 0.3 * torch.randn(6, density.features, dtype=torch.double)
-    directions = torch.randn_like(points)
+    directions = torch.randn(2, density.features, dtype=torch.double)
     found = multiply_hessian(density, points, directions)
     for i, point in enumerate(points):
         hessian = torch.autograd.functional.hessian(density.log_joint, point)
-        torch.testing.assert_close(found.products[i], hessian @ directions[i])
+        torch.testing.assert_close(found.products[i], directions @ hessian)
     torch.testing.assert_close(found.values, density.log_joint(points))
 
 
@@ -297,8 +308,8 @@ def test_derivatives_by_some_sites_only(batch_size: int) -> None:
     points = 0.3 * torch.randn(4, density.features, dtype=torch.double)
     directions = torch.randn(2, density.features, dtype=torch.double)
     directions[:, :3] = 0
-    every = multiply_hessians(density, points, directions)
-    some = multiply_hessians(density, points, directions, {"mean", "between", "within"})
+    every = multiply_hessian(density, points, directions)
+    some = multiply_hessian(density, points, directions, {"mean", "between", "within"})
     torch.testing.assert_close(some.products[..., 3:], every.products[..., 3:])
     torch.testing.assert_close(some.gradients[:, 3:], every.gradients[:, 3:])
     assert not some.gradients[:batch_size, :3].any()
