@@ -19,6 +19,8 @@ from ..model.structure import Structure
 
 __all__ = ["Conditional", "Marginal"]
 
+# The most points at once: a captured graph takes no fewer.
+POINTS = 32
 # How often a step is halved before it is given up, and the fall of the log density, relative to its
 # size, that is put down to rounding.
 HALVINGS, ROUNDING = 8, 1e-9
@@ -62,7 +64,8 @@ class Marginal:
 
     If the locals are normal given the globals, one step from anywhere is exact; else several steps
     give Laplace's approximation. The cost is linear in the number of locals: :math:`H` is read from
-    its products with few vectors, and has a sparse factor.
+    its products with few vectors, and has a sparse factor. Locals are in the coordinates of the
+    structure, in which a chain that is written by its increments has its states.
 
     Args:
         density: A log density whose data do not come from a loader.
@@ -98,10 +101,11 @@ class Marginal:
     """
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
-        self.density, self.structure = with_points_in_cache(density), structure
+        self.density, self.structure = with_points_in_cache(density, POINTS), structure
         self.features = len(structure.globals)
+        initial = structure.coordinates.to_sums(density.initial.double())
         self.initial = density.initial[structure.globals]
-        self.reference = density.initial[structure.locals].double()
+        self.reference = initial[structure.locals]
         locals_ = len(structure.locals)
         self._elimination = Elimination(locals_, structure.local_edges)
         self._colouring = Colouring(locals_, structure.local_edges)
@@ -158,19 +162,21 @@ class Marginal:
 
     def join(self, g: Tensor, x: Tensor) -> Tensor:
         """The unconstrained vectors of globals and locals, of shape ``(n, density.features)``."""
-        z = g.new_empty(len(g), self.density.features)
-        z[:, self.structure.globals], z[:, self.structure.locals] = g, x
-        return z
+        w = g.new_empty(len(g), self.density.features)
+        w[:, self.structure.globals], w[:, self.structure.locals] = g, x
+        return self.structure.coordinates.from_sums(w)
 
     def _step(
         self, g: Tensor, x: Tensor, repaired: bool = False
     ) -> tuple[Tensor, Tensor, SparseNormal]:
         """The log density, the mean to which a step goes, and the normal distribution there."""
-        inner, directions = self.structure.locals, self._directions.to(g)
+        inner, sums = self.structure.locals, self.structure.coordinates
+        directions = sums.from_sums(self._directions.to(g))
         found = multiply_hessian(self.density, self.join(g, x), directions, self._held)
-        precision = -self._colouring.read(found.products[..., inner])
-        normal = SparseNormal(self._elimination, precision, repaired)
-        return found.values, x + normal.solve(found.gradients[:, inner]), normal
+        products = sums.pull_back(found.products)[..., inner]
+        normal = SparseNormal(self._elimination, -self._colouring.read(products), repaired)
+        slope = sums.pull_back(found.gradients)[:, inner]
+        return found.values, x + normal.solve(slope), normal
 
     def _improve(self, g: Tensor, x: Tensor) -> Tensor:
         """A step that does not lower the log density."""

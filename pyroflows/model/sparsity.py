@@ -69,6 +69,17 @@ class SymmetricEntries:
         keys, values = keys[first], torch.cat([self.values, values])[order[first]]
         return SymmetricEntries(self.size, keys // self.size, keys % self.size, values)
 
+    def block(self, places: Tensor) -> Tensor:
+        """The dense matrix of some rows and their columns, of shape ``(n, n)``."""
+        within = torch.full((self.size,), -1, device=places.device)
+        within[places] = torch.arange(len(places), device=places.device)
+        i, j = within[self.rows], within[self.columns]
+        inside = (i >= 0) & (j >= 0)
+        i, j, values = i[inside], j[inside], self.values[inside]
+        matrix = values.new_zeros(len(places), len(places))
+        matrix[i, j] = matrix[j, i] = values
+        return matrix
+
     def without(self, touched: Tensor) -> SymmetricEntries:
         """The entries in none of some rows, which a mask of shape ``(size,)`` marks."""
         kept = ~(touched[self.rows] | touched[self.columns])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from .coordinates import PartialSums
 from .curvature import multiply_hessian, with_points_in_cache
 from .density import LogDensity
 from .sites import LatentSite
-from .sparsity import SymmetricEntries, find_entries
+from .sparsity import DENSE, SymmetricEntries, find_entries
 
 __all__ = ["Structure", "find_structure"]
 
@@ -21,6 +22,8 @@ __all__ = ["Structure", "find_structure"]
 RADII = (0.3, 0.1, 0.01)
 # How far products with what was found may be from the true ones, relative to the largest.
 LARGEST_ERROR = 1e-4
+# Sums are taken if they touch so many times fewer others; the rounding of their differences.
+FEWER, ROUNDED = 4, 1e-8
 # A site with more entries holds no globals.
 LARGEST_GLOBAL_SITE = 16
 # A global touches this share of all entries, or of those of a site of so many entries.
@@ -34,17 +37,22 @@ class Structure:
     Two entries touch if the second derivative of the log density by them is not zero: then neither
     is independent of the other given all the rest.
 
+    A chain that is written by its increments is seen by its states: see
+    :class:`pyroflows.model.coordinates.PartialSums`.
+
     Attributes:
         size: Entries of the vector.
         edges: Pairs of different entries that touch, of shape ``(e, 2)``, the smaller first.
         globals: The entries of which many others depend, of shape ``(g,)``, in order.
         locals: The others, of shape ``(n,)``, in order.
+        coordinates: The coordinates of the vector in which this is so.
     """
 
     size: int
     edges: Tensor
     globals: Tensor
     locals: Tensor
+    coordinates: PartialSums = field(default_factory=PartialSums)
 
     @functools.cached_property
     def local_edges(self) -> Tensor:
@@ -112,8 +120,13 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
     """
     generator = torch.Generator().manual_seed(seed)
     density = with_points_in_cache(density, most=1)
-    found = [_entries_near_start(density, generator) for _ in range(2)]
-    entries = found[0].joined(found[1].rows, found[1].columns, found[1].values)
+    coordinates = PartialSums()
+    entries = _entries_near_start(density, coordinates, generator)
+    if chains := _find_chains(density.sites, entries):
+        coordinates = PartialSums(chains)
+        entries = _entries_near_start(density, coordinates, generator)
+    again = _entries_near_start(density, coordinates, generator)
+    entries = entries.joined(again.rows, again.columns, again.values)
     off = entries.rows != entries.columns
     edges = torch.stack([entries.rows[off], entries.columns[off]], -1).cpu()
     is_global = _find_globals(density.sites, edges)
@@ -122,13 +135,16 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
         edges,
         is_global.nonzero().squeeze(-1),
         (~is_global).nonzero().squeeze(-1),
+        coordinates,
     )
 
 
 # The pattern
 
 
-def _entries_near_start(density: LogDensity, generator: torch.Generator) -> SymmetricEntries:
+def _entries_near_start(
+    density: LogDensity, coordinates: PartialSums, generator: torch.Generator
+) -> SymmetricEntries:
     """The second derivatives at a point near the start."""
     start = density.initial.double()
     for radius in RADII:
@@ -136,7 +152,9 @@ def _entries_near_start(density: LogDensity, generator: torch.Generator) -> Symm
         point = start + radius * noise.to(start)
 
         def multiply(directions: Tensor, point: Tensor = point) -> Tensor:
-            return multiply_hessian(density, point.unsqueeze(0), directions).products.squeeze(0)
+            moved = coordinates.from_sums(directions)
+            found = multiply_hessian(density, point.unsqueeze(0), moved)
+            return coordinates.pull_back(found.products.squeeze(0))
 
         probe = torch.randn(1, len(start), generator=generator, dtype=torch.double).to(start)
         product = multiply(probe)
@@ -158,6 +176,41 @@ def _check_found(product: Tensor, found: Tensor) -> None:
             "Expected a log density with a symmetric matrix of second derivatives; got products "
             f"with it that differ by {error:.2g} from those of its entries."
         )
+
+
+# Chains that are written by their increments
+
+
+def _find_chains(sites: list[LatentSite], entries: SymmetricEntries) -> list[Tensor]:
+    """The chains of the sites whose partial sums touch far fewer others than they do."""
+    chains, first = [], 0
+    for site in sites:
+        places = torch.arange(first, first + site.features)
+        first += site.features
+        if LARGEST_GLOBAL_SITE < site.features <= DENSE and site.complete:
+            block = entries.block(places)
+            found = _summed_fibres(block, site.unconstrained_shape)
+            chains += [places[fibres] for fibres in found]
+    return chains
+
+
+def _summed_fibres(block: Tensor, shape: torch.Size) -> list[Tensor]:
+    """The fibres of an array along whose axis sums make a matrix sparse; none if there are none."""
+    numbers = torch.arange(len(block)).reshape(shape)
+    fewest, best = _touching(block) / FEWER, []
+    for axis in range(len(shape)):
+        fibres = numbers.movedim(axis, -1).reshape(-1, shape[axis])
+        sums = PartialSums([fibres])
+        count = _touching(sums.pull_back(sums.pull_back(block).mT))
+        if count < fewest:
+            fewest, best = count, [fibres]
+    return best
+
+
+def _touching(block: Tensor) -> int:
+    """How many pairs of different entries of a block touch."""
+    largest = block.abs().amax(-1, keepdim=True)
+    return int((block.abs() > ROUNDED * largest).sum()) - len(block)
 
 
 # Globals

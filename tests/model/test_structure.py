@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.model import LogDensity
+from pyroflows.model.coordinates import PartialSums
 from pyroflows.model.curvature import multiply_hessian
 from pyroflows.model.sparsity import SymmetricEntries, find_entries
 from pyroflows.model.structure import Structure, find_structure
@@ -160,7 +161,7 @@ def test_chain_as_a_vector_with_a_factor() -> None:
     assert local_pairs(structure) == neighbours_in_time(entries["x"].tolist())
 
 
-def test_increments_make_a_dense_block() -> None:
+def test_chain_as_a_vector_of_increments() -> None:
     def model(y: Tensor) -> None:
         step, noise = scales("step", "noise")
         with pyro.plate("times", len(y)):
@@ -169,23 +170,48 @@ def test_increments_make_a_dense_block() -> None:
 
     structure, entries = structure_of(model, torch.randn(90))
     assert globals_of(structure, entries) == {"step", "noise"}
-    assert structure.block_sizes.tolist() == [90]
-    assert structure.dense.tolist() == [True]
+    assert local_pairs(structure) == neighbours_in_time(entries["dx"].tolist())
+    (chain,) = structure.coordinates.chains
+    assert torch.equal(chain, entries["dx"].unsqueeze(0))
+
+
+def test_several_chains_of_increments() -> None:
+    def model(y: Tensor) -> None:
+        (step,) = scales("step")
+        with pyro.plate("times", 12, dim=-2), pyro.plate("series", 3, dim=-1):
+            x = pyro.sample("dx", dist.Normal(0.0, step)).cumsum(-2)
+            pyro.sample("y", dist.Poisson(x.exp()), obs=y)
+
+    structure, entries = structure_of(model, torch.ones(12, 3))
+    chains = entries["dx"].reshape(12, 3).T
+    pairs = [neighbours_in_time(chain) for chain in chains.tolist()]
+    assert local_pairs(structure) == set().union(*pairs)
+    assert structure.block_sizes.tolist() == [12] * 3
+
+
+def test_sums_are_other_coordinates() -> None:
+    sums = PartialSums([torch.tensor([[1, 3, 5], [2, 4, 6]])])
+    z, weights = torch.randn(2, 4, 8, dtype=torch.double)
+    w = sums.to_sums(z).requires_grad_()
+    torch.testing.assert_close(sums.from_sums(w), z)
+    (gradient,) = torch.autograd.grad((sums.from_sums(w) * weights).sum(), w)
+    torch.testing.assert_close(gradient, sums.pull_back(weights))
 
 
 def test_latents_of_a_gaussian_process_make_a_dense_block() -> None:
     x = torch.linspace(0, 1, 40)
-    near = torch.exp(-8 * (x - x.unsqueeze(-1)).abs())
+    near = torch.exp(-8 * (x - x.unsqueeze(-1)).square())
 
     def model(y: Tensor) -> None:
         (size,) = scales("size")
-        root = torch.linalg.cholesky(size**2 * near + 1e-4 * torch.eye(40))
+        root = torch.linalg.cholesky(size**2 * near + 1e-2 * torch.eye(40))
         f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(40), scale_tril=root))
         pyro.sample("y", dist.Poisson(f.exp()).to_event(1), obs=y)
 
     structure, entries = structure_of(model, torch.ones(40))
     assert globals_of(structure, entries) == {"size"}
-    assert len(structure.edges) >= 39 + 40  # the precision of an exponential kernel is sparse
+    assert structure.dense.tolist() == [True]
+    assert not structure.coordinates.chains
 
 
 def test_arrays_in_single_precision() -> None:
