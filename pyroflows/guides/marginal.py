@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ __all__ = ["Conditional", "Marginal"]
 
 # The most points at once: a captured graph takes no fewer.
 POINTS = 32
+# Steps for locals that are not normal; precisions that differ by no more are the same.
+SEVERAL, SAME = 8, 1e-6
 # How often a step is halved before it is given up, and the fall of the log density, relative to its
 # size, that is put down to rounding.
 HALVINGS, ROUNDING = 8, 1e-9
@@ -47,6 +50,12 @@ class Conditional(NamedTuple):
     def log_prob(self, x: Tensor) -> Tensor:
         """The log density at locals of shape ``(n, locals)``."""
         return self.normal.log_prob(x, self.mean)
+
+
+class _Derivatives(NamedTuple):
+    value: Tensor
+    slope: Tensor
+    precision: Tensor
 
 
 class Marginal:
@@ -115,19 +124,46 @@ class Marginal:
         pairs = zip(density.sites, outside, strict=True)
         self._held = {site.name for site, entries in pairs if entries.all()}
 
-    @torch.no_grad()
-    def log_prob(self, g: Tensor, reference: Tensor | None = None, steps: int = 1) -> Tensor:
-        """The log density of globals, a few at a time.
+    @functools.cached_property
+    def is_normal(self) -> bool:
+        """Whether the locals are normal given the globals: their precision is the same wherever it
+        is taken."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(2, len(self.reference), generator=generator).to(self.reference)
+        g = self.initial.double().expand(2, -1)
+        one, other = self._differentiate(g, self.reference + noise).precision
+        scale = SAME * one.abs().mean().nan_to_num(0)
+        return torch.allclose(one, other, rtol=SAME, atol=float(scale))
+
+    def log_prob(
+        self, g: Tensor, reference: Tensor | None = None, steps: int | None = None
+    ) -> Tensor:
+        """The log density of globals.
 
         Args:
             g: Globals of shape ``(*, features)``.
             reference: Where the locals start, of shape ``(locals,)`` or ``(*, locals)``;
                 :attr:`reference` if ``None``.
-            steps: Steps of Newton's method; one is enough if the locals are normal given the
-                globals.
+            steps: As in :meth:`condition`.
 
         Returns:
             Tensor of shape ``(*)``; ``-inf`` where the model fails.
+        """
+        return self.evaluate(g, reference, steps)[0]
+
+    @torch.no_grad()
+    def evaluate(
+        self, g: Tensor, reference: Tensor | None = None, steps: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The log density of globals and the means of the locals, a few points at a time.
+
+        Args:
+            g: Globals of shape ``(*, features)``.
+            reference: As in :meth:`log_prob`.
+            steps: As in :meth:`condition`.
+
+        Returns:
+            Tensors of shape ``(*)`` and ``(*, locals)``.
         """
         check_tensor("g", g, (self.features,))
         start = self.reference if reference is None else reference
@@ -135,26 +171,32 @@ class Marginal:
         start = start.to(g).expand(*g.shape[:-1], -1).reshape(len(points), -1)
         size = self.density.batch_size
         pairs = zip(points.split(size), start.split(size), strict=True)
-        parts = [self.condition(few, near, steps).log_marginal for few, near in pairs]
-        return torch.cat(parts).reshape(g.shape[:-1])
+        parts = [self.condition(few, near, steps)[:2] for few, near in pairs]
+        values, means = map(torch.cat, zip(*parts, strict=True))
+        return values.reshape(g.shape[:-1]), means.reshape(*g.shape[:-1], means.shape[-1])
 
     @torch.no_grad()
-    def condition(self, g: Tensor, reference: Tensor, steps: int = 1) -> Conditional:
+    def condition(self, g: Tensor, reference: Tensor, steps: int | None = None) -> Conditional:
         """The locals given globals.
 
         Args:
             g: Globals of shape ``(n, features)``.
             reference: Where the locals start, of shape ``(n, locals)``.
-            steps: Steps of Newton's method. All but the last are halved as long as they lower the
-                density, and go uphill where it is not concave.
+            steps: Steps of Newton's method; if ``None``, one for normal locals and eight for
+                others. All but the last are halved as long as they lower the density, and go uphill
+                where it is not concave.
 
         Returns:
             Their normal distributions, in the dtype of the globals.
         """
         x = reference
+        if steps is None:
+            steps = 1 if self.is_normal else SEVERAL
         for _ in range(check_size("steps", steps) - 1):
             x = self._improve(g, x)
-        _, mean, normal = self._step(g, x)
+        slope, precision = self._differentiate(g, x)[1:]
+        normal = SparseNormal(self._elimination, precision)
+        mean = x + normal.solve(slope)
         constant = 0.5 * normal.size * math.log(2 * math.pi)
         log_marginal = self._log_joint(g, mean) - 0.5 * normal.log_det + constant
         usable = log_marginal.isfinite()
@@ -166,25 +208,24 @@ class Marginal:
         w[:, self.structure.globals], w[:, self.structure.locals] = g, x
         return self.structure.coordinates.from_sums(w)
 
-    def _step(
-        self, g: Tensor, x: Tensor, repaired: bool = False
-    ) -> tuple[Tensor, Tensor, SparseNormal]:
-        """The log density, the mean to which a step goes, and the normal distribution there."""
+    def _differentiate(self, g: Tensor, x: Tensor) -> _Derivatives:
+        """The log density, its gradient by the locals, and the values of their precision."""
         inner, sums = self.structure.locals, self.structure.coordinates
         directions = sums.from_sums(self._directions.to(g))
         found = multiply_hessian(self.density, self.join(g, x), directions, self._held)
-        products = sums.pull_back(found.products)[..., inner]
-        normal = SparseNormal(self._elimination, -self._colouring.read(products), repaired)
         slope = sums.pull_back(found.gradients)[:, inner]
-        return found.values, x + normal.solve(slope), normal
+        products = sums.pull_back(found.products)[..., inner]
+        return _Derivatives(found.values, slope, -self._colouring.read(products))
 
     def _improve(self, g: Tensor, x: Tensor) -> Tensor:
         """A step that does not lower the log density."""
-        values, mean, _ = self._step(g, x, repaired=True)
+        values, slope, precision = self._differentiate(g, x)
+        normal = SparseNormal(self._elimination, precision, repaired=True)
+        step = normal.solve(slope)
         least = values - ROUNDING * values.abs()
         length = torch.ones_like(values)
         for _ in range(HALVINGS):
-            moved = x + length.unsqueeze(-1) * (mean - x)
+            moved = x + length.unsqueeze(-1) * step
             good = self._log_joint(g, moved) >= least
             if good.all():
                 return moved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pyroflows.guides.marginal import Marginal
+from pyroflows.guides.marginal_mode import find_marginal_mode
 from pyroflows.model import LogDensity
 from pyroflows.model.structure import find_structure
 
@@ -184,6 +186,58 @@ def test_a_model_without_locals_is_its_own_marginal() -> None:
     marginal = marginal_of(model, torch.randn(3))
     g = torch.randn(2, 5, 2).double()
     torch.testing.assert_close(marginal.log_prob(g), marginal.density.log_joint(g))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("groups", True), ("logit", False)])
+def test_normal_locals_are_told_from_others(name: str, expected: bool) -> None:
+    model = groups if name == "groups" else logit
+    assert marginal_of(model, torch.ones(6, 3)).is_normal is expected
+
+
+# The mode
+
+
+def test_the_mode_of_the_marginal() -> None:
+    y = torch.randn(12, 3) + torch.randn(12, 1)
+    marginal = marginal_of(groups, y)
+    mode = find_marginal_mode(marginal)
+    exact = functools.partial(exact_groups, y)
+    hessian = -torch.autograd.functional.hessian(exact, mode.loc)
+    gradient = torch.autograd.functional.jacobian(exact, mode.loc)
+    assert mode.rounds < 10
+    # In units of the posterior's widths; differences over .3 of them see the third derivatives.
+    assert (gradient @ mode.root).norm() < 0.1
+    assert (mode.root.mT @ hessian @ mode.root - torch.eye(3)).abs().max() < 0.2
+    direct = marginal.condition(mode.loc.unsqueeze(0), torch.zeros(1, 12).double()).mean
+    torch.testing.assert_close(mode.reference, direct[0], rtol=0, atol=0.2)
+
+
+def test_a_centred_hierarchy_is_kept_from_its_neck() -> None:
+    y = 0.1 * torch.randn(8, 1)
+    marginal = marginal_of(groups, y)
+    mode = find_marginal_mode(marginal)
+    assert mode.loc.abs().max() < 5
+    assert torch.linalg.cond(mode.root) < 100
+
+
+def test_the_mode_where_locals_are_not_normal() -> None:
+    y = (torch.rand(5, 20) < torch.linspace(0.1, 0.9, 20)).float()
+    marginal = marginal_of(logit, y)
+    mode = find_marginal_mode(marginal)
+    line = mode.loc + torch.linspace(-1, 1, 21).unsqueeze(-1).double() * mode.root
+    values = marginal.log_prob(line, mode.reference)
+    assert abs(int(values.argmax()) - 10) <= 1
+
+
+def test_no_start_is_told() -> None:
+    def model() -> None:
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 20):
+            effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
+            pyro.factor("up", scale * effect**2 + 3 * effect**2)
+
+    with pytest.raises(ValueError, match="density is not zero"):
+        find_marginal_mode(marginal_of(model))
 
 
 def test_globals_at_which_the_model_fails_have_no_density() -> None:
