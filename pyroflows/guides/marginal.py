@@ -22,8 +22,8 @@ __all__ = ["Conditional", "Marginal"]
 
 # The most points at once: a captured graph takes no fewer.
 POINTS = 32
-# Steps for locals that are not normal; precisions that differ by no more are the same.
-SEVERAL, SAME = 8, 1e-6
+# Steps for locals that are not normal, and the gain of the last one; precisions that differ by no more are the same.
+SEVERAL, SETTLED, SAME = 8, 1e-8, 1e-6
 # How often a step is halved before it is given up, and the fall of the log density, relative to its
 # size, that is put down to rounding.
 HALVINGS, ROUNDING = 8, 1e-9
@@ -34,7 +34,7 @@ class Conditional(NamedTuple):
 
     Attributes:
         log_marginal: The log density of the globals, of shape ``(n,)``; ``-inf`` where the model
-            fails or the locals have no precision.
+            fails.
         mean: The mean of the locals, of shape ``(n, locals)``.
         normal: Their normal distribution about that mean.
     """
@@ -183,8 +183,8 @@ class Marginal:
             g: Globals of shape ``(n, features)``.
             reference: Where the locals start, of shape ``(n, locals)``.
             steps: Steps of Newton's method; if ``None``, one for normal locals and eight for
-                others. All but the last are halved as long as they lower the density, and go uphill
-                where it is not concave.
+                others, or fewer if they settle. All but the last are halved as long as they lower
+                the density. Where the density is not concave, precisions are repaired.
 
         Returns:
             Their normal distributions, in the dtype of the globals.
@@ -193,9 +193,11 @@ class Marginal:
         if steps is None:
             steps = 1 if self.is_normal else SEVERAL
         for _ in range(check_size("steps", steps) - 1):
-            x = self._improve(g, x)
+            x, gain = self._improve(g, x)
+            if gain < SETTLED:
+                break
         slope, precision = self._differentiate(g, x)[1:]
-        normal = SparseNormal(self._elimination, precision)
+        normal = SparseNormal(self._elimination, precision, repaired=True)
         mean = x + normal.solve(slope)
         constant = 0.5 * normal.size * math.log(2 * math.pi)
         log_marginal = self._log_joint(g, mean) - 0.5 * normal.log_det + constant
@@ -217,20 +219,21 @@ class Marginal:
         products = sums.pull_back(found.products)[..., inner]
         return _Derivatives(found.values, slope, -self._colouring.read(products))
 
-    def _improve(self, g: Tensor, x: Tensor) -> Tensor:
-        """A step that does not lower the log density."""
+    def _improve(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A step that does not lower the log density, and the most that it promises to gain."""
         values, slope, precision = self._differentiate(g, x)
         normal = SparseNormal(self._elimination, precision, repaired=True)
         step = normal.solve(slope)
+        gain = (slope * step).sum(-1).nan_to_num(0).amax() / 2
         least = values - ROUNDING * values.abs()
         length = torch.ones_like(values)
         for _ in range(HALVINGS):
             moved = x + length.unsqueeze(-1) * step
             good = self._log_joint(g, moved) >= least
             if good.all():
-                return moved
+                return moved, gain
             length = length.where(good, length / 2)
-        return moved.where(good.unsqueeze(-1), x)
+        return moved.where(good.unsqueeze(-1), x), gain
 
     def _log_joint(self, g: Tensor, x: Tensor) -> Tensor:
         with Promoting():

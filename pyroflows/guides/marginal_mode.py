@@ -104,12 +104,18 @@ def find_marginal_mode(
         widths = eigenvalues.abs().clamp(FLATTEST, SHARPEST)
         step = vectors @ ((vectors.mT @ gradient) / widths)
         move = root @ step
-        root = torch.linalg.cholesky(root @ ((vectors / widths) @ vectors.mT) @ root.mT)
+        root = _lower(root @ (vectors * widths.rsqrt()))
         if gradient @ step < GAIN and (widths - 1).abs().amax() < NEAR_ONE:
             return MarginalMode(now.loc + move, root, now.reference, number)
         lengths = torch.cat([torch.zeros(1), LENGTHS]).to(first)
         now = _best(marginal, now.loc + lengths.unsqueeze(-1) * move, now.reference)
     return MarginalMode(now.loc, root, now.reference, rounds)
+
+
+def _lower(root: Tensor) -> Tensor:
+    """The lower root of the same covariance."""
+    upper = torch.linalg.qr(root.mT).R
+    return upper.mT * upper.diagonal().sign()
 
 
 def _best(marginal: Marginal, g: Tensor, reference: Tensor) -> _Point:
