@@ -22,8 +22,10 @@ __all__ = ["Conditional", "Marginal"]
 
 # The most points at once: a captured graph takes no fewer.
 POINTS = 32
-# Steps for locals that are not normal, and the gain of the last one; precisions that differ by no more are the same.
-SEVERAL, SETTLED, SAME = 8, 1e-8, 1e-6
+# Steps for locals that are not normal; they have settled when a step gains no more.
+SEVERAL, SETTLED = 8, 1e-8
+# Precisions of which the values differ by no more, relative to their sizes, are the same.
+SAME = 1e-6
 # How often a step is halved before it is given up, and the fall of the log density, relative to its
 # size, that is put down to rounding.
 HALVINGS, ROUNDING = 8, 1e-9

@@ -33,12 +33,14 @@ class MarginalMode(NamedTuple):
             ``(features, features)``.
         reference: The mean of the locals there, of shape ``(locals,)``.
         rounds: How many rounds the search took.
+        found: Whether it is a mode: not if the rounds were over before.
     """
 
     loc: Tensor
     root: Tensor
     reference: Tensor
     rounds: int
+    found: bool
 
 
 class _Point(NamedTuple):
@@ -106,10 +108,10 @@ def find_marginal_mode(
         move = root @ step
         root = _lower(root @ (vectors * widths.rsqrt()))
         if gradient @ step < GAIN and (widths - 1).abs().amax() < NEAR_ONE:
-            return MarginalMode(now.loc + move, root, now.reference, number)
+            return MarginalMode(now.loc + move, root, now.reference, number, True)
         lengths = torch.cat([torch.zeros(1), LENGTHS]).to(first)
         now = _best(marginal, now.loc + lengths.unsqueeze(-1) * move, now.reference)
-    return MarginalMode(now.loc, root, now.reference, rounds)
+    return MarginalMode(now.loc, root, now.reference, rounds, False)
 
 
 def _lower(root: Tensor) -> Tensor:

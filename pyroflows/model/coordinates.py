@@ -48,7 +48,7 @@ class PartialSums:
         return z
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """The gradients by the coordinates, from those by the vector, of shape ``(*, features)``."""
+        """The gradients by the coordinates, from those by the vector ``(*, features)``."""
         pulled = gradient.clone()
         for chain in self.chains:
             pulled[..., chain[:, :-1]] = -gradient[..., chain].diff(dim=-1)

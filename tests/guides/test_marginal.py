@@ -204,7 +204,9 @@ def test_the_mode_of_the_marginal() -> None:
     exact = functools.partial(exact_groups, y)
     hessian = -torch.autograd.functional.hessian(exact, mode.loc)
     gradient = torch.autograd.functional.jacobian(exact, mode.loc)
+    assert mode.found
     assert mode.rounds < 10
+    assert not find_marginal_mode(marginal, rounds=1).found
     # In units of the posterior's widths; differences over .3 of them see the third derivatives.
     assert (gradient @ mode.root).norm() < 0.1
     assert (mode.root.mT @ hessian @ mode.root - torch.eye(3)).abs().max() < 0.2
