@@ -4,11 +4,13 @@ from .adapters import as_guide
 from .auto import AutoFlow
 from .guide import BaseSpace, Guide, Part, from_spec
 from .mixture import AutoMixture
+from .structured import AutoStructuredFlow
 from .whitened import WhitenedFlow
 
 __all__ = [
     "AutoFlow",
     "AutoMixture",
+    "AutoStructuredFlow",
     "BaseSpace",
     "Guide",
     "Part",

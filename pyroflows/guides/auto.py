@@ -129,13 +129,12 @@ class FlowGuide(AutoContinuous, Guide):
         for name, block in self.centres().items():
             block.copy_(centres[name])
 
-    def _whitened_flow(self) -> WhitenedFlow:
-        """Makes a fresh flow, with a whitening map that starts as the guide does."""
-        loc = self._init_loc()
+    def _whitened_flow(self, loc: Tensor) -> WhitenedFlow:
+        """Makes a fresh flow, with a whitening map that starts at a point."""
         make = self._make_flow or default_flow
-        made = call_factory("flow", make, "pf.RealNVP is", features=self.latent_dim)
-        flow = WhitenedFlow(_check_flow(made, self.latent_dim)).to(loc.device, loc.dtype)
-        identity = torch.eye(self.latent_dim, dtype=loc.dtype, device=loc.device)
+        made = call_factory("flow", make, "pf.RealNVP is", features=len(loc))
+        flow = WhitenedFlow(_check_flow(made, len(loc))).to(loc.device, loc.dtype)
+        identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
         flow.whiten(loc, self._init_scale * identity)
         return flow
 
@@ -342,7 +341,7 @@ class AutoFlow(FlowGuide):
 
     def _build(self, *args: Any, **kwargs: Any) -> None:
         super()._build(*args, **kwargs)
-        self.flow = self._whitened_flow()
+        self.flow = self._whitened_flow(self._init_loc())
 
     def sample_with_path_gradient(
         self, n: int, rows: Tensor | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._spec import own_error, resolve_class
 from ..model.density import LogDensity
+from ..model.rounding import without_noise
 
 __all__ = ["Base", "BaseSpace", "Guide", "Map", "Part", "from_spec"]
 
@@ -126,6 +127,24 @@ class Guide:
             Log-densities of shape ``(n,)``.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define log_prob.")
+
+    @torch.no_grad()
+    def sample_and_weigh(self, density: LogDensity, n: int) -> tuple[Tensor, Tensor]:
+        r"""Draws vectors with importance weights: any such that for all functions :math:`h`
+
+        .. math:: \mathbb{E}[w\, h(z)] = \int p(z, \mathrm{data})\, h(z)\, \mathrm{d}z.
+
+        By default they are :math:`p(z, \mathrm{data}) / q(z)`, and zero where the density is noise.
+
+        Args:
+            density: The log density of the model.
+            n: How many draws.
+
+        Returns:
+            Vectors of shape ``(n, features)`` and log weights of shape ``(n,)``, without a graph.
+        """
+        z, log_q = self.sample_and_log_prob(n)
+        return z, without_noise(density, z, density.log_prob(z) - log_q)
 
     def sample_with_path_gradient(
         self, n: int, rows: Tensor | None = None

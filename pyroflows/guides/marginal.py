@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -202,9 +202,12 @@ class Marginal:
         normal = SparseNormal(self._elimination, precision, repaired=True)
         mean = x + normal.solve(slope)
         constant = 0.5 * normal.size * math.log(2 * math.pi)
-        log_marginal = self._log_joint(g, mean) - 0.5 * normal.log_det + constant
+        log_marginal = self.log_joint(g, mean) - 0.5 * normal.log_det + constant
         usable = log_marginal.isfinite()
         return Conditional(log_marginal.where(usable, -torch.inf), mean, normal)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Marginal:
+        return self  # it does not change
 
     def join(self, g: Tensor, x: Tensor) -> Tensor:
         """The unconstrained vectors of globals and locals, of shape ``(n, density.features)``."""
@@ -231,12 +234,13 @@ class Marginal:
         length = torch.ones_like(values)
         for _ in range(HALVINGS):
             moved = x + length.unsqueeze(-1) * step
-            good = self._log_joint(g, moved) >= least
+            good = self.log_joint(g, moved) >= least
             if good.all():
                 return moved, gain
             length = length.where(good, length / 2)
         return moved.where(good.unsqueeze(-1), x), gain
 
-    def _log_joint(self, g: Tensor, x: Tensor) -> Tensor:
+    def log_joint(self, g: Tensor, x: Tensor) -> Tensor:
+        """The log density of globals and locals, of shape ``(n,)``, in the dtype of the globals."""
         with Promoting():
             return self.density.log_joint(self.join(g, x))

@@ -73,7 +73,7 @@ class AutoMixture(FlowGuide):
     def _build(self, *args: Any, **kwargs: Any) -> None:
         super()._build(*args, **kwargs)
         for k in range(self._count):
-            setattr(self, f"flow_{k}", self._whitened_flow())
+            setattr(self, f"flow_{k}", self._whitened_flow(self._init_loc()))
         self.logits = nn.Parameter(torch.zeros_like(self._init_loc()[:1]).repeat(self._count))
 
     @property

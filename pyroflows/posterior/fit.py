@@ -16,11 +16,13 @@ from .._compat import record_operations, without_handlers
 from .._deadline import Deadline
 from .._random import forked, seeded
 from ..flows import Flow
-from ..guides import AutoFlow
+from ..guides import AutoFlow, AutoStructuredFlow
+from ..guides.marginal import Marginal
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from ..model.notices import warn_of_oversights
+from ..model.structure import find_structure
 from ..report.arviz_bridge import import_arviz
 from ..train import processes
 from ..train.checkpoint import Checkpoint
@@ -28,7 +30,7 @@ from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
 from ..transforms import Transform
 from ..univariate import Univariate
-from .ladder import LADDER, Climb, climb_ladder, make_own_rung
+from .ladder import LADDER, Climb, climb_ladder, make_own_rung, make_own_structured_rung
 from .posterior import Posterior
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def fit_posterior(
     args: Sequence[Any] | DataLoader = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    guide: str | AutoFlow | Callable[[int], Any] = "auto",
+    guide: str | AutoFlow | AutoStructuredFlow | Callable[[int], Any] = "auto",
     seed: int | None = 0,
     time_limit: float | None = None,
     device: str | torch.device | None = None,
@@ -165,7 +167,10 @@ def fit_posterior(
         own, fresh = _make_guide(guide, density.full)
         density = density.rotated(own.centres())
         climb = Climb(density, steps, deadline, own, **settings)
-        rung = make_own_rung(own, fresh, steps, limited=time_limit is not None)
+        if isinstance(own, AutoStructuredFlow):
+            rung = make_own_structured_rung(own)
+        else:
+            rung = make_own_rung(own, fresh, steps, limited=time_limit is not None)
         return climb_ladder(climb, [rung])
 
 
@@ -194,10 +199,13 @@ def _train_settings(training: Mapping[str, Any], fit: Mapping[str, Any]) -> dict
     return settings
 
 
-def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
+def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow | AutoStructuredFlow, bool]:
     """Makes the guide that the user has chosen, and tells whether it has yet to be trained."""
-    if isinstance(guide, AutoFlow):
+    made: AutoFlow | AutoStructuredFlow
+    if isinstance(guide, (AutoFlow, AutoStructuredFlow)):
         made = guide
+    elif isinstance(guide, type) and issubclass(guide, AutoStructuredFlow):
+        made = guide.of(Marginal(density, find_structure(density)))
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
         made = guide(density.continuous_model, init_loc_fn=density.init_loc_fn)
     elif _is_kind(guide, (Univariate,)):
@@ -212,7 +220,7 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow, bool]:
         kind = type(guide).__name__
         got = f"a made {kind}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(
-            "Expected guide to be 'auto', an AutoFlow, or a flow such as pyroflows.RealNVP; got "
+            "Expected guide to be 'auto', an AutoFlow, an AutoStructuredFlow, or a flow such as pyroflows.RealNVP; got "
             f"{got}. Other guides are judged by pyroflows.judge."
         )
     fresh = made.prototype_trace is None
@@ -229,7 +237,7 @@ def _is_kind(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, kinds)
 
 
-def _check_sites(guide: AutoFlow, density: LogDensity) -> None:
+def _check_sites(guide: AutoFlow | AutoStructuredFlow, density: LogDensity) -> None:
     """Refuses a guide whose latent sites are not those of a model, in name, shape or support."""
     nodes = list(guide.prototype_trace.iter_stochastic_nodes())
     of_guide = [(name, tuple(node["value"].shape)) for name, node in nodes]

@@ -11,7 +11,6 @@ import torch
 from pyro.ops.stats import weighed_quantile
 from torch import Tensor
 
-from ..model.rounding import without_noise
 from ..report.arviz_bridge import psis
 
 if TYPE_CHECKING:
@@ -177,7 +176,6 @@ class ImportanceSample:
         )
 
 
-@torch.no_grad()
 def draw_importance_sample(guide: Guide, density: LogDensity, draws: int) -> ImportanceSample:
     """Draws from a guide and weighs the draws.
 
@@ -189,9 +187,7 @@ def draw_importance_sample(guide: Guide, density: LogDensity, draws: int) -> Imp
     Returns:
         The weighted draws.
     """
-    z, log_q = guide.sample_and_log_prob(draws)
-    log_weights = without_noise(density, z, density.log_prob(z) - log_q)
-    return ImportanceSample(z, log_weights)
+    return ImportanceSample(*guide.sample_and_weigh(density, draws))
 
 
 def resample(z: Tensor, weights: Tensor, n: int) -> Tensor:

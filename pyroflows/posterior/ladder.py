@@ -22,23 +22,26 @@ from .._checks import caller_level
 from .._deadline import Deadline, TimeOver
 from .._random import forked
 from ..flows import Flow, RealNVP
-from ..guides import AutoFlow, AutoMixture
+from ..guides import AutoFlow, AutoMixture, AutoStructuredFlow
 from ..guides.guide import Guide
+from ..model.base import Density
 from ..model.density import LogDensity
 from ..model.explanation import explain
 from ..model.minibatch import MiniBatchDensity
 from ..nn import mlp
 from ..sampling.spaces import mean_and_root
 from ..train import processes
+from ..train.marginal import MarginalFit
 from ..train.training import train
 from ..transforms import Elementwise, Transform
 from ..univariate import MonotoneNetwork, SumOfSquares
 from .census import Census, find_start, take_census, widen_census
-from .checks import judge_subject
 from .importance import ImportanceSample
+from .judging import judge_guide
 from .posterior import Attempt, Posterior
 from .refit import VectorKL, roam_components, roam_missed
-from .subject import JUDGE_DRAWS, Subject
+from .structured import make_structured, start_structured, train_structured
+from .subject import JUDGE_DRAWS
 from .verdict import FAILED, Verdict
 
 __all__ = ["LADDER", "Climb", "Rung", "climb_ladder", "make_own_rung"]
@@ -83,14 +86,17 @@ class Climb:
         sample: The weighted draws by which the last attempt was judged.
         best: The best attempt so far.
         judging: Seconds that the longest verdict so far has taken.
+        marginal_fit: Trains the flow of a structured guide; there once such a guide has been made.
     """
+
+    marginal_fit: MarginalFit
 
     def __init__(
         self,
         density: LogDensity | MiniBatchDensity,
         steps: int,
         deadline: Deadline,
-        own: AutoFlow | None = None,
+        own: AutoFlow | AutoStructuredFlow | None = None,
         **settings: Any,
     ) -> None:
         self.trained, self.density = density, density.full
@@ -103,7 +109,7 @@ class Climb:
         self.best: Posterior | None = None
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
-        self.interrupted = self.out_of_steps = False
+        self.interrupted = self.out_of_steps = self.has_census = False
         self.judging = 0.0
 
     @cached_property
@@ -142,7 +148,28 @@ class Climb:
         # The history holds ELBOs.
         return self._train(flow, steps, [], objective=VectorKL(z))
 
-    def _train(self, flow: Flow, steps: int, history: list[Tensor], **options: Any) -> int:
+    def train_in_place(self, density: Density, flow: Flow, steps: int, **options: Any) -> int:
+        """Trains a flow on a density that stands for another, for as many steps as are left.
+
+        Args:
+            density: The density.
+            flow: The flow.
+            steps: Most steps to take.
+            options: Keyword arguments of :func:`pyroflows.train.train`.
+
+        Returns:
+            How many it took.
+        """
+        return self._train(flow, steps, self.history, density, **options)
+
+    def _train(
+        self,
+        flow: Flow,
+        steps: int,
+        history: list[Tensor],
+        density: Density | None = None,
+        **options: Any,
+    ) -> int:
         self.out_of_steps |= steps > self.steps_left
         steps = min(steps, self.steps_left)
         # A guide is of use only with a verdict on it, for which a trained one takes longer.
@@ -151,7 +178,7 @@ class Climb:
         # In training, processes evaluate points of their own, and agree on the time at each step.
         alone = processes.world_size() == 1
         with contextlib.nullcontext() if alone else Deadline().enforced():
-            report = train(flow, self.trained, history, steps, **settings)
+            report = train(flow, density or self.trained, history, steps, **settings)
         self.steps_left -= report.steps
         return report.steps
 
@@ -164,6 +191,8 @@ class Climb:
         Returns:
             Whether the fit is over: a guide is trusted, none can be, or the time is over.
         """
+        if rung.needs_census and not self.has_census:
+            self.take_census()
         guide = rung.make(self)
         if guide is None:
             return False
@@ -178,6 +207,14 @@ class Climb:
                 return True
         return False
 
+    def take_census(self) -> None:
+        """Takes the census, and leaves time to judge a guide, which is of use only with a
+        verdict."""
+        self.has_census = True
+        sooner = self.deadline.earlier(max(self.deadline.left, 0.0) * LEFT_BY_CENSUS)
+        with sooner.enforced(), contextlib.suppress(TimeOver):
+            self.census = take_census(self.density, self.start)
+
     def judge(self, name: str, guide: Guide, trajectories: int = 0) -> Verdict:
         """Judges a guide as it is now, and keeps it if it is the best so far.
 
@@ -187,20 +224,18 @@ class Climb:
             trajectories: Trajectories by which its draws are polished.
         """
         guide = copy.deepcopy(guide)
-        subject = Subject(
-            guide,
-            self.density,
-            self.census,
-            trajectories,
-            remedy=REMEDY if self.own is None else OWN_REMEDY,
-            draws=JUDGE_DRAWS,
-        )
         begun = self.deadline.elapsed
         # The same draws of the base for each attempt, so that attempts differ by their guides only.
         with forked(0):
-            verdict = judge_subject(subject)
+            verdict, sample = judge_guide(
+                guide,
+                self.density,
+                self.census,
+                trajectories,
+                REMEDY if self.own is None else OWN_REMEDY,
+            )
         self.judging = max(self.judging, self.deadline.elapsed - begun)
-        self.sample = subject.sample if verdict.importance is not None else None
+        self.sample = sample
         self.attempts.append(Attempt(name, self.deadline.elapsed, verdict))
         posterior = Posterior(guide, self.density, verdict, trajectories, name)
         self.best = posterior if self.best is None else choose_better(self.best, posterior)
@@ -273,6 +308,7 @@ class Rung:
         rounds: Steps of training before each verdict; 0 for a verdict on the guide as it was made.
         train: Trains the guide for some steps, and returns how many it took.
         trajectories: Trajectories by which draws of the guide are polished.
+        needs_census: Whether the guide starts at the census of the modes of the whole posterior.
     """
 
     name: str
@@ -280,6 +316,7 @@ class Rung:
     rounds: tuple[int, ...] = (0,)
     train: Callable[[Climb, Any, int], int] = train_flow
     trajectories: int = 0
+    needs_census: bool = True
 
     def label(self, steps: int) -> str:
         """Returns the name of an attempt.
@@ -313,19 +350,12 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
 
 def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
     with contextlib.suppress(TimeOver):
-        _take_census(climb)
         for rung in ladder:
             if climb.attempt(rung):
                 return
     if climb.best is None:
-        climb.judge(ladder[0].name, ladder[0].make(climb))
-
-
-def _take_census(climb: Climb) -> None:
-    """Takes the census, and leaves time to judge a guide, which is of use only with a verdict."""
-    sooner = climb.deadline.earlier(max(climb.deadline.left, 0.0) * LEFT_BY_CENSUS)
-    with sooner.enforced(), contextlib.suppress(TimeOver):
-        climb.census = take_census(climb.density, climb.start)
+        first = next((rung for rung in ladder if rung.needs_census), ladder[0])
+        climb.judge(first.name, first.make(climb))
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:
@@ -472,6 +502,13 @@ def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 20
 
 #: The rungs of ``guide="auto"``, from the cheapest to the most expensive.
 LADDER: list[Rung] = [
+    Rung(
+        "structured",
+        make=make_structured,
+        rounds=(SHORT,),
+        train=train_structured,
+        needs_census=False,
+    ),
     Rung("Gaussian", make=lambda climb: climb.first_flow),
     Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
     Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
@@ -486,6 +523,20 @@ LADDER: list[Rung] = [
     Rung("wide flow", make=lambda climb: climb.make_flow(make_wide_flow), rounds=(WIDE,)),
     Rung("polish", make=find_polishable, trajectories=POLISH_TRAJECTORIES),
 ]
+
+
+def make_own_structured_rung(guide: AutoStructuredFlow) -> Rung:
+    """Makes the only rung of a structured guide that the user has chosen.
+
+    Args:
+        guide: The guide.
+    """
+
+    def make(climb: Climb) -> AutoStructuredFlow:
+        start_structured(climb, guide)
+        return guide
+
+    return Rung("structured", make, rounds=(SHORT,), train=train_structured, needs_census=False)
 
 
 def make_own_rung(guide: AutoFlow, fresh: bool, steps: int, limited: bool = False) -> Rung:

@@ -1190,7 +1190,7 @@ def test_classes_of_other_guides_are_told(kind: Any) -> None:
     def model() -> None:
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(TypeError, match="Expected guide to be 'auto', an AutoFlow, or a flow"):
+    with pytest.raises(TypeError, match="Expected guide to be 'auto', an AutoFlow, an AutoStr"):
         pf.fit_posterior(model, guide=kind, steps=0, progress=False)
 
 

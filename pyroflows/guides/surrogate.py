@@ -1,0 +1,130 @@
+"""A polynomial in the place of a log density whose values are dear."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from ..model.base import Density
+
+__all__ = ["PolynomialDensity", "count_terms"]
+
+# All monomials up to this degree, for so many features; beyond, mixed ones are quadratic at most.
+QUARTIC_FEATURES, CUBIC_FEATURES = 3, 6
+DEGREE = 4
+# Whitened distance at which the polynomial is held, so that the normal tail wins.
+RADIUS = 5.0
+# Sharpness of the turn there.
+TURN = 4
+# Weights of points: the root of the density, but for this least weight at exp(-DEEPEST).
+DEEPEST, LEAST_WEIGHT = 12.0, 1e-3
+RIDGE = 1e-4
+# Points so far below the best, in nats, say nothing about the bulk.
+TOO_DEEP = 40.0
+
+
+class PolynomialDensity(Density):
+    r"""The normal approximation of a log density at its mode, times the exponential of a polynomial.
+
+    .. math:: \log \tilde p(g) = P(u\, r(|u|)) - \tfrac12 |u|^2, \qquad u = L^{-1} (g - \mu),
+
+    where :math:`r` holds the argument of the polynomial :math:`P` within a ball of five standard
+    deviations. The coefficients are found by weighted least squares from values of the log density.
+
+    Args:
+        loc: The mode :math:`\mu`, of shape ``(features,)``.
+        root: The lower root :math:`L` of the covariance there, of shape ``(features, features)``.
+
+    Example:
+        >>> density = PolynomialDensity(torch.zeros(2), torch.eye(2))
+        >>> g = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+        >>> true = lambda g: -(g[:, 0] ** 2) / 2 - (g[:, 1] - g[:, 0] ** 2 / 4) ** 2 / 2
+        >>> error = density.fit(g, true(g))
+        >>> value, slope = density.value_and_grad(torch.ones(1, 2))
+        >>> bool((value - true(torch.ones(1, 2))).abs() < 0.01)
+        True
+    """
+
+    def __init__(self, loc: Tensor, root: Tensor) -> None:
+        self.features = len(loc)
+        self.initial = loc
+        self.loc, self.root = loc.double(), root.double()
+        exponents = _monomials(self.features)
+        self._factors = torch.tensor(
+            [[*term, *[self.features] * (DEGREE - len(term))] for term in exponents]
+        ).to(loc.device)
+        self.coefficients = torch.zeros(len(exponents)).to(self.loc)
+
+    def whiten(self, g: Tensor) -> Tensor:
+        """The whitened units of points of shape ``(n, features)``."""
+        offset = (g.to(self.loc) - self.loc).mT
+        return torch.linalg.solve_triangular(self.root, offset, upper=False).mT
+
+    def unwhiten(self, u: Tensor) -> Tensor:
+        """The points at whitened units of shape ``(n, features)``."""
+        return self.loc + u.to(self.loc) @ self.root.mT
+
+    def fit(self, g: Tensor, values: Tensor) -> float:
+        """Finds the coefficients.
+
+        Args:
+            g: Points of shape ``(n, features)``.
+            values: The log density at these points, of shape ``(n,)``; those that are not finite
+                or too far below the best are left out.
+
+        Returns:
+            The weighted root mean square of the errors, in nats.
+        """
+        top = values.nan_to_num(nan=-torch.inf, posinf=-torch.inf).amax()
+        usable = values.isfinite() & (values > top - TOO_DEEP)
+        u, values = self.whiten(g[usable]), values[usable].to(self.loc)
+        weights = ((values - top).clamp_min(-DEEPEST) / 4).exp() + LEAST_WEIGHT
+        design = self._terms(u) * weights.unsqueeze(-1)
+        # The constant is the best value, so that the ridge shrinks to the normal about the mode.
+        wanted = (values - top + u.square().sum(-1) / 2) * weights
+        ridge = RIDGE * torch.eye(design.shape[-1]).to(design)
+        stacked = torch.cat([wanted, wanted.new_zeros(len(ridge))])
+        solution = torch.linalg.lstsq(torch.cat([design, ridge]), stacked.unsqueeze(-1)).solution
+        self.coefficients = solution.squeeze(-1)
+        error = design @ self.coefficients - wanted
+        self.coefficients[0] += top
+        return float((error.square().sum() / weights.square().sum()).sqrt())
+
+    def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        points = z.detach().reshape(-1, self.features)
+        with torch.enable_grad():
+            u = self.whiten(points).requires_grad_()
+            values = self._terms(u) @ self.coefficients - u.square().sum(-1) / 2
+            (slopes,) = torch.autograd.grad(values.sum(), u)
+        gradients = torch.linalg.solve_triangular(self.root.mT, slopes.mT, upper=True).mT
+        return (
+            values.detach().to(z.dtype).reshape(z.shape[:-1]),
+            gradients.to(z.dtype).reshape(z.shape),
+        )
+
+    def _terms(self, u: Tensor) -> Tensor:
+        """The monomials, of shape ``(n, terms)``."""
+        size = u.square().sum(-1, keepdim=True).clamp_min(1e-18).sqrt()
+        held = RADIUS * torch.tanh((size / RADIUS) ** TURN) ** (1 / TURN)
+        u = u * (held / size).clamp_max(1.0)
+        padded = torch.cat([u, torch.ones_like(u[:, :1])], -1)
+        return padded[:, self._factors].prod(-1)
+
+
+def count_terms(features: int) -> int:
+    """How many coefficients a polynomial of so many features has."""
+    return len(_monomials(features))
+
+
+def _monomials(features: int) -> list[tuple[int, ...]]:
+    """The monomials, as the numbers of their factors."""
+    mixed = 2 + (features <= CUBIC_FEATURES) + (features <= QUARTIC_FEATURES)
+    terms: list[tuple[int, ...]] = []
+    for degree in range(DEGREE + 1):
+        if degree <= mixed:
+            terms += itertools.combinations_with_replacement(range(features), degree)
+        else:
+            terms += [(i,) * degree for i in range(features)]
+    return terms

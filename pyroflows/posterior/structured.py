@@ -1,0 +1,105 @@
+"""The rung of models with globals and locals: a flow for the globals, normals for the locals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..guides import AutoStructuredFlow
+from ..guides.marginal import Marginal
+from ..guides.marginal_mode import find_marginal_mode
+from ..guides.surrogate import PolynomialDensity
+from ..model.density import LogDensity
+from ..model.sites import sample_nodes
+from ..model.structure import Structure, find_structure
+from ..train.marginal import MarginalFit
+from ..train.objectives import PathELBO
+from ..train.training import PARTICLES, STEP_SIZE, WHITENING_STEP_SIZE
+
+if TYPE_CHECKING:
+    from .ladder import Climb
+
+__all__ = ["make_structured", "train_structured"]
+
+# Smaller models cost next to nothing by the other rungs.
+LEAST_FEATURES = 8
+# A flow on a polynomial follows so many globals.
+MOST_GLOBALS = 24
+# A model without locals is worth it from so many observed numbers on.
+MANY_ROWS = 4096
+
+
+def make_structured(climb: Climb) -> AutoStructuredFlow | None:
+    """Makes the guide that follows the structure of a model; ``None`` if it has none to follow, or
+    if its globals have no mode."""
+    if not _may_have_structure(climb):
+        return None
+    try:
+        structure = find_structure(climb.density)
+        if not _is_of_use(structure, climb.density):
+            return None
+        guide = AutoStructuredFlow.of(Marginal(climb.density, structure))
+        start_structured(climb, guide)
+    except ValueError:
+        return None  # the other rungs need no structure
+    return guide
+
+
+def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
+    """Starts a guide at the mode of its globals, and looks at their density around it.
+
+    Args:
+        climb: The fit, which keeps what it sees.
+        guide: The guide.
+
+    Raises:
+        ValueError: If the globals have no mode.
+    """
+    mode = find_marginal_mode(guide.marginal)
+    if not mode.found:
+        raise ValueError(
+            "Expected globals whose density has a mode, with the locals integrated out; the search "
+            f"found none in {mode.rounds} rounds."
+        )
+    guide.start_at(mode)
+    climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
+
+
+def train_structured(climb: Climb, guide: AutoStructuredFlow, steps: int) -> int:
+    """Trains the flow of the globals on a polynomial, and returns how many steps it took."""
+    objective = PathELBO(PARTICLES)
+
+    def train(surrogate: PolynomialDensity, share: float) -> int:
+        return climb.train_in_place(
+            surrogate,
+            guide.flow,
+            steps,
+            objective=objective,
+            step_size=share * STEP_SIZE,
+            whitening_step_size=share * WHITENING_STEP_SIZE,
+        )
+
+    return climb.marginal_fit.train(guide.flow, train)
+
+
+def _may_have_structure(climb: Climb) -> bool:
+    density = climb.density
+    chosen = not isinstance(climb.settings["objective"], PathELBO)
+    return (
+        density.features >= LEAST_FEATURES
+        and density.batched
+        and not (density.streamed or density.centres or chosen)
+    )
+
+
+def _is_of_use(structure: Structure, density: LogDensity) -> bool:
+    if not 0 < len(structure.globals) <= MOST_GLOBALS:
+        return False
+    return len(structure.locals) > 0 or _count_rows(density) >= MANY_ROWS
+
+
+def _count_rows(density: LogDensity) -> int:
+    """How many numbers are observed."""
+    nodes = dict(sample_nodes(density.trace()))
+    return sum(torch.as_tensor(nodes[name]["value"]).numel() for name in density.observed)
