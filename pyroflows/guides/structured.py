@@ -184,7 +184,7 @@ class AutoStructuredFlow(FlowGuide):
         g, log_q = self.flow().rsample_and_log_prob((n,))
         draws, log_weights = [], []
         for few, log_prob in zip(self._chunks(g), self._chunks(log_q), strict=True):
-            given, x, log_local = self._draw(few)
+            x, log_local = self._draw(few)
             log_joint = self.marginal.log_joint(few.double(), x)
             log_weights.append(log_joint - log_local - log_prob.double())
             draws.append(self.marginal.join(few.double(), x).to(g))
@@ -195,7 +195,7 @@ class AutoStructuredFlow(FlowGuide):
         density of these."""
         blocks, log_probs = [], []
         for few in self._chunks(g):
-            _, x, log_prob = self._draw(few)
+            x, log_prob = self._draw(few)
             blocks.append(self._with_graph(few, self.marginal.join(few.double(), x)))
             log_probs.append(log_prob.to(g))
         return torch.cat(blocks), torch.cat(log_probs)
@@ -205,11 +205,11 @@ class AutoStructuredFlow(FlowGuide):
         return z.to(g).index_copy(-1, self.marginal.structure.globals, g)
 
     @torch.no_grad()
-    def _draw(self, g: Tensor) -> tuple[Conditional, Tensor, Tensor]:
-        """The locals given globals, draws of them, and the log density of these."""
+    def _draw(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws of the locals given globals, and the log density of these."""
         given = self._condition(g)
         x = given.sample(torch.randn_like(given.mean))
-        return given, x, given.log_prob(x)
+        return x, given.log_prob(x)
 
     def _condition(self, g: Tensor) -> Conditional:
         reference = self.reference.expand(len(g), -1)
