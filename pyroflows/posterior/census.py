@@ -20,7 +20,6 @@ from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 __all__ = [
     "Census",
     "LogProb",
-    "weigh_missed",
     "dips",
     "find_flat_direction",
     "find_start",
@@ -31,6 +30,7 @@ __all__ = [
     "pick_separate",
     "take_census",
     "weigh_fits",
+    "weigh_missed",
     "widen_census",
 ]
 

@@ -43,7 +43,9 @@ def draws_of_skewed(n: int) -> Tensor:
 def test_exact_draws_stay_so_under_a_wrong_surrogate(surrogate: tuple[float, float]) -> None:
     torch.manual_seed(0)
     density = NormalDensity(*surrogate, 2)
-    positions, values, acceptance = surrogate_transitions(skewed, density, draws_of_skewed(N), ROUNDS)
+    positions, values, acceptance = surrogate_transitions(
+        skewed, density, draws_of_skewed(N), ROUNDS
+    )
     assert positions.shape == (ROUNDS, N, 2) and acceptance.shape == (ROUNDS,)
     torch.testing.assert_close(values, skewed(positions.flatten(0, 1)).reshape(ROUNDS, N))
     x, y = positions[-1].unbind(-1)
