@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,13 +19,23 @@ from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
 
 __all__ = [
     "Census",
+    "LogProb",
+    "dips",
     "find_flat_direction",
     "find_start",
+    "first_fit_alone",
     "has_missed",
+    "list_different",
     "missed_mass",
+    "pick_separate",
     "take_census",
+    "weigh_fits",
+    "weigh_missed",
     "widen_census",
 ]
+
+#: From points of shape ``(*, features)`` to log densities of shape ``(*)``.
+LogProb = Callable[[Tensor], Tensor]
 
 STARTS = 96
 # Gradient evaluations per iteration, over all ascents; a finite-difference Hessian costs 2D of
@@ -107,8 +117,13 @@ def take_census(
         try:
             return _search(density, first, first_end, starts)
         except TimeOver:
-            none = first.pick(torch.zeros_like(first.elbo, dtype=torch.bool))
-            return Census(first, none, none.elbo, finished=False)
+            return first_fit_alone(first)
+
+
+def first_fit_alone(first: Gaussians) -> Census:
+    """Returns the census of which there was no time for more than the first fit."""
+    none = first.pick(torch.zeros_like(first.elbo, dtype=torch.bool))
+    return Census(first, none, none.elbo, finished=False)
 
 
 def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts: int) -> Census:
@@ -119,7 +134,7 @@ def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts:
     found, ends = _sound(density, _join(first, best), _join(first_end, end))
     fits = _score(density, _drop_duplicates(found))
     modes, weights = _find_modes(density, ends)
-    return Census(fits, modes, weights, find_flat_direction(density, fits.one(0)))
+    return Census(fits, modes, weights, find_flat_direction(density.log_prob, fits.one(0)))
 
 
 def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
@@ -168,25 +183,34 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
     )
 
 
-def find_flat_direction(density: LogDensity, fit: Gaussian) -> Tensor | None:
+def find_flat_direction(
+    log_prob: LogProb, fit: Gaussian, distances: Sequence[float] = (FAR,)
+) -> Tensor | None:
     r"""Looks along the axes of a fit for a direction in which a density does not fall off.
 
     Along each axis, :math:`t =` a million widths out, a proper density has fallen to less than
     :math:`1 / t`, unless it has a horn that narrow.
 
     Args:
-        density: The log density.
+        log_prob: The log density.
         fit: A fit of its bulk.
+        distances: The distances :math:`t`, furthest first; the first at which the density can be
+            evaluated decides.
 
     Returns:
         The direction, of shape ``(features,)``, or ``None``.
     """
     axes = torch.cat([fit.scale_tril.mT, -fit.scale_tril.mT])
-    # A point so far out at which the density is not a number counts as zero density.
-    far = density.log_prob(fit.loc + FAR * axes).nan_to_num(nan=-math.inf, posinf=-math.inf)
-    hardly_falls = density.log_prob(fit.loc) - far < math.log(FAR)
     # Without curvature Newton's steps widen a fit until rounding hides the density.
-    flat = hardly_falls | (axes.abs().amax(-1) > WIDEST / FAR)
+    flat = axes.abs().amax(-1) > WIDEST / FAR
+    unknown = torch.ones_like(flat)
+    top = log_prob(fit.loc.unsqueeze(0))
+    for distance in distances:
+        # A point so far out at which the density is not a number counts as zero density.
+        far = log_prob(fit.loc + distance * axes[unknown])
+        known = far.isfinite()
+        flat[unknown.clone()] |= known & (top - far < math.log(distance))
+        unknown[unknown.clone()] = ~known
     return axes[flat.nonzero()[0, 0]] if bool(flat.any()) else None
 
 
@@ -208,13 +232,30 @@ def missed_mass(
     Returns:
         For each fit the mass in units of the evidence, of shape ``(count,)``.
     """
-    z, log_p, log_c = _weigh(density, fits)
+    drawn = weigh_fits(density.log_prob, fits)
+    log_ratio = weigh_missed(drawn, log_q, log_evidence)
+    flat = without_noise(density, drawn[0].flatten(0, 1), log_ratio.flatten())
+    return flat.reshape(log_ratio.shape).exp().mean(-1).nan_to_num(nan=0.0)
+
+
+def weigh_missed(
+    drawn: tuple[Tensor, Tensor, Tensor], log_q: Callable[[Tensor], Tensor], log_evidence: float
+) -> Tensor:
+    """Gives draws of local fits their weights where a guide has next to no density, else none.
+
+    Args:
+        drawn: What :func:`weigh_fits` returns.
+        log_q: Log density of the guide, from points of shape ``(n, features)`` to ``(n,)``.
+        log_evidence: The guide's estimate of the log evidence.
+
+    Returns:
+        Log weights in units of the evidence, of shape ``(count, draws)``.
+    """
+    z, log_p, log_c = drawn
     with torch.no_grad():
         log_guide = log_q(z.flatten(0, 1)).reshape(log_p.shape)
     missed = has_missed(log_p, log_guide, log_evidence)
-    log_ratio = (log_p - log_c - log_evidence).masked_fill(~missed, -math.inf)
-    log_ratio = without_noise(density, z.flatten(0, 1), log_ratio.flatten()).reshape(missed.shape)
-    return log_ratio.exp().mean(-1).nan_to_num(nan=0.0)
+    return (log_p - log_c - log_evidence).masked_fill(~missed, -math.inf)
 
 
 def has_missed(log_p: Tensor, log_q: Tensor, log_evidence: float) -> Tensor:
@@ -286,7 +327,13 @@ def _drop_duplicates(fits: Gaussians) -> Gaussians:
     Kept fits differ by half a width per entry (two in total) in their centres, or by a quarter in
     their scales.
     """
-    fits = fits.pick(fits.elbo.argsort(descending=True))
+    return fits.pick(list_different(fits))
+
+
+def list_different(fits: Gaussians) -> Tensor:
+    """Lists the fits that :func:`take_census` keeps of near-duplicates, by their indices."""
+    order = fits.elbo.argsort(descending=True)
+    fits = fits.pick(order)
     n = fits.loc.shape[-1]
     waiting = torch.ones_like(fits.elbo, dtype=torch.bool)
     kept: list[int] = []
@@ -304,7 +351,7 @@ def _drop_duplicates(fits: Gaussians) -> Gaussians:
         )
         near = alike & (offset.square().sum(-1) < min(0.25 * n, 4.0))
         waiting &= ~near
-    return fits.pick(torch.tensor(kept, device=waiting.device, dtype=torch.long))
+    return order[torch.tensor(kept, device=waiting.device, dtype=torch.long)]
 
 
 def _mean_square(matrices: Tensor) -> Tensor:
@@ -314,7 +361,7 @@ def _mean_square(matrices: Tensor) -> Tensor:
 
 def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
     """Estimates the ELBOs again, by many draws, and sorts by them; fits to noise are dropped."""
-    z, log_p, log_c = _weigh(density, fits)
+    z, log_p, log_c = weigh_fits(density.log_prob, fits)
     elbo = (log_p - log_c).mean(-1)
     highest = log_p.topk(HIGHEST).indices.unsqueeze(-1)
     looked_at = z.take_along_dim(highest, 1)
@@ -330,30 +377,57 @@ def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor
     fits = _drop_duplicates(fits.pick(flat))
     if not len(fits.loc):
         return fits, fits.elbo
-    _, log_p, log_c = _weigh(density, fits)
+    _, log_p, log_c = weigh_fits(density.log_prob, fits)
     log_weights = log_p - log_c
     fits = fits._replace(elbo=log_weights.mean(-1))
-    evidence = log_weights.logsumexp(-1) - math.log(DRAWS)
+    return pick_separate(density.log_prob, fits, log_weights.logsumexp(-1) - math.log(DRAWS))
+
+
+def pick_separate(log_prob: LogProb, fits: Gaussians, evidence: Tensor) -> tuple[Gaussians, Tensor]:
+    """Picks the modes that carry mass and between which the density dips.
+
+    Args:
+        log_prob: The log density.
+        fits: Fits at maxima of the density, at least one.
+        evidence: Logarithms of their masses, of shape ``(count,)``.
+
+    Returns:
+        The modes, heaviest first, and their shares.
+    """
     order = evidence.argsort(descending=True)
     fits, evidence = fits.pick(order), evidence[order]
     kept = [0]
     for i in range(1, len(evidence)):
         mass = float((evidence[i] - evidence[kept].logsumexp(0)).exp())
-        if mass > LEAST_MASS and all(_dips(density, fits.loc[i], fits.loc[j]) for j in kept):
+        if mass > LEAST_MASS and all(dips(log_prob, fits.loc[i], fits.loc[j]) for j in kept):
             kept.append(i)
     index = torch.tensor(kept, device=evidence.device)
     return fits.pick(index), evidence[index].softmax(0)
 
 
-def _dips(density: LogDensity, a: Tensor, b: Tensor) -> bool:
-    """Whether the density falls and rises again on the line between two points."""
-    t = torch.linspace(0, 1, 33, dtype=a.dtype, device=a.device).unsqueeze(-1)
-    values = density.log_prob(a + t * (b - a)).nan_to_num(nan=-math.inf)
+def dips(log_prob: LogProb, a: Tensor, b: Tensor, points: int = 33) -> bool:
+    """Tells whether a density falls and rises again on the line between two points.
+
+    Args:
+        log_prob: The log density.
+        a: One point, of shape ``(features,)``.
+        b: The other.
+        points: At how many points the density is looked at, both ends among them.
+    """
+    t = torch.linspace(0, 1, points, dtype=a.dtype, device=a.device).unsqueeze(-1)
+    values = log_prob(a + t * (b - a)).nan_to_num(nan=-math.inf)
     return bool(values.min() < torch.minimum(values[0], values[-1]) - DIP)
 
 
-def _weigh(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tensor]:
+def weigh_fits(
+    log_prob: LogProb, fits: Gaussians, draws: int = DRAWS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws from each fit.
+
+    Args:
+        log_prob: The log density.
+        fits: The fits.
+        draws: Draws from each.
 
     Returns:
         Draws ``(count, draws, features)``, and log densities of the model and of the fit, ``(count,
@@ -361,7 +435,7 @@ def _weigh(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tensor
     """
     n = fits.loc.shape[-1]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(DRAWS, n, generator=generator, device="cpu", dtype=fits.loc.dtype).to(
+    noise = torch.randn(draws, n, generator=generator, device="cpu", dtype=fits.loc.dtype).to(
         fits.loc.device
     )
     z = fits.loc.unsqueeze(-2) + noise @ fits.root.mT
@@ -370,4 +444,4 @@ def _weigh(density: LogDensity, fits: Gaussians) -> tuple[Tensor, Tensor, Tensor
         - 0.5 * n * math.log(2 * math.pi)
         - torch.linalg.slogdet(fits.root)[1].unsqueeze(-1)
     )
-    return z, density.log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf), log_c
+    return z, log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf), log_c

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -34,6 +34,7 @@ __all__ = [
     "KHAT_LIMIT",
     "Need",
     "Subject",
+    "describe_values",
     "entry_names",
     "gained",
     "known_density",
@@ -229,11 +230,16 @@ class Subject:
 
     def describe(self, z: Tensor) -> str:
         """Returns a point in words: the values of the first sites."""
-        parts = []
-        for name, value in list(self._density.constrain(z).items())[:3]:
-            numbers = ", ".join(f"{float(v):.3g}" for v in value.flatten()[:3])
-            parts.append(f"{name} = {numbers}")
-        return "near " + "; ".join(parts)
+        return describe_values(self._density.constrain(z))
+
+
+def describe_values(values: Mapping[str, Tensor]) -> str:
+    """Returns the first numbers of the first sites in words."""
+    parts = []
+    for name, value in list(values.items())[:3]:
+        numbers = ", ".join(f"{float(v):.3g}" for v in value.flatten()[:3])
+        parts.append(f"{name} = {numbers}")
+    return "near " + "; ".join(parts)
 
 
 def gained(before: Tensor, after: Tensor) -> float:

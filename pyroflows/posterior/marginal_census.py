@@ -1,0 +1,243 @@
+"""A census of the modes of a few globals, by the values of their log density alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._checks import check_size
+from .._deadline import TimeOver
+from .._random import forked
+from ..guides.marginal_mode import MarginalMode
+from .census import (
+    DIP,
+    FAR_OUT,
+    SPREADS,
+    UNIFORM,
+    Census,
+    LogProb,
+    dips,
+    find_flat_direction,
+    first_fit_alone,
+    list_different,
+    pick_separate,
+    weigh_fits,
+    weigh_missed,
+)
+from .gaussian import Gaussians
+
+__all__ = ["Ascend", "missed_globals", "take_marginal_census"]
+
+#: From a point of shape ``(features,)`` to the mode above it.
+Ascend = Callable[[Tensor], MarginalMode]
+
+STARTS = 48
+# Points on the line from a start to the mode, whose distances from the mode fall by one factor.
+POINTS = 8
+MOST_ASCENTS = 6
+# Points on the lines that tell whether an ascent has been made from next to a point before.
+NEXT_TO = 7
+# Draws that weigh a fit.
+DRAWS = 64
+# Random choices of entries that change their signs, besides all entries and each alone.
+FLIPS = 8
+# A mode so many widths from zero may have a mirror image that is another.
+MIRRORED = 3.0
+# Most entries of every second start are those of the mode: about so many are not.
+MOVED_ENTRIES = 2
+# Where a scale is next to nothing its model fails, as far out as improper densities are looked for.
+DISTANCES = (1e6, 1e4, 1e2)
+
+
+@torch.no_grad()
+def take_marginal_census(
+    log_prob: LogProb,
+    mode: MarginalMode,
+    ascend: Ascend,
+    prior: Tensor | None = None,
+    starts: int = STARTS,
+    seed: int = 0,
+) -> Census:
+    r"""Looks for modes of a density whose values are dear and whose gradients are not known.
+
+    From starts spread far and wide, straight lines run to the mode that is known. Where the density
+    dips on a line, its start may lie in the basin of another mode. The densest points before such
+    dips are ascended from, unless a line without a dip leads to an ascent that was made before. On
+    a line along which many entries change at once a dip in one of them does not show, so that in
+    half of the starts most entries are those of the mode. Others are the mode with some of its
+    signs changed, because the density of a loading may not know its sign, and points on the axes of
+    the mode.
+
+    One mode costs about :math:`9\, \mathrm{starts} + 64 + 6\, \mathrm{features}` values.
+
+    Args:
+        log_prob: The log density, from points of shape ``(n, features)`` to ``(n,)``; not finite
+            where it is zero.
+        mode: A mode, the first to be known.
+        ascend: From a point of shape ``(features,)`` to the mode above it.
+        prior: Further starts, such as draws from the prior, of shape ``(n, features)``.
+        starts: How many starts to take in all.
+        seed: Seed of the starts.
+
+    Returns:
+        The census; its modes are those that the ascents have found. If the time is over before it
+        is finished, it has the first fit alone.
+
+    Raises:
+        TimeOver: If the time is over before the mode has been evaluated.
+
+    Example:
+        >>> def log_prob(z):
+        ...     return -0.5 * ((z.squeeze(-1).abs() - 5) / 0.5).square()
+        >>> def at(loc):
+        ...     return MarginalMode(torch.tensor([loc]), torch.tensor([[0.5]]), torch.zeros(0), 1, True)
+        >>> def ascend(start):
+        ...     return at(5.0 * float(start.sign()))
+        >>> census = take_marginal_census(log_prob, at(5.0), ascend)
+        >>> census.modes.loc.sort(0).values.squeeze(-1), census.weights
+        (tensor([-5.,  5.]), tensor([0.5000, 0.5000]))
+    """
+
+    def density(z: Tensor) -> Tensor:
+        values = log_prob(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
+        return values.where(values.isfinite(), -math.inf)
+
+    first = _fits(density, [mode])
+    try:
+        with forked(seed):
+            points = _spread_starts(mode, prior, check_size("starts", starts))
+        others = _find_others(density, mode, ascend, points)
+        return _compare(density, [mode, *others])
+    except TimeOver:
+        return first_fit_alone(first)
+
+
+def missed_globals(
+    log_prob: LogProb, log_q: Callable[[Tensor], Tensor], log_evidence: float, fits: Gaussians
+) -> Tensor:
+    """Estimates the mass that a guide misses, as :func:`pyroflows.posterior.census.missed_mass`
+    does, by fewer draws.
+
+    Args:
+        log_prob: The log density.
+        log_q: Log density of the guide, from points of shape ``(n, features)`` to ``(n,)``.
+        log_evidence: The guide's estimate of the log evidence.
+        fits: The local fits of a census.
+
+    Returns:
+        For each fit the mass in units of the evidence, of shape ``(count,)``.
+    """
+    drawn = weigh_fits(log_prob, fits, DRAWS)
+    return weigh_missed(drawn, log_q, log_evidence).exp().mean(-1).nan_to_num(nan=0.0)
+
+
+def _compare(density: LogProb, found: list[MarginalMode]) -> Census:
+    """Takes the census of all modes and ends of ascents."""
+    fits = _fits(density, found)
+    different = list_different(fits)
+    is_mode = torch.tensor([mode.found for mode in found], device=different.device)[different]
+    fits = fits.pick(different)
+    _, log_p, log_c = weigh_fits(density, fits, DRAWS)
+    log_weights = log_p - log_c
+    fits = fits._replace(elbo=log_weights.mean(-1))
+    evidence = log_weights.logsumexp(-1) - math.log(DRAWS)
+    modes, weights = fits.pick(is_mode), evidence[is_mode]
+    if bool(is_mode.any()):
+        modes, weights = pick_separate(density, modes, weights)
+    fits = fits.pick(fits.elbo.argsort(descending=True))
+    return Census(fits, modes, weights, find_flat_direction(density, fits.one(0), DISTANCES))
+
+
+def _fits(density: LogProb, found: list[MarginalMode]) -> Gaussians:
+    """The fits by curvature, whose ELBOs are those of normal densities; ends come after modes."""
+    loc = torch.stack([mode.loc for mode in found])
+    root = torch.stack([mode.root for mode in found])
+    constant = 0.5 * loc.shape[-1] * math.log(2 * math.pi)
+    elbo = density(loc) + torch.linalg.slogdet(root)[1] + constant
+    is_mode = torch.tensor([mode.found for mode in found], device=loc.device)
+    return Gaussians(loc, root, elbo.where(is_mode, -math.inf))
+
+
+def _find_others(
+    density: LogProb, mode: MarginalMode, ascend: Ascend, starts: Tensor
+) -> list[MarginalMode]:
+    """Ascends from the densest points beyond dips, each in a region of its own."""
+    ends: list[MarginalMode] = []
+    begun = starts[:0]
+    for point in _beyond_dips(density, mode, starts):
+        if len(ends) == MOST_ASCENTS:
+            break
+        if ends:
+            nearest = int(_distances(mode, begun, point).argmin())
+            reached = (begun[nearest], ends[nearest].loc)
+            if not all(dips(density, point, end, NEXT_TO) for end in reached):
+                continue
+        begun = torch.cat([begun, point.unsqueeze(0)])
+        ends.append(ascend(point))
+    return ends
+
+
+def _beyond_dips(density: LogProb, mode: MarginalMode, starts: Tensor) -> Tensor:
+    """The densest points from which the density dips on the way to the mode, densest first."""
+    top, at_starts = density(mode.loc.unsqueeze(0)), density(starts)
+    starts, at_starts = starts[at_starts.isfinite()], at_starts[at_starts.isfinite()]
+    # One width from the mode nothing is left to be told apart.
+    shortest = 1 / _distances(mode, starts, mode.loc).clamp(min=2.0)
+    powers = torch.arange(1, POINTS + 1).to(starts) / POINTS
+    fractions = shortest.unsqueeze(-1) ** powers
+    lines = mode.loc + fractions.unsqueeze(-1) * (starts - mode.loc).unsqueeze(-2)
+    ends = top.expand(len(starts), 1)
+    values = torch.cat([at_starts.unsqueeze(-1), density(lines), ends], -1)
+    lowest_after = values.flip(-1).cummin(-1).values.flip(-1)
+    before = values.where(values - lowest_after > DIP, -math.inf)[:, :-1]
+    height, index = before.max(-1)
+    order = height.argsort(descending=True)[: int(height.isfinite().sum())]
+    points = torch.cat([starts.unsqueeze(-2), lines], -2)
+    return points[order, index[order]]
+
+
+def _distances(mode: MarginalMode, points: Tensor, centre: Tensor) -> Tensor:
+    """Distances in widths of the mode."""
+    offsets = (points - centre).mT
+    return torch.linalg.solve_triangular(mode.root, offsets, upper=False).norm(dim=0)
+
+
+def _spread_starts(mode: MarginalMode, prior: Tensor | None, count: int) -> Tensor:
+    """Mirror images of the mode and points on its axes, and random points, most of them beside it
+    in few entries."""
+    n, like = len(mode.loc), mode.loc
+    systematic = torch.cat([_mirror(mode), _axes(mode)])[: count // 2]
+    share = (count - len(systematic)) // 5
+    points = [
+        size * (2 * torch.rand(share, n, device="cpu") - 1).to(like) for size in (UNIFORM, *FAR_OUT)
+    ]
+    if prior is not None:
+        points.append(prior[:share].to(like))
+    around = count - len(systematic) - sum(map(len, points))
+    noise = torch.randn(around, n, device="cpu").to(like) @ mode.root.mT
+    spreads = like.new_tensor(SPREADS).repeat(around)[:around]
+    points.append(mode.loc + spreads.unsqueeze(-1) * noise)
+    scattered = torch.cat(points)
+    moved = torch.rand(scattered.shape, device="cpu").to(like) < MOVED_ENTRIES / n
+    moved[::2] = True
+    starts = torch.cat([systematic, scattered.where(moved, mode.loc)])
+    return starts[starts.isfinite().all(-1)]
+
+
+def _mirror(mode: MarginalMode) -> Tensor:
+    """The mode with some of its signs changed, where that takes it far."""
+    n, like = len(mode.loc), mode.loc
+    everything = torch.ones(1, n, dtype=torch.bool)
+    some = torch.rand(FLIPS, n, device="cpu") < 0.5
+    flips = torch.cat([everything, torch.eye(n, dtype=torch.bool), some]).unique(dim=0)
+    images = mode.loc.where(~flips.to(like.device), -mode.loc)
+    return images[_distances(mode, images, mode.loc) > MIRRORED]
+
+
+def _axes(mode: MarginalMode) -> Tensor:
+    """Points on the axes of the mode, both ways, in random order."""
+    axes = SPREADS[-1] * torch.cat([mode.root.mT, -mode.root.mT])
+    return mode.loc + axes[torch.randperm(len(axes), device="cpu").to(axes.device)]
