@@ -37,7 +37,7 @@ from .flows import (
     ResidualFlow,
     SylvesterFlow,
 )
-from .guides import AutoFlow
+from .guides import AutoFlow, AutoStructuredFlow
 from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
 from .testing import check
 from .train import fit_density
@@ -54,6 +54,7 @@ __all__ = [
     "SOSPF",
     "UNAF",
     "AutoFlow",
+    "AutoStructuredFlow",
     "Flow",
     "FlowPlusPlus",
     "Glow",

@@ -101,6 +101,9 @@ class Guide:
     features: int
     #: Whether :meth:`sample_with_path_gradient` may be called.
     has_path_gradient = False
+    #: Whether it is a flow over globals with the rest given these, of which the density of the
+    #: globals is known with the rest integrated out, as in :class:`AutoStructuredFlow`.
+    has_marginal = False
 
     def sample_and_log_prob(self, n: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws from the guide and scores the draws.

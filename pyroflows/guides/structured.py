@@ -80,6 +80,8 @@ class AutoStructuredFlow(FlowGuide):
         (6, 1, 2)
     """
 
+    has_marginal = True
+
     def __init__(
         self,
         model: Callable[..., Any],

@@ -27,7 +27,7 @@ from .subject import (
 )
 from .verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER, Finding, Verdict
 
-__all__ = ["CHECKS", "Check", "judge_subject"]
+__all__ = ["CHECKS", "Check", "judge_subject", "make_checks"]
 
 
 class Check(ABC):
@@ -407,12 +407,24 @@ def judge_subject(subject: Subject, checks: Sequence[Check] = CHECKS) -> Verdict
         >>> print(verdict.finding("census"))
         census: not judged, no census of the modes was taken.
     """
+    findings = make_checks([(check, subject) for check in checks])
+    return Verdict(findings, subject.sample.summary() if subject.weighed else None)
+
+
+def make_checks(checks: Sequence[tuple[Check, Subject]]) -> tuple[Finding, ...]:
+    """Makes checks of one subject or several, of which costly ones are left out after a failure.
+
+    Args:
+        checks: The checks, in order, each with its subject.
+
+    Returns:
+        One finding for each.
+    """
     findings: list[Finding] = []
-    for check in checks:
+    for check, subject in checks:
         failed = any(finding.status == FAILED for finding in findings)
         findings.append(check.find(subject, failed))
-    importance = subject.sample.summary() if subject.weighed else None
-    return Verdict(tuple(findings), importance)
+    return tuple(findings)
 
 
 def _most_shifted(subject: Subject) -> str:

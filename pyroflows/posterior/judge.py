@@ -15,9 +15,9 @@ from ..guides import as_guide
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from .census import Census, find_start, take_census
-from .checks import judge_subject
+from .judging import judge_guide
 from .posterior import Posterior
-from .subject import JUDGE_DRAWS, Subject
+from .subject import JUDGE_DRAWS
 
 __all__ = ["judge"]
 
@@ -86,8 +86,8 @@ def judge(
             adapted = as_guide(guide, density)
             density = density.rotated(adapted.centres())
         with deadline.enforced():
-            census = _census(density)
-            verdict = judge_subject(Subject(adapted, density, census, draws=draws))
+            census = None if adapted.has_marginal else _census(density)
+            verdict, _ = judge_guide(adapted, density, census, draws=draws)
     return Posterior(adapted, density, verdict, seconds=deadline.elapsed)
 
 

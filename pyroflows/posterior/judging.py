@@ -1,43 +1,138 @@
-"""A verdict on a guide, as a whole or by its parts."""
+"""A verdict on a guide: on the whole of it, or by its parts."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .checks import judge_subject
+import torch
+from torch import Tensor
+
+from .._deadline import TimeOver
+from ..guides.marginal_mode import MarginalMode, find_marginal_mode
+from ..guides.surrogate import PolynomialDensity
+from ..model.prediction import prior_draws
+from ..sampling.spaces import mean_and_root
+from .checks import (
+    Check,
+    Drift,
+    Modes,
+    Outliers,
+    Proper,
+    Reach,
+    Shift,
+    Supports,
+    Weights,
+    judge_subject,
+    make_checks,
+)
+from .importance import ImportanceSample
+from .marginal_census import STARTS, take_marginal_census
+from .marginal_subject import FlowOfGlobals, GlobalDensity, MarginalSubject
 from .subject import JUDGE_DRAWS, Subject
+from .verdict import Verdict
 
 if TYPE_CHECKING:
+    from ..guides import AutoStructuredFlow
     from ..guides.guide import Guide
     from ..model.density import LogDensity
     from .census import Census
-    from .importance import ImportanceSample
-    from .verdict import Verdict
 
 __all__ = ["judge_guide"]
+
+# Draws of a guide with locals, each of which costs an evaluation of all second derivatives.
+STRUCTURED_DRAWS, LARGE, LARGE_DRAWS = 2000, 2048, 1000
+
+#: The checks of a posterior by its parts: those of the globals that come first, those of the whole,
+#: and those of the globals that come last.
+FIRST: list[Check] = [Proper(), Modes()]
+WHOLE: list[Check] = [Supports(), Weights(), Outliers(), Shift()]
+LAST: list[Check] = [Drift(), Reach()]
 
 
 def judge_guide(
     guide: Guide,
     density: LogDensity,
     census: Census | None,
-    trajectories: int,
-    remedy: str,
+    trajectories: int = 0,
+    remedy: str = Subject.remedy,
     draws: int = JUDGE_DRAWS,
 ) -> tuple[Verdict, ImportanceSample | None]:
-    """Judges a guide.
+    """Judges a guide, by its parts if it has globals whose density is known with locals integrated
+    out.
 
     Args:
         guide: The guide.
         density: The log density of the model.
-        census: A census of the modes; ``None`` if none was taken.
+        census: A census of the modes of the whole; ``None`` if none was taken.
         trajectories: Trajectories by which draws of the guide are polished.
         remedy: What may mend the guide if it is not exact, in the imperative.
-        draws: How many draws of the guide are weighed.
+        draws: How many draws of the guide are weighed, at most.
 
     Returns:
         The verdict, and the weighted draws; ``None`` for these if there was no time for them.
     """
+    if guide.has_marginal:
+        return _judge_parts(guide, density, remedy, draws)  # type: ignore[arg-type]
     subject = Subject(guide, density, census, trajectories, remedy, draws)
     verdict = judge_subject(subject)
     return verdict, subject.sample if subject.weighed else None
+
+
+def _judge_parts(
+    guide: AutoStructuredFlow, density: LogDensity, remedy: str, draws: int
+) -> tuple[Verdict, ImportanceSample | None]:
+    """Judges the weights of the whole, and the globals with the locals integrated out."""
+    most = LARGE_DRAWS if density.features > LARGE else STRUCTURED_DRAWS
+    whole = Subject(guide, density, remedy=remedy, draws=min(draws, most))
+    try:
+        globals_ = _make_globals(guide, density, whole.sample, remedy)
+    except TimeOver:
+        findings = make_checks(_paired(WHOLE, whole))
+    else:
+        findings = make_checks(
+            [*_paired(FIRST, globals_), *_paired(WHOLE, whole), *_paired(LAST, globals_)]
+        )
+    sample = whole.sample if whole.weighed else None
+    return Verdict(findings, None if sample is None else sample.summary()), sample
+
+
+def _paired(checks: Sequence[Check], subject: Subject) -> list[tuple[Check, Subject]]:
+    return [(check, subject) for check in checks]
+
+
+def _make_globals(
+    guide: AutoStructuredFlow, density: LogDensity, sample: ImportanceSample, remedy: str
+) -> MarginalSubject:
+    """The globals before their judges, with the weights of the whole."""
+    entries = guide.marginal.structure.globals
+    g = sample.z[:, entries]
+    flow = FlowOfGlobals(guide.flow, len(entries))
+    loc, root = mean_and_root(g.double())
+    surrogate = PolynomialDensity(loc, root)
+    with torch.no_grad():
+        surrogate.fit(g, sample.log_weights.to(g.device) + flow.log_prob(g))
+    mode = MarginalMode(loc, root, guide.reference, 0, True)
+    subject = MarginalSubject(
+        flow,
+        GlobalDensity(guide.marginal, guide.log_marginal),
+        _take_census(guide, density, mode),
+        remedy=remedy,
+        surrogate=surrogate,
+    )
+    subject.sample = ImportanceSample(g, sample.log_weights)
+    return subject
+
+
+def _take_census(
+    guide: AutoStructuredFlow, density: LogDensity, mode: MarginalMode
+) -> Census | None:
+    def ascend(start: Tensor) -> MarginalMode:
+        return find_marginal_mode(guide.marginal, start=start)
+
+    drawn = prior_draws(density, STARTS)
+    prior = density.unconstrain(drawn)[:, guide.marginal.structure.globals] if drawn else None
+    with contextlib.suppress(TimeOver):
+        return take_marginal_census(guide.log_marginal, mode, ascend, prior)
+    return None

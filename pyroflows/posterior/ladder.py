@@ -42,7 +42,7 @@ from .posterior import Attempt, Posterior
 from .refit import VectorKL, roam_components, roam_missed
 from .structured import make_structured, start_structured, train_structured
 from .subject import JUDGE_DRAWS
-from .verdict import FAILED, Verdict
+from .verdict import Verdict
 
 __all__ = ["LADDER", "Climb", "Rung", "climb_ladder", "make_own_rung"]
 
@@ -62,6 +62,8 @@ POLISH_TRAJECTORIES = 30
 LEFT_BY_CENSUS = 1 / 4
 # How much longer a verdict may take than one on a guide that has not been trained.
 UNTRAINED = 2.0
+# A dense flow over more latents needs more memory than there is.
+MOST_DENSE = 2048
 # Remedies that are left, once all rungs have been tried or a guide of the user's has been trained.
 REMEDY = "hand a richer flow to guide="
 OWN_REMEDY = 'give the guide more steps or a wider flow, or fit with guide="auto"'
@@ -191,6 +193,8 @@ class Climb:
         Returns:
             Whether the fit is over: a guide is trusted, none can be, or the time is over.
         """
+        if rung.needs_census and not self._may_be_dense():
+            return True
         if rung.needs_census and not self.has_census:
             self.take_census()
         guide = rung.make(self)
@@ -205,6 +209,18 @@ class Climb:
             verdict = self.judge(rung.label(taken), guide, rung.trajectories)
             if self._is_over(verdict):
                 return True
+        return False
+
+    def _may_be_dense(self) -> bool:
+        """Whether a guide of all latents at once can be made; an error if there is no other."""
+        if self.density.features <= MOST_DENSE:
+            return True
+        if self.best is None:
+            raise ValueError(
+                f"Expected at most {MOST_DENSE} latent entries, or a model of a few globals on "
+                "which all others depend, these in groups, chains or crossed factors; got "
+                f"{self.density.features} entries without such a structure."
+            )
         return False
 
     def take_census(self) -> None:
@@ -343,6 +359,8 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
         with climb.deadline.enforced():
             _climb(climb, ladder)
     except KeyboardInterrupt:
+        if climb.guide is None and climb.density.features > MOST_DENSE:
+            raise
         climb.interrupted = True
         climb.judge("interrupted", climb.guide or climb.first_flow)
     return climb.result()
@@ -353,6 +371,11 @@ def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
         for rung in ladder:
             if climb.attempt(rung):
                 return
+    if climb.best is None and climb.density.features > MOST_DENSE:
+        raise ValueError(
+            f"Expected a time limit in which a guide of {climb.density.features} latent entries "
+            f"can be made; got {climb.deadline.seconds:g} s."
+        )
     if climb.best is None:
         first = next((rung for rung in ladder if rung.needs_census), ladder[0])
         climb.judge(first.name, first.make(climb))
@@ -367,17 +390,15 @@ def _merit(posterior: Posterior) -> tuple[bool, float, bool]:
     """Trust first; then effective draws, divided by how often the mass missed exceeds a limit."""
     verdict = posterior.verdict
     excess = 1.0
-    for name in ("census", "reach"):
-        finding = verdict.finding(name)
-        if finding is not None and finding.value is not None and finding.limit:
+    for finding in verdict.findings:
+        if finding.name in ("census", "reach") and finding.value is not None and finding.limit:
             excess = max(excess, finding.value / finding.limit)
     judged = verdict.ok or bool(verdict.failed)
     return verdict.ok, verdict.ess / excess, judged
 
 
 def _has_failed(verdict: Verdict, name: str) -> bool:
-    finding = verdict.finding(name)
-    return finding is not None and finding.status == FAILED
+    return any(finding.name == name for finding in verdict.failed)
 
 
 # The guides of the rungs

@@ -155,9 +155,10 @@ class Verdict:
         return None
 
     def value(self, name: str) -> float:
-        """Returns the value of a check of the whole posterior, NaN if it was not measured."""
-        finding = self.finding(name)
-        return math.nan if finding is None or finding.value is None else finding.value
+        """Returns the value of a check, the largest if it was made of several blocks; NaN if it was
+        not measured."""
+        found = [finding.value for finding in self.findings if finding.name == name]
+        return max((value for value in found if value is not None), default=math.nan)
 
     @property
     def khat(self) -> float:
