@@ -11,7 +11,9 @@ from torch import Tensor
 from .._checks import check_size
 from .._deadline import TimeOver
 from .._random import forked
+from ..guides.marginal import Marginal
 from ..guides.marginal_mode import MarginalMode
+from ..model import prediction as simulate
 from .census import (
     DIP,
     FAR_OUT,
@@ -29,12 +31,13 @@ from .census import (
 )
 from .gaussian import Gaussians
 
-__all__ = ["Ascend", "missed_globals", "take_marginal_census"]
+__all__ = ["Ascend", "missed_globals", "prior_globals", "take_marginal_census"]
 
 #: From a point of shape ``(features,)`` to the mode above it.
 Ascend = Callable[[Tensor], MarginalMode]
 
 STARTS = 48
+PRIOR_DRAWS = 16
 # Points on the line from a start to the mode, whose distances from the mode fall by one factor.
 POINTS = 8
 MOST_ASCENTS = 6
@@ -109,6 +112,8 @@ def take_marginal_census(
     """
 
     def density(z: Tensor) -> Tensor:
+        if not len(z):
+            return z[..., 0]
         values = log_prob(z.reshape(-1, z.shape[-1])).reshape(z.shape[:-1])
         return values.where(values.isfinite(), -math.inf)
 
@@ -120,6 +125,23 @@ def take_marginal_census(
         return _compare(density, [mode, *others])
     except TimeOver:
         return first_fit_alone(first)
+
+
+def prior_globals(marginal: Marginal, count: int = PRIOR_DRAWS) -> Tensor | None:
+    """Draws globals from their prior.
+
+    Args:
+        marginal: The density of the globals.
+        count: How many draws; they come from torch's random state.
+
+    Returns:
+        Tensor of shape ``(n, features)``, with the draws at which the model can be evaluated; or
+        ``None``, as for an improper prior.
+    """
+    prior = simulate.prior_draws(marginal.density, count)
+    if not prior:
+        return None
+    return marginal.density.unconstrain(prior)[:, marginal.structure.globals].double()
 
 
 def missed_globals(

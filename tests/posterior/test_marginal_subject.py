@@ -21,7 +21,7 @@ from pyroflows.model import LogDensity
 from pyroflows.model.base import Density
 from pyroflows.model.structure import find_structure
 from pyroflows.posterior.checks import CHECKS, judge_subject
-from pyroflows.posterior.marginal_census import take_marginal_census
+from pyroflows.posterior.marginal_census import prior_globals, take_marginal_census
 from pyroflows.posterior.marginal_subject import FlowOfGlobals, GlobalDensity, MarginalSubject
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED
 
@@ -186,7 +186,9 @@ def test_the_globals_of_a_model() -> None:
             slope = (mode.loc - z) @ precision
             return -0.5 * (slope * (mode.loc - z)).sum(-1), slope
 
-    census = take_marginal_census(marginal.log_prob, mode, lambda start: mode, starts=12)
+    prior = prior_globals(marginal)
+    assert prior is not None and prior.shape == (16, 2)
+    census = take_marginal_census(marginal.log_prob, mode, lambda start: mode, prior, starts=12)
     subject = MarginalSubject(
         guide, globals_, census, draws=300, surrogate=Normals(), chains=100, rounds=2
     )
