@@ -17,7 +17,8 @@ from ..flows import Flow
 from ..guides.guide import Guide
 from ..guides.marginal import Marginal
 from ..model.base import Density
-from ..sampling.transitions import Transitions, surrogate_transitions
+from ..sampling.polishing import autocorrelation
+from ..sampling.transitions import surrogate_transitions
 from .census import has_missed
 from .importance import ImportanceSample, resample
 from .marginal_census import missed_globals
@@ -28,8 +29,8 @@ __all__ = ["FlowOfGlobals", "GlobalDensity", "MarginalSubject"]
 # Draws that are weighed; chains, and their rounds, of which each costs a value a chain. One round
 # by a good surrogate forgets the start, so that more chains are worth more than more rounds.
 DRAWS, CHAINS, ROUNDS = 1000, 800, 2
-# How often chains that find more go on.
-LONGER = 2
+# How often chains go on that find more, or that remember their starts by such a correlation.
+LONGER, REMEMBERED = 2, 0.3
 
 
 class GlobalDensity:
@@ -111,7 +112,8 @@ class MarginalSubject(Subject):
     Hamiltonian trajectories of the density some hundreds of chains go on by
     :func:`pyroflows.sampling.transitions.surrogate_transitions`, and each value is asked for once:
     with :math:`n` draws, :math:`m` chains and :math:`r` rounds the checks cost :math:`n + m r`
-    values, beside those of the census, and up to :math:`2 m r` more where chains leave the guide.
+    values, beside those of the census, and up to :math:`2 m r` more each where chains leave the
+    guide and where the surrogate is so bad that they hardly move.
 
     Args:
         guide: The guide of the globals.
@@ -128,9 +130,7 @@ class MarginalSubject(Subject):
 
     Example:
         >>> import pyro, pyro.distributions as dist, pyroflows as pf
-        >>> from pyroflows.posterior.checks import judge_subject
         >>> density = pf.model.LogDensity(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
-        >>> density.entry_names = ["x"]
         >>> guide = pf.AutoFlow(density.model)
         >>> density.introduce(guide)
         >>> subject = MarginalSubject(guide, density, surrogate=density)
@@ -154,7 +154,7 @@ class MarginalSubject(Subject):
     @cached_property
     @torch.no_grad()
     def sample(self) -> ImportanceSample:
-        """Weighted draws of the guide."""
+        """Weighted draws of the guide; their weights are those of the globals alone."""
         z, log_q = self._guide.sample_and_log_prob(self.draws)
         return ImportanceSample(z, self._density.log_prob(z) - log_q)
 
@@ -180,14 +180,16 @@ class MarginalSubject(Subject):
         return self.chains**2 / float(counts.square().sum())
 
     @cached_property
-    def transitions(self) -> Transitions:
-        """The chains after each round."""
-        return self._go_on(self.starts)
-
-    @cached_property
     def moved(self) -> Tensor:
-        """The starts after all rounds."""
-        return self._visit(self.transitions.positions[-1], self.transitions.log_density[-1])
+        """The starts after the rounds, and after more of them as long as they are remembered and
+        there is time."""
+        z = self._go_on(self.starts)
+        with contextlib.suppress(TimeOver):
+            for _ in range(LONGER):
+                if float(autocorrelation(self.starts, z).amax()) < REMEMBERED:
+                    break
+                z = self._go_on(z)
+        return z
 
     @property
     def roamers(self) -> Tensor:
@@ -204,8 +206,7 @@ class MarginalSubject(Subject):
                 before, gain = gain, gained(self.lies_beyond(self.starts), self.lies_beyond(z))
                 if not (before < gain and 0.0 < gain < ENOUGH):
                     break
-                further = self._go_on(z)
-                z = self._visit(further.positions[-1], further.log_density[-1])
+                z = self._go_on(z)
         return z
 
     def lies_beyond(self, z: Tensor) -> Tensor:
@@ -233,9 +234,11 @@ class MarginalSubject(Subject):
     def _density(self) -> Any:
         return self.density
 
-    def _go_on(self, z: Tensor) -> Transitions:
-        log_prob = self._density.log_prob
-        return surrogate_transitions(log_prob, self.surrogate, z, self.rounds, self._log_prob(z))
+    def _go_on(self, z: Tensor) -> Tensor:
+        """Chains after the rounds."""
+        given = self._log_prob(z)
+        after = surrogate_transitions(self._density.log_prob, self.surrogate, z, self.rounds, given)
+        return self._visit(after.positions[-1], after.log_density[-1])
 
     def _visit(self, z: Tensor, log_density: Tensor) -> Tensor:
         self._visited.append((z, log_density))

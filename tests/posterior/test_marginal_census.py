@@ -26,6 +26,7 @@ class Toy:
         self.values = 0
 
     def log_prob(self, g: Tensor) -> Tensor:
+        assert len(g), "a marginal takes at least one point"
         self.values += len(g)
         return self.formula(g)
 
@@ -83,6 +84,22 @@ def test_a_sign_ambiguity_is_two_modes(features: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("features", [4, 10])
+def test_a_mode_in_any_direction_is_found(features: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.randn(features, generator=generator).double()
+    far = 7 * direction / direction.norm()
+
+    def formula(z: Tensor) -> Tensor:
+        return mixture([0.6, 0.4], [normal(z).sum(-1), normal(z - far).sum(-1)])
+
+    toy = Toy(formula, features)
+    census = toy.census(toy.ascend(torch.zeros(features).double()), seed=seed)
+    expected = torch.tensor([0.6, 0.4]).double()
+    torch.testing.assert_close(census.weights, expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_a_narrow_mode_far_away_is_found_with_its_mass(seed: int) -> None:
     def formula(z: Tensor) -> Tensor:
         parts = [normal(z).sum(-1), normal(z - 8 / math.sqrt(2), 0, 0.3).sum(-1)]
@@ -116,10 +133,24 @@ def test_a_curved_ridge_is_one_mode(features: int, seed: int) -> None:
     assert census.weights.tolist() == [1.0]
 
 
-def test_heavy_tails_are_one_mode_and_proper() -> None:
-    toy = Toy(lambda z: -(1 + z.square()).log().sum(-1), 3)
-    census = toy.census(toy.ascend(torch.zeros(3).double()), 1e3 * torch.randn(20, 3))
+def heavy(z: Tensor) -> Tensor:
+    return -(1 + z.square()).log().sum(-1)
+
+
+def skewed(z: Tensor) -> Tensor:
+    return (z - z.exp()).sum(-1)
+
+
+@pytest.mark.parametrize("formula", [heavy, skewed])
+@pytest.mark.parametrize("features", [3, 20])
+def test_tails_that_are_not_normal_are_no_modes(
+    formula: Callable[[Tensor], Tensor], features: int
+) -> None:
+    toy = Toy(formula, features)
+    mode = toy.ascend(torch.zeros(features).double())
+    census = toy.census(mode, 30 * torch.randn(20, features))
     assert census.weights.tolist() == [1.0] and census.flat_direction is None
+    assert toy.values < 850
 
 
 def test_a_density_that_does_not_fall_off_is_improper_even_if_it_fails_further_out() -> None:

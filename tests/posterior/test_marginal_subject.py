@@ -21,9 +21,10 @@ from pyroflows.model import LogDensity
 from pyroflows.model.base import Density
 from pyroflows.model.structure import find_structure
 from pyroflows.posterior.checks import CHECKS, judge_subject
-from pyroflows.posterior.marginal_census import take_marginal_census
+from pyroflows.posterior.marginal_census import prior_globals, take_marginal_census
 from pyroflows.posterior.marginal_subject import FlowOfGlobals, GlobalDensity, MarginalSubject
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED
+from pyroflows.sampling.polishing import autocorrelation
 
 STANDARD = Normal(0.0, 1.0)
 CONSTANT = -12.5
@@ -47,12 +48,15 @@ class Values:
 
 
 class Surrogate(Density):
-    """A normal density that is a little off."""
+    """A normal density that is off by a little, or by more."""
 
     features = 2
 
+    def __init__(self, off: float = 0.1) -> None:
+        self.off = off
+
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x = z - 0.1
+        x = z - self.off
         return -0.5 * x.square().sum(-1), -x
 
 
@@ -117,6 +121,14 @@ def test_a_guide_that_was_cut_short_is_not_trusted(end: float) -> None:
     assert found[1] == FAILED
     assert end > 1 or found[0] == FAILED
     assert "near mean = " in costly[1].find(subject).sentence
+
+
+def test_a_bad_surrogate_costs_more_and_judges_alike() -> None:
+    subject, density = subject_of(CutNormal(1.0))
+    subject.surrogate = Surrogate(-2.5)
+    found = [check.find(subject).status for check in CHECKS if check.name in ("drift", "reach")]
+    assert found == [FAILED, FAILED]
+    assert density.count > 1000 + 2 * 2 * 800
 
 
 def test_a_mode_that_a_guide_misses_is_told_by_the_census() -> None:
@@ -186,11 +198,13 @@ def test_the_globals_of_a_model() -> None:
             slope = (mode.loc - z) @ precision
             return -0.5 * (slope * (mode.loc - z)).sum(-1), slope
 
-    census = take_marginal_census(marginal.log_prob, mode, lambda start: mode, starts=12)
+    prior = prior_globals(marginal)
+    assert prior is not None and prior.shape == (16, 2)
+    census = take_marginal_census(marginal.log_prob, mode, lambda start: mode, prior, starts=12)
     subject = MarginalSubject(
         guide, globals_, census, draws=300, surrogate=Normals(), chains=100, rounds=2
     )
     verdict = judge_subject(subject)
     assert verdict.ess > 0.9
     assert not verdict.failed, verdict
-    assert float(subject.transitions.acceptance[0]) > 0.7
+    assert float(autocorrelation(subject.starts, subject.moved).amax()) < 0.3
