@@ -170,7 +170,7 @@ class Marginal:
         check_tensor("g", g, (self.features,))
         start = self.reference if reference is None else reference
         points = g.reshape(-1, self.features)
-        start = start.to(g).expand(*g.shape[:-1], -1).reshape(len(points), -1)
+        start = start.to(g).expand(*g.shape[:-1], -1).reshape(len(points), start.shape[-1])
         size = self.density.batch_size
         pairs = zip(points.split(size), start.split(size), strict=True)
         parts = [self.condition(few, near, steps)[:2] for few, near in pairs]

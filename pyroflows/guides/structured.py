@@ -131,6 +131,11 @@ class AutoStructuredFlow(FlowGuide):
             )
         return self._marginal
 
+    @property
+    def weighs_globals_alone(self) -> bool:
+        """Whether weights depend on the globals alone, because the locals given them are exact."""
+        return self.marginal.is_normal
+
     def start_at(self, mode: MarginalMode) -> None:
         """Starts the flow at the normal approximation of the globals at the mode of their density.
 
@@ -143,7 +148,9 @@ class AutoStructuredFlow(FlowGuide):
 
     def log_marginal(self, g: Tensor) -> Tensor:
         """The log density of globals of shape ``(n, globals)``, with the locals integrated out."""
-        return self.marginal.log_prob(g.double(), self.reference)
+        # By chunks, because a value takes the locals' mean with it.
+        chunks = [self.marginal.log_prob(few.double(), self.reference) for few in self._chunks(g)]
+        return torch.cat(chunks)
 
     def parts(self, rows: Tensor | None = None) -> Sequence[Part]:
         """The globals, and the locals given them; see :meth:`Guide.parts`."""

@@ -12,7 +12,6 @@ from torch import Tensor
 from .._deadline import TimeOver
 from ..guides.marginal_mode import MarginalMode, find_marginal_mode
 from ..guides.surrogate import PolynomialDensity
-from ..model.prediction import prior_draws
 from ..sampling.spaces import mean_and_root
 from .checks import (
     Check,
@@ -28,7 +27,7 @@ from .checks import (
     make_checks,
 )
 from .importance import ImportanceSample
-from .marginal_census import STARTS, take_marginal_census
+from .marginal_census import prior_globals, take_marginal_census
 from .marginal_subject import FlowOfGlobals, GlobalDensity, MarginalSubject
 from .subject import JUDGE_DRAWS, Subject
 from .verdict import Verdict
@@ -87,7 +86,7 @@ def _judge_parts(
     most = LARGE_DRAWS if density.features > LARGE else STRUCTURED_DRAWS
     whole = Subject(guide, density, remedy=remedy, draws=min(draws, most))
     try:
-        globals_ = _make_globals(guide, density, whole.sample, remedy)
+        globals_ = _make_globals(guide, whole.sample, remedy)
     except TimeOver:
         findings = make_checks(_paired(WHOLE, whole))
     else:
@@ -103,12 +102,13 @@ def _paired(checks: Sequence[Check], subject: Subject) -> list[tuple[Check, Subj
 
 
 def _make_globals(
-    guide: AutoStructuredFlow, density: LogDensity, sample: ImportanceSample, remedy: str
+    guide: AutoStructuredFlow, whole: ImportanceSample, remedy: str
 ) -> MarginalSubject:
-    """The globals before their judges, with the weights of the whole."""
+    """The globals before their judges."""
     entries = guide.marginal.structure.globals
-    g = sample.z[:, entries]
+    g = whole.z[:, entries]
     flow = FlowOfGlobals(guide.flow, len(entries))
+    sample = _weigh_globals(guide, g, whole)
     loc, root = mean_and_root(g.double())
     surrogate = PolynomialDensity(loc, root)
     with torch.no_grad():
@@ -117,22 +117,28 @@ def _make_globals(
     subject = MarginalSubject(
         flow,
         GlobalDensity(guide.marginal, guide.log_marginal),
-        _take_census(guide, density, mode),
+        _take_census(guide, mode),
         remedy=remedy,
         surrogate=surrogate,
     )
-    subject.sample = ImportanceSample(g, sample.log_weights)
+    subject.sample = sample
     return subject
 
 
-def _take_census(
-    guide: AutoStructuredFlow, density: LogDensity, mode: MarginalMode
-) -> Census | None:
+@torch.no_grad()
+def _weigh_globals(
+    guide: AutoStructuredFlow, g: Tensor, whole: ImportanceSample
+) -> ImportanceSample:
+    """The globals with weights of their own, which are those of the whole if the locals have none."""
+    if guide.weighs_globals_alone:
+        return ImportanceSample(g, whole.log_weights)
+    return ImportanceSample(g, guide.log_marginal(g) - guide.flow().log_prob(g))
+
+
+def _take_census(guide: AutoStructuredFlow, mode: MarginalMode) -> Census | None:
     def ascend(start: Tensor) -> MarginalMode:
         return find_marginal_mode(guide.marginal, start=start)
 
-    drawn = prior_draws(density, STARTS)
-    prior = density.unconstrain(drawn)[:, guide.marginal.structure.globals] if drawn else None
     with contextlib.suppress(TimeOver):
-        return take_marginal_census(guide.log_marginal, mode, ascend, prior)
+        return take_marginal_census(guide.log_marginal, mode, ascend, prior_globals(guide.marginal))
     return None
