@@ -26,9 +26,8 @@ POINTS = 32
 SEVERAL, SETTLED = 8, 1e-8
 # Precisions of which the values differ by no more, relative to their sizes, are the same.
 SAME = 1e-6
-# How often a step is halved before it is given up, and the fall of the log density, relative to its
-# size, that is put down to rounding.
-HALVINGS, ROUNDING = 8, 1e-9
+# How often a step is halved before it is given up.
+HALVINGS = 8
 
 
 class Conditional(NamedTuple):
@@ -39,11 +38,14 @@ class Conditional(NamedTuple):
             fails.
         mean: The mean of the locals, of shape ``(n, locals)``.
         normal: Their normal distribution about that mean.
+        gain: By how much the last step was to raise the log density, of shape ``(n,)``: unless the
+            locals are normal, it is large where they are not at their mode.
     """
 
     log_marginal: Tensor
     mean: Tensor
     normal: SparseNormal
+    gain: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
         """Draws of the locals, of shape ``(n, locals)``, made of standard normal noise."""
@@ -130,6 +132,8 @@ class Marginal:
     def is_normal(self) -> bool:
         """Whether the locals are normal given the globals: their precision is the same wherever it
         is taken."""
+        if not len(self.reference):
+            return True
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, len(self.reference), generator=generator).to(self.reference)
         g = self.initial.double().expand(2, -1)
@@ -169,7 +173,7 @@ class Marginal:
         """
         check_tensor("g", g, (self.features,))
         start = self.reference if reference is None else reference
-        points = g.reshape(-1, self.features)
+        points = g.reshape(math.prod(g.shape[:-1]), self.features)
         start = start.to(g).expand(*g.shape[:-1], -1).reshape(len(points), start.shape[-1])
         size = self.density.batch_size
         pairs = zip(points.split(size), start.split(size), strict=True)
@@ -185,12 +189,17 @@ class Marginal:
             g: Globals of shape ``(n, features)``.
             reference: Where the locals start, of shape ``(n, locals)``.
             steps: Steps of Newton's method; if ``None``, one for normal locals and eight for
-                others, or fewer if they settle. All but the last are halved as long as they lower
-                the density. Where the density is not concave, precisions are repaired.
+                others, or fewer if they settle. They are halved as long as they lower the density,
+                and the last is left out then. Where the density is not concave, precisions are
+                repaired.
 
         Returns:
             Their normal distributions, in the dtype of the globals.
         """
+        if not len(self.reference):
+            nothing = g.new_zeros(len(g), 0)
+            normal = SparseNormal(self._elimination, nothing)
+            return _conditional(self.log_joint(g, nothing), nothing, normal, g.new_zeros(len(g)))
         x = reference
         if steps is None:
             steps = 1 if self.is_normal else SEVERAL
@@ -198,13 +207,19 @@ class Marginal:
             x, gain = self._improve(g, x)
             if gain < SETTLED:
                 break
-        slope, precision = self._differentiate(g, x)[1:]
+        return self._step(g, x)
+
+    def _step(self, g: Tensor, x: Tensor) -> Conditional:
+        """The locals after a step of Newton's method, which is left out where it lowers the
+        density."""
+        before, slope, precision = self._differentiate(g, x)
         normal = SparseNormal(self._elimination, precision, repaired=True)
-        mean = x + normal.solve(slope)
-        constant = 0.5 * normal.size * math.log(2 * math.pi)
-        log_marginal = self.log_joint(g, mean) - 0.5 * normal.log_det + constant
-        usable = log_marginal.isfinite()
-        return Conditional(log_marginal.where(usable, -torch.inf), mean, normal)
+        step = normal.solve(slope)
+        value = self.log_joint(g, x + step)
+        lower = value < _least(before)
+        mean = torch.where(lower.unsqueeze(-1), x, x + step)
+        gain = (slope * step).sum(-1) / 2
+        return _conditional(torch.where(lower, before, value), mean, normal, gain)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Marginal:
         return self  # it does not change
@@ -230,7 +245,7 @@ class Marginal:
         normal = SparseNormal(self._elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1).nan_to_num(0).amax() / 2
-        least = values - ROUNDING * values.abs()
+        least = _least(values)
         length = torch.ones_like(values)
         for _ in range(HALVINGS):
             moved = x + length.unsqueeze(-1) * step
@@ -244,3 +259,15 @@ class Marginal:
         """The log density of globals and locals, of shape ``(n,)``, in the dtype of the globals."""
         with Promoting():
             return self.density.log_joint(self.join(g, x))
+
+
+def _least(values: Tensor) -> Tensor:
+    """The values from which others are told in spite of rounding."""
+    return values - torch.finfo(values.dtype).eps ** 0.6 * values.abs()
+
+
+def _conditional(value: Tensor, mean: Tensor, normal: SparseNormal, gain: Tensor) -> Conditional:
+    """The locals given globals, where the log joint density at their mean is known."""
+    log_marginal = value - 0.5 * normal.log_det + 0.5 * normal.size * math.log(2 * math.pi)
+    usable = log_marginal.isfinite()
+    return Conditional(log_marginal.where(usable, -torch.inf), mean, normal, gain)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_size
+from .._checks import check_size, check_tensor
 from .marginal import Marginal
 
 __all__ = ["MarginalMode", "find_marginal_mode"]
@@ -19,9 +19,14 @@ DISTANCE, WIDTH = 0.3, 0.3
 FLATTEST, SHARPEST = 0.05, 1e6
 # The search is over when a step would gain so little, and when all curvatures are so near one.
 GAIN, NEAR_ONE = 1e-2, 0.3
+# It stands still after so many rounds in turn that raise the density by less than that gain, leave
+# the locals further from their mode, or climb as steeply as before: to a pole.
+STILL_ROUNDS, UNSETTLED, STEEP = 3, 0.1, 1.0
 # Points of the lowest density count as so far below the best.
 DEEPEST = 1e4
 LENGTHS = 2.0 ** torch.arange(1.0, -7.0, -1.0)
+# More globals have their mixed differences on one side only, and anew after so many widths only.
+FEW, FAR = 8, 1.0
 
 
 class MarginalMode(NamedTuple):
@@ -47,10 +52,16 @@ class _Point(NamedTuple):
     loc: Tensor
     value: Tensor
     reference: Tensor
+    # Whether the locals are at their mode.
+    settled: bool
 
 
 def find_marginal_mode(
-    marginal: Marginal, starts: int = 16, rounds: int = 25, seed: int = 0
+    marginal: Marginal,
+    starts: int = 16,
+    rounds: int = 25,
+    seed: int = 0,
+    start: Tensor | None = None,
 ) -> MarginalMode:
     r"""Finds the mode of the globals with the locals integrated out.
 
@@ -58,7 +69,9 @@ def find_marginal_mode(
     has no mode worth the name; the marginal density has. Each round takes the gradient and the
     Hessian by central differences along the columns of the present root :math:`L`, renews the root,
     :math:`L \leftarrow L V |w|^{-1/2}`, and moves to the best of a series of steps. The locals
-    start from their mean at the best point so far.
+    start from their mean at the best point so far. Of more than eight globals the mixed differences
+    are taken anew only when the search has gone far. It stops early if it stands still, and reads
+    the deadline in every evaluation.
 
     Args:
         marginal: The marginal density.
@@ -66,6 +79,7 @@ def find_marginal_mode(
             taken.
         rounds: Most rounds; about six are usual.
         seed: Seed of these points.
+        start: Globals of shape ``(features,)`` to begin at in place of these points.
 
     Returns:
         The mode, or the best point if the rounds are over before.
@@ -92,26 +106,57 @@ def find_marginal_mode(
         >>> mode.loc.round(decimals=3), mode.root.square().round(decimals=3)
         (tensor([1.2000], dtype=torch.float64), tensor([[0.4000]], dtype=torch.float64))
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(check_size("starts", starts), marginal.features, generator=generator)
-    noise[0] = 0
-    first = marginal.initial.double()
-    now = _best(marginal, first + noise.to(first), marginal.reference)
-    if not now.value.isfinite():
-        raise ValueError("Expected a start near which the density is not zero; got none.")
-    root = WIDTH * torch.eye(marginal.features).to(first)
+    now = _begin(marginal, check_size("starts", starts), seed, start)
+    root = WIDTH * torch.eye(marginal.features).to(now.loc)
+    lengths = torch.cat([torch.zeros(1), LENGTHS]).to(now.loc)
+    if not marginal.features:
+        return MarginalMode(now.loc, root, now.reference, 0, now.settled)
+    known: Tensor | None = None
+    still, lowest = 0, torch.inf
     for number in range(1, check_size("rounds", rounds) + 1):
-        gradient, curvature = _differentiate(marginal, now, root)
+        mixed = known is None or _distance(root, now.loc - known) > FAR
+        gradient, curvature = _differentiate(marginal, now, root, mixed)
         eigenvalues, vectors = torch.linalg.eigh(curvature)
         widths = eigenvalues.abs().clamp(FLATTEST, SHARPEST)
         step = vectors @ ((vectors.mT @ gradient) / widths)
-        move = root @ step
+        move, decrement = root @ step, float(gradient @ step)
+        if mixed:
+            known = now.loc if eigenvalues.amin() >= FLATTEST else None
         root = _lower(root @ (vectors * widths.rsqrt()))
-        if gradient @ step < GAIN and (widths - 1).abs().amax() < NEAR_ONE:
+        near = decrement < GAIN and (widths - 1).abs().amax() < NEAR_ONE
+        if near and now.settled:
             return MarginalMode(now.loc + move, root, now.reference, number, True)
-        lengths = torch.cat([torch.zeros(1), LENGTHS]).to(first)
+        before = now
         now = _best(marginal, now.loc + lengths.unsqueeze(-1) * move, now.reference)
-    return MarginalMode(now.loc, root, now.reference, rounds, False)
+        if not now.value.isfinite():
+            return MarginalMode(before.loc, root, before.reference, number, False)
+        steep = decrement > max(STEEP, lowest / 2)
+        moving = now.settled and now.value - before.value > GAIN and not steep
+        still, lowest = 0 if moving else still + 1, min(lowest, decrement)
+        if still == STILL_ROUNDS:
+            break
+    return MarginalMode(now.loc, root, now.reference, number, False)
+
+
+def _begin(marginal: Marginal, starts: int, seed: int, start: Tensor | None) -> _Point:
+    """The best point to start from."""
+    first = marginal.initial.double()
+    if start is None:
+        noise = torch.randn(starts, len(first), generator=torch.Generator().manual_seed(seed))
+        noise[0] = 0
+        points = first + noise.to(first)
+    else:
+        points = check_tensor("start", start, (len(first),)).to(first).reshape(1, -1)
+    best = _best(marginal, points, marginal.reference)
+    if not best.value.isfinite():
+        raise ValueError("Expected a start near which the density is not zero; got none.")
+    return best
+
+
+def _distance(root: Tensor, move: Tensor) -> float:
+    """The length of a move in units of a root."""
+    units = torch.linalg.solve_triangular(root, move.unsqueeze(-1), upper=False)
+    return float(units.norm())
 
 
 def _lower(root: Tensor) -> Tensor:
@@ -124,23 +169,33 @@ def _best(marginal: Marginal, g: Tensor, reference: Tensor) -> _Point:
     """The point of the highest density."""
     values, means = marginal.evaluate(g, reference)
     best = values.argmax()
-    return _Point(g[best], values[best], means[best])
+    loc, mean = g[best], means[best]
+    settled = marginal.is_normal
+    if not settled:
+        gain = marginal.condition(loc.unsqueeze(0), mean.unsqueeze(0), steps=1).gain
+        settled = bool(gain < UNSETTLED)
+    return _Point(loc, values[best], mean, settled)
 
 
-def _differentiate(marginal: Marginal, now: _Point, root: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient and the negative Hessian in units of a root, by central differences."""
+def _differentiate(
+    marginal: Marginal, now: _Point, root: Tensor, mixed: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient and the negative Hessian in units of a root, by central differences; of more
+    than eight globals mixed ones by forward differences, or none."""
     n = len(root)
+    central = n <= FEW
     units = DISTANCE * torch.eye(n).to(root)
-    pairs = list(itertools.combinations(range(n), 2))
-    first, second = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(-1)
-    design = torch.cat([units, units[first] + units[second]])
-    points = torch.cat([0 * units[:1], design, -design])
-    values, _ = marginal.evaluate(now.loc + points @ root.mT, now.reference)
-    change = values.clamp_min(now.value - DEEPEST) - now.value
-    up, down = (change[1:] - change[0]).chunk(2)
-    gradient = (up - down)[:n] / (2 * DISTANCE)
-    bends = -(up + down) / DISTANCE**2
-    curvature = torch.diag_embed(bends[:n])
-    mixed = (bends[n:] - bends[first] - bends[second]) / 2
-    curvature[first, second] = curvature[second, first] = mixed
+    chosen = list(itertools.combinations(range(n), 2)) if mixed or central else []
+    first, second = torch.tensor(chosen, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    pairs = units[first] + units[second]
+    design = [0 * units[:1], units, -units, pairs, -pairs if central else pairs[:0]]
+    values, _ = marginal.evaluate(now.loc + torch.cat(design) @ root.mT, now.reference)
+    values = values.clamp_min(now.value - DEEPEST)
+    middle, up, down, together, opposite = values.split(list(map(len, design)))
+    gradient = (up - down) / (2 * DISTANCE)
+    curvature = torch.diag_embed((2 * middle - up - down) / DISTANCE**2)
+    corners = together - up[first] - up[second] + middle
+    if central:
+        corners = (corners + opposite - down[first] - down[second] + middle) / 2
+    curvature[first, second] = curvature[second, first] = -corners / DISTANCE**2
     return gradient, curvature

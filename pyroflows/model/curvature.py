@@ -109,23 +109,6 @@ class Holding(TorchFunctionMode):
         return result
 
 
-def in_cache(density: LogDensity) -> LogDensity:
-    """The density with so few points at once that an evaluation stays in the cache.
-
-    Args:
-        density: A log density.
-
-    Returns:
-        The same density, with a smaller ``batch_size``.
-    """
-    sizes = [
-        torch.as_tensor(node["value"]).numel()
-        for _, node in sample_nodes(density.trace(density.initial))
-    ]
-    batch_size = max(1, min(density.batch_size, ROWS_AT_ONCE // max(density.features, *sizes)))
-    return density if batch_size == density.batch_size else density.bind(batch_size=batch_size)
-
-
 def _multiply(
     density: LogDensity, points: Tensor, directions: Tensor, held: Set[str]
 ) -> tuple[Tensor, Tensor, Tensor]:

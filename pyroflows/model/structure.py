@@ -95,6 +95,7 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
 
     Globals are entries of small sites outside of plates that touch a large share of all entries, or
     half of the entries of another site; and those that touch nothing but globals, if they are few.
+    If there are none, up to 16 entries are all of them globals.
 
     Args:
         density: A log density whose data do not come from a loader.
@@ -229,7 +230,10 @@ def _find_globals(sites: list[LatentSite], edges: Tensor) -> Tensor:
     larger = (features > SITE_SIZE) & (features > 2 * features[site_of].unsqueeze(-1))
     half_of_site = (larger & (touched >= SITE_SHARE * features)).any(-1)
     is_global = candidates & (half_of_site | (touched.sum(-1) >= SHARE * (size - 1)))
-    return _with_parents(is_global, candidates & (touched.sum(-1) > 0), near, far)
+    is_global = _with_parents(is_global, candidates & (touched.sum(-1) > 0), near, far)
+    if size <= LARGEST_GLOBAL_SITE and not is_global.any():
+        return torch.ones_like(is_global)
+    return is_global
 
 
 def _with_parents(is_global: Tensor, candidates: Tensor, near: Tensor, far: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
+from pyroflows._deadline import Deadline, TimeOver
 from pyroflows.guides.marginal import Marginal
 from pyroflows.guides.marginal_mode import find_marginal_mode
 from pyroflows.model import LogDensity
@@ -229,6 +230,81 @@ def test_the_mode_where_locals_are_not_normal() -> None:
     line = mode.loc + torch.linspace(-1, 1, 21).unsqueeze(-1).double() * mode.root
     values = marginal.log_prob(line, mode.reference)
     assert abs(int(values.argmax()) - 10) <= 1
+
+
+def test_a_search_from_given_globals() -> None:
+    marginal = marginal_of(groups, torch.randn(12, 3) + torch.randn(12, 1))
+    usual = find_marginal_mode(marginal)
+    mode = find_marginal_mode(marginal, start=torch.tensor([0.5, -0.5, 0.2]))
+    assert (torch.linalg.solve(usual.root, mode.loc - usual.loc)).norm() < 0.3
+    asked = []
+    evaluate = marginal.evaluate
+    marginal.evaluate = lambda g, *rest: (asked.append(g), evaluate(g, *rest))[1]
+    find_marginal_mode(marginal, start=usual.loc, rounds=1)
+    assert torch.equal(asked[0], usual.loc.unsqueeze(0))
+
+
+class Exact:
+    """A density of globals without a model."""
+
+    is_normal = True
+    reference = torch.zeros(0).double()
+
+    def __init__(self, log_prob: Callable[[Tensor], Tensor], features: int) -> None:
+        self.log_prob, self.features, self.values = log_prob, features, 0
+        self.initial = torch.zeros(features)
+
+    def evaluate(self, g: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        self.values += len(g)
+        return self.log_prob(g), g.new_zeros(len(g), 0)
+
+
+def test_many_globals_take_few_values() -> None:
+    half = torch.randn(15, 15).double()
+    precision = torch.eye(15).double() + half @ half.mT
+    density = Exact(
+        lambda g: MultivariateNormal(torch.ones(15).double(), precision).log_prob(g), 15
+    )
+    mode = find_marginal_mode(density)
+    assert mode.found
+    torch.testing.assert_close(mode.loc, torch.ones(15).double())
+    torch.testing.assert_close(mode.root @ mode.root.mT, precision)
+    assert density.values < 600
+
+
+POLES = {
+    "pole": lambda g: -g.sub(0.3).abs().log().sum(-1),
+    "slope": lambda g: g.sum(-1).exp(),
+    "cliff": lambda g: torch.where(g.sum(-1) < 0.1, g.sum(-1), -torch.inf),
+    "rough": lambda g: -g.mul(1e6).sin().sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", POLES)
+def test_a_search_without_a_mode_ends_early(name: str) -> None:
+    mode = find_marginal_mode(Exact(POLES[name], 2))
+    assert not mode.found
+    assert mode.rounds < 15
+    assert mode.loc.isfinite().all()
+
+
+def test_a_search_reads_the_deadline() -> None:
+    marginal = marginal_of(groups, torch.randn(4, 2))
+    with Deadline(0.0).enforced(), pytest.raises(TimeOver):
+        find_marginal_mode(marginal)
+
+
+def test_locals_without_globals() -> None:
+    def model(y: Tensor) -> None:
+        with pyro.plate("columns", 17):
+            weights = pyro.sample("weights", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 17):
+            pyro.sample("y", dist.Normal(weights + weights.sum(), 1.0), obs=y)
+
+    marginal = marginal_of(model, torch.randn(17))
+    mode = find_marginal_mode(marginal)
+    assert mode.found
+    assert mode.root.shape == (0, 0)
 
 
 def test_no_start_is_told() -> None:

@@ -240,6 +240,18 @@ def test_a_model_without_plates_has_globals_only() -> None:
     assert len(structure.locals) == len(structure.block_sizes) == 0
 
 
+@pytest.mark.parametrize(("size", "count"), [(16, 16), (17, 0)])
+def test_a_few_entries_that_all_touch_each_other_are_globals(size: int, count: int) -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("columns", size):
+            weights = pyro.sample("weights", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Bernoulli(logits=x @ weights).to_event(1), obs=y)
+
+    structure, _ = structure_of(model, torch.randn(30, size), torch.ones(30))
+    assert len(structure.globals) == count
+    assert structure.dense.tolist() == [True] * (count == 0)
+
+
 def test_the_scale_of_a_global_is_one() -> None:
     def model(y: Tensor) -> None:
         width = pyro.sample("width", dist.HalfCauchy(1.0))
