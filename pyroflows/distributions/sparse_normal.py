@@ -160,6 +160,17 @@ class SparseNormal:
             noise = torch.cat([mine, noise], -1)[..., level.order]
         return noise
 
+    def pull_back(self, slope: Tensor) -> Tensor:
+        """The gradients by the noise of which :meth:`draw_centred` makes points.
+
+        Args:
+            slope: The gradients by the points, of shape ``(*, size)``.
+
+        Returns:
+            Tensor of shape ``(*, size)``.
+        """
+        return self.whiten(self.solve(slope))
+
     def log_prob(self, x: Tensor, mean: Tensor) -> Tensor:
         """The log density.
 

@@ -14,7 +14,7 @@ from ..distributions.elimination import Elimination
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import multiply_hessian, with_points_in_cache
+from ..model.curvature import Holding, multiply_hessian, with_points_in_cache
 from ..model.promotion import Promoting
 from ..model.structure import Structure
 
@@ -88,6 +88,7 @@ class Marginal:
         features: How many globals there are.
         initial: The globals at the start of the density, of shape ``(features,)``.
         reference: The locals there, in double precision.
+        elimination: The order in which the locals are eliminated.
 
     Raises:
         ValueError: If more than 2,048 locals have to be treated as a dense matrix.
@@ -120,7 +121,7 @@ class Marginal:
         self.initial = density.initial[structure.globals]
         self.reference = initial[structure.locals]
         locals_ = len(structure.locals)
-        self._elimination = Elimination(locals_, structure.local_edges)
+        self.elimination = Elimination(locals_, structure.local_edges)
         self._colouring = Colouring(locals_, structure.local_edges)
         self._directions = torch.zeros(self._colouring.count, density.features).double()
         self._directions[:, structure.locals] = self._colouring.directions
@@ -198,7 +199,7 @@ class Marginal:
         """
         if not len(self.reference):
             nothing = g.new_zeros(len(g), 0)
-            normal = SparseNormal(self._elimination, nothing)
+            normal = SparseNormal(self.elimination, nothing)
             return _conditional(self.log_joint(g, nothing), nothing, normal, g.new_zeros(len(g)))
         x = reference
         if steps is None:
@@ -213,7 +214,7 @@ class Marginal:
         """The locals after a step of Newton's method, which is left out where it lowers the
         density."""
         before, slope, precision = self._differentiate(g, x)
-        normal = SparseNormal(self._elimination, precision, repaired=True)
+        normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         value = self.log_joint(g, x + step)
         lower = value < _least(before)
@@ -230,6 +231,33 @@ class Marginal:
         w[:, self.structure.globals], w[:, self.structure.locals] = g, x
         return self.structure.coordinates.from_sums(w)
 
+    def value_and_slopes(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The log joint density and its gradients by the locals, a few points at a time.
+
+        Args:
+            g: Globals of shape ``(n, features)``.
+            x: Locals of shape ``(n, locals)``.
+
+        Returns:
+            Tensors of shape ``(n,)`` and ``(n, locals)``; not finite where the model fails.
+        """
+        size = self.density.batch_size
+        pairs = zip(g.split(size), x.split(size), strict=True)
+        parts = [self._value_and_slopes(few, near) for few, near in pairs]
+        values, slopes = map(torch.cat, zip(*parts, strict=True))
+        return values, slopes
+
+    @torch.enable_grad()
+    def _value_and_slopes(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.join(g, x).detach().requires_grad_()
+        with Promoting(), Holding(self.density.sites, self._held):
+            values = self.density.log_joint(z)
+        if not values.requires_grad:
+            return values, torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(values.sum(), z, materialize_grads=True)
+        pulled = self.structure.coordinates.pull_back(gradient)
+        return values.detach(), pulled[:, self.structure.locals]
+
     def _differentiate(self, g: Tensor, x: Tensor) -> _Derivatives:
         """The log density, its gradient by the locals, and the values of their precision."""
         inner, sums = self.structure.locals, self.structure.coordinates
@@ -242,7 +270,7 @@ class Marginal:
     def _improve(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """A step that does not lower the log density, and the most that it promises to gain."""
         values, slope, precision = self._differentiate(g, x)
-        normal = SparseNormal(self._elimination, precision, repaired=True)
+        normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1).nan_to_num(0).amax() / 2
         least = _least(values)

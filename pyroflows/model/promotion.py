@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._compat import is_mutating, tree_leaves, tree_map_only
+from .._compat import is_mutating, tree_map_only
 from .batching import written
 
 __all__ = ["Promoting"]
@@ -29,16 +30,23 @@ class Promoting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = args, kwargs or {}
-        dtypes = {leaf.dtype for leaf in tree_leaves(given) if _is_real(leaf)}
+        dtypes = {tensor.dtype for tensor in _real_tensors([*args, *given[1].values()])}
         # A tensor that is written to has to stay the same.
         if len(dtypes) > 1 and not is_mutating(func) and written(func, *given) is None:
             given = tree_map_only(Tensor, _in_double, given)
         return func(*given[0], **given[1])
 
 
-def _is_real(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+def _real_tensors(items: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors of real numbers among arguments; a walk over general trees costs more than most
+    operations."""
+    for item in items:
+        if isinstance(item, Tensor):
+            if item.is_floating_point():
+                yield item
+        elif isinstance(item, (list, tuple)):
+            yield from _real_tensors(item)
 
 
 def _in_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if _is_real(tensor) else tensor
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -123,6 +123,14 @@ def test_the_density_of_a_draw_is_that_of_its_noise(pattern: tuple[int, Tensor])
     torch.testing.assert_close(slope, torch.zeros_like(slope))
 
 
+def test_slopes_are_pulled_back_to_the_noise(pattern: tuple[int, Tensor]) -> None:
+    size, edges = pattern
+    normal = SparseNormal(Elimination(size, edges), random_values(size, edges))
+    noise, slope = torch.randn(2, 3, size).double()
+    found = (normal.pull_back(slope) * noise).sum(-1)
+    torch.testing.assert_close(found, (slope * normal.draw_centred(noise)).sum(-1))
+
+
 def test_a_chain_takes_a_logarithm_of_levels() -> None:
     size, edges = chain(1000)
     elimination = Elimination(size, edges)

@@ -1,0 +1,150 @@
+"""Gauss-Hermite nodes, and what is known of a function from its slopes there."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import check_size
+
+__all__ = ["HermiteNodes", "draw_on_grid"]
+
+# A polynomial goes through so many neighbouring nodes: one through many would be wild between them.
+WINDOW = 9
+# The spacing of the fine grid, and how far it reaches beyond the nodes.
+SPACING, BEYOND = 0.3, 1.0
+# Changes of the logarithm of a density that count as none.
+FLAT = 1e-3
+
+
+class HermiteNodes:
+    r"""The nodes of Gauss-Hermite quadrature for the standard normal distribution.
+
+    .. math:: \int f(z)\, \varphi(z)\, dz \approx \sum_k w_k f(z_k)
+
+    Functions are interpolated by polynomials through the nearest nine nodes, and slopes are
+    integrated so, from the node at zero.
+
+    Args:
+        count: How many nodes; odd, so that zero is one of them.
+
+    Attributes:
+        points: The nodes, in order, of shape ``(count,)``.
+        log_weights: The logarithms of their weights, of shape ``(count,)``.
+        integrals: Takes slopes at the nodes to values there, less the value at zero, of shape
+            ``(count, count)``.
+        grid: Equally spaced points that reach a little beyond the nodes, of shape ``(m,)``.
+        interpolation: Takes values at the nodes to values on the grid, of shape ``(m, count)``.
+
+    Raises:
+        ValueError: If ``count`` is even.
+
+    Example:
+        >>> nodes = HermiteNodes(5)
+        >>> (nodes.log_weights.exp() * nodes.points**4).sum()
+        tensor(3.0000, dtype=torch.float64)
+        >>> torch.allclose(nodes.integrals @ (3 * nodes.points**2), nodes.points**3)
+        True
+    """
+
+    def __init__(self, count: int) -> None:
+        if check_size("count", count) % 2 == 0:
+            raise ValueError(f"Expected count to be odd; got {count}.")
+        points, weights = np.polynomial.hermite_e.hermegauss(count)
+        self.count = count
+        self.points = torch.as_tensor(points)
+        self.log_weights = torch.as_tensor(np.log(weights / weights.sum()))
+        cells = math.ceil((float(self.points[-1]) + BEYOND) / SPACING)
+        self.grid = SPACING * torch.arange(-cells, cells + 1, dtype=torch.double)
+
+    @property
+    def middle(self) -> int:
+        """The number of the node at zero."""
+        return self.count // 2
+
+    @functools.cached_property
+    def integrals(self) -> Tensor:
+        nodes, weights = map(torch.as_tensor, np.polynomial.legendre.leggauss(WINDOW))
+        parts = torch.zeros(self.count, self.count, dtype=torch.double)
+        for k in range(1, self.count):
+            left, right = self.points[k - 1], self.points[k]
+            half = (right - left) / 2
+            parts[k] = half * (weights @ self._interpolate((left + right) / 2 + half * nodes))
+        sums = parts.cumsum(0)
+        return sums - sums[self.middle]
+
+    @functools.cached_property
+    def interpolation(self) -> Tensor:
+        points, grid = self.points, self.grid
+        matrix = self._interpolate(grid.clamp(points[0], points[-1]))
+        if self.count > 1:
+            # A straight line beyond the nodes.
+            spacing = points[-1] - points[-2]
+            excess = (grid.abs() - points[-1]).clamp_min(0) / spacing
+            above, below = excess.where(grid > 0, 0.0), excess.where(grid < 0, 0.0)
+            matrix[:, -1] += above
+            matrix[:, -2] -= above
+            matrix[:, 0] += below
+            matrix[:, 1] -= below
+        return matrix
+
+    def interpolate_at(self, z: Tensor) -> Tensor:
+        """Takes values at the nodes to values at points of any shape ``(*)``: a tensor of shape
+        ``(*, count)``."""
+        place = (z - float(self.grid[0])) / SPACING
+        cell = place.long().clamp(0, len(self.grid) - 2)
+        part = (place - cell).clamp(0, 1).unsqueeze(-1)
+        matrix = self.interpolation.to(z)
+        return torch.lerp(matrix[cell], matrix[cell + 1], part)
+
+    def _interpolate(self, at: Tensor) -> Tensor:
+        """Takes values at the nodes to values at points between them, of shape ``(m, count)``."""
+        width = min(WINDOW, self.count)
+        cells = torch.searchsorted(self.points, at, right=True)
+        first = (cells - (width + 1) // 2).clamp(0, self.count - width)
+        window = first.unsqueeze(-1) + torch.arange(width)
+        near = self.points[window]
+        own = torch.eye(width, dtype=torch.bool)
+        gaps = (near.unsqueeze(-1) - near.unsqueeze(-2)).masked_fill(own, 1.0)
+        apart = (at[:, None, None] - near.unsqueeze(-2)).expand(-1, width, -1)
+        basis = apart.masked_fill(own, 1.0).prod(-1) / gaps.prod(-1)
+        return torch.zeros(len(at), self.count, dtype=torch.double).scatter(1, window, basis)
+
+
+def draw_on_grid(grid: Tensor, log_density: Tensor, uniform: Tensor) -> Tensor:
+    r"""Draws from densities whose logarithms are linear between the points of a grid, by their
+    inverse distribution functions.
+
+    Args:
+        grid: Equally spaced points of shape ``(m,)``.
+        log_density: The logarithms of the densities there, up to constants, of shape ``(m, *)``.
+        uniform: Numbers between zero and one, of shape ``(*)``; the densities are broadcast to it.
+
+    Returns:
+        Tensor of shape ``(*)``, which grows with the uniform numbers.
+
+    Example:
+        >>> grid = torch.linspace(0.0, 1.0, 5)
+        >>> draw_on_grid(grid, torch.zeros(5, 2), torch.tensor([0.3, 0.9]))
+        tensor([0.3000, 0.9000])
+    """
+    log_density = log_density - log_density.amax(0)
+    density = log_density.exp()
+    growth = log_density.diff(dim=0)
+    trapezia = (density[:-1] + density[1:]) / 2
+    below = (density.diff(dim=0) / growth).where(growth.abs() > FLAT, trapezia).cumsum(0)
+    below, density, growth = (f.expand(-1, *uniform.shape) for f in (below, density, growth))
+    wanted = uniform * below[-1]
+    cell = (below < wanted).sum(0).clamp_max(len(grid) - 2)
+    before = (cell - 1).clamp_min(0).unsqueeze(0)
+    start = below.gather(0, before).squeeze(0).where(cell > 0, 0.0)
+    left = density.gather(0, cell.unsqueeze(0)).squeeze(0)
+    rate = growth.gather(0, cell.unsqueeze(0)).squeeze(0)
+    part = (wanted - start) / left.clamp_min(torch.finfo(left.dtype).tiny)
+    curved = torch.log1p((rate * part).clamp_min(-1)) / rate
+    part = curved.where(rate.abs() > FLAT, part * (1 - rate * part / 2))
+    return grid[cell] + part.clamp(0, 1) * (grid[1] - grid[0])

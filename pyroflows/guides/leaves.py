@@ -1,0 +1,282 @@
+"""The globals of a model whose locals are not normal but come in small independent blocks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..distributions.elimination import Elimination
+from ..distributions.elimination_tree import find_elimination_tree
+from ..distributions.quadrature import HermiteNodes, draw_on_grid
+from ..model.structure import Structure
+from .marginal import Conditional, Marginal
+
+__all__ = ["Leaves", "integrate_leaves", "leaves_are_small"]
+
+# Nodes along each axis, tried in turn, and the most points of all axes together.
+COUNTS, MOST_POINTS = (7, 9, 17, 33), 1100
+# The deepest block that can be integrated with the fewest nodes.
+DEEPEST = 3
+# Enough nodes if the change with more has so small a mean and standard deviation.
+MEAN, DEVIATION = 0.01, 0.02
+# Steps from a reference that is near: the integral does not need the very mode.
+STEPS = 2
+# Numbers in the arrays of slopes.
+NUMBERS_AT_ONCE = 2**22
+
+
+class Leaves:
+    r"""The log density of a model's globals, with small blocks of locals integrated by quadrature.
+
+    Given globals, locals are :math:`x = \mu + A z` with the mean and the covariance
+    :math:`A A^\top` of Laplace's approximation. The blocks are independent, so
+
+    .. math::
+
+        \log p(g) = \log p_{\text{Laplace}}(g)
+        + \sum_b \log \int e^{h_b(z_b)}\, \varphi(z_b)\, dz_b,
+        \qquad \sum_b h_b = \log p(x, g) - \log p(\mu, g) + \tfrac12 |z|^2.
+
+    One gradient of the log joint density gives the slopes of all :math:`h_b` at once, and an
+    integral along the axes their values: nothing needs to be known of the model's terms. A block is
+    integrated along its elimination tree, on the :math:`k^d` points of a grid of Gauss-Hermite
+    nodes if the tree has :math:`d` levels: one for single locals, two for pairs, and two for a
+    school with any number of classes.
+
+    Args:
+        marginal: The marginal density by Laplace's approximation.
+        count: Nodes along each axis; odd.
+        steps: Newton steps from the reference.
+
+    Attributes:
+        change: By how much more nodes change the log density: the mean and standard deviation over
+            the points at which :func:`integrate_leaves` looked; ``None`` if it did not.
+
+    Reference:
+        Liu, Pierce, "A note on Gauss-Hermite quadrature", 1994,
+        https://doi.org/10.1093/biomet/81.3.624
+    """
+
+    def __init__(self, marginal: Marginal, count: int, steps: int = STEPS) -> None:
+        self.marginal, self.steps = marginal, steps
+        self.nodes = HermiteNodes(count)
+        self.tree = find_elimination_tree(marginal.elimination)
+        self.change: tuple[float, float] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether more nodes are known to change little."""
+        if self.change is None:
+            return False
+        mean, deviation = self.change
+        return abs(mean) < MEAN and deviation < DEVIATION
+
+    def log_prob(self, g: Tensor, reference: Tensor) -> Tensor:
+        """The log density of globals.
+
+        Args:
+            g: Globals of shape ``(n, features)``.
+            reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
+
+        Returns:
+            Tensor of shape ``(n,)``; ``-inf`` where the model fails.
+        """
+        return torch.cat([part.log_marginal for part in self._integrate(g, reference)])
+
+    def sample(
+        self, g: Tensor, reference: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws the locals given globals.
+
+        Args:
+            g: Globals of shape ``(n, features)``.
+            reference: As in :meth:`log_prob`.
+            noise: Standard normal numbers of which the draws are made, of shape ``(n, locals)``, or
+                ``(m, n, locals)`` for several draws a point; fresh ones if ``None``. More draws
+                need no more evaluations of the model.
+
+        Returns:
+            The locals, of the shape of the noise, and the log density of the globals, of shape
+            ``(n,)``.
+        """
+        if noise is None:
+            noise = torch.randn(len(g), len(self.marginal.reference)).to(g)
+        several = noise.reshape(-1, *noise.shape[-2:])
+        draws, values, first = [], [], 0
+        for part in self._integrate(g, reference, len(several)):
+            last = first + len(part.log_marginal)
+            draws.append(self._draw(part, several[:, first:last]))
+            values.append(part.log_marginal)
+            first = last
+        return torch.cat(draws, 1).reshape(noise.shape), torch.cat(values)
+
+    # Integrals
+
+    @torch.no_grad()
+    def _integrate(self, g: Tensor, reference: Tensor, draws: int = 0) -> Iterator[_Integrated]:
+        """The integrals, a few points at a time."""
+        locals_ = len(self.marginal.reference)
+        per_local = self.nodes.count**self.tree.depth + draws * len(self.nodes.grid)
+        size = max(1, NUMBERS_AT_ONCE // (per_local * locals_))
+        start = reference.to(g).expand(len(g), locals_)
+        for few, near in zip(g.split(size), start.split(size), strict=True):
+            yield self._integrate_few(few, near)
+
+    def _integrate_few(self, g: Tensor, reference: Tensor) -> _Integrated:
+        conditional = self.marginal.condition(g, reference, self.steps)
+        total, slopes = self._differentiate(g, conditional)
+        heights = [self._integrate_slopes(slopes, depth) for depth in range(self.tree.depth)]
+        error = total - self._add(heights)
+        weights = self.nodes.log_weights.to(g)[:, None, None]
+        log_marginal = conditional.log_marginal
+        for depth in reversed(range(self.tree.depth)):
+            weighted = heights[depth] + weights
+            messages = torch.logsumexp(weighted, depth)
+            shares = (weighted - messages.unsqueeze(depth)).exp().mean(-1)
+            error = (shares * error).sum(depth)
+            if depth:
+                parents = self.tree.parents[depth]
+                heights[depth - 1].index_add_(-1, parents, messages)
+            else:
+                log_marginal = log_marginal + messages.sum(-1) + error
+        usable = log_marginal.isfinite()
+        return _Integrated(conditional, log_marginal.where(usable, -torch.inf), heights)
+
+    def _differentiate(self, g: Tensor, conditional: Conditional) -> tuple[Tensor, Tensor]:
+        """The height of all blocks together at the points of the grid, less that at the mean, of
+        shape ``(k, ..., k, n)``, and its slopes by the noise of the locals."""
+        depth, count = self.tree.depth, self.nodes.count
+        axes = torch.cartesian_prod(*depth * [torch.arange(count)]).reshape(-1, depth)
+        noise = self.nodes.points[axes[:, self.tree.depths]].to(g).unsqueeze(1)
+        x = conditional.mean + conditional.normal.draw_centred(noise.expand(-1, len(g), -1))
+        points = g.expand(len(x), -1, -1).flatten(0, 1)
+        values, slopes = self.marginal.value_and_slopes(points, x.flatten(0, 1))
+        # Where the model fails, its density counts as flat.
+        slopes = slopes.reshape(x.shape).nan_to_num(0, 0, 0)
+        heights = values.reshape(x.shape[:-1]) + noise.square().sum(-1) / 2
+        shape = *depth * [count], len(g)
+        slopes = conditional.normal.pull_back(slopes) + noise
+        return (heights - heights[len(x) // 2]).reshape(shape), slopes.reshape(*shape, -1)
+
+    def _integrate_slopes(self, slopes: Tensor, depth: int) -> Tensor:
+        """What locals of a depth add to the height, given their own noise and their ancestors'."""
+        below = (self.tree.depth - depth - 1) * (self.nodes.middle,)
+        own = slopes[(slice(None),) * (depth + 1) + below][..., self.tree.levels[depth]]
+        return torch.tensordot(self.nodes.integrals.to(own), own, ([1], [depth])).movedim(0, depth)
+
+    def _add(self, heights: list[Tensor]) -> Tensor:
+        """The height of all blocks together by those of the locals, of shape ``(k, ..., k, n)``."""
+        total = heights[0].sum(-1)
+        for height in heights[1:]:
+            total = total.unsqueeze(-2) + height.sum(-1)
+        return total
+
+    # Draws
+
+    @torch.no_grad()
+    def _draw(self, integrated: _Integrated, noise: Tensor) -> Tensor:
+        """Draws, each local given its ancestors, by inverse distribution functions."""
+        grid, finely = self.nodes.grid.to(noise), self.nodes.interpolation.to(noise)
+        whitened = torch.zeros_like(noise)
+        ancestors: list[Tensor] = []
+        for depth, entries in enumerate(self.tree.levels):
+            ancestors = [basis[:, :, self.tree.parents[depth]] for basis in ancestors]
+            heights = integrated.heights[depth].unsqueeze(-3)
+            for basis in ancestors:
+                heights = torch.einsum("k...mni,mnik->...mni", heights, basis)
+            log_density = (
+                torch.tensordot(finely, heights, 1) - grid.square()[:, None, None, None] / 2
+            )
+            uniform = torch.special.ndtr(noise[..., entries])
+            whitened[..., entries] = draw_on_grid(grid, log_density, uniform)
+            ancestors.append(self.nodes.interpolate_at(whitened[..., entries]))
+        usable = integrated.log_marginal.isfinite().unsqueeze(-1)
+        draws = integrated.conditional.sample(whitened)
+        return draws.where(usable, self.marginal.reference.to(noise))
+
+
+class _Integrated(NamedTuple):
+    """The locals given globals, the log density of these, and for each depth the log densities of
+    the locals against normal noise, of shape ``(k, ..., k, n, locals)``."""
+
+    conditional: Conditional
+    log_marginal: Tensor
+    heights: list[Tensor]
+
+
+def integrate_leaves(
+    marginal: Marginal, g: Tensor, reference: Tensor, steps: int = STEPS
+) -> Leaves:
+    r"""Integrates small blocks of locals with as many nodes as the model needs.
+
+    The numbers of nodes 7, 9, 17, 33 are tried in turn until the next one changes the log density
+    by less than .01 on average, with a standard deviation of less than .02.
+
+    Args:
+        marginal: The marginal density by Laplace's approximation.
+        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 50 draws of a
+            normal approximation to their posterior.
+        reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
+        steps: Newton steps from the reference.
+
+    Returns:
+        The density; not :attr:`Leaves.settled` if the most nodes do not suffice.
+
+    Raises:
+        ValueError: If the blocks are too deep.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyroflows.model import LogDensity
+        >>> from pyroflows.model.structure import find_structure
+        >>> def model(y):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("groups", 5):
+        ...         effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+        ...         pyro.sample("y", dist.Bernoulli(logits=effect), obs=y)
+        >>> density = LogDensity(model, (torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0]),))
+        >>> marginal = Marginal(density, find_structure(density))
+        >>> leaves = integrate_leaves(marginal, torch.randn(20, 1).double(), marginal.reference)
+        >>> leaves.settled, leaves.nodes.count
+        (True, 7)
+    """
+    depth = find_elimination_tree(marginal.elimination).depth
+    if not 0 < depth <= DEEPEST:
+        raise ValueError(f"Expected blocks of 1 to {DEEPEST} levels of locals; got {depth}.")
+    counts = [count for count in COUNTS if count**depth <= MOST_POINTS]
+    leaves = Leaves(marginal, counts[0], steps)
+    values = leaves.log_prob(g, reference)
+    for count in counts[1:]:
+        more = Leaves(marginal, count, steps)
+        finer = more.log_prob(g, reference)
+        leaves.change = more.change = _change(values, finer)
+        if leaves.settled:
+            break
+        leaves, values = more, finer
+    return leaves
+
+
+def leaves_are_small(structure: Structure) -> bool:
+    """Whether the blocks of a model's locals are so small that they can be integrated.
+
+    Args:
+        structure: The structure of the model.
+
+    Returns:
+        Whether there are locals, and no block has more than three levels of them.
+    """
+    elimination = Elimination(len(structure.locals), structure.local_edges)
+    return 0 < find_elimination_tree(elimination).depth <= DEEPEST
+
+
+def _change(values: Tensor, finer: Tensor) -> tuple[float, float]:
+    """The mean and standard deviation of the change where both are finite."""
+    change = finer - values
+    change = change[change.isfinite()]
+    if len(change) < 2:
+        return math.inf, math.inf
+    return float(change.mean()), float(change.std())
