@@ -105,6 +105,18 @@ class Guide:
     #: globals is known with the rest integrated out, as in :class:`AutoStructuredFlow`.
     has_marginal = False
 
+    def sample(self, n: int) -> Tensor:
+        """Draws vectors as close to the posterior as the guide can, without a graph.
+
+        Args:
+            n: How many draws.
+
+        Returns:
+            Tensor of shape ``(n, features)``; by default those of :meth:`sample_and_log_prob`.
+        """
+        with torch.no_grad():
+            return self.sample_and_log_prob(n)[0]
+
     def sample_and_log_prob(self, n: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws from the guide and scores the draws.
 

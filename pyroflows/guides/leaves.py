@@ -75,6 +75,47 @@ class Leaves:
         mean, deviation = self.change
         return abs(mean) < MEAN and deviation < DEVIATION
 
+    # As the marginal density by Laplace's approximation, so that its mode can be found.
+
+    @property
+    def features(self) -> int:
+        """How many globals there are."""
+        return self.marginal.features
+
+    @property
+    def initial(self) -> Tensor:
+        """The globals at the start of the density."""
+        return self.marginal.initial
+
+    @property
+    def reference(self) -> Tensor:
+        """The locals there."""
+        return self.marginal.reference
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether the locals are normal given the globals."""
+        return self.marginal.is_normal
+
+    def condition(self, g: Tensor, reference: Tensor, steps: int | None = None) -> Conditional:
+        """The locals given globals, by Laplace's approximation."""
+        return self.marginal.condition(g, reference, steps)
+
+    def evaluate(self, g: Tensor, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The log density of globals and the modes of the locals.
+
+        Args:
+            g: Globals of shape ``(n, features)``.
+            reference: As in :meth:`log_prob`.
+
+        Returns:
+            Tensors of shape ``(n,)`` and ``(n, locals)``.
+        """
+        start = self.reference if reference is None else reference
+        parts = list(self._integrate(g, start))
+        means = [part.conditional.mean for part in parts]
+        return torch.cat([part.log_marginal for part in parts]), torch.cat(means)
+
     def log_prob(self, g: Tensor, reference: Tensor) -> Tensor:
         """The log density of globals.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .._checks import check_size, check_tensor
-from .marginal import Marginal
+from .marginal import Conditional
 
 __all__ = ["MarginalMode", "find_marginal_mode"]
 
@@ -48,6 +48,22 @@ class MarginalMode(NamedTuple):
     found: bool
 
 
+class Integrated(Protocol):
+    """The log density of globals with the locals integrated out, whose values take their mean with
+    them, as that of :class:`pyroflows.guides.marginal.Marginal` does."""
+
+    features: int
+    initial: Tensor
+    reference: Tensor
+    is_normal: bool
+
+    def evaluate(self, g: Tensor, reference: Tensor | None = ...) -> tuple[Tensor, Tensor]:
+        """The log density and the means of the locals."""
+
+    def condition(self, g: Tensor, reference: Tensor, steps: int | None = ...) -> Conditional:
+        """The locals given globals."""
+
+
 class _Point(NamedTuple):
     loc: Tensor
     value: Tensor
@@ -57,11 +73,12 @@ class _Point(NamedTuple):
 
 
 def find_marginal_mode(
-    marginal: Marginal,
+    marginal: Integrated,
     starts: int = 16,
     rounds: int = 25,
     seed: int = 0,
     start: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> MarginalMode:
     r"""Finds the mode of the globals with the locals integrated out.
 
@@ -80,6 +97,8 @@ def find_marginal_mode(
         rounds: Most rounds; about six are usual.
         seed: Seed of these points.
         start: Globals of shape ``(features,)`` to begin at in place of these points.
+        reference: Where the locals begin, of shape ``(locals,)``; where the density does if
+            ``None``.
 
     Returns:
         The mode, or the best point if the rounds are over before.
@@ -106,7 +125,10 @@ def find_marginal_mode(
         >>> mode.loc.round(decimals=3), mode.root.square().round(decimals=3)
         (tensor([1.2000], dtype=torch.float64), tensor([[0.4000]], dtype=torch.float64))
     """
-    now = _begin(marginal, check_size("starts", starts), seed, start)
+    first = _first_points(marginal, check_size("starts", starts), seed, start)
+    now = _best(marginal, first, marginal.reference if reference is None else reference)
+    if not now.value.isfinite():
+        raise ValueError("Expected a start near which the density is not zero; got none.")
     root = WIDTH * torch.eye(marginal.features).to(now.loc)
     lengths = torch.cat([torch.zeros(1), LENGTHS]).to(now.loc)
     if not marginal.features:
@@ -138,19 +160,14 @@ def find_marginal_mode(
     return MarginalMode(now.loc, root, now.reference, number, False)
 
 
-def _begin(marginal: Marginal, starts: int, seed: int, start: Tensor | None) -> _Point:
-    """The best point to start from."""
+def _first_points(marginal: Integrated, starts: int, seed: int, start: Tensor | None) -> Tensor:
+    """The points of which the best is taken to start from."""
     first = marginal.initial.double()
-    if start is None:
-        noise = torch.randn(starts, len(first), generator=torch.Generator().manual_seed(seed))
-        noise[0] = 0
-        points = first + noise.to(first)
-    else:
-        points = check_tensor("start", start, (len(first),)).to(first).reshape(1, -1)
-    best = _best(marginal, points, marginal.reference)
-    if not best.value.isfinite():
-        raise ValueError("Expected a start near which the density is not zero; got none.")
-    return best
+    if start is not None:
+        return check_tensor("start", start, (len(first),)).to(first).reshape(1, -1)
+    noise = torch.randn(starts, len(first), generator=torch.Generator().manual_seed(seed))
+    noise[0] = 0
+    return first + noise.to(first)
 
 
 def _distance(root: Tensor, move: Tensor) -> float:
@@ -165,7 +182,7 @@ def _lower(root: Tensor) -> Tensor:
     return upper.mT * upper.diagonal().sign()
 
 
-def _best(marginal: Marginal, g: Tensor, reference: Tensor) -> _Point:
+def _best(marginal: Integrated, g: Tensor, reference: Tensor) -> _Point:
     """The point of the highest density."""
     values, means = marginal.evaluate(g, reference)
     best = values.argmax()
@@ -178,7 +195,7 @@ def _best(marginal: Marginal, g: Tensor, reference: Tensor) -> _Point:
 
 
 def _differentiate(
-    marginal: Marginal, now: _Point, root: Tensor, mixed: bool
+    marginal: Integrated, now: _Point, root: Tensor, mixed: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradient and the negative Hessian in units of a root, by central differences; of more
     than eight globals mixed ones by forward differences, or none."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from .._checks import check_batch_shape
+from .._random import forked
 from .._spec import build, describe
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
@@ -21,12 +22,15 @@ from ..transforms import Elementwise, Transform
 from ..univariate import SumOfSquares
 from .auto import FlowGuide
 from .guide import Part
+from .leaves import Leaves, integrate_leaves, leaves_are_small
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 
 __all__ = ["AutoStructuredFlow"]
 
 TRANSFORMS, WIDTH = 4, 32
+# Draws of the globals at which numbers of nodes are compared.
+COMPARED = 50
 
 
 class AutoStructuredFlow(FlowGuide):
@@ -38,8 +42,9 @@ class AutoStructuredFlow(FlowGuide):
     of groups; locals :math:`x` are all others. Which is which, and which locals touch which, is
     found from the second derivatives of the log density. The mean and the precision of the locals
     are those of a step of Newton's method at the globals: exact if the locals are normal given
-    them, whatever the globals' distribution, and else Laplace's approximation. Nothing about the
-    locals is trained, and time and memory are linear in their number.
+    them, whatever the globals' distribution, and else Laplace's approximation, which
+    :meth:`integrate_leaves` corrects. Nothing about the locals is trained, and time and memory are
+    linear in their number.
 
     In an SVI the flow is trained. The gradient runs through the globals alone, at fixed locals,
 
@@ -93,6 +98,7 @@ class AutoStructuredFlow(FlowGuide):
         # In a tuple, because a model that is a module is no part of the guide.
         self._given = (model, init_loc_fn)
         self._marginal: Marginal | None = None
+        self._leaves: Leaves | None = None
 
     @classmethod
     def of(cls, marginal: Marginal, flow: Callable[[int], Any] | None = None) -> AutoStructuredFlow:
@@ -117,6 +123,7 @@ class AutoStructuredFlow(FlowGuide):
             self._marginal = Marginal(density, find_structure(density))
         self.flow = self._whitened_flow(self._marginal.initial)
         self.register_buffer("reference", self._marginal.reference.clone())
+        self.register_buffer("nodes", torch.zeros((), dtype=torch.long))
 
     # The parts
 
@@ -132,9 +139,20 @@ class AutoStructuredFlow(FlowGuide):
         return self._marginal
 
     @property
+    def leaves(self) -> Leaves | None:
+        """The same, with small blocks of locals integrated by quadrature; ``None`` before
+        :meth:`integrate_leaves`."""
+        count = int(self.nodes)
+        if not count:
+            return None
+        if self._leaves is None or self._leaves.nodes.count != count:
+            self._leaves = Leaves(self.marginal, count)
+        return self._leaves
+
+    @property
     def weighs_globals_alone(self) -> bool:
         """Whether weights depend on the globals alone, because the locals given them are exact."""
-        return self.marginal.is_normal
+        return self.marginal.is_normal or self.leaves is not None
 
     def start_at(self, mode: MarginalMode) -> None:
         """Starts the flow at the normal approximation of the globals at the mode of their density.
@@ -146,8 +164,30 @@ class AutoStructuredFlow(FlowGuide):
         self.flow.whiten(mode.loc.to(loc), mode.root.to(loc))
         self.reference.copy_(mode.reference)
 
+    def integrate_leaves(self) -> Leaves | None:
+        """Integrates the locals by quadrature from now on, if they are not normal given the globals
+        and come in small independent blocks.
+
+        The numbers of nodes are compared at draws of the flow.
+
+        Returns:
+            The log density of the globals, or ``None`` if that cannot be done or need not be.
+        """
+        marginal = self.marginal
+        if not marginal.structure.locals.numel() or marginal.is_normal:
+            return None
+        if not leaves_are_small(marginal.structure):
+            return None
+        with torch.no_grad(), forked(0):
+            g = self.flow().sample((COMPARED,)).double()
+        self._leaves = integrate_leaves(marginal, g, self.reference)
+        self.nodes.fill_(self._leaves.nodes.count)
+        return self._leaves
+
     def log_marginal(self, g: Tensor) -> Tensor:
         """The log density of globals of shape ``(n, globals)``, with the locals integrated out."""
+        if self.leaves is not None:
+            return self.leaves.log_prob(g.double(), self.reference)
         # By chunks, because a value takes the locals' mean with it.
         chunks = [self.marginal.log_prob(few.double(), self.reference) for few in self._chunks(g)]
         return torch.cat(chunks)
@@ -184,20 +224,32 @@ class AutoStructuredFlow(FlowGuide):
         g = z[..., self.marginal.structure.globals]
         return self.flow().log_prob(g) + self._local_log_prob(z)
 
+    def sample(self, n: int) -> Tensor:
+        """Draws vectors, whose locals are exact where they are integrated; see
+        :meth:`Guide.sample`."""
+        return self.sample_and_weigh(self.marginal.density, n)[0]
+
     @torch.no_grad()
     def sample_and_weigh(self, density: LogDensity, n: int) -> tuple[Tensor, Tensor]:
         """Draws vectors and weighs them; see :meth:`Guide.sample_and_weigh`.
 
-        Sums over many rows keep their digits, because all but the flow is in double precision.
+        Locals that are integrated are drawn from their distribution given the globals, and the
+        weights are those of the globals. Sums over many rows keep their digits, because all but the
+        flow is in double precision.
         """
         g, log_q = self.flow().rsample_and_log_prob((n,))
-        draws, log_weights = [], []
-        for few, log_prob in zip(self._chunks(g), self._chunks(log_q), strict=True):
-            x, log_local = self._draw(few)
-            log_joint = self.marginal.log_joint(few.double(), x)
-            log_weights.append(log_joint - log_local - log_prob.double())
-            draws.append(self.marginal.join(few.double(), x).to(g))
-        return torch.cat(draws), torch.cat(log_weights)
+        pairs = [self._draw_and_score(few.double()) for few in self._chunks(g)]
+        draws, log_weights = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        return draws.to(g), log_weights - log_q.double()
+
+    def _draw_and_score(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors whose locals are drawn given globals, and the log of the density of the vectors
+        over that of the locals."""
+        if self.leaves is not None:
+            x, log_marginal = self.leaves.sample(g, self.reference)
+            return self.marginal.join(g, x), log_marginal
+        x, log_prob = self._draw(g)
+        return self.marginal.join(g, x), self.marginal.log_joint(g, x) - log_prob
 
     def _complete(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors whose locals are drawn given globals of shape ``(n, globals)``, and the log
@@ -248,7 +300,7 @@ class AutoStructuredFlow(FlowGuide):
     # Copying
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_marginal": None, "_given": None}
+        return {**super().__getstate__(), "_marginal": None, "_leaves": None, "_given": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoStructuredFlow:
         new: Any = super().__deepcopy__(memo)

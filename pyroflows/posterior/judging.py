@@ -137,7 +137,8 @@ def _weigh_globals(
 
 def _take_census(guide: AutoStructuredFlow, mode: MarginalMode) -> Census | None:
     def ascend(start: Tensor) -> MarginalMode:
-        return find_marginal_mode(guide.marginal, start=start)
+        integrated = guide.leaves or guide.marginal
+        return find_marginal_mode(integrated, start=start, reference=guide.reference)
 
     with contextlib.suppress(TimeOver):
         return take_marginal_census(guide.log_marginal, mode, ascend, prior_globals(guide.marginal))

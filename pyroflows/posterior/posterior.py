@@ -205,7 +205,7 @@ class Posterior:
     @torch.no_grad()
     def _sample_corrected(self, n: int) -> Tensor:
         if not self.corrects:
-            return self.guide.sample_and_log_prob(n)[0]
+            return self.guide.sample(n)
         sample = self.propose(max(CANDIDATES * n, LEAST_CANDIDATES))
         return resample(sample.z, sample.weights, n)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..guides import AutoStructuredFlow
 from ..guides.marginal import Marginal
-from ..guides.marginal_mode import find_marginal_mode
+from ..guides.marginal_mode import MarginalMode, find_marginal_mode
 from ..guides.surrogate import PolynomialDensity
 from ..model.density import LogDensity
 from ..model.sites import sample_nodes
@@ -16,6 +17,9 @@ from ..model.structure import Structure, find_structure
 from ..train.marginal import MarginalFit
 from ..train.objectives import PathELBO
 from ..train.training import PARTICLES, STEP_SIZE, WHITENING_STEP_SIZE
+from .census import find_flat_direction
+from .gaussian import Gaussian
+from .marginal_census import DISTANCES
 
 if TYPE_CHECKING:
     from .ladder import Climb
@@ -57,13 +61,23 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
         ValueError: If the globals have no mode.
     """
     mode = find_marginal_mode(guide.marginal)
-    if not mode.found:
+    guide.start_at(mode)
+    leaves = guide.integrate_leaves()
+    if leaves is not None:
+        mode = find_marginal_mode(leaves, start=mode.loc, reference=mode.reference)
+        guide.start_at(mode)
+    if not mode.found and not _is_flat(guide, mode):
         raise ValueError(
             "Expected globals whose density has a mode, with the locals integrated out; the search "
             f"found none in {mode.rounds} rounds."
         )
-    guide.start_at(mode)
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
+
+
+def _is_flat(guide: AutoStructuredFlow, mode: MarginalMode) -> bool:
+    """Whether there is no mode because the density does not fall off, which a verdict tells."""
+    fit = Gaussian(mode.loc, mode.root, math.nan)
+    return find_flat_direction(guide.log_marginal, fit, DISTANCES) is not None
 
 
 def train_structured(climb: Climb, guide: AutoStructuredFlow, steps: int) -> int:
