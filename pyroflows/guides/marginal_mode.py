@@ -52,10 +52,14 @@ class Integrated(Protocol):
     """The log density of globals with the locals integrated out, whose values take their mean with
     them, as that of :class:`pyroflows.guides.marginal.Marginal` does."""
 
-    features: int
-    initial: Tensor
-    reference: Tensor
-    is_normal: bool
+    @property
+    def features(self) -> int: ...
+    @property
+    def initial(self) -> Tensor: ...
+    @property
+    def reference(self) -> Tensor: ...
+    @property
+    def is_normal(self) -> bool: ...
 
     def evaluate(self, g: Tensor, reference: Tensor | None = ...) -> tuple[Tensor, Tensor]:
         """The log density and the means of the locals."""

@@ -185,12 +185,15 @@ class AutoStructuredFlow(FlowGuide):
         return self._leaves
 
     def log_marginal(self, g: Tensor) -> Tensor:
-        """The log density of globals of shape ``(n, globals)``, with the locals integrated out."""
+        """The log density of globals of shape ``(*, globals)``, with the locals integrated out."""
+        points = g.reshape(-1, g.shape[-1]).double()
         if self.leaves is not None:
-            return self.leaves.log_prob(g.double(), self.reference)
-        # By chunks, because a value takes the locals' mean with it.
-        chunks = [self.marginal.log_prob(few.double(), self.reference) for few in self._chunks(g)]
-        return torch.cat(chunks)
+            values = self.leaves.log_prob(points, self.reference)
+        else:
+            # By chunks, because a value takes the locals' mean with it.
+            chunks = [self.marginal.log_prob(few, self.reference) for few in self._chunks(points)]
+            values = torch.cat(chunks)
+        return values.reshape(g.shape[:-1])
 
     def parts(self, rows: Tensor | None = None) -> Sequence[Part]:
         """The globals, and the locals given them; see :meth:`Guide.parts`."""
