@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from .._compat import is_mutating, tree_leaves, tree_map_only
 from .batching import written
 
-__all__ = ["Promoting"]
+__all__ = ["Promoting", "in_double"]
 
 
 class Promoting(TorchFunctionMode):
@@ -32,7 +32,7 @@ class Promoting(TorchFunctionMode):
         dtypes = {leaf.dtype for leaf in tree_leaves(given) if _is_real(leaf)}
         # A tensor that is written to has to stay the same.
         if len(dtypes) > 1 and not is_mutating(func) and written(func, *given) is None:
-            given = tree_map_only(Tensor, _in_double, given)
+            given = tree_map_only(Tensor, in_double, given)
         return func(*given[0], **given[1])
 
 
@@ -40,5 +40,6 @@ def _is_real(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _in_double(tensor: Tensor) -> Tensor:
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in double precision; itself if it holds no real numbers."""
     return tensor.double() if _is_real(tensor) else tensor
