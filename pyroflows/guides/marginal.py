@@ -16,12 +16,15 @@ from ..model import LogDensity
 from ..model.colouring import Colouring
 from ..model.curvature import multiply_hessian, points_in_cache
 from ..model.double import DoubleDensity
+from ..model.rows import RowHessian, find_row_hessian
 from ..model.structure import Structure
 
 __all__ = ["Conditional", "Marginal"]
 
 # The most points at once; a captured graph of so many takes no fewer, so there is one of few.
 MANY, FEW = 32, 8
+# From so many products on, fewer are looked for.
+MANY_COLOURS = 6
 # Steps for locals that are not normal; they have settled when a step gains no more.
 SEVERAL, SETTLED = 8, 1e-8
 # Precisions of which the values differ by no more, relative to their sizes, are the same; by no
@@ -79,7 +82,8 @@ class Marginal:
     If the locals are normal given the globals, one step from anywhere is exact; else several steps
     give Laplace's approximation. The cost is linear in the number of locals: :math:`H` is read from
     its products with few vectors, and has a sparse factor. Locals are in the coordinates of the
-    structure, in which a chain that is written by its increments has its states.
+    structure, in which a chain that is written by its increments has its states. Of crossed factors
+    :math:`H` is read by the rows of data, see :class:`pyroflows.model.rows.RowHessian`.
 
     Args:
         density: A log density whose data do not come from a loader.
@@ -130,6 +134,16 @@ class Marginal:
         outside = (self._directions == 0).all(0).split([site.features for site in density.sites])
         pairs = zip(density.sites, outside, strict=True)
         self._held = {site.name for site, entries in pairs if entries.all()}
+        self._rows = self._find_rows()
+
+    def _find_rows(self) -> RowHessian | None:
+        """What reads precisions with fewer products, if there is much to save."""
+        structure = self.structure
+        if self._colouring.count < MANY_COLOURS or structure.coordinates.chains:
+            return None
+        edges = structure.local_edges
+        rows = find_row_hessian(self._of_few, structure.locals, edges, self._held)
+        return rows if rows is not None and 2 * rows.count < self._colouring.count else None
 
     @property
     def is_normal(self) -> bool:
@@ -241,9 +255,12 @@ class Marginal:
     def _differentiate(self, g: Tensor, x: Tensor) -> _Derivatives:
         """The log density, its gradient by the locals, and the values of their precision."""
         inner, sums = self.structure.locals, self.structure.coordinates
+        density, points = self._of_so_many(len(g)), self.join(g, x)
+        if self._rows is not None:
+            read = self._rows.read(density, points)
+            return _Derivatives(read.values, read.gradients[:, inner], -read.entries)
         directions = sums.from_sums(self._directions)
-        density = self._of_so_many(len(g))
-        found = multiply_hessian(density, self.join(g, x), directions, self._held)
+        found = multiply_hessian(density, points, directions, self._held)
         slope = sums.pull_back(found.gradients)[:, inner]
         products = sums.pull_back(found.products)[..., inner]
         return _Derivatives(found.values, slope, -self._colouring.read(products))

@@ -111,10 +111,12 @@ class Holding(TorchFunctionMode):
 def _multiply(
     density: DoubleDensity, points: Tensor, directions: Tensor, held: Set[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # A graph that is made later would record what is done to its operations.
+    program = density.values
     with torch.enable_grad():
         points = points.detach().requires_grad_()
         with Holding(density.sites, held):
-            values = density.log_joint(points)
+            (values,) = program(points)
         gradients = _differentiate(values.sum(), points, twice=True)
         totals = [(gradients @ direction).sum() for direction in directions]
         products = [_differentiate(total, points) for total in totals]

@@ -44,7 +44,7 @@ class DoubleDensity(LogDensity):
     def __init__(self, density: LogDensity, batch_size: int) -> None:
         density._check_not_streamed("double precision")
         self.__dict__.update(density.__dict__)
-        for made in ("_program", "_values"):
+        for made in ("_program", "values"):
             self.__dict__.pop(made, None)
         self.batch_size = check_size("batch_size", batch_size)
         if not isinstance(density, DoubleDensity):
@@ -57,11 +57,16 @@ class DoubleDensity(LogDensity):
     def log_joint(self, z: Tensor) -> Tensor:
         check_tensor("z", z, (self.features,))
         points = z.reshape(-1, self.features)
-        return self._values(points)[0].reshape(z.shape[:-1]) if len(points) else z.sum(-1)
+        return self.values(points)[0].reshape(z.shape[:-1]) if len(points) else z.sum(-1)
 
     @functools.cached_property
-    def _values(self) -> Program:
+    def values(self) -> Program:
+        """The log density as a program, which gives a tuple of one tensor of values."""
         return self._evaluator.make_values(self.inputs, self.batch_size)
+
+    @property
+    def mode(self) -> str:
+        return self.values.way.mode
 
     @functools.cached_property
     def _program(self) -> Program:  # type: ignore[override]
