@@ -14,18 +14,22 @@ from ..distributions.elimination import Elimination
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import Holding, multiply_hessian, with_points_in_cache
-from ..model.promotion import Promoting
+from ..model.curvature import Holding, multiply_hessian, points_in_cache
+from ..model.double import DoubleDensity
+from ..model.rows import RowHessian, find_row_hessian
 from ..model.structure import Structure
 
 __all__ = ["Conditional", "Marginal"]
 
-# The most points at once: a captured graph takes no fewer.
-POINTS = 32
+# The most points at once; a captured graph of so many takes no fewer, so there is one of few.
+MANY, FEW = 32, 8
+# From so many products on, fewer are looked for.
+MANY_COLOURS = 6
 # Steps for locals that are not normal; they have settled when a step gains no more.
 SEVERAL, SETTLED = 8, 1e-8
-# Precisions of which the values differ by no more, relative to their sizes, are the same.
-SAME = 1e-6
+# Precisions of which the values differ by no more, relative to their sizes, are the same; by no
+# more than the second, they do not even come of a model that rounds.
+SAME, EXACTLY = 1e-6, 1e-10
 # How often a step is halved before it is given up.
 HALVINGS = 8
 
@@ -78,7 +82,8 @@ class Marginal:
     If the locals are normal given the globals, one step from anywhere is exact; else several steps
     give Laplace's approximation. The cost is linear in the number of locals: :math:`H` is read from
     its products with few vectors, and has a sparse factor. Locals are in the coordinates of the
-    structure, in which a chain that is written by its increments has its states.
+    structure, in which a chain that is written by its increments has its states. Of crossed factors
+    :math:`H` is read by the rows of data, see :class:`pyroflows.model.rows.RowHessian`.
 
     Args:
         density: A log density whose data do not come from a loader.
@@ -115,7 +120,9 @@ class Marginal:
     """
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
-        self.density, self.structure = with_points_in_cache(density, POINTS), structure
+        self.density = DoubleDensity(density, points_in_cache(density, MANY))
+        self._of_few = DoubleDensity(self.density, min(FEW, self.density.batch_size))
+        self.structure = structure
         self.features = len(structure.globals)
         initial = structure.coordinates.to_sums(density.initial.double())
         self.initial = density.initial[structure.globals]
@@ -128,19 +135,35 @@ class Marginal:
         outside = (self._directions == 0).all(0).split([site.features for site in density.sites])
         pairs = zip(density.sites, outside, strict=True)
         self._held = {site.name for site, entries in pairs if entries.all()}
+        self._rows = self._find_rows()
 
-    @functools.cached_property
+    def _find_rows(self) -> RowHessian | None:
+        """What reads precisions with fewer products, if there is much to save."""
+        structure = self.structure
+        if self._colouring.count < MANY_COLOURS or structure.coordinates.chains:
+            return None
+        edges = structure.local_edges
+        rows = find_row_hessian(self._of_few, structure.locals, edges, self._held)
+        return rows if rows is not None and 2 * rows.count < self._colouring.count else None
+
+    @property
     def is_normal(self) -> bool:
         """Whether the locals are normal given the globals: their precision is the same wherever it
         is taken."""
+        return self._bend < SAME
+
+    @functools.cached_property
+    def _bend(self) -> float:
+        """By how much the precision of the locals differs between two places, relative to its
+        size."""
         if not len(self.reference):
-            return True
+            return 0.0
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, len(self.reference), generator=generator).to(self.reference)
         g = self.initial.double().expand(2, -1)
         one, other = self._differentiate(g, self.reference + noise).precision
-        scale = SAME * one.abs().mean().nan_to_num(0)
-        return torch.allclose(one, other, rtol=SAME, atol=float(scale))
+        sizes = one.abs() + one.abs().mean()
+        return float(((one - other).abs() / sizes).amax().nan_to_num(torch.inf))
 
     def log_prob(
         self, g: Tensor, reference: Tensor | None = None, steps: int | None = None
@@ -175,11 +198,11 @@ class Marginal:
         check_tensor("g", g, (self.features,))
         start = self.reference if reference is None else reference
         points = g.reshape(math.prod(g.shape[:-1]), self.features)
-        start = start.to(g).expand(*g.shape[:-1], -1).reshape(len(points), start.shape[-1])
+        start = start.expand(*g.shape[:-1], -1).reshape(len(points), start.shape[-1])
         size = self.density.batch_size
         pairs = zip(points.split(size), start.split(size), strict=True)
         parts = [self.condition(few, near, steps)[:2] for few, near in pairs]
-        values, means = map(torch.cat, zip(*parts, strict=True))
+        values, means = (torch.cat(part).to(g) for part in zip(*parts, strict=True))
         return values.reshape(g.shape[:-1]), means.reshape(*g.shape[:-1], means.shape[-1])
 
     @torch.no_grad()
@@ -195,13 +218,13 @@ class Marginal:
                 repaired.
 
         Returns:
-            Their normal distributions, in the dtype of the globals.
+            Their normal distributions, in double precision.
         """
+        g, x = g.double(), reference.double()
         if not len(self.reference):
             nothing = g.new_zeros(len(g), 0)
             normal = SparseNormal(self.elimination, nothing)
             return _conditional(self.log_joint(g, nothing), nothing, normal, g.new_zeros(len(g)))
-        x = reference
         if steps is None:
             steps = 1 if self.is_normal else SEVERAL
         for _ in range(check_size("steps", steps) - 1):
@@ -216,10 +239,12 @@ class Marginal:
         before, slope, precision = self._differentiate(g, x)
         normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
+        gain = (slope * step).sum(-1) / 2
+        if self._bend < EXACTLY:  # the log density is a parabola
+            return _conditional(before + gain, x + step, normal, gain)
         value = self.log_joint(g, x + step)
         lower = value < _least(before)
         mean = torch.where(lower.unsqueeze(-1), x, x + step)
-        gain = (slope * step).sum(-1) / 2
         return _conditional(torch.where(lower, before, value), mean, normal, gain)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Marginal:
@@ -250,8 +275,9 @@ class Marginal:
     @torch.enable_grad()
     def _value_and_slopes(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.join(g, x).detach().requires_grad_()
-        with Promoting(), Holding(self.density.sites, self._held):
-            values = self.density.log_joint(z)
+        density = self._of_so_many(len(g))
+        with Holding(density.sites, self._held):
+            values = density.log_joint(z)
         if not values.requires_grad:
             return values, torch.zeros_like(x)
         (gradient,) = torch.autograd.grad(values.sum(), z, materialize_grads=True)
@@ -261,8 +287,12 @@ class Marginal:
     def _differentiate(self, g: Tensor, x: Tensor) -> _Derivatives:
         """The log density, its gradient by the locals, and the values of their precision."""
         inner, sums = self.structure.locals, self.structure.coordinates
-        directions = sums.from_sums(self._directions.to(g))
-        found = multiply_hessian(self.density, self.join(g, x), directions, self._held)
+        density, points = self._of_so_many(len(g)), self.join(g, x)
+        if self._rows is not None:
+            read = self._rows.read(density, points)
+            return _Derivatives(read.values, read.gradients[:, inner], -read.entries)
+        directions = sums.from_sums(self._directions)
+        found = multiply_hessian(density, points, directions, self._held)
         slope = sums.pull_back(found.gradients)[:, inner]
         products = sums.pull_back(found.products)[..., inner]
         return _Derivatives(found.values, slope, -self._colouring.read(products))
@@ -284,9 +314,12 @@ class Marginal:
         return moved.where(good.unsqueeze(-1), x), gain
 
     def log_joint(self, g: Tensor, x: Tensor) -> Tensor:
-        """The log density of globals and locals, of shape ``(n,)``, in the dtype of the globals."""
-        with Promoting():
-            return self.density.log_joint(self.join(g, x))
+        """The log density of globals and locals, of shape ``(n,)``, in double precision."""
+        return self._of_so_many(len(g)).log_joint(self.join(g, x))
+
+    def _of_so_many(self, points: int) -> DoubleDensity:
+        """The density that wastes least on so many points."""
+        return self._of_few if points <= self._of_few.batch_size else self.density
 
 
 def _least(values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .._spec import build, describe
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
 from ..model.start import init_to_median
-from ..model.structure import find_structure
+from ..model.structure import Structure, find_structure
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
 from ..univariate import SumOfSquares
@@ -101,16 +101,21 @@ class AutoStructuredFlow(FlowGuide):
         self._leaves: Leaves | None = None
 
     @classmethod
-    def of(cls, marginal: Marginal, flow: Callable[[int], Any] | None = None) -> AutoStructuredFlow:
-        """Makes the guide of a model whose structure is known.
+    def of(
+        cls,
+        density: LogDensity,
+        structure: Structure | None = None,
+        flow: Callable[[int], Any] | None = None,
+    ) -> AutoStructuredFlow:
+        """Makes the guide of a model whose log density is known.
 
         Args:
-            marginal: The marginal density of the globals.
+            density: The log density.
+            structure: Its structure; found if ``None``.
             flow: As in the constructor.
         """
-        density = marginal.density
         guide = cls(density.continuous_model, flow, density.init_loc_fn)
-        guide._marginal = marginal
+        guide._marginal = Marginal(density, structure or find_structure(density))
         density.introduce(guide)
         return guide
 
@@ -297,8 +302,7 @@ class AutoStructuredFlow(FlowGuide):
     @classmethod
     def make(cls, spec: Mapping[str, Any], density: LogDensity) -> AutoStructuredFlow:
         """Makes the guide of a spec."""
-        marginal = Marginal(density, find_structure(density))
-        return cls.of(marginal, lambda features: build(spec["flow"]))
+        return cls.of(density, flow=lambda features: build(spec["flow"]))
 
     # Copying
 

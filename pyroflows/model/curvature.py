@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .density import LogDensity
-from .promotion import Promoting
+from .double import DoubleDensity
 from .sites import LatentSite, sample_nodes
 
-__all__ = ["Products", "multiply_hessian", "with_points_in_cache"]
+__all__ = ["Products", "multiply_hessian", "points_in_cache"]
 
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
@@ -36,18 +36,18 @@ class Products(NamedTuple):
 
 
 def multiply_hessian(
-    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
+    density: DoubleDensity, points: Tensor, directions: Tensor, held: Set[str] = frozenset()
 ) -> Products:
     r"""Multiplies the second derivatives of a log density at every point by the same vectors.
 
     .. math:: \nabla^2 \log p(z)\, v = \nabla_z \bigl(\nabla \log p(z)^\top v\bigr)
 
-    A product costs about as much as a gradient. The dtype is that of the points; in double
-    precision a zero among the second derivatives is told from a small number.
+    A product costs about as much as a gradient. In double precision a zero among the second
+    derivatives is told from a small number.
 
     Args:
-        density: A log density whose data do not come from a loader.
-        points: Points of shape ``(n, features)``.
+        density: A log density in double precision.
+        points: Points of shape ``(n, features)``, in double precision.
         directions: Vectors of shape ``(k, features)``.
         held: Names of sites that are taken for constants, which saves most of the time if rows of
             data share them. Their entries of the results are of no use.
@@ -58,30 +58,29 @@ def multiply_hessian(
     Example:
         >>> import pyro, pyro.distributions as dist
         >>> def model():
-        ...     pyro.sample("x", dist.Normal(0.0, 0.5).expand([2]).to_event(1))
-        >>> multiply_hessian(LogDensity(model), torch.zeros(1, 2), torch.eye(2)[:1]).products
-        tensor([[[-4., 0.]]])
+        ...     pyro.sample("x", dist.Normal(0.0, 0.5))
+        >>> density, one = DoubleDensity(LogDensity(model), 1), torch.ones(1, 1).double()
+        >>> multiply_hessian(density, one, one).products
+        tensor([[[-4.]]], dtype=torch.float64)
     """
     pieces = points.split(density.batch_size)
     parts = [_multiply(density, piece, directions, held) for piece in pieces]
     return Products(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def with_points_in_cache(density: LogDensity, most: int | None = None) -> LogDensity:
-    """The density with so few points at once that an evaluation stays in the cache.
+def points_in_cache(density: LogDensity, most: int) -> int:
+    """How many points at once keep an evaluation in the cache.
 
     Args:
         density: A log density.
-        most: The most points at once; as many as the density's if ``None``.
+        most: The most points.
 
     Returns:
-        The same density, with another ``batch_size``.
+        A number from one to ``most``.
     """
     nodes = sample_nodes(density.trace(density.initial))
     sizes = [torch.as_tensor(node["value"]).numel() for _, node in nodes]
-    fitting = ROWS_AT_ONCE // max(density.features, *sizes)
-    batch_size = max(1, min(most or density.batch_size, density.batch_size, fitting))
-    return density if batch_size == density.batch_size else density.bind(batch_size=batch_size)
+    return max(1, min(most, ROWS_AT_ONCE // max(density.features, *sizes)))
 
 
 class Holding(TorchFunctionMode):
@@ -110,12 +109,14 @@ class Holding(TorchFunctionMode):
 
 
 def _multiply(
-    density: LogDensity, points: Tensor, directions: Tensor, held: Set[str]
+    density: DoubleDensity, points: Tensor, directions: Tensor, held: Set[str]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # A graph that is made later would record what is done to its operations.
+    program = density.values
     with torch.enable_grad():
         points = points.detach().requires_grad_()
-        with Promoting(), Holding(density.sites, held):
-            values = density.log_joint(points)
+        with Holding(density.sites, held):
+            (values,) = program(points)
         gradients = _differentiate(values.sum(), points, twice=True)
         totals = [(gradients @ direction).sum() for direction in directions]
         products = [_differentiate(total, points) for total in totals]

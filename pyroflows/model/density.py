@@ -244,9 +244,12 @@ class LogDensity(RunnableModel, Density):
             self._make_program()
 
     def _make_program(self) -> None:
-        in_plate = None if self.discrete else self._log_joints
-        self._evaluator = Evaluator(self._log_joint, self.initial, self.failures, in_plate)
+        self._evaluator = self._make_evaluator()
         self._program = self._evaluator.make_program(self.inputs, self.batch_size)
+
+    def _make_evaluator(self) -> Evaluator:
+        in_plate = None if self.discrete else self._log_joints
+        return Evaluator(self._log_joint, self.initial, self.failures, in_plate)
 
     def _check_plates(self, rows: Mapping[str, Tensor]) -> None:
         if rows and set(rows) != set(self.subsampled):

@@ -91,6 +91,19 @@ WARNINGS = {
 }
 
 
+class Kind(NamedTuple):
+    """What an evaluation gives.
+
+    Attributes:
+        gradients: Whether it gives gradients after the values.
+        split: Whether the part that depends on no point is evaluated once for all points, so that
+            values carry no graph to the inputs.
+    """
+
+    gradients: bool = True
+    split: bool = True
+
+
 class _Leaves:
     """Inputs taken apart into tensors and constants.
 
@@ -245,7 +258,7 @@ class Evaluator:
         """
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size) if mode is None else Way(mode, in_plate=mode == "plate")
-        return self._make(leaves, batch_size, way, gradients=True)
+        return self._make(leaves, batch_size, way)
 
     def make_differentiable(self, inputs: Inputs, batch_size: int) -> Program:
         """The function at given inputs, with a graph to the points and to these inputs.
@@ -257,42 +270,62 @@ class Evaluator:
         Returns:
             The program, which gives a tuple of one tensor of values.
         """
+        return self._make_values(inputs, batch_size, Kind(gradients=False, split=False))
+
+    def make_values(self, inputs: Inputs, batch_size: int) -> Program:
+        """The function at given inputs, with a graph to the points only.
+
+        Args:
+            inputs: The inputs.
+            batch_size: How many points one evaluation takes.
+
+        Returns:
+            The program, which gives a tuple of one tensor of values.
+        """
+        return self._make_values(inputs, batch_size, Kind(gradients=False, split=True))
+
+    def learn_from(self, other: Evaluator) -> None:
+        """Takes the ways of evaluation that another one has found for the same function."""
+        self._ways = dict(other._ways)
+        self._factorises, self._own_gradients = other._factorises, other._own_gradients
+
+    def _make_values(self, inputs: Inputs, batch_size: int, kind: Kind) -> Program:
         leaves = _Leaves(inputs)
         way = self._way(leaves, batch_size)
         if self._own_gradients and way.mode == "captured":
             way = _uncaptured(way, "it has gradients of its own")
-        return self._make(leaves, batch_size, way, gradients=False)
+        return self._make(leaves, batch_size, way, kind)
 
     # The ways
 
-    def _make(self, leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Program:
-        way = self._affordable(way, leaves, batch_size, gradients)
-        run = self._make_run(leaves, batch_size, way, gradients)
+    def _make(self, leaves: _Leaves, batch_size: int, way: Way, kind: Kind = Kind()) -> Program:
+        way = self._affordable(way, leaves, batch_size, kind)
+        run = self._make_run(leaves, batch_size, way, kind)
         size = 1 if way.mode == "loop" else batch_size
-        return Program(run, size, self.failures, way, gradients)
+        return Program(run, size, self.failures, way, kind.gradients)
 
-    def _make_run(self, leaves: _Leaves, batch_size: int, way: Way, gradients: bool = True) -> Run:
-        one_by_one = self._loop(leaves.inputs, gradients)
+    def _make_run(self, leaves: _Leaves, batch_size: int, way: Way, kind: Kind = Kind()) -> Run:
+        one_by_one = self._loop(leaves.inputs, kind.gradients)
         if way.mode == "loop":
             return one_by_one
-        alone = Program(one_by_one, 1, self.failures, Way("loop"), gradients)
+        alone = Program(one_by_one, 1, self.failures, Way("loop"), kind.gradients)
         tensors = leaves.tensors(way.constants)
-        if gradients:
+        if kind.split:
             tensors = [tensor.detach() for tensor in tensors]
         batch = self._in_plate if way.in_plate else self._batched
-        batched = batch(leaves, way.constants, gradients)
+        batched = batch(leaves, way.constants, kind.gradients)
         if way.mode != "captured":
 
             def run(points: Tensor) -> tuple[Tensor, ...]:
                 return batched(points, *tensors)
 
             return Branches(run, lambda *_: run, alone)
-        graphs = self._graphs.setdefault(_key(leaves, batch_size, way, gradients), [])
+        graphs = self._graphs.setdefault(_key(leaves, batch_size, way, kind), [])
 
         def follow(i: int, point: Tensor) -> Run:
             if i == len(graphs):
                 graph = self._capture(batched, leaves, batch_size, way, point)
-                graphs.append(Captured(graph, batch_size, split=gradients))
+                graphs.append(Captured(graph, batch_size, split=kind.split))
             return graphs[i].bind(tensors)
 
         first = follow(0, self.start)
@@ -402,9 +435,9 @@ class Evaluator:
 
     # The choice of a way
 
-    def _affordable(self, way: Way, leaves: _Leaves, batch_size: int, gradients: bool) -> Way:
+    def _affordable(self, way: Way, leaves: _Leaves, batch_size: int, kind: Kind) -> Way:
         """The way without a capture, where the constants of the graphs change all the time."""
-        key = _key(leaves, batch_size, way, gradients)
+        key = _key(leaves, batch_size, way, kind)
         if way.mode != "captured" or not way.constants or key in self._graphs:
             return way
         self._captures += 1
@@ -553,9 +586,9 @@ def _differentiate(
     return values.detach(), torch.zeros_like(points) if grads is None else grads
 
 
-def _key(leaves: _Leaves, batch_size: int, way: Way, gradients: bool) -> Hashable:
+def _key(leaves: _Leaves, batch_size: int, way: Way, kind: Kind) -> Hashable:
     """The key of evaluations that share graphs."""
-    return gradients, way.in_plate, leaves.key(way.constants), batch_size
+    return kind, way.in_plate, leaves.key(way.constants), batch_size
 
 
 def _uncaptured(way: Way, reason: str) -> Way:

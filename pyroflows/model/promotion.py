@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from .._compat import is_mutating, tree_map_only
 from .batching import written
 
-__all__ = ["Promoting"]
+__all__ = ["Promoting", "in_double"]
 
 
 class Promoting(TorchFunctionMode):
@@ -33,7 +33,7 @@ class Promoting(TorchFunctionMode):
         dtypes = {tensor.dtype for tensor in _real_tensors([*args, *given[1].values()])}
         # A tensor that is written to has to stay the same.
         if len(dtypes) > 1 and not is_mutating(func) and written(func, *given) is None:
-            given = tree_map_only(Tensor, _in_double, given)
+            given = tree_map_only(Tensor, in_double, given)
         return func(*given[0], **given[1])
 
 
@@ -48,5 +48,6 @@ def _real_tensors(items: Iterable[Any]) -> Iterator[Tensor]:
             yield from _real_tensors(item)
 
 
-def _in_double(tensor: Tensor) -> Tensor:
+def in_double(tensor: Tensor) -> Tensor:
+    """The tensor in double precision; itself if it holds no real numbers."""
     return tensor.double() if tensor.is_floating_point() else tensor

@@ -11,8 +11,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .coordinates import PartialSums
-from .curvature import multiply_hessian, with_points_in_cache
+from .curvature import multiply_hessian
 from .density import LogDensity
+from .double import DoubleDensity
 from .sites import LatentSite
 from .sparsity import DENSE, SymmetricEntries, find_entries
 
@@ -120,13 +121,13 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
         (tensor([0]), 5, 0)
     """
     generator = torch.Generator().manual_seed(seed)
-    density = with_points_in_cache(density, most=1)
+    double = DoubleDensity(density, 1)
     coordinates = PartialSums()
-    entries = _entries_near_start(density, coordinates, generator)
+    entries = _entries_near_start(double, coordinates, generator)
     if chains := _find_chains(density.sites, entries):
         coordinates = PartialSums(chains)
-        entries = _entries_near_start(density, coordinates, generator)
-    again = _entries_near_start(density, coordinates, generator)
+        entries = _entries_near_start(double, coordinates, generator)
+    again = _entries_near_start(double, coordinates, generator)
     entries = entries.joined(again.rows, again.columns, again.values)
     off = entries.rows != entries.columns
     edges = torch.stack([entries.rows[off], entries.columns[off]], -1).cpu()
@@ -144,10 +145,10 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
 
 
 def _entries_near_start(
-    density: LogDensity, coordinates: PartialSums, generator: torch.Generator
+    density: DoubleDensity, coordinates: PartialSums, generator: torch.Generator
 ) -> SymmetricEntries:
     """The second derivatives at a point near the start."""
-    start = density.initial.double()
+    start = density.initial
     for radius in RADII:
         noise = torch.randn(len(start), generator=generator, dtype=torch.double)
         point = start + radius * noise.to(start)

@@ -17,12 +17,10 @@ from .._deadline import Deadline
 from .._random import forked, seeded
 from ..flows import Flow
 from ..guides import AutoFlow, AutoStructuredFlow
-from ..guides.marginal import Marginal
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from ..model.notices import warn_of_oversights
-from ..model.structure import find_structure
 from ..report.arviz_bridge import import_arviz
 from ..train import processes
 from ..train.checkpoint import Checkpoint
@@ -205,7 +203,7 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow | AutoStructu
     if isinstance(guide, (AutoFlow, AutoStructuredFlow)):
         made = guide
     elif isinstance(guide, type) and issubclass(guide, AutoStructuredFlow):
-        made = guide.of(Marginal(density, find_structure(density)))
+        made = guide.of(density)
     elif isinstance(guide, type) and issubclass(guide, AutoFlow):
         made = guide(density.continuous_model, init_loc_fn=density.init_loc_fn)
     elif _is_kind(guide, (Univariate,)):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..guides import AutoStructuredFlow
-from ..guides.marginal import Marginal
 from ..guides.marginal_mode import MarginalMode, find_marginal_mode
 from ..guides.surrogate import PolynomialDensity
 from ..model.density import LogDensity
@@ -43,7 +42,7 @@ def make_structured(climb: Climb) -> AutoStructuredFlow | None:
         structure = find_structure(climb.density)
         if not _is_of_use(structure, climb.density):
             return None
-        guide = AutoStructuredFlow.of(Marginal(climb.density, structure))
+        guide = AutoStructuredFlow.of(climb.density, structure)
         start_structured(climb, guide)
     except ValueError:
         return None  # the other rungs need no structure

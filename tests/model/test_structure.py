@@ -14,6 +14,7 @@ from torch import Tensor
 from pyroflows.model import LogDensity
 from pyroflows.model.coordinates import PartialSums
 from pyroflows.model.curvature import multiply_hessian
+from pyroflows.model.double import DoubleDensity
 from pyroflows.model.sparsity import SymmetricEntries, find_entries
 from pyroflows.model.structure import Structure, find_structure
 
@@ -330,7 +331,7 @@ def test_products_of_entries() -> None:
 
 
 def test_hessian_products_agree_with_autograd() -> None:
-    density = LogDensity(groups, (torch.randn(3, 4),), batch_size=4)
+    density = DoubleDensity(LogDensity(groups, (torch.randn(3, 4),)), 4)
     points = 0.3 * torch.randn(6, density.features, dtype=torch.double)
     directions = torch.randn(2, density.features, dtype=torch.double)
     found = multiply_hessian(density, points, directions)
@@ -342,7 +343,7 @@ def test_hessian_products_agree_with_autograd() -> None:
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_derivatives_by_some_sites_only(batch_size: int) -> None:
-    density = LogDensity(groups, (torch.randn(3, 4),), batch_size=batch_size)
+    density = DoubleDensity(LogDensity(groups, (torch.randn(3, 4),)), batch_size)
     points = 0.3 * torch.randn(4, density.features, dtype=torch.double)
     directions = torch.randn(2, density.features, dtype=torch.double)
     directions[:, :3] = 0

@@ -1,0 +1,82 @@
+"""Log densities in double precision."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .._checks import check_size, check_tensor
+from .._compat import tree_map_only
+from .data import GivenData
+from .density import LogDensity
+from .evaluator import Program
+from .inputs import Inputs
+from .promotion import Promoting, in_double
+
+__all__ = ["DoubleDensity"]
+
+
+class DoubleDensity(LogDensity):
+    """A log density in double precision, as far as its model does not round.
+
+    Its data are converted once. :meth:`log_joint` takes points in double precision, and its graph
+    leads to the points only, so that what depends on no point is computed once.
+
+    Args:
+        density: A log density whose data do not come from a loader.
+        batch_size: How many vectors one evaluation takes.
+
+    Raises:
+        ValueError: If the data come from a loader.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     weights = pyro.sample("weights", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        ...     pyro.sample("y", dist.Normal(x @ weights, 1.0).to_event(1), obs=torch.zeros(3))
+        >>> density = DoubleDensity(LogDensity(model, (torch.ones(3, 2),)), 8)
+        >>> density.log_joint(torch.zeros(2).double()).dtype
+        torch.float64
+    """
+
+    def __init__(self, density: LogDensity, batch_size: int) -> None:
+        density._check_not_streamed("double precision")
+        self.__dict__.update(density.__dict__)
+        for made in ("_program", "values"):
+            self.__dict__.pop(made, None)
+        self.batch_size = check_size("batch_size", batch_size)
+        if not isinstance(density, DoubleDensity):
+            self.initial = density.initial.double()
+            self.inputs = tree_map_only(Tensor, in_double, density.inputs)
+            self.data = GivenData(self.inputs)
+            self._evaluator = self._make_evaluator()
+            self._evaluator.learn_from(density._evaluator)
+
+    def log_joint(self, z: Tensor) -> Tensor:
+        check_tensor("z", z, (self.features,))
+        points = z.reshape(-1, self.features)
+        return self.values(points)[0].reshape(z.shape[:-1]) if len(points) else z.sum(-1)
+
+    @functools.cached_property
+    def values(self) -> Program:
+        """The log density as a program, which gives a tuple of one tensor of values."""
+        return self._evaluator.make_values(self.inputs, self.batch_size)
+
+    @property
+    def mode(self) -> str:
+        return self.values.way.mode
+
+    @functools.cached_property
+    def _program(self) -> Program:  # type: ignore[override]
+        with torch.no_grad():
+            return self._evaluator.make_program(self.inputs, self.batch_size)
+
+    def _log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
+        with Promoting():
+            return super()._log_joint(z, inputs)
+
+    def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
+        with Promoting():
+            return super()._log_joints(z, inputs)
