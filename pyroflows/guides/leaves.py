@@ -18,11 +18,15 @@ from .marginal import Conditional, Marginal
 __all__ = ["Leaves", "integrate_leaves", "leaves_are_small"]
 
 # Nodes along each axis, tried in turn, and the most points of all axes together.
-COUNTS, MOST_POINTS = (7, 9, 17, 33), 1100
-# The deepest block that can be integrated with the fewest nodes.
-DEEPEST = 3
-# Enough nodes if the change with more has so small a mean and standard deviation.
+COUNTS, MOST_POINTS = (3, 5, 7, 9, 17, 33), 1100
+# The deepest blocks for which two numbers of nodes can be compared.
+DEEPEST = 4
+# Draws need the shape of a density, and not only its integral.
+LEAST = 5
+# Nodes suffice if the error has so small a mean and standard deviation.
 MEAN, DEVIATION = 0.01, 0.02
+# The next number of nodes has at most so small a share of the error.
+SHARE = 0.25
 # Steps from a reference that is near: the integral does not need the very mode.
 STEPS = 2
 # Numbers in the arrays of slopes.
@@ -45,7 +49,8 @@ class Leaves:
     integral along the axes their values: nothing needs to be known of the model's terms. A block is
     integrated along its elimination tree, on the :math:`k^d` points of a grid of Gauss-Hermite
     nodes if the tree has :math:`d` levels: one for single locals, two for pairs, and two for a
-    school with any number of classes.
+    school with any number of classes. The values of :math:`\sum_b h_b` on the grid come with the
+    slopes, and what they tell of the error of interpolation is taken off.
 
     Args:
         marginal: The marginal density by Laplace's approximation.
@@ -53,8 +58,8 @@ class Leaves:
         steps: Newton steps from the reference.
 
     Attributes:
-        change: By how much more nodes change the log density: the mean and standard deviation over
-            the points at which :func:`integrate_leaves` looked; ``None`` if it did not.
+        error: The mean and standard deviation of the error of the log density, as
+            :func:`integrate_leaves` estimates them from numbers of nodes; ``None`` if it did not.
 
     Reference:
         Liu, Pierce, "A note on Gauss-Hermite quadrature", 1994,
@@ -65,14 +70,14 @@ class Leaves:
         self.marginal, self.steps = marginal, steps
         self.nodes = HermiteNodes(count)
         self.tree = find_elimination_tree(marginal.elimination)
-        self.change: tuple[float, float] | None = None
+        self.error: tuple[float, float] | None = None
 
     @property
     def settled(self) -> bool:
-        """Whether more nodes are known to change little."""
-        if self.change is None:
+        """Whether the nodes are known to suffice."""
+        if self.error is None:
             return False
-        mean, deviation = self.change
+        mean, deviation = self.error
         return abs(mean) < MEAN and deviation < DEVIATION
 
     # As the marginal density by Laplace's approximation, so that its mode can be found.
@@ -254,8 +259,9 @@ def integrate_leaves(
 ) -> Leaves:
     r"""Integrates small blocks of locals with as many nodes as the model needs.
 
-    The numbers of nodes 7, 9, 17, 33 are tried in turn until the next one changes the log density
-    by less than .01 on average, with a standard deviation of less than .02.
+    The numbers of nodes 3, 5, 7, 9, 17, 33 are tried in turn until the error of the log density is
+    less than .01 on average, with a standard deviation of less than .02. The error is the change
+    with the next number, whose own error counts as a quarter of it.
 
     Args:
         marginal: The marginal density by Laplace's approximation.
@@ -265,7 +271,7 @@ def integrate_leaves(
         steps: Newton steps from the reference.
 
     Returns:
-        The density; not :attr:`Leaves.settled` if the most nodes do not suffice.
+        The density; not :attr:`Leaves.settled` if no number of nodes is known to suffice.
 
     Raises:
         ValueError: If the blocks are too deep.
@@ -283,7 +289,7 @@ def integrate_leaves(
         >>> marginal = Marginal(density, find_structure(density))
         >>> leaves = integrate_leaves(marginal, torch.randn(20, 1).double(), marginal.reference)
         >>> leaves.settled, leaves.nodes.count
-        (True, 7)
+        (True, 5)
     """
     depth = find_elimination_tree(marginal.elimination).depth
     if not 0 < depth <= DEEPEST:
@@ -294,9 +300,13 @@ def integrate_leaves(
     for count in counts[1:]:
         more = Leaves(marginal, count, steps)
         finer = more.log_prob(g, reference)
-        leaves.change = more.change = _change(values, finer)
-        if leaves.settled:
-            break
+        mean, deviation = _mean_and_deviation(finer - values)
+        leaves.error = mean, deviation
+        if leaves.settled and leaves.nodes.count >= LEAST:
+            return leaves
+        more.error = SHARE * mean, SHARE * deviation
+        if more.settled:
+            return more
         leaves, values = more, finer
     return leaves
 
@@ -308,15 +318,14 @@ def leaves_are_small(structure: Structure) -> bool:
         structure: The structure of the model.
 
     Returns:
-        Whether there are locals, and no block has more than three levels of them.
+        Whether there are locals, and no block has more than four levels of them.
     """
     elimination = Elimination(len(structure.locals), structure.local_edges)
     return 0 < find_elimination_tree(elimination).depth <= DEEPEST
 
 
-def _change(values: Tensor, finer: Tensor) -> tuple[float, float]:
-    """The mean and standard deviation of the change where both are finite."""
-    change = finer - values
+def _mean_and_deviation(change: Tensor) -> tuple[float, float]:
+    """The mean and standard deviation of what is finite."""
     change = change[change.isfinite()]
     if len(change) < 2:
         return math.inf, math.inf

@@ -9,7 +9,7 @@ from .marginal import Marginal
 
 __all__ = ["WarmReference", "regress_reference"]
 
-# Numbers of whitened units from the mode are taken no further: the mean of locals bends there.
+# Whitened globals are taken no further from the mode: the mean of the locals bends there.
 FARTHEST = 3.0
 
 
@@ -32,9 +32,13 @@ class WarmReference:
 
     def __call__(self, g: Tensor) -> Tensor:
         """The locals at globals of shape ``(*, features)``, of shape ``(*, locals)``."""
+        u = self.whiten(g).clamp(-FARTHEST, FARTHEST)
+        return self.constant.to(g) + u @ self.slopes.to(g)
+
+    def whiten(self, g: Tensor) -> Tensor:
+        """The whitened globals, of shape ``(*, features)``."""
         centred = (g - self.loc.to(g)).unsqueeze(-1)
-        u = torch.linalg.solve_triangular(self.root.to(g), centred, upper=False).squeeze(-1)
-        return self.constant.to(g) + u.clamp(-FARTHEST, FARTHEST) @ self.slopes.to(g)
+        return torch.linalg.solve_triangular(self.root.to(g), centred, upper=False).squeeze(-1)
 
 
 def regress_reference(

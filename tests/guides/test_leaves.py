@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pyroflows.guides.leaves import Leaves, integrate_leaves, leaves_are_small
 from pyroflows.guides.marginal import Marginal
-from pyroflows.guides.warm_reference import regress_reference
+from pyroflows.guides.marginal_mode import find_marginal_mode
+from pyroflows.guides.regressed_leaves import regress_leaves
+from pyroflows.guides.warm_reference import WarmReference, regress_reference
 from pyroflows.model import LogDensity
 from pyroflows.model.structure import find_structure
 
@@ -323,7 +325,7 @@ def test_blocks_of_several_sizes() -> None:
 def test_nodes_follow_the_model() -> None:
     easy, hard = marginal_of(single("logit", rows=8)), marginal_of(single("logit", groups=300))
     g = SOME[:1] + 0.2 * torch.randn(20, 2).double()
-    assert integrate_leaves(easy, g, easy.reference).nodes.count == 7
+    assert integrate_leaves(easy, g, easy.reference).nodes.count == 5
     found = integrate_leaves(hard, g, hard.reference)
     assert found.settled
     more = Leaves(hard, 33)
@@ -348,10 +350,10 @@ def test_too_few_nodes_are_told() -> None:
 
 
 def test_deep_blocks_are_refused() -> None:
-    case = coefficients(4, 1, rows=8)
+    case = coefficients(5, 1, rows=8)
     marginal = marginal_of(case)
     assert not leaves_are_small(marginal.structure)
-    with pytest.raises(ValueError, match="blocks of 1 to 3 levels of locals; got 4"):
+    with pytest.raises(ValueError, match="blocks of 1 to 4 levels of locals; got 5"):
         integrate_leaves(marginal, SOME, marginal.reference)
 
 
@@ -395,3 +397,32 @@ def test_one_step_from_a_warm_reference() -> None:
     few = Leaves(marginal, 9, steps=1).log_prob(g, warm(g))
     many = Leaves(marginal, 9, steps=8).log_prob(g, at_loc)
     torch.testing.assert_close(few, many, rtol=0, atol=1e-4)
+
+
+# The integral as a correction of Laplace's approximation
+
+
+@pytest.mark.parametrize(("name", "settled"), [("logit", True), ("schools", False)])
+def test_the_error_of_laplace_is_regressed(name: str, settled: bool) -> None:
+    case, marginal = prepare(name)
+    mode = find_marginal_mode(marginal)
+    warm = regress_reference(marginal, mode.loc, mode.root, mode.reference)
+    leaves = Leaves(marginal, case.count)
+    leaves.error = 0.0, 0.0
+    regressed = regress_leaves(leaves, warm)
+    # The scale of three schools is hardly known.
+    assert regressed.settled is settled
+    u = torch.randn(30, 2).double()
+    g = mode.loc + u @ mode.root.mT
+    expected = leaves.log_prob(g, warm(g))
+    found = regressed.log_prob(g, warm(g)), marginal.log_prob(g, warm(g))
+    ours, laplace = (float((values - expected).square().mean() ** 0.5) for values in found)
+    assert ours < min(2 * regressed.error, laplace / 2)
+    assert not regress_leaves(Leaves(marginal, 3), warm).settled
+
+
+def test_nothing_is_regressed_where_the_model_fails() -> None:
+    marginal = prepare("logit")[1]
+    loc, root = torch.full((2,), 1e4).double(), torch.eye(2).double()
+    warm = WarmReference(loc, root, marginal.reference, torch.zeros(2, 8).double())
+    assert not regress_leaves(Leaves(marginal, 3), warm).settled
