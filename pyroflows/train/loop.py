@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from . import processes
 from .averaging import Average, Best, tensors_of
 from .checkpoint import Checkpoint
 from .precision import MixedPrecision
+from .processes import Part
 
 __all__ = [
     "INTERRUPTED",
@@ -110,11 +112,11 @@ class Task(abc.ABC):
     look_every: int
 
     @abc.abstractmethod
-    def backward(self) -> Tensor:
+    def backward(self) -> Part:
         """Adds this process's part of the gradient of the next step's loss.
 
         Returns:
-            Its part of what is to be maximised, without gradient. Parts of all processes add up.
+            Its part of what is to be maximised, without gradient.
         """
 
     def note(self, value: Tensor) -> None:  # noqa: B027
@@ -213,7 +215,8 @@ class Loop:
         )
         self.steps = self.skipped = self.restored = self._bad_in_a_row = 0
         self._reason: str | None = None
-        self._begun = 0.0
+        self._begun = self._time_spent = 0.0
+        self._deadline = Deadline()
         self._start()
 
     def _start(self) -> None:
@@ -251,9 +254,11 @@ class Loop:
         Raises:
             ValueError: If the checkpoint is one of another training.
         """
-        deadline = Deadline() if deadline is None else deadline
+        self._deadline = deadline = Deadline() if deadline is None else deadline
         self._begun = deadline.elapsed
         finished = self._resume(steps, deadline, checkpoint)
+        if processes.world_size() > 1:
+            self._time_spent = processes.agree(deadline.fraction_since(self._begun))
         try:
             with _bar(progress, steps) as bar:
                 bar.update(self.steps)
@@ -296,11 +301,7 @@ class Loop:
         self._set_step_sizes(done)
         self.steps += 1
         self.optimizer.zero_grad()
-        with self.precision:
-            value = self.task.backward()
-        if processes.world_size() > 1:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            processes.sum_over_ranks([value, *gradients])
+        value = self._backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_norm)
         if not bool((norm + value).isfinite()):
             self._skip()
@@ -310,6 +311,29 @@ class Loop:
         if self.average is not None:
             self.average.update()
         self.task.note(value)
+
+    def _backward(self) -> Tensor:
+        """Sets the gradient of the next step's loss, and returns its value."""
+        if processes.world_size() == 1:
+            with self.precision:
+                return self.task.backward().mean
+        sizes = [parameter.numel() for parameter in self.parameters]
+        dtypes = [parameter.dtype for parameter in self.parameters]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        with processes.add_up(3 + sum(sizes), self.device, dtype) as flat:
+            numbers, *gradients = flat.split([3, *sizes])
+            with self.precision:
+                numbers[:2] = torch.stack(self.task.backward())
+            if processes.is_main():
+                numbers[2] = self._deadline.fraction_since(self._begun)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                if parameter.grad is not None:
+                    gradient.copy_(parameter.grad.flatten())
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(gradient.view_as(parameter))
+        self._time_spent = float(numbers[2])
+        return Part(*numbers[:2]).mean
 
     def look(self) -> None:
         """Judges the parameters, and keeps them if they are the best so far."""
@@ -350,10 +374,10 @@ class Loop:
 
     def _fraction_done(self, steps: int, deadline: Deadline) -> float:
         by_steps = 1.0 if self.steps >= steps else self.steps / steps
-        if deadline.seconds is None:
-            return by_steps
-        # All processes take the main one's answer, because their clocks differ.
-        return max(by_steps, processes.agree(deadline.fraction_since(self._begun)))
+        if processes.world_size() == 1:
+            self._time_spent = deadline.fraction_since(self._begun)
+        # Else each step's message brought the main process's answer, because their clocks differ.
+        return max(by_steps, self._time_spent)
 
     # Checkpoints
 
