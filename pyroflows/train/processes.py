@@ -20,8 +20,10 @@ import contextlib
 import importlib
 import os
 import pickle
+import statistics
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -45,6 +47,8 @@ __all__ = [
     "share",
     "sharing",
     "take_from_main",
+    "time_message",
+    "time_work",
     "warning_once",
     "world_size",
 ]
@@ -52,6 +56,8 @@ __all__ = [
 T = TypeVar("T")
 #: What a message tells of: in how many processes the work was ended by which kind of error.
 ENDINGS = (KeyboardInterrupt, TimeOver, BaseException)
+#: Numbers of a message whose time is taken, as many as a small flow has parameters.
+MESSAGE = 5000
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -261,6 +267,39 @@ def agree_on_random_state(device: torch.device) -> None:
     if world_size() == 1:
         return
     set_random_state(agree(random_state(device)), device)
+
+
+def time_message(device: torch.device) -> float:
+    """Seconds that a message between the processes takes.
+
+    Args:
+        device: Where its numbers are.
+    """
+
+    def send() -> None:
+        with add_up(MESSAGE, device):
+            pass
+
+    return time_work(send, times=9)
+
+
+def time_work(work: Callable[[], object], times: int = 3) -> float:
+    """Seconds that work takes, the median of some times.
+
+    Args:
+        work: What to do. On a GPU it must wait for its end.
+        times: How often to do it.
+
+    Example:
+        >>> 0 <= time_work(lambda: None) < 1
+        True
+    """
+    seconds = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
 
 
 @contextlib.contextmanager
