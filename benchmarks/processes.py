@@ -38,7 +38,7 @@ TRIED = (200, 4000)
 
 
 def make_model(rows: int) -> Callable[[], None]:
-    """Make a regression whose two scales are known by their product, so that a flow has work to do.
+    """Make a regression with effects of groups without data, so that a flow has work to do.
 
     Args:
         rows: Rows of the data.
@@ -48,12 +48,12 @@ def make_model(rows: int) -> Callable[[], None]:
     y = (1.5 * x[:, 0]).sin() + 0.5 * x[:, 1] + 0.5 * torch.randn(rows, generator=generator)
 
     def model() -> None:
-        first = pyro.sample("first", dist.LogNormal(0.0, 0.5))
-        second = pyro.sample("second", dist.LogNormal(0.0, 0.5))
-        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        slopes = pyro.sample("slopes", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        width = pyro.sample("width", dist.Normal(0.0, 0.7))
+        pyro.sample("new", dist.Normal(torch.zeros(3), width.exp()).to_event(1))
         with pyro.plate("rows", rows):
-            loc = (first * second * x[:, 0]).sin() + slope * x[:, 1]
+            loc = (slopes[0] * x[:, 0]).sin() + slopes[1] * x[:, 1]
             pyro.sample("y", dist.StudentT(4.0, loc, scale), obs=y)
 
     return model
