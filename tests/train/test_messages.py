@@ -20,6 +20,7 @@ from pyroflows._deadline import Deadline, TimeOver, check_time
 from pyroflows._sharing import in_shares
 from pyroflows.model import LogDensity
 from pyroflows.posterior.fit import _warn_of_cheap_evaluations
+from pyroflows.sampling import hmc
 from pyroflows.train import processes
 from pyroflows.train.objectives import FAB, PathELBO, RenyiBound
 from pyroflows.train.training import train
@@ -216,6 +217,25 @@ def test_objectives_that_share_no_particles_share_their_evaluations(tmp_path: Pa
     alone = points()
     first, second = together(points, tmp_path)
     assert first + second < 1.2 * alone
+
+
+def test_chains_share_out_their_moves(tmp_path: Path) -> None:
+    def move() -> tuple[torch.Tensor, int]:
+        seen: list[int] = []
+
+        def target(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(len(x))
+            return -0.5 * x.square().sum(-1), -x
+
+        torch.manual_seed(0)
+        with processes.sharing():
+            result = hmc(target, torch.ones(8, 2), trajectories=2)
+        return result.position, sum(seen)
+
+    alone, points = move()
+    for position, share in together(move, tmp_path):
+        assert torch.equal(position, alone)
+        assert share == points / 2
 
 
 @pytest.mark.parametrize("seconds", [1e-4, 1e-2])
