@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import pickle
 import statistics
@@ -215,14 +216,15 @@ def apart() -> Iterator[None]:
 def _evaluate_share(function: Function, points: Tensor, width: int) -> tuple[Tensor, ...]:
     """The values of a function at all points, of which this process evaluates its share."""
     count, mine = len(points), rows(len(points))
-    with add_up(count * width, points.device) as flat, apart():
+    with add_up(count * width, points.device) as message, apart():
+        table = message.view(count, width)
         # A process without points evaluates one, to know the shapes and dtypes of the values.
         parts = function(points[mine] if mine.stop > mine.start else points[:1])
-        own = [part.reshape(len(part), -1)[: mine.stop - mine.start].to(flat) for part in parts]
-        flat.view(count, width)[mine] = torch.cat(own, -1)
-    columns = flat.view(count, width).split([part.shape[-1] for part in own], -1)
-    shaped = zip(columns, parts, strict=True)
-    return tuple(column.reshape(count, *part.shape[1:]).to(part) for column, part in shaped)
+        widths = [math.prod(part.shape[1:]) for part in parts]
+        for part, columns in zip(parts, table.split(widths, -1), strict=True):
+            columns[mine] = part[: mine.stop - mine.start].reshape(-1, columns.shape[-1])
+    split = zip(parts, table.split(widths, -1), strict=True)
+    return tuple(columns.reshape(count, *part.shape[1:]).to(part) for part, columns in split)
 
 
 @torch.no_grad()
