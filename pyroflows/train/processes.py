@@ -216,13 +216,14 @@ def apart() -> Iterator[None]:
 def _evaluate_share(function: Function, points: Tensor, width: int) -> tuple[Tensor, ...]:
     """The values of a function at all points, of which this process evaluates its share."""
     count, mine = len(points), rows(len(points))
+    owned = mine.stop - mine.start
     with add_up(count * width, points.device) as message, apart():
         table = message.view(count, width)
         # A process without points evaluates one, to know the shapes and dtypes of the values.
-        parts = function(points[mine] if mine.stop > mine.start else points[:1])
+        parts = function(points[mine] if owned else points[:1])
         widths = [math.prod(part.shape[1:]) for part in parts]
         for part, columns in zip(parts, table.split(widths, -1), strict=True):
-            columns[mine] = part[: mine.stop - mine.start].reshape(-1, columns.shape[-1])
+            columns[mine] = part[:owned].reshape(columns[mine].shape)
     split = zip(parts, table.split(widths, -1), strict=True)
     return tuple(columns.reshape(count, *part.shape[1:]).to(part) for part, columns in split)
 
