@@ -274,6 +274,36 @@ def memory(results: dict[str, Any]) -> str:
     return _rows([head, *lines])
 
 
+def several_processes(results: dict[str, Any]) -> str:
+    """Return seconds of fits by one process and by several, and how many times as fast these are.
+
+    Args:
+        results: What `python -m benchmarks.processes --json FILE` writes.
+    """
+    rows = results["rows"]
+    counts = list(dict.fromkeys(row["processes"] for row in rows))
+    told = {"seconds": "wall-clock s", "cpu_seconds": "CPU s of the main process"}
+    head = ["an evaluation, ms", "rows"]
+    for what in told.values():
+        head += [f"{what}, {_count(count)}" for count in counts] + ["times as fast"]
+    lines: list[list[object]] = [head]
+    for cost in dict.fromkeys(row["milliseconds"] for row in rows):
+        own = {row["processes"]: row for row in rows if row["milliseconds"] == cost}
+        line: list[object] = [f"{cost:g}", own[counts[0]]["rows"]]
+        for key in told:
+            seconds = [own[count][key] for count in counts]
+            gain = f"{seconds[0] / seconds[-1]:.2f}"
+            line += [f"{value:.1f}" for value in seconds] + [gain]
+        lines.append(line)
+    setting = results["machine"]
+    load = f"Load of the {setting['processors']} processors before the run: {setting['load']:.1f}."
+    return f"{_rows(lines)}\n{load}\n"
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
 def page() -> str:
     """Return the page of results as Markdown."""
     stored = {
@@ -297,6 +327,7 @@ TABLES = {
     "density": densities,
     "speed": speeds,
     "memory": memory,
+    "processes": several_processes,
 }
 TEXTS = {
     "posteriors": """## Posteriors
@@ -337,6 +368,13 @@ process; what takes more than five seconds a step is left out, and so is the com
 
 Peak bytes of a training step of RealNVP layers (32 features, batch 512), with activations kept and with `reversible=True`.
 `python -m benchmarks.memory --json benchmarks/results/memory.json`
+""",
+    "processes": """## Several processes
+
+A whole fit of a regression on so many rows that an evaluation of its density and gradient at 256 points takes a given time,
+by one process and by several under `torchrun`, in turn, one thread each; libraries are loaded before. CPU seconds of the
+main process tell what several gain where other work on the machine slows the clock.
+`python -m benchmarks.processes --json benchmarks/results/processes.json`
 """,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._checks import caller_level, check_device, check_size, check_tensor
+from .._sharing import in_shares
 from . import checks
 from .base import Density
 from .cuts import find_centres
@@ -269,7 +271,8 @@ class LogDensity(RunnableModel, Density):
         points = z.detach().reshape(-1, self.features)
         if not len(points):
             return z.new_zeros(z.shape[:-1]), torch.zeros_like(z)
-        values, grads = self.data.evaluate(self, points)
+        evaluate = functools.partial(self.data.evaluate, self)
+        values, grads = in_shares(evaluate, points, width=1 + self.features)
         return values.reshape(z.shape[:-1]), grads.reshape(z.shape)
 
     def precise_log_prob(self, z: Tensor) -> Tensor:

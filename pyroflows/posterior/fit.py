@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -11,7 +12,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import check_device, check_flag, check_positive, check_size
+from .._checks import caller_level, check_device, check_flag, check_positive, check_size
 from .._compat import record_operations, without_handlers
 from .._deadline import Deadline
 from .._random import forked, seeded
@@ -38,6 +39,8 @@ __all__ = ["TrainOptions", "fit_posterior"]
 
 #: Most gradient steps of a fit.
 STEPS = 6000
+#: Several processes pay where an evaluation takes so many times as long as a message.
+PAYS = 4.0
 
 
 class TrainOptions(TypedDict, total=False):
@@ -84,7 +87,9 @@ def fit_posterior(
     are held at their present values, and a warning names them unless they require no gradient;
     another one says that nothing is observed. Ctrl-C ends the training and returns the best
     posterior so far. Under an initialised ``torch.distributed`` group all processes call this
-    alike; the particles of a step are shared out among them, and the result is that of one process.
+    alike; the points of every evaluation of the density, in training and outside of it, are shared
+    out among them, and the result is that of one process. A warning says where an evaluation takes
+    too little time for that to pay.
 
     Args:
         model: A Pyro model.
@@ -160,6 +165,7 @@ def fit_posterior(
         with forked(0):
             density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
         warn_of_oversights(density.full)
+        _warn_of_cheap_evaluations(density.full)
         if isinstance(guide, str) and guide == "auto":
             return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
         own, fresh = _make_guide(guide, density.full)
@@ -170,6 +176,24 @@ def fit_posterior(
         else:
             rung = make_own_rung(own, fresh, steps, limited=time_limit is not None)
         return climb_ladder(climb, [rung])
+
+
+def _warn_of_cheap_evaluations(density: LogDensity) -> None:
+    """Says so where several processes lose more time by messages than they save."""
+    if processes.world_size() == 1:
+        return
+    points = density.initial.expand(density.batch_size, -1)
+    message = processes.time_message(points.device)
+    with torch.no_grad():
+        evaluation = processes.time_work(lambda: density.evaluate_inputs(points)[0].tolist())
+    least = PAYS * message
+    if evaluation < least:
+        warnings.warn(
+            f"One process may be as fast as these {processes.world_size()}: each evaluates "
+            f"{len(points)} points in {1e3 * evaluation:.2g} ms, and a message between them takes "
+            f"{1e3 * message:.2g} ms, so that they pay from {1e3 * least:.2g} ms on.",
+            stacklevel=caller_level(),
+        )
 
 
 def _load_libraries() -> None:

@@ -356,7 +356,7 @@ def climb_ladder(climb: Climb, ladder: Sequence[Rung]) -> Posterior:
         The posterior.
     """
     try:
-        with climb.deadline.enforced():
+        with climb.deadline.enforced(), processes.sharing():
             _climb(climb, ladder)
     except KeyboardInterrupt:
         if climb.guide is None and climb.density.features > MOST_DENSE:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_positive, check_size
+from .._sharing import in_shares
 from ..guides.guide import Map
 from ..model.density import LogDensity
 from ..transforms.base import vjp
@@ -279,7 +280,7 @@ class Kernel:
 
 def evaluate(target: Target, position: Tensor) -> Point:
     """Evaluates a target; where it is not finite, the density is zero and the slope too."""
-    log_density, slope = target(position)
+    log_density, slope = in_shares(target, position, width=1 + position.shape[-1])
     if log_density.shape != position.shape[:-1] or slope.shape != position.shape:
         expected = f"{tuple(position.shape[:-1])} and {tuple(position.shape)}"
         got = f"{tuple(log_density.shape)} and {tuple(slope.shape)}"

@@ -27,6 +27,7 @@ from .checkpoint import Checkpoint
 from .compiled import compiled_log_prob
 from .loop import INTERRUPTED, TIME_OVER, Group, Loop, LoopOptions, Task
 from .points import Data, Points, batches, log_prob, log_probs, shared_log_probs, split
+from .processes import Part
 
 __all__ = ["DensityReport", "fit_density"]
 
@@ -290,15 +291,15 @@ class _DataTask(Task):
         """Whether the last epoch that was begun has been judged."""
         return self._taken == 0
 
-    def backward(self) -> Tensor:
+    def backward(self) -> Part:
         if self._taken == 0:
             self._begin_epoch()
         batch = self._batches[self._taken]
         self._taken += 1
         mine = batch[processes.rows(len(batch))]
-        value = self.log_prob(self.train.rows(mine)).sum() / len(batch)
-        (-value).backward()
-        return value.detach()
+        total = self.log_prob(self.train.rows(mine)).sum()
+        (-total / len(batch)).backward()
+        return Part(total.detach(), total.new_tensor(len(mine)))
 
     def _begin_epoch(self) -> None:
         order = torch.randperm(len(self.train.x), device="cpu").to(self.train.x.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from . import processes
 from .averaging import Average, Best, tensors_of
 from .checkpoint import Checkpoint
 from .precision import MixedPrecision
+from .processes import Part
 
 __all__ = [
     "INTERRUPTED",
@@ -110,11 +112,11 @@ class Task(abc.ABC):
     look_every: int
 
     @abc.abstractmethod
-    def backward(self) -> Tensor:
+    def backward(self) -> Part:
         """Adds this process's part of the gradient of the next step's loss.
 
         Returns:
-            Its part of what is to be maximised, without gradient. Parts of all processes add up.
+            Its part of what is to be maximised, without gradient.
         """
 
     def note(self, value: Tensor) -> None:  # noqa: B027
@@ -213,7 +215,8 @@ class Loop:
         )
         self.steps = self.skipped = self.restored = self._bad_in_a_row = 0
         self._reason: str | None = None
-        self._begun = 0.0
+        self._begun = self._time_spent = 0.0
+        self._deadline = Deadline()
         self._start()
 
     def _start(self) -> None:
@@ -251,16 +254,18 @@ class Loop:
         Raises:
             ValueError: If the checkpoint is one of another training.
         """
-        deadline = Deadline() if deadline is None else deadline
-        self._begun = deadline.elapsed
-        finished = self._resume(steps, deadline, checkpoint)
+        self._deadline = Deadline() if deadline is None else deadline
+        self._begun = self._deadline.elapsed
+        finished = self._resume(steps, checkpoint)
+        if processes.world_size() > 1:
+            self._time_spent = processes.agree(self._deadline.fraction_since(self._begun))
         try:
             with _bar(progress, steps) as bar:
                 bar.update(self.steps)
                 while self._reason is None:
-                    self._advance(steps, deadline, bar)
+                    self._advance(steps, bar)
                     if checkpoint is not None:
-                        checkpoint.save_if_due(lambda: self.state_dict(deadline))
+                        checkpoint.save_if_due(self.state_dict)
         except KeyboardInterrupt:
             self._reason = INTERRUPTED
             return self.report
@@ -271,7 +276,7 @@ class Loop:
         if self.average is not None and self.average.steps:
             self.average.copy_to_parameters()
         if checkpoint is not None and not finished:
-            checkpoint.save(self.state_dict(deadline))
+            checkpoint.save(self.state_dict())
         return self.report
 
     @property
@@ -279,9 +284,9 @@ class Loop:
         """What happened so far."""
         return TrainingReport(self.steps, self.skipped, self.restored, self._reason or "")
 
-    def _advance(self, steps: int, deadline: Deadline, bar: Any) -> None:
+    def _advance(self, steps: int, bar: Any) -> None:
         """Takes a step, and a look where it is time, unless the steps or the time are over."""
-        done = self._fraction_done(steps, deadline)
+        done = self._fraction_done(steps)
         if done >= 1:
             self._reason = ALL_STEPS if self.steps >= steps else TIME_OVER
             return
@@ -296,11 +301,7 @@ class Loop:
         self._set_step_sizes(done)
         self.steps += 1
         self.optimizer.zero_grad()
-        with self.precision:
-            value = self.task.backward()
-        if processes.world_size() > 1:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            processes.sum_over_ranks([value, *gradients])
+        value = self._backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.options.gradient_norm)
         if not bool((norm + value).isfinite()):
             self._skip()
@@ -310,6 +311,29 @@ class Loop:
         if self.average is not None:
             self.average.update()
         self.task.note(value)
+
+    def _backward(self) -> Tensor:
+        """Sets the gradient of the next step's loss, and returns its value, by one message."""
+        if processes.world_size() == 1:
+            with self.precision:
+                return self.task.backward().mean
+        sizes = [parameter.numel() for parameter in self.parameters]
+        dtypes = [parameter.dtype for parameter in self.parameters]
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        with processes.add_up(3 + sum(sizes), self.device, dtype) as message:
+            numbers, gradients = message[:3], message[3:].split(sizes)
+            with self.precision:
+                numbers[:2] = torch.stack(self.task.backward())
+            if processes.is_main():
+                numbers[2] = self._deadline.fraction_since(self._begun)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                if parameter.grad is not None:
+                    gradient.copy_(parameter.grad.flatten())
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.copy_(gradient.view_as(parameter))
+        self._time_spent = float(numbers[2])
+        return Part(*numbers[:2]).mean
 
     def look(self) -> None:
         """Judges the parameters, and keeps them if they are the best so far."""
@@ -348,23 +372,23 @@ class Loop:
     def _share_parameters(self) -> None:
         processes.take_from_main(tensors_of(self.task.module).values())
 
-    def _fraction_done(self, steps: int, deadline: Deadline) -> float:
+    def _fraction_done(self, steps: int) -> float:
         by_steps = 1.0 if self.steps >= steps else self.steps / steps
-        if deadline.seconds is None:
-            return by_steps
-        # All processes take the main one's answer, because their clocks differ.
-        return max(by_steps, processes.agree(deadline.fraction_since(self._begun)))
+        if processes.world_size() == 1:
+            self._time_spent = self._deadline.fraction_since(self._begun)
+        # Else each step's message brought the main process's answer, because their clocks differ.
+        return max(by_steps, self._time_spent)
 
     # Checkpoints
 
-    def _resume(self, steps: int, deadline: Deadline, checkpoint: Checkpoint | None) -> bool:
+    def _resume(self, steps: int, checkpoint: Checkpoint | None) -> bool:
         """Goes back to the state in the checkpoint; tells whether the training ended in it."""
         saved = None if checkpoint is None else checkpoint.begin(self._settings(steps))
         if checkpoint is None or saved is None:
             return False
         with checkpoint.restoring():
             self.load_state_dict(saved)
-            self._begun = deadline.elapsed - saved["seconds"]
+            self._begun = self._deadline.elapsed - saved["seconds"]
         return self._reason is not None
 
     def _settings(self, steps: int) -> dict[str, Any]:
@@ -374,7 +398,7 @@ class Loop:
         sizes = [group.step_size for group in self.task.groups]
         return {"steps": steps, "step_sizes": sizes, **options, **self.task.settings(), **shapes}
 
-    def state_dict(self, deadline: Deadline) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that the training goes on from, as tensors and numbers."""
         return {
             "parameters": tensors_of(self.task.module),
@@ -383,7 +407,7 @@ class Loop:
             "average": None if self.average is None else self.average.state_dict(),
             "counts": [self.steps, self.skipped, self._bad_in_a_row, self.restored],
             "reason": self._reason,
-            "seconds": deadline.elapsed - self._begun,
+            "seconds": self._deadline.elapsed - self._begun,
             "random": random_state(self.device),
             "task": self.task.state_dict(),
         }

@@ -78,9 +78,10 @@ def log_probs(flow: nn.Module, points: Points, batch_size: int) -> Tensor:
 
 def shared_log_probs(flow: nn.Module, points: Points, batch_size: int) -> Tensor:
     """The log density of each point, of which each process evaluates its share."""
-    mine = points.rows(processes.rows(len(points.x)))
-    values = log_probs(flow, mine, batch_size)
-    return processes.gather(values.to(points.x.device), len(points.x)).cpu()
+    mine = processes.rows(len(points.x))
+    with processes.add_up(len(points.x), points.x.device) as values:
+        values[mine] = log_probs(flow, points.rows(mine), batch_size).to(values.device)
+    return values.cpu()
 
 
 def split(flow: nn.Module, x: Data, context: Data | None, validation: Any) -> tuple[Points, Points]:

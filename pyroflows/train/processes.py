@@ -6,6 +6,10 @@ that the sum over the processes is what one process with all particles computes,
 
 .. math:: \nabla_\phi \mathcal{L} = \frac1N \sum_{r} \sum_{i \in \text{share } r} g_i(\phi).
 
+All else in a fit runs alike in every process, but for evaluations of the density at many points:
+these are shared out, too, and every process gets the values of all. A step and an evaluation take
+one message each, by which an error of one process is raised in all of them.
+
 Without an initialised :mod:`torch.distributed` group there is one process, and everything here
 does nothing.
 """
@@ -13,35 +17,48 @@ does nothing.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
+import math
 import os
+import pickle
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._deadline import TimeOver, by_own_clock
 from .._random import random_state, set_random_state
+from .._sharing import Function, shared_by
 
 __all__ = [
+    "Part",
+    "add_up",
     "agree",
     "agree_on_random_state",
-    "gather",
+    "apart",
     "initialize_from_environment",
     "is_main",
     "rank",
     "rows",
     "share",
-    "sum_over_ranks",
+    "sharing",
     "take_from_main",
+    "time_message",
+    "time_work",
     "warning_once",
     "world_size",
 ]
 
 T = TypeVar("T")
+#: What a message tells of: in how many processes the work was ended by which kind of error.
+ENDINGS = (KeyboardInterrupt, TimeOver, BaseException)
+#: Numbers of a message whose time is taken, as many as a small flow has parameters.
+MESSAGE = 5000
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -103,33 +120,112 @@ def rows(count: int) -> slice:
     return slice(start, start + least + (number < more))
 
 
-@torch.no_grad()
-def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
-    """Replaces tensors by their sums over the processes, in place, by one message for each dtype.
+class Part(NamedTuple):
+    """What a process knows of a mean, which is the ratio of the sums over all processes.
+
+    Attributes:
+        total: The sum of its values, without dimensions.
+        weight: How many they are.
+    """
+
+    total: Tensor
+    weight: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, for the part of one process alone."""
+        return self.total / self.weight
+
+
+@contextlib.contextmanager
+def add_up(
+    length: int, device: torch.device, dtype: torch.dtype = torch.double
+) -> Iterator[Tensor]:
+    """Context manager with zeros for each process to fill, which it replaces by their sums over
+    all processes, by one message. An error that ends the work in one process is raised in all.
 
     Args:
-        tensors: Tensors on one device, in the same order in every process.
+        length: How many numbers.
+        device: Where.
+        dtype: Of which dtype.
+
+    Raises:
+        TimeOver: If the time is over by the clock of a process.
+        KeyboardInterrupt: If a process was interrupted.
+
+    Example:
+        >>> with add_up(3, torch.device("cpu")) as values:
+        ...     values[rows(3)] = 1.0
+        >>> values
+        tensor([1., 1., 1.], dtype=torch.float64)
     """
-    _exchange(tensors, dist.all_reduce)
-
-
-@torch.no_grad()
-def gather(part: Tensor, count: int) -> Tensor:
-    """The values of all processes, of which each has its :func:`rows`.
-
-    Args:
-        part: Tensor of shape ``(m,)``.
-        count: How many there are in all.
-
-    Returns:
-        Tensor of shape ``(count,)``, the same in all processes.
-    """
+    message = torch.zeros(length + len(ENDINGS), device=device, dtype=dtype)
+    values, endings = message.split([length, len(ENDINGS)])
     if world_size() == 1:
-        return part
-    everyone = part.new_zeros(count)
-    everyone[rows(count)] = part
-    dist.all_reduce(everyone)
-    return everyone
+        yield values
+        return
+    error: BaseException | None = None
+    try:
+        yield values
+    except BaseException as caught:
+        error = caught
+        endings[_kind(error)] = 1
+    dist.all_reduce(message)
+    _raise_together(error, endings.tolist())
+
+
+def _kind(error: BaseException) -> int:
+    return next(i for i, kind in enumerate(ENDINGS) if isinstance(error, kind))
+
+
+def _raise_together(error: BaseException | None, endings: list[float]) -> None:
+    """Raises the error of this process or, if it has none, that of another one."""
+    if not any(endings):
+        return
+    kind = ENDINGS[next(i for i, count in enumerate(endings) if count)]
+    if kind is not BaseException:
+        raise kind from error
+    errors: list[Any] = [None] * world_size()
+    dist.all_gather_object(errors, _picklable(error))
+    raise error or next(filter(None, errors))
+
+
+def _picklable(error: BaseException | None) -> BaseException | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # which an error of any class may raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[None]:
+    """Context manager in which the processes share out the points of each evaluation of a density,
+    so that all of them must evaluate it alike."""
+    with shared_by(_evaluate_share if world_size() > 1 else None):
+        yield
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Context manager in which this process evaluates points of its own."""
+    with shared_by(None), by_own_clock():
+        yield
+
+
+def _evaluate_share(function: Function, points: Tensor, width: int) -> tuple[Tensor, ...]:
+    """The values of a function at all points, of which this process evaluates its share."""
+    count, mine = len(points), rows(len(points))
+    owned = mine.stop - mine.start
+    with add_up(count * width, points.device) as message, apart():
+        table = message.view(count, width)
+        # A process without points evaluates one, to know the shapes and dtypes of the values.
+        parts = function(points[mine] if owned else points[:1])
+        widths = [math.prod(part.shape[1:]) for part in parts]
+        for part, columns in zip(parts, table.split(widths, -1), strict=True):
+            columns[mine] = part[:owned].reshape(columns[mine].shape)
+    split = zip(parts, table.split(widths, -1), strict=True)
+    return tuple(columns.reshape(count, *part.shape[1:]).to(part) for part, columns in split)
 
 
 @torch.no_grad()
@@ -139,7 +235,12 @@ def take_from_main(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: Tensors on one device, in the same order in every process.
     """
-    _exchange(tensors, functools.partial(dist.broadcast, src=0))
+    if world_size() == 1:
+        return
+    for alike in _by_dtype(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        dist.broadcast(flat, src=0)
+        _unflatten(flat, alike)
 
 
 def agree(value: T) -> T:
@@ -154,6 +255,11 @@ def agree(value: T) -> T:
     """
     if world_size() == 1:
         return value
+    if isinstance(value, (bool, float)):
+        # Without a pickle it takes a fifth of the time.
+        number = torch.tensor(value, dtype=torch.double)
+        dist.broadcast(number, src=0)
+        return type(value)(number.item())
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
@@ -164,6 +270,39 @@ def agree_on_random_state(device: torch.device) -> None:
     if world_size() == 1:
         return
     set_random_state(agree(random_state(device)), device)
+
+
+def time_message(device: torch.device) -> float:
+    """Seconds that a message between the processes takes.
+
+    Args:
+        device: Where its numbers are.
+    """
+
+    def send() -> None:
+        with add_up(MESSAGE, device):
+            pass
+
+    return time_work(send, times=9)
+
+
+def time_work(work: Callable[[], object], times: int = 3) -> float:
+    """Seconds that work takes, the median of some times.
+
+    Args:
+        work: What to do. On a GPU it must wait for its end.
+        times: How often to do it.
+
+    Example:
+        >>> 0 <= time_work(lambda: None) < 1
+        True
+    """
+    seconds = []
+    for _ in range(times):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
 
 
 @contextlib.contextmanager
@@ -209,16 +348,6 @@ def initialize_from_environment() -> Iterator[str | None]:
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def _exchange(tensors: Iterable[Tensor], collective: Callable[[Tensor], Any]) -> None:
-    """Puts tensors through a collective operation, in place, one message for each dtype."""
-    if world_size() == 1:
-        return
-    for alike in _by_dtype(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        collective(flat)
-        _unflatten(flat, alike)
 
 
 def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -25,6 +25,7 @@ from .compiled import PushScore, compiled_push_score
 from .loop import INTERRUPTED, Group, Loop, LoopOptions, Task, TrainingReport
 from .objectives import Objective, PathELBO
 from .objectives.objective import check_distribution
+from .processes import Part
 
 __all__ = ["train"]
 
@@ -100,7 +101,7 @@ def train(
         got = objective.num_particles
         raise ValueError(f"Expected at least as many particles as processes; got {got}.")
     task = _GuideTask(flow, density, history, objective, (step_size, whitening_step_size))
-    with task.whitened():
+    with task.whitened(), processes.sharing():
         loop = Loop(task, options)
         task.begin(compile)
         report = loop.run(steps, deadline=deadline, progress=progress, checkpoint=checkpoint)
@@ -160,8 +161,9 @@ class _GuideTask(Task):
             points = everyone[processes.rows(len(everyone))]
             self.module.compiled = compiled_push_score(self.module, points, self.flow)
 
-    def backward(self) -> Tensor:
-        return -self.objective.backward(self.distribution, self.density)  # type: ignore[arg-type]
+    def backward(self) -> Part:
+        loss = self.objective.backward(self.distribution, self.density)  # type: ignore[arg-type]
+        return Part(-loss.total, loss.weight)
 
     def note(self, value: Tensor) -> None:
         self.history.append(value)

@@ -100,7 +100,7 @@ def test_the_path_gradient_is_that_of_the_sample_path() -> None:
     for p, grad in zip(flow.parameters(), found, strict=True):
         (expected,) = torch.autograd.grad(by_hand, p, retain_graph=True)
         torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(-loss, (value - flow.base.log_prob(x) + log_det).mean())
+    torch.testing.assert_close(-loss.mean, (value - flow.base.log_prob(x) + log_det).mean())
 
 
 def test_a_gaussian_guide_becomes_the_normal_it_is_trained_on() -> None:

@@ -35,6 +35,7 @@ from ...distributions.flow import log_prob_and_score
 from ...model.density import LogDensity
 from ...model.sites import sample_nodes
 from .. import processes
+from ..processes import Part
 from ._traces import fix_draws, latent_draws
 from .objective import Objective, check_distribution, check_reparametrised
 
@@ -100,20 +101,34 @@ class Bound(Objective):
         total = log_weight + path - (log_guide - log_guide.detach())
         return self._loss(Particles(total, torch.zeros_like(path)))
 
-    def backward(
-        self, distribution: torch.distributions.Distribution, density: LogDensity
-    ) -> Tensor:
+    def backward(self, distribution: torch.distributions.Distribution, density: LogDensity) -> Part:
         mine = processes.rows(self.num_particles)
-        z, log_guide, log_weight, slope = self._draw(distribution, density, mine)
-        bound, share = self._shares(processes.gather(log_weight, self.num_particles))
-        weight = (self._path_share(share) if self.path else share)[mine]
-        weight, bound = (weight, bound) if self.upper else (-weight, -bound)
-        pull = weight.unsqueeze(-1) * slope
-        if self.path:
-            z.backward(pull)
+        if self.power == 0:
+            draws = self._draw_apart(distribution, density, mine)
+            part, share = self._mean(draws.log_weight)
         else:
-            torch.autograd.backward([z, log_guide], [pull, -weight])
-        return bound / processes.world_size()
+            # The shares need the weights of all particles, by a message of their own.
+            with processes.add_up(self.num_particles, density.initial.device) as everyone:
+                draws = self._draw_apart(distribution, density, mine)
+                everyone[mine] = draws.log_weight.to(everyone)
+            bound, shares = self._shares(everyone.to(draws.log_weight))
+            part, share = Part(bound, torch.ones_like(bound)), shares[mine]
+        self._pull(draws, share)
+        return part if self.upper else Part(-part.total, part.weight)
+
+    def _draw_apart(self, distribution: Any, density: LogDensity, mine: slice) -> Draws:
+        with processes.apart():
+            return self._draw(distribution, density, mine)
+
+    def _pull(self, draws: Draws, share: Tensor) -> None:
+        """Adds the gradient of particles, given the share that each has in the bound."""
+        weight = self._path_share(share) if self.path else share
+        weight = weight if self.upper else -weight
+        pull = weight.unsqueeze(-1) * draws.slope
+        if self.path:
+            draws.z.backward(pull)
+        else:
+            torch.autograd.backward([draws.z, draws.log_guide], [pull, -weight])
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "power": self.power, "path": self.path}
@@ -123,15 +138,22 @@ class Bound(Objective):
 
     def _shares(self, log_weight: Tensor) -> tuple[Tensor, Tensor]:
         """The bound, and the share that each particle has in it."""
-        finite = log_weight.isfinite()
         if self.power == 0:
-            elbo = log_weight.where(finite, 0.0).sum() / finite.sum()
-            return elbo, finite.to(log_weight) / len(log_weight)
+            part, share = self._mean(log_weight)
+            return part.mean, share
+        finite = log_weight.isfinite()
         tempered = (self.power * log_weight).where(finite, -math.inf)
         # A weight of zero counts where its power is zero too; else it is left out.
         count = torch.ones_like(log_weight).where(finite, float(self.power > 0)).sum()
         bound = (tempered.logsumexp(0) - count.log()) / self.power
         return bound, tempered.softmax(0).where(finite, 0.0)
+
+    def _mean(self, log_weight: Tensor) -> tuple[Part, Tensor]:
+        """The ELBO of some of the particles, and the share that each has in that of all."""
+        finite = log_weight.isfinite()
+        total = log_weight.where(finite, 0.0).sum()
+        share = finite.to(log_weight) / self.num_particles
+        return Part(total, finite.sum().to(total)), share
 
     def _differentiable(self, particles: Particles, bound: Tensor, share: Tensor) -> Tensor:
         """A loss with the value of the bound and the gradient of the particles."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..._checks import check_flag, check_size
 from ...model.density import LogDensity
 from .. import processes
+from ..processes import Part
 
 __all__ = ["Objective", "check_distribution", "check_reparametrised"]
 
@@ -70,23 +71,22 @@ class Objective(ELBO):
             ValueError: If the distribution is not one over such vectors.
         """
 
-    def backward(
-        self, distribution: torch.distributions.Distribution, density: LogDensity
-    ) -> Tensor:
+    def backward(self, distribution: torch.distributions.Distribution, density: LogDensity) -> Part:
         """Adds this process's part of the gradient of :meth:`density_loss`.
 
-        By default every process computes the whole loss; bounds share out their particles.
+        By default every process computes the whole loss, but for its evaluations of the density;
+        bounds share out their particles.
 
         Args:
             distribution: As for :meth:`density_loss`, which has checked it.
             density: The log density.
 
         Returns:
-            Its part of the loss, without gradient. The parts of all processes add up.
+            Its part of the loss, without gradient.
         """
-        loss = self.density_loss(distribution, density) / processes.world_size()
-        loss.backward()
-        return loss.detach()
+        loss = self.density_loss(distribution, density)
+        (loss / processes.world_size()).backward()
+        return Part(loss.detach(), torch.ones_like(loss))
 
     def settings(self) -> dict[str, Any]:
         """What tells it from others, as numbers and strings."""
