@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.util import site_is_subsample
 from scipy import optimize, stats
 from torch import Tensor
 from torch.distributions import biject_to
@@ -86,6 +87,13 @@ def store_reference(name: str, found: Reference) -> None:
 # The globals as a vector
 
 
+def _count(node: dict[str, Any]) -> int:
+    """The unconstrained entries of a latent site; zero of other nodes."""
+    if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+        return 0
+    return math.prod(biject_to(node["fn"].support).inverse_shape(node["value"].shape))
+
+
 class Globals:
     """The global sites of a case, whose priors do not depend on anything.
 
@@ -95,12 +103,14 @@ class Globals:
     Attributes:
         priors: Their priors by name.
         shapes: Their shapes on the unconstrained scale.
+        latents: Entries of all latent sites on the unconstrained scale.
     """
 
     def __init__(self, case: Case) -> None:
         started = InitMessenger(start_at)(case.model)
         nodes = poutine.trace(started).get_trace(*case.args).nodes
         self.priors = {name: nodes[name]["fn"] for name in case.globals}
+        self.latents = sum(map(_count, nodes.values()))
         self._transforms = {name: biject_to(prior.support) for name, prior in self.priors.items()}
         self.shapes = {
             name: self._transforms[name].inverse_shape(prior.shape())
