@@ -304,6 +304,67 @@ def _count(processes: int) -> str:
     return "1 process" if processes == 1 else f"{processes} processes"
 
 
+SCALE = (
+    ("seconds", ".1f"),
+    ("mean_error", ".3f"),
+    ("log_sd_error", ".3f"),
+    ("evidence_error", ".3f"),
+    ("ess", ".2f"),
+    ("memory", ".0f"),
+)
+
+
+def scale(results: dict[str, Any]) -> str:
+    """Return pyroflows beside its peers on large models, a line a model, and the curves of cost.
+
+    Args:
+        results: What `python -m benchmarks.scale --json FILE` writes.
+    """
+    head = ["model", "latents", "rows", "CPU s", "mean error", "sd error", "evidence error"]
+    head += ["ESS/N", "MB", "ok", "NUTS, CPU s to ESS 1000", "NUTS mean error", *GUIDES]
+    lines = [head]
+    for model in dict.fromkeys(row["model"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["model"] == model]
+        ours = _of_method(rows, "pyroflows")
+        nuts = _of_method(rows, "NumPyro NUTS", "NumPyro NUTS, non-centred")
+        nuts = [min(nuts, key=lambda row: row["seconds_to_target"])] if nuts else []
+        oks = [row["ok"] for row in ours]
+        guides = [_median(_of_method(rows, name), "mean_error", ".2f") for name in GUIDES]
+        lines.append(
+            [
+                model.replace("_", " "),
+                *(str(rows[0][key]) for key in ("latents", "rows")),
+                *(_median(ours, key, form) for key, form in SCALE),
+                f"{sum(oks)} of {len(oks)}" if oks else "",
+                _median(nuts, "seconds_to_target", ".1f"),
+                _median(nuts, "mean_error", ".3f"),
+                *guides,
+            ]
+        )
+    return f"{_rows(lines)}\n{SCALE_COSTS}\n{_rows(_scale_costs(results['points']))}"
+
+
+def _of_method(rows: list[dict[str, Any]], *methods: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["method"] in methods and not row["error"]]
+
+
+def _scale_costs(points: list[dict[str, Any]]) -> list[list[str]]:
+    lines = [["model", "latents", "rows", "gradient, ms", "marginal, ms", "until then, s", "MB"]]
+    for point in points:
+        sizes = [str(point[key]) for key in ("latents", "rows")]
+        costs = [
+            _median([point], key, form)
+            for key, form in (
+                ("gradient", ".3f"),
+                ("marginal", ".3f"),
+                ("preparation", ".1f"),
+                ("memory", ".0f"),
+            )
+        ]
+        lines.append([point["model"].replace("_", " "), *sizes, *costs])
+    return lines
+
+
 def page() -> str:
     """Return the page of results as Markdown."""
     stored = {
@@ -320,10 +381,16 @@ DENSITY_COSTS = """
 CPU seconds of an epoch and milliseconds for 1000 draws (medians over the tables and seeds), and how many of all steps,
 test rows and draws were not finite:
 """
+GUIDES = ("AutoNormal", "AutoLowRankMultivariateNormal", "AutoStructured")
+SCALE_COSTS = """
+CPU milliseconds of the joint log density and its gradient at one point, and of one value of the marginal density of the
+globals; CPU seconds of what comes before:
+"""
 TABLES = {
     "posteriors": posteriors,
     "adversarial": adversaries,
     "real_models": real_models,
+    "scale": scale,
     "density": densities,
     "speed": speeds,
     "memory": memory,
@@ -349,6 +416,17 @@ Models of Pyro's examples and tutorials, written anew on small simulated data, f
 minutes of wall-clock time. Right: no mean off by more than 0.2 standard deviations, no standard deviation by more than a
 fifth, against closed forms, long chains or weighted draws of the prior.
 `python -m benchmarks.real_models --json benchmarks/results/real_models.json`
+""",
+    "scale": """## Large models
+
+Largest error over the globals on the unconstrained scale, in right standard deviations (mean) and
+as a log ratio of standard deviations (sd), and the error of the log evidence, against closed forms,
+quadrature or long chains, on data simulated from known parameters. One thread, float32; CPU seconds
+with compilation for pyroflows. NumPyro's NUTS is jitted, two chains of 500 draws after 500 of
+warm-up, of the model as it is written or non-centred, whichever was sooner: CPU seconds without
+compilation to an effective sample size of 1,000 of the worst global. The last columns are mean
+errors of Pyro's guides after 2,000 steps.
+`python -m benchmarks.scale --json benchmarks/results/scale.json`, once more with `--curves`
 """,
     "density": """## Densities
 

@@ -30,6 +30,8 @@ SEVERAL, SETTLED = 8, 1e-8
 # Precisions of which the values differ by no more, relative to their sizes, are the same; by no
 # more than the second, they do not even come of a model that rounds.
 SAME, EXACTLY = 1e-6, 1e-10
+# A step that is to raise the log density by more leaves too few digits of it.
+HIGHEST = 1e6
 # How often a step is halved before it is given up.
 HALVINGS = 8
 
@@ -240,7 +242,8 @@ class Marginal:
         normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1) / 2
-        if self._bend < EXACTLY:  # the log density is a parabola
+        # A parabola needs no value at its top, unless a long way up takes the digits of it.
+        if self._bend < EXACTLY and gain.abs().amax() < HIGHEST:
             return _conditional(before + gain, x + step, normal, gain)
         value = self.log_joint(g, x + step)
         lower = value < _least(before)
