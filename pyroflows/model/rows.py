@@ -188,6 +188,7 @@ class RowHessian:
         parts = [self._read(density, piece) for piece in points.split(density.batch_size)]
         return RowEntries(*map(torch.cat, zip(*parts, strict=True)))
 
+    @torch.enable_grad()
     def _read(self, density: DoubleDensity, points: Tensor) -> RowEntries:
         n = len(points)
         found = _differentiate(density, points, self.held)
