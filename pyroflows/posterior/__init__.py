@@ -2,11 +2,11 @@
 
 from .chains import Chains, flow_mc, neutra
 from .checks import Check
+from .climb import Rung
 from .comparison import compare
 from .evidence import Evidence, evidence
 from .fit import fit_posterior
 from .judge import judge
-from .ladder import Rung
 from .loading import load_posterior
 from .posterior import Attempt, Posterior
 from .verdict import Finding, Verdict

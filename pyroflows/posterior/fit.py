@@ -29,7 +29,8 @@ from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
 from ..transforms import Transform
 from ..univariate import Univariate
-from .ladder import LADDER, Climb, climb_ladder, make_own_rung, make_own_structured_rung
+from .climb import Climb, climb_ladder
+from .ladder import LADDER, make_own_rung, make_own_structured_rung
 from .posterior import Posterior
 
 if TYPE_CHECKING:

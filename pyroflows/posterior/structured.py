@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,11 +16,9 @@ from ..train.marginal import MarginalFit
 from ..train.objectives import PathELBO
 from ..train.training import PARTICLES, STEP_SIZE, WHITENING_STEP_SIZE
 from .census import find_flat_direction
+from .climb import Climb
 from .gaussian import Gaussian
 from .marginal_census import DISTANCES
-
-if TYPE_CHECKING:
-    from .ladder import Climb
 
 __all__ = ["make_structured", "train_structured"]
 

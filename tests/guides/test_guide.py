@@ -20,7 +20,8 @@ from pyroflows import _spec
 from pyroflows.distributions import StudentTBase
 from pyroflows.guides import Guide, WhitenedFlow, from_spec
 from pyroflows.model import LogDensity
-from pyroflows.posterior.ladder import make_narrow_flow, make_wide_flow
+from pyroflows.posterior.climb import make_narrow_flow
+from pyroflows.posterior.ladder import make_wide_flow
 
 FEATURES = 3
 

@@ -60,9 +60,7 @@ def started(model: Callable[..., Any], y: Tensor) -> AutoStructuredFlow:
 
 
 @pytest.mark.parametrize(("model", "y"), MODELS)
-def test_scores_what_it_draws(
-    model: Callable[..., Any], y: Tensor, device: torch.device
-) -> None:
+def test_scores_what_it_draws(model: Callable[..., Any], y: Tensor, device: torch.device) -> None:
     guide = started(model, y.to(device))
     z, log_q = guide.sample_and_log_prob(40)
     assert z.shape == (40, guide.features)

@@ -17,7 +17,7 @@ import pyroflows as pf
 from pyroflows._deadline import Deadline
 from pyroflows.model import LogDensity
 from pyroflows.posterior import checks, ladder
-from pyroflows.posterior.ladder import Climb, climb_ladder
+from pyroflows.posterior.climb import Climb, climb_ladder
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 CHECK, RUNG = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

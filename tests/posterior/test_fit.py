@@ -24,6 +24,7 @@ import pyroflows as pf
 from pyroflows import AutoFlow, fit_posterior
 from pyroflows.examples import load_example
 from pyroflows.posterior import census as census_module
+from pyroflows.posterior import climb as climb_module
 from pyroflows.posterior import ladder as ladder_module
 from pyroflows.posterior import subject as subject_module
 from pyroflows.train import loop as loop_module
@@ -356,7 +357,7 @@ def test_a_start_of_zero_density_is_left() -> None:
 
 
 def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 300)
+    monkeypatch.setattr(climb_module, "JUDGE_DRAWS", 300)
     # A search of one point at a time takes its time by every one of these.
     monkeypatch.setattr(ladder_module, "POLISH_TRAJECTORIES", 2)
     monkeypatch.setattr(subject_module, "ROAMERS", 8)
@@ -625,7 +626,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(
     def pressed(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ladder_module, "take_census", pressed)
+    monkeypatch.setattr(climb_module, "take_census", pressed)
     posterior = quickly(correlated)
     assert posterior.interrupted
     assert posterior.history == []
@@ -634,7 +635,7 @@ def test_an_interruption_before_the_training_returns_a_posterior(
 
 @pytest.mark.filterwarnings("ignore:This model cannot be evaluated")
 def test_an_interruption_within_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder_module, "JUDGE_DRAWS", 100)
+    monkeypatch.setattr(climb_module, "JUDGE_DRAWS", 100)
     calls = 0
 
     def model() -> None:

@@ -15,14 +15,9 @@ from pyroflows._random import forked
 from pyroflows.guides import Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
+from pyroflows.posterior.climb import Climb, choose_better, climb_ladder
 from pyroflows.posterior.importance import ImportanceSummary
-from pyroflows.posterior.ladder import (
-    LADDER,
-    Climb,
-    choose_better,
-    climb_ladder,
-    make_own_rung,
-)
+from pyroflows.posterior.ladder import LADDER, make_own_rung
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
 
 

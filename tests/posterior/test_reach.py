@@ -17,9 +17,10 @@ from pyroflows.guides import AutoMixture, Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Posterior, refit
 from pyroflows.posterior.checks import judge_subject
+from pyroflows.posterior.climb import Climb
 from pyroflows.posterior.gaussian import Gaussians
 from pyroflows.posterior.importance import draw_importance_sample
-from pyroflows.posterior.ladder import Climb, refit_to_chains
+from pyroflows.posterior.ladder import refit_to_chains
 from pyroflows.posterior.refit import VectorKL, roam_components, roam_missed
 from pyroflows.posterior.subject import Subject, gained
 from pyroflows.posterior.verdict import FAILED, HELD

@@ -11,8 +11,8 @@ import pyroflows as pf
 from pyroflows._deadline import Deadline
 from pyroflows.model import LogDensity
 from pyroflows.posterior.checks import CHECKS, Check, judge_subject
+from pyroflows.posterior.climb import OWN_REMEDY, REMEDY, Climb
 from pyroflows.posterior.importance import ImportanceSample
-from pyroflows.posterior.ladder import OWN_REMEDY, REMEDY, Climb
 from pyroflows.posterior.subject import Subject
 from pyroflows.posterior.verdict import FAILED, HELD, Finding, Verdict
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.guides import AutoStructuredFlow
-from pyroflows.posterior import ladder
+from pyroflows.posterior import climb
 from pyroflows.posterior.structured import make_structured
 
 GROUPS, ROWS = 40, 4
@@ -157,7 +157,7 @@ def wide(x: Tensor) -> None:
 def test_too_many_latents_without_a_structure_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ladder, "MOST_DENSE", 20)
+    monkeypatch.setattr(climb, "MOST_DENSE", 20)
     x = torch.randn(30, 30, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="Expected at most 20 latent entries, or a model of a few"):
         pf.fit_posterior(wide, (x,), progress=False)
