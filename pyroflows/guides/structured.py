@@ -192,6 +192,8 @@ class AutoStructuredFlow(FlowGuide):
     def log_marginal(self, g: Tensor) -> Tensor:
         """The log density of globals of shape ``(*, globals)``, with the locals integrated out."""
         points = g.reshape(-1, g.shape[-1]).double()
+        if not len(points):
+            return points.new_zeros(g.shape[:-1])
         if self.leaves is not None:
             values = self.leaves.log_prob(points, self.reference)
         else:
