@@ -1,4 +1,4 @@
-r"""A fit on several processes: each works on its share of the particles, and they add up their
+r"""A fit on several processes: each evaluates its share of the points, and they add up their
 gradients.
 
 Every process draws the same particles from the same random state and takes its share of them, so
@@ -6,9 +6,9 @@ that the sum over the processes is what one process with all particles computes,
 
 .. math:: \nabla_\phi \mathcal{L} = \frac1N \sum_{r} \sum_{i \in \text{share } r} g_i(\phi).
 
-All else in a fit runs alike in every process, but for evaluations of the density at many points:
-these are shared out, too, and every process gets the values of all. A step and an evaluation take
-one message each, by which an error of one process is raised in all of them.
+Outside of training all processes do the same, but for evaluations of the density: each evaluates
+its share of the points, and gets the values of all. A step takes one message and an evaluation
+another, by which an error of one process is raised in all of them.
 
 Without an initialised :mod:`torch.distributed` group there is one process, and everything here
 does nothing.
@@ -257,7 +257,8 @@ def agree(value: T) -> T:
         return value
     if isinstance(value, (bool, float)):
         # Without a pickle it takes a fifth of the time.
-        number = torch.tensor(value, dtype=torch.double)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        number = torch.tensor(value, dtype=torch.double, device=device)
         dist.broadcast(number, src=0)
         return type(value)(number.item())
     values = [value]
