@@ -261,6 +261,8 @@ def integrate_leaves(
         finer = more.log_prob(g, reference)
         mean, deviation = _mean_and_deviation(finer - values)
         leaves.error = mean, deviation
+        if not math.isfinite(mean):
+            return leaves
         if leaves.settled and leaves.nodes.count >= LEAST:
             return leaves
         more.error = SHARE * mean, SHARE * deviation
@@ -284,8 +286,8 @@ def leaves_are_small(structure: Structure) -> bool:
 
 
 def _mean_and_deviation(change: Tensor) -> tuple[float, float]:
-    """The mean and standard deviation of what is finite."""
-    change = change[change.isfinite()]
-    if len(change) < 2:
+    """The mean and standard deviation of what is finite, if that is the larger part."""
+    finite = change[change.isfinite()]
+    if len(finite) < max(2, len(change) / 2):
         return math.inf, math.inf
-    return float(change.mean()), float(change.std())
+    return float(finite.mean()), float(finite.std())
