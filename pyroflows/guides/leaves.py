@@ -135,7 +135,7 @@ class Leaves:
         conditional = self.marginal.condition(g, reference, self.steps)
         total, slopes = self._differentiate(g, conditional)
         heights = [self._integrate_slopes(slopes, depth) for depth in range(self.tree.depth)]
-        error = total - self._add(heights)
+        error = (total - self._add(heights)).nan_to_num(0, 0, 0)
         weights = self.nodes.log_weights.to(g)[:, None, None]
         log_marginal = conditional.log_marginal
         for depth in reversed(range(self.tree.depth)):
@@ -144,7 +144,7 @@ class Leaves:
             shares = (weighted - messages.unsqueeze(depth)).exp().mean(-1)
             error = (shares * error).sum(depth)
             if depth:
-                parents = self.tree.parents[depth]
+                parents = self.tree.parents[depth].to(g.device)
                 heights[depth - 1].index_add_(-1, parents, messages)
             else:
                 log_marginal = log_marginal + messages.sum(-1) + error
@@ -160,7 +160,7 @@ class Leaves:
         x = conditional.mean + conditional.normal.draw_centred(noise.expand(-1, len(g), -1))
         points = g.expand(len(x), -1, -1).flatten(0, 1)
         values, slopes = self.marginal.value_and_slopes(points, x.flatten(0, 1))
-        # Where the model fails, its density counts as flat.
+        # Where the model fails, far out, its density counts as flat, and nothing is corrected.
         slopes = slopes.reshape(x.shape).nan_to_num(0, 0, 0)
         heights = values.reshape(x.shape[:-1]) + noise.square().sum(-1) / 2
         shape = *depth * [count], len(g)
@@ -224,8 +224,8 @@ def integrate_leaves(
 
     Args:
         marginal: The marginal density by Laplace's approximation.
-        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 50 draws of a
-            normal approximation to their posterior.
+        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 20 to 50 draws
+            of a normal approximation to their posterior.
         reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
         steps: Newton steps from the reference.
 

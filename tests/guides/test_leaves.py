@@ -372,6 +372,23 @@ def test_globals_at_which_the_model_fails_have_no_density() -> None:
     assert leaves.sample(g, marginal.reference)[0].isfinite().all()
 
 
+def test_nodes_at_which_the_model_fails() -> None:
+    def model() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("groups", 4):
+            effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+            # Not a number beyond four, where the last node lies.
+            pyro.factor("end", torch.log(4 - (effect - mean)))
+
+    density = LogDensity(model, batch_size=8)
+    marginal = Marginal(density, find_structure(density))
+    leaves = Leaves(marginal, 9)
+    g = SOME[:, :1]
+    values = leaves.log_prob(g, marginal.reference)
+    expected = dist.Normal(0.0, 1.0).log_prob(g[:, 0]) + 4 * math.log(4)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-2)
+
+
 def test_single_precision_is_kept() -> None:
     marginal = prepare("logit")[1]
     leaves = Leaves(marginal, 7)
