@@ -69,7 +69,7 @@ class Leaves:
     def __init__(self, marginal: Marginal, count: int, steps: int = STEPS) -> None:
         self.marginal, self.steps = marginal, steps
         self.nodes = HermiteNodes(count)
-        self.tree = find_elimination_tree(marginal.elimination)
+        self.tree = marginal.tree
         self.error: tuple[float, float] | None = None
 
     @property
@@ -224,8 +224,8 @@ def integrate_leaves(
 
     Args:
         marginal: The marginal density by Laplace's approximation.
-        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 20 to 50 draws
-            of a normal approximation to their posterior.
+        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 20 to 50
+            draws of a normal approximation to their posterior.
         reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
         steps: Newton steps from the reference.
 
@@ -250,7 +250,7 @@ def integrate_leaves(
         >>> leaves.settled, leaves.nodes.count
         (True, 5)
     """
-    depth = find_elimination_tree(marginal.elimination).depth
+    depth = marginal.tree.depth
     if not 0 < depth <= DEEPEST:
         raise ValueError(f"Expected blocks of 1 to {DEEPEST} levels of locals; got {depth}.")
     counts = [count for count in COUNTS if count**depth <= MOST_POINTS]

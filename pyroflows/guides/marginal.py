@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import check_size, check_tensor
 from ..distributions.elimination import Elimination
+from ..distributions.elimination_tree import EliminationTree, find_elimination_tree
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
@@ -126,6 +127,11 @@ class Marginal:
         outside = (self._directions == 0).all(0).split([site.features for site in density.sites])
         pairs = zip(density.sites, outside, strict=True)
         self._held = {site.name for site, entries in pairs if entries.all()}
+
+    @functools.cached_property
+    def tree(self) -> EliminationTree:
+        """Which locals depend on the noise of which."""
+        return find_elimination_tree(self.elimination)
 
     @functools.cached_property
     def is_normal(self) -> bool:
