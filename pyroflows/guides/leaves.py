@@ -69,7 +69,7 @@ class Leaves:
     def __init__(self, marginal: Marginal, count: int, steps: int = STEPS) -> None:
         self.marginal, self.steps = marginal, steps
         self.nodes = HermiteNodes(count)
-        self.tree = find_elimination_tree(marginal.elimination)
+        self.tree = marginal.tree
         self.error: tuple[float, float] | None = None
 
     @property
@@ -176,7 +176,7 @@ class Leaves:
         conditional = self.marginal.condition(g, reference, self.steps)
         total, slopes = self._differentiate(g, conditional)
         heights = [self._integrate_slopes(slopes, depth) for depth in range(self.tree.depth)]
-        error = total - self._add(heights)
+        error = (total - self._add(heights)).nan_to_num(0, 0, 0)
         weights = self.nodes.log_weights.to(g)[:, None, None]
         log_marginal = conditional.log_marginal
         for depth in reversed(range(self.tree.depth)):
@@ -185,7 +185,7 @@ class Leaves:
             shares = (weighted - messages.unsqueeze(depth)).exp().mean(-1)
             error = (shares * error).sum(depth)
             if depth:
-                parents = self.tree.parents[depth]
+                parents = self.tree.parents[depth].to(g.device)
                 heights[depth - 1].index_add_(-1, parents, messages)
             else:
                 log_marginal = log_marginal + messages.sum(-1) + error
@@ -201,7 +201,7 @@ class Leaves:
         x = conditional.mean + conditional.normal.draw_centred(noise.expand(-1, len(g), -1))
         points = g.expand(len(x), -1, -1).flatten(0, 1)
         values, slopes = self.marginal.value_and_slopes(points, x.flatten(0, 1))
-        # Where the model fails, its density counts as flat.
+        # Where the model fails, far out, its density counts as flat, and nothing is corrected.
         slopes = slopes.reshape(x.shape).nan_to_num(0, 0, 0)
         heights = values.reshape(x.shape[:-1]) + noise.square().sum(-1) / 2
         shape = *depth * [count], len(g)
@@ -265,8 +265,8 @@ def integrate_leaves(
 
     Args:
         marginal: The marginal density by Laplace's approximation.
-        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 50 draws of a
-            normal approximation to their posterior.
+        g: Globals at which the numbers are compared, of shape ``(n, features)``; some 20 to 50
+            draws of a normal approximation to their posterior.
         reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
         steps: Newton steps from the reference.
 
@@ -291,7 +291,7 @@ def integrate_leaves(
         >>> leaves.settled, leaves.nodes.count
         (True, 5)
     """
-    depth = find_elimination_tree(marginal.elimination).depth
+    depth = marginal.tree.depth
     if not 0 < depth <= DEEPEST:
         raise ValueError(f"Expected blocks of 1 to {DEEPEST} levels of locals; got {depth}.")
     counts = [count for count in COUNTS if count**depth <= MOST_POINTS]
@@ -302,6 +302,8 @@ def integrate_leaves(
         finer = more.log_prob(g, reference)
         mean, deviation = _mean_and_deviation(finer - values)
         leaves.error = mean, deviation
+        if not math.isfinite(mean):
+            return leaves
         if leaves.settled and leaves.nodes.count >= LEAST:
             return leaves
         more.error = SHARE * mean, SHARE * deviation
@@ -325,8 +327,8 @@ def leaves_are_small(structure: Structure) -> bool:
 
 
 def _mean_and_deviation(change: Tensor) -> tuple[float, float]:
-    """The mean and standard deviation of what is finite."""
-    change = change[change.isfinite()]
-    if len(change) < 2:
+    """The mean and standard deviation of what is finite, if that is the larger part."""
+    finite = change[change.isfinite()]
+    if len(finite) < max(2, len(change) / 2):
         return math.inf, math.inf
-    return float(change.mean()), float(change.std())
+    return float(finite.mean()), float(finite.std())

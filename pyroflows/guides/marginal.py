@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import check_size, check_tensor
 from ..distributions.elimination import Elimination
+from ..distributions.elimination_tree import EliminationTree, find_elimination_tree
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
@@ -147,6 +148,11 @@ class Marginal:
         edges = structure.local_edges
         rows = find_row_hessian(self._of_few, structure.locals, edges, self._held)
         return rows if rows is not None and 2 * rows.count < self._colouring.count else None
+
+    @functools.cached_property
+    def tree(self) -> EliminationTree:
+        """Which locals depend on the noise of which."""
+        return find_elimination_tree(self.elimination)
 
     @property
     def is_normal(self) -> bool:

@@ -1,4 +1,4 @@
-"""The integral of small blocks of locals as a smooth correction of Laplace's approximation."""
+"""The integral of small blocks of locals by few nodes and a smooth correction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from .leaves import DEVIATION, Leaves
+from .leaves import COUNTS, DEVIATION, Leaves
 from .warm_reference import WarmReference
 
 __all__ = ["RegressedLeaves", "regress_leaves"]
@@ -20,46 +20,54 @@ FARTHEST = 4.0
 
 
 class RegressedLeaves:
-    r"""The log density of a model's globals by Laplace's approximation and a correction.
+    r"""The log density of a model's globals by few nodes and a correction.
 
-    .. math:: \log p(g) \approx \log p_{\text{Laplace}}(g) + q(u), \quad u = L^{-1} (g - g^*)
+    .. math:: \log p(g) \approx \log p_{\text{few}}(g) + q(u), \quad u = L^{-1} (g - g^*)
 
-    However far Laplace's approximation is off, its error changes slowly with the globals: a
-    quadratic polynomial :math:`q` of them leaves some thousandths. So a value costs as much as
-    Laplace's approximation, from a tenth to a half of an integral.
+    However far Laplace's approximation, or an integral by few nodes, is off, its error changes
+    slowly with the globals: a quadratic polynomial :math:`q` of them leaves some thousandths. So a
+    value costs from a tenth to a half of one by enough nodes.
 
     Args:
-        leaves: The integrals.
+        leaves: The integrals by enough nodes.
+        base: Those by few; one node is Laplace's approximation.
         warm: The reference of the locals, whose whitened globals are the polynomial's.
         coefficients: Those of the polynomial, of shape ``(terms,)``.
         error: The standard deviation of what the polynomial leaves at points that it has not seen.
     """
 
     def __init__(
-        self, leaves: Leaves, warm: WarmReference, coefficients: Tensor, error: float
+        self,
+        leaves: Leaves,
+        base: Leaves,
+        warm: WarmReference,
+        coefficients: Tensor,
+        error: float,
     ) -> None:
-        self.leaves, self.warm = leaves, warm
+        self.leaves, self.base, self.warm = leaves, base, warm
         self.coefficients, self.error = coefficients, error
 
     @property
     def settled(self) -> bool:
-        """Whether the integrals and the polynomial are known to suffice."""
+        """Whether the nodes and the polynomial are known to suffice."""
         return self.leaves.settled and self.error < DEVIATION
 
     def log_prob(self, g: Tensor, reference: Tensor) -> Tensor:
         """As :meth:`pyroflows.guides.leaves.Leaves.log_prob`."""
-        laplace = self.leaves.marginal.log_prob(g, reference, self.leaves.steps)
-        return laplace + _terms(self.warm.whiten(g)) @ self.coefficients.to(g)
+        correction = _terms(self.warm.whiten(g)) @ self.coefficients.to(g)
+        return self.base.log_prob(g, reference) + correction
 
     def sample(
         self, g: Tensor, reference: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As :meth:`pyroflows.guides.leaves.Leaves.sample`, with the integral for the density."""
+        """As :meth:`pyroflows.guides.leaves.Leaves.sample`, by enough nodes."""
         return self.leaves.sample(g, reference, noise)
 
 
 def regress_leaves(leaves: Leaves, warm: WarmReference, seed: int = 0) -> RegressedLeaves:
-    """Regresses the error of Laplace's approximation on the globals.
+    """Regresses the error of few nodes on the globals.
+
+    One node is tried first, then more, until the polynomial leaves less than .02.
 
     Args:
         leaves: The integrals.
@@ -67,8 +75,7 @@ def regress_leaves(leaves: Leaves, warm: WarmReference, seed: int = 0) -> Regres
         seed: Seed of the points at which integrals are taken, two for each coefficient and ten.
 
     Returns:
-        The density; not :attr:`RegressedLeaves.settled` if a quadratic polynomial is too far from
-        the integrals.
+        The density; not :attr:`RegressedLeaves.settled` if no polynomial is near the integrals.
 
     Reference:
         Allen, "The relationship between variable selection and data augmentation and a method for
@@ -81,19 +88,28 @@ def regress_leaves(leaves: Leaves, warm: WarmReference, seed: int = 0) -> Regres
     u = SPREAD * torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).to(warm.root)
     g = warm.loc + u @ warm.root.mT
     reference = warm(g)
-    change = leaves.log_prob(g, reference) - leaves.marginal.log_prob(g, reference, leaves.steps)
-    usable = change.isfinite()
-    if usable.sum() <= terms:
-        return RegressedLeaves(leaves, warm, u.new_zeros(terms), math.inf)
-    design, change = _terms(u)[usable], change[usable]
+    values = leaves.log_prob(g, reference)
+    counts = [count for count in COUNTS if count < leaves.nodes.count]
+    for count in [1, *counts]:
+        base = Leaves(leaves.marginal, count, leaves.steps)
+        coefficients, error = _regress(_terms(u), values - base.log_prob(g, reference))
+        if error < DEVIATION:
+            break
+    return RegressedLeaves(leaves, base, warm, coefficients, error)
+
+
+def _regress(design: Tensor, values: Tensor) -> tuple[Tensor, float]:
+    """The coefficients, and the standard deviation of what those of all other points leave at each
+    point."""
+    usable = values.isfinite()
+    design, values = design[usable], values[usable]
+    if len(values) <= design.shape[-1]:
+        return design.new_zeros(design.shape[-1]), math.inf
     basis, upper = torch.linalg.qr(design)
-    loads = basis.mT @ change
-    coefficients = torch.linalg.solve_triangular(upper, loads.unsqueeze(-1), upper=True)
-    # What the polynomial of all other points leaves at each.
-    left = (change - basis @ loads) / (1 - basis.square().sum(-1))
-    return RegressedLeaves(
-        leaves, warm, coefficients.squeeze(-1), float(left.square().mean() ** 0.5)
-    )
+    loads = (basis.mT @ values).unsqueeze(-1)
+    coefficients = torch.linalg.solve_triangular(upper, loads, upper=True).squeeze(-1)
+    left = (values - design @ coefficients) / (1 - basis.square().sum(-1))
+    return coefficients, float(left.square().mean().sqrt())
 
 
 def _terms(u: Tensor) -> Tensor:
