@@ -38,7 +38,7 @@ class MarginalMode(NamedTuple):
             ``(features, features)``.
         reference: The mean of the locals there, of shape ``(locals,)``.
         rounds: How many rounds the search took.
-        found: Whether it is a mode: not if the rounds were over before.
+        found: Whether it is a mode: not if the rounds were over before, or the search stood still.
     """
 
     loc: Tensor
@@ -160,7 +160,8 @@ def find_marginal_mode(
         moving = now.settled and now.value - before.value > GAIN and not steep
         still, lowest = 0 if moving else still + 1, min(lowest, decrement)
         if still == STILL_ROUNDS:
-            break
+            found = now.settled and decrement < UNSETTLED  # where it is flat, roots stay rough
+            return MarginalMode(now.loc, root, now.reference, number, found)
     return MarginalMode(now.loc, root, now.reference, number, False)
 
 

@@ -15,11 +15,12 @@ class PartialSums:
     .. math:: w_t = z_1 + \dots + z_t
 
     A chain that is written by its increments, ``pyro.sample("dx", ...).cumsum(-1)``, makes each of
-    them touch all others; its states touch their neighbours. The map has determinant one.
+    them touch all others; its states touch their neighbours. Sums of sums do the same for a trend.
+    The map has determinant one.
 
     Args:
         chains: For each site that is summed the entries of its chains, in order, of shape
-            ``(k, length)``.
+            ``(k, length)``; twice for sums of sums.
 
     Example:
         >>> import torch
@@ -37,19 +38,19 @@ class PartialSums:
         """The coordinates of vectors of shape ``(*, features)``."""
         w = z.clone()
         for chain in self.chains:
-            w[..., chain] = z[..., chain].cumsum(-1)
+            w[..., chain] = w[..., chain].cumsum(-1)
         return w
 
     def from_sums(self, w: Tensor) -> Tensor:
         """The vectors of coordinates of shape ``(*, features)``."""
         z = w.clone()
-        for chain in self.chains:
-            z[..., chain[:, 1:]] = w[..., chain].diff(dim=-1)
+        for chain in reversed(self.chains):
+            z[..., chain[:, 1:]] = z[..., chain].diff(dim=-1)
         return z
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradients by the coordinates, from those by the vector ``(*, features)``."""
         pulled = gradient.clone()
         for chain in self.chains:
-            pulled[..., chain[:, :-1]] = -gradient[..., chain].diff(dim=-1)
+            pulled[..., chain[:, :-1]] = -pulled[..., chain].diff(dim=-1)
         return pulled

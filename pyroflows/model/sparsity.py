@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DENSE", "SymmetricEntries", "find_entries"]
+__all__ = ["DENSE", "ManyTouch", "SymmetricEntries", "find_entries"]
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -86,7 +86,13 @@ class SymmetricEntries:
         return SymmetricEntries(self.size, self.rows[kept], self.columns[kept], self.values[kept])
 
 
-def find_entries(multiply: Multiply, like: Tensor, generator: torch.Generator) -> SymmetricEntries:
+class ManyTouch(ValueError):
+    """The rows of a matrix do not come apart."""
+
+
+def find_entries(
+    multiply: Multiply, like: Tensor, generator: torch.Generator, most: int = 2 * DENSE
+) -> SymmetricEntries:
     r"""Finds the entries of an unknown sparse symmetric matrix by products with few vectors.
 
     Columns :math:`j` are put at random into buckets, and each bucket :math:`b` is asked by three
@@ -102,12 +108,13 @@ def find_entries(multiply: Multiply, like: Tensor, generator: torch.Generator) -
         like: A tensor of shape ``(size,)`` and of the dtype of the products, which has to be a
             double for a size above a few hundred.
         generator: Random numbers.
+        most: Rows that do not come apart by so many products at once are given up.
 
     Returns:
         The entries that are not negligible beside the largest of their row.
 
     Raises:
-        ValueError: If more than 1,024 rows do not come apart.
+        ManyTouch: If more than 1,024 rows do not come apart.
 
     Reference:
         Goodrich, Mitzenmacher, "Invertible Bloom lookup tables", 2011,
@@ -135,8 +142,8 @@ def find_entries(multiply: Multiply, like: Tensor, generator: torch.Generator) -
         # Twice as many products may help; when they cost about as much, each row is read by one.
         if many <= min(DENSE, 4 * 3 * TABLES * buckets):
             return _read_rows(multiply, like, entries, left, negligible)
-        if 3 * TABLES * buckets > 2 * DENSE:
-            raise ValueError(
+        if 3 * TABLES * buckets > most:
+            raise ManyTouch(
                 f"Expected a model whose latent entries touch few others each, or at most {DENSE} "
                 f"that touch many; got {many} entries that touch many."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from .curvature import multiply_hessian
 from .density import LogDensity
 from .double import DoubleDensity
 from .sites import LatentSite
-from .sparsity import DENSE, SymmetricEntries, find_entries
+from .sparsity import DENSE, ManyTouch, SymmetricEntries, find_entries
 
 __all__ = ["Structure", "find_structure"]
 
@@ -25,6 +26,8 @@ RADII = (0.3, 0.1, 0.01)
 LARGEST_ERROR = 1e-4
 # Sums are taken if they touch so many times fewer others; the rounding of their differences.
 FEWER, ROUNDED = 4, 1e-8
+# The products at once by which entries of very large sites have to come apart.
+TRIAL = 300
 # A site with more entries holds no globals.
 LARGEST_GLOBAL_SITE = 16
 # A global touches this share of all entries, or of those of a site of so many entries.
@@ -122,11 +125,7 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
     """
     generator = torch.Generator().manual_seed(seed)
     double = DoubleDensity(density, 1)
-    coordinates = PartialSums()
-    entries = _entries_near_start(double, coordinates, generator)
-    if chains := _find_chains(density.sites, entries):
-        coordinates = PartialSums(chains)
-        entries = _entries_near_start(double, coordinates, generator)
+    coordinates, entries = _find_coordinates(double, generator)
     again = _entries_near_start(double, coordinates, generator)
     entries = entries.joined(again.rows, again.columns, again.values)
     off = entries.rows != entries.columns
@@ -144,8 +143,29 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
 # The pattern
 
 
+def _find_coordinates(
+    density: DoubleDensity, generator: torch.Generator
+) -> tuple[PartialSums, SymmetricEntries]:
+    """The coordinates in which entries touch few others, and the second derivatives by them."""
+    large = _large_chains(density.sites)
+    for coordinates in [PartialSums(), *large] if large else []:
+        try:
+            return coordinates, _entries_near_start(density, coordinates, generator, TRIAL)
+        except ManyTouch:
+            continue
+    coordinates = PartialSums()
+    entries = _entries_near_start(density, coordinates, generator)
+    if chains := _find_chains(density.sites, entries):
+        coordinates = PartialSums(chains)
+        entries = _entries_near_start(density, coordinates, generator)
+    return coordinates, entries
+
+
 def _entries_near_start(
-    density: DoubleDensity, coordinates: PartialSums, generator: torch.Generator
+    density: DoubleDensity,
+    coordinates: PartialSums,
+    generator: torch.Generator,
+    products: int = 2 * DENSE,
 ) -> SymmetricEntries:
     """The second derivatives at a point near the start."""
     start = density.initial
@@ -162,7 +182,7 @@ def _entries_near_start(
         product = multiply(probe)
         if not product.isfinite().all():
             continue
-        entries = find_entries(multiply, start, generator)
+        entries = find_entries(multiply, start, generator, products)
         _check_found(product, entries.multiply(probe))
         return entries
     raise ValueError(
@@ -183,30 +203,50 @@ def _check_found(product: Tensor, found: Tensor) -> None:
 # Chains that are written by their increments
 
 
+def _large_chains(sites: list[LatentSite]) -> list[PartialSums]:
+    """Sums along an axis of all sites that are too large to be read as a dense block, and of one of
+    them."""
+    large = [_all_fibres(site, places) for site, places in _summable(sites, DENSE, torch.inf)]
+    axes = max(map(len, large), default=0)
+    along = [[fibres[axis] for fibres in large if axis < len(fibres)] for axis in range(axes)]
+    alone = [[fibres] for every in large for fibres in every]
+    return [PartialSums(chains) for chains in [*along, *alone * (len(large) > 1)]]
+
+
 def _find_chains(sites: list[LatentSite], entries: SymmetricEntries) -> list[Tensor]:
-    """The chains of the sites whose partial sums touch far fewer others than they do."""
-    chains, first = [], 0
-    for site in sites:
-        places = torch.arange(first, first + site.features)
-        first += site.features
-        if LARGEST_GLOBAL_SITE < site.features <= DENSE and site.complete:
-            block = entries.block(places)
-            found = _summed_fibres(block, site.unconstrained_shape)
-            chains += [places[fibres] for fibres in found]
+    """The chains of the sites whose partial sums, or sums of sums, touch far fewer others than they
+    do."""
+    chains = []
+    for site, places in _summable(sites, LARGEST_GLOBAL_SITE, DENSE):
+        block = entries.block(places)
+        fewest, best = _touching(block) / FEWER, []
+        for fibres in _all_fibres(site, torch.arange(len(places))):
+            for times in (1, 2):
+                sums = PartialSums([fibres] * times)
+                count = _touching(sums.pull_back(sums.pull_back(block).mT))
+                if count < fewest:
+                    fewest, best = count, [places[fibres]] * times
+        chains += best
     return chains
 
 
-def _summed_fibres(block: Tensor, shape: torch.Size) -> list[Tensor]:
-    """The fibres of an array along whose axis sums make a matrix sparse; none if there are none."""
-    numbers = torch.arange(len(block)).reshape(shape)
-    fewest, best = _touching(block) / FEWER, []
-    for axis in range(len(shape)):
-        fibres = numbers.movedim(axis, -1).reshape(-1, shape[axis])
-        sums = PartialSums([fibres])
-        count = _touching(sums.pull_back(sums.pull_back(block).mT))
-        if count < fewest:
-            fewest, best = count, [fibres]
-    return best
+def _summable(
+    sites: list[LatentSite], above: float, most: float
+) -> Iterator[tuple[LatentSite, Tensor]]:
+    """The sites whose entries could be increments, of some sizes, and the places of these."""
+    first = 0
+    for site in sites:
+        places = torch.arange(first, first + site.features)
+        first += site.features
+        if above < site.features <= most and site.complete:
+            yield site, places
+
+
+def _all_fibres(site: LatentSite, places: Tensor) -> list[Tensor]:
+    """For each axis of a site, the last first, its fibres along it, of shape ``(k, length)``."""
+    array = places.reshape(site.unconstrained_shape)
+    axes = [axis for axis in reversed(range(array.dim())) if array.shape[axis] > 1]
+    return [array.movedim(axis, -1).reshape(-1, array.shape[axis]) for axis in axes]
 
 
 def _touching(block: Tensor) -> int:

@@ -176,6 +176,32 @@ def test_chain_as_a_vector_of_increments() -> None:
     assert torch.equal(chain, entries["dx"].unsqueeze(0))
 
 
+def test_a_long_chain_of_increments() -> None:
+    def model(y: Tensor) -> None:
+        (step,) = scales("step")
+        with pyro.plate("times", len(y)):
+            x = pyro.sample("dx", dist.Normal(0.0, step)).cumsum(-1)
+            pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    structure, entries = structure_of(model, torch.randn(1200))
+    assert local_pairs(structure) == neighbours_in_time(entries["dx"].tolist())
+
+
+def test_a_local_trend_is_seen_by_sums_of_sums() -> None:
+    def model(y: Tensor) -> None:
+        (step,) = scales("step")
+        with pyro.plate("times", len(y)):
+            u = pyro.sample("u", dist.Normal(0.0, step))
+            v = pyro.sample("v", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal((u.cumsum(-1) + v).cumsum(-1), 1.0), obs=y)
+
+    structure, entries = structure_of(model, torch.randn(40))
+    u, v = entries["u"].unsqueeze(0), entries["v"].unsqueeze(0)
+    for chain, expected in zip(structure.coordinates.chains, (u, u, v), strict=True):
+        assert torch.equal(chain, expected)
+    assert len(structure.local_edges) < 4 * 80
+
+
 def test_several_chains_of_increments() -> None:
     def model(y: Tensor) -> None:
         (step,) = scales("step")
@@ -191,7 +217,8 @@ def test_several_chains_of_increments() -> None:
 
 
 def test_sums_are_other_coordinates() -> None:
-    sums = PartialSums([torch.tensor([[1, 3, 5], [2, 4, 6]])])
+    twice = torch.tensor([[1, 3, 5], [2, 4, 6]])
+    sums = PartialSums([twice, twice, torch.tensor([[5, 7, 0]])])
     z, weights = torch.randn(2, 4, 8, dtype=torch.double)
     w = sums.to_sums(z).requires_grad_()
     torch.testing.assert_close(sums.from_sums(w), z)
