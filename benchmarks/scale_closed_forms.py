@@ -26,6 +26,8 @@ LOG_TWO_PI = math.log(2 * math.pi)
 # Nodes of Gauss and Hermite, draws of Laplace's approximation, and steps to the mode about which
 # they are set.
 NODES, PAIRS, STEPS = 15, 128, 8
+# Of Laplace's approximation: the most steps, the longest, and the one with which they end.
+MOST_STEPS, LONGEST, SETTLED = 50, 2.0, 1e-6
 
 
 def _closed_form(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -227,11 +229,16 @@ def latent_gaussian(
     """
     with torch.no_grad():
         mode = mean
-        for _ in range(STEPS):
+        for _ in range(MOST_STEPS):
             slope, bend = _differentiate(log_likelihood, mode)
             root = torch.linalg.cholesky(precision + bend.clamp_min(0).diag())
             rise = slope - precision @ (mode - mean)
-            mode = mode + torch.cholesky_solve(rise.unsqueeze(-1), root).squeeze(-1)
+            move = torch.cholesky_solve(rise.unsqueeze(-1), root).squeeze(-1)
+            # A rate that is far too small would send its logarithm far too high.
+            length = move.abs().amax()
+            mode = mode + move / (length / LONGEST).clamp_min(1.0)
+            if length < SETTLED:
+                break
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(PAIRS, len(mean), generator=generator, dtype=torch.float64)
         moves = torch.linalg.solve_triangular(root.mT, noise.mT, upper=True).mT

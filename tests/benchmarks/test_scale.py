@@ -56,7 +56,7 @@ NORMAL = [
     "ar2-6",
 ]
 # JAX compiles every operation of the others.
-QUICK = ["funnel-4", "level_states-6"]
+QUICK = ["funnel-4"]
 TWO_LOCALS = ["hierarchical_logistic-2x30", "counts-2", "regions-2", "volatility-2"]
 
 
