@@ -95,7 +95,8 @@ def train_structured(climb: Climb, guide: AutoStructuredFlow, steps: int) -> int
 
 def _may_have_structure(climb: Climb) -> bool:
     density = climb.density
-    chosen = not isinstance(climb.settings["objective"], PathELBO)
+    # Another objective is there for a flow over all latents.
+    chosen = not isinstance(climb.settings.get("objective", PathELBO(PARTICLES)), PathELBO)
     return (
         density.features >= LEAST_FEATURES
         and density.batched

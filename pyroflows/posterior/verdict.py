@@ -155,10 +155,11 @@ class Verdict:
         return None
 
     def value(self, name: str) -> float:
-        """Returns the value of a check, the largest if it was made of several blocks; NaN if it was
-        not measured."""
-        found = [finding.value for finding in self.findings if finding.name == name]
-        return max((value for value in found if value is not None), default=math.nan)
+        """Returns the value of a check of the whole posterior, or else the largest of its blocks;
+        NaN if it was not measured."""
+        found = [f for f in self.findings if f.name == name and f.value is not None]
+        whole = [f.value for f in found if f.block is None] or [f.value for f in found]
+        return max((value for value in whole if value is not None), default=math.nan)
 
     @property
     def khat(self) -> float:

@@ -23,6 +23,7 @@ class Toy:
         self.formula, self.features = formula, features
         self.initial = torch.zeros(features).double()
         self.reference = torch.zeros(0).double()
+        self.is_normal = True
         self.values = 0
 
     def log_prob(self, g: Tensor) -> Tensor:
@@ -34,8 +35,7 @@ class Toy:
         return self.log_prob(g), g.new_zeros(len(g), 0)
 
     def ascend(self, start: Tensor) -> MarginalMode:
-        self.initial = start
-        return find_marginal_mode(self, starts=1)  # type: ignore[arg-type]
+        return find_marginal_mode(self, start=start)  # type: ignore[arg-type]
 
     def census(self, mode: MarginalMode, prior: Tensor | None = None, seed: int = 0) -> Census:
         self.values = 0

@@ -108,23 +108,6 @@ def test_a_second_mode_of_the_globals_is_found() -> None:
     assert "loading" in posterior.verdict.reason
 
 
-def improper(y: Tensor) -> None:
-    """A flat prior of a log scale, whose posterior is flat where the groups are one."""
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-    log_scale = pyro.sample("log_scale", dist.ImproperUniform(dist.constraints.real, (), ()))
-    with pyro.plate("groups", len(y)):
-        effect = pyro.sample("effect", dist.Normal(mean, log_scale.exp()))
-        pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
-
-
-def test_globals_without_a_proper_posterior_are_called_so() -> None:
-    y = 3 * torch.randn(12, generator=torch.Generator().manual_seed(0))
-    posterior = pf.fit_posterior(improper, (y,), progress=False)
-    assert not posterior.verdict.ok
-    assert "cannot be normalised" in posterior.verdict.reason
-    assert len(posterior.rungs) == 1
-
-
 def unrelated(y: Tensor) -> None:
     with pyro.plate("rows", len(y)):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
