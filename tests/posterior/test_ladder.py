@@ -35,7 +35,7 @@ def names(posterior: Posterior) -> list[str]:
     return [attempt.name for attempt in posterior.rungs]
 
 
-GAUSSIAN = LADDER[0]
+GAUSSIAN = next(rung for rung in LADDER if rung.name == "Gaussian")
 
 
 def test_rungs_are_tried_in_order_until_the_steps_are_used_up() -> None:
