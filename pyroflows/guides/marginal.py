@@ -14,15 +14,15 @@ from ..distributions.elimination import Elimination
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import multiply_hessian, points_in_cache
+from ..model.curvature import multiply_hessian, points_at_once
 from ..model.double import DoubleDensity
 from ..model.rows import RowHessian, find_row_hessian
 from ..model.structure import Structure
 
 __all__ = ["Conditional", "Marginal"]
 
-# The most points at once; a captured graph of so many takes no fewer, so there is one of few.
-MANY, FEW = 32, 8
+# Points for which there is a graph of their own, because one of many takes no fewer.
+FEW = 8
 # From so many products on, fewer are looked for.
 MANY_COLOURS = 6
 # Steps for locals that are not normal; they have settled when a step gains no more.
@@ -119,8 +119,8 @@ class Marginal:
     """
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
-        self.density = DoubleDensity(density, points_in_cache(density, MANY))
-        self._of_few = DoubleDensity(self.density, min(FEW, self.density.batch_size))
+        few, many = points_at_once(density, FEW)
+        self.density, self._of_few = DoubleDensity(density, many), DoubleDensity(density, few)
         self.structure = structure
         self.features = len(structure.globals)
         initial = structure.coordinates.to_sums(density.initial.double())

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .coordinates import PartialSums
-from .curvature import multiply_hessian
+from .curvature import multiply_hessian, points_at_once
 from .density import LogDensity
 from .double import DoubleDensity
 from .sites import LatentSite
@@ -124,7 +124,7 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
         (tensor([0]), 5, 0)
     """
     generator = torch.Generator().manual_seed(seed)
-    double = DoubleDensity(density, 1)
+    double = DoubleDensity(density, points_at_once(density, few=1)[0])
     coordinates, entries = _find_coordinates(double, generator)
     again = _entries_near_start(double, coordinates, generator)
     entries = entries.joined(again.rows, again.columns, again.values)
