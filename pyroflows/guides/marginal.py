@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from .._checks import check_size, check_tensor
+from .._sharing import in_shares
 from ..distributions.elimination import Elimination
 from ..distributions.elimination_tree import EliminationTree, find_elimination_tree
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import Holding, multiply_hessian, points_in_cache
+from ..model.curvature import Holding, multiply_hessian, points_at_once
 from ..model.double import DoubleDensity
 from ..model.rows import RowHessian, find_row_hessian
 from ..model.structure import Structure
 
 __all__ = ["Conditional", "Marginal"]
 
-# The most points at once; a captured graph of so many takes no fewer, so there is one of few.
-MANY, FEW = 32, 8
+# Points for which there is a graph of their own, because one of many takes no fewer.
+FEW = 8
 # From so many products on, fewer are looked for.
 MANY_COLOURS = 6
 # Steps for locals that are not normal; they have settled when a step gains no more.
@@ -123,8 +124,8 @@ class Marginal:
     """
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
-        self.density = DoubleDensity(density, points_in_cache(density, MANY))
-        self._of_few = DoubleDensity(self.density, min(FEW, self.density.batch_size))
+        few, many = points_at_once(density, FEW)
+        self.density, self._of_few = DoubleDensity(density, many), DoubleDensity(density, few)
         self.structure = structure
         self.features = len(structure.globals)
         initial = structure.coordinates.to_sums(density.initial.double())
@@ -207,11 +208,18 @@ class Marginal:
         start = self.reference if reference is None else reference
         points = g.reshape(math.prod(g.shape[:-1]), self.features)
         start = start.expand(*g.shape[:-1], -1).reshape(len(points), start.shape[-1])
-        size = self.density.batch_size
-        pairs = zip(points.split(size), start.split(size), strict=True)
-        parts = [self.condition(few, near, steps)[:2] for few, near in pairs]
-        values, means = (torch.cat(part).to(g) for part in zip(*parts, strict=True))
+        given = torch.cat([points, start.to(points)], -1)
+        evaluate = functools.partial(self._evaluate, steps=steps)
+        values, means = in_shares(evaluate, given, width=1 + start.shape[-1])
         return values.reshape(g.shape[:-1]), means.reshape(*g.shape[:-1], means.shape[-1])
+
+    def _evaluate(self, given: Tensor, steps: int | None) -> tuple[Tensor, Tensor]:
+        parts = []
+        for few in given.split(self.density.batch_size):
+            g, start = few.split([self.features, few.shape[-1] - self.features], -1)
+            parts.append(self.condition(g, start, steps)[:2])
+        values, means = map(torch.cat, zip(*parts, strict=True))
+        return values, means
 
     @torch.no_grad()
     def condition(self, g: Tensor, reference: Tensor, steps: int | None = None) -> Conditional:

@@ -20,8 +20,9 @@ FLATTEST, SHARPEST = 0.05, 1e6
 # The search is over when a step would gain so little, and when all curvatures are so near one.
 GAIN, NEAR_ONE = 1e-2, 0.3
 # It stands still after so many rounds in turn that raise the density by less than that gain, leave
-# the locals further from their mode, or climb as steeply as before: to a pole.
-STILL_ROUNDS, UNSETTLED, STEEP = 3, 0.1, 1.0
+# the locals further from their mode, or climb as steeply as before: to a pole. It has found a mode
+# even so if no logarithm of a curvature is further from zero.
+STILL_ROUNDS, UNSETTLED, STEEP, ROUGH = 3, 0.1, 1.0, 2.0
 # Points of the lowest density count as so far below the best.
 DEEPEST = 1e4
 LENGTHS = 2.0 ** torch.arange(1.0, -7.0, -1.0)
@@ -160,7 +161,9 @@ def find_marginal_mode(
         moving = now.settled and now.value - before.value > GAIN and not steep
         still, lowest = 0 if moving else still + 1, min(lowest, decrement)
         if still == STILL_ROUNDS:
-            found = now.settled and decrement < UNSETTLED  # where it is flat, roots stay rough
+            # Where it is flat, roots stay rough.
+            rough = widths.log().abs().amax() < ROUGH
+            found = now.settled and decrement < UNSETTLED and bool(rough)
             return MarginalMode(now.loc, root, now.reference, number, found)
     return MarginalMode(now.loc, root, now.reference, number, False)
 

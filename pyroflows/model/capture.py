@@ -67,12 +67,17 @@ class Captured:
 
     Attributes:
         branches: Whether there may be points for which it does not hold.
+        largest: The entries of its largest array for each point.
     """
 
     def __init__(self, graph: GraphModule, size: int, split: bool) -> None:
         *nodes, output = graph.graph.nodes
-        self.branches = output.args[0][-1] in _dependent(nodes, {nodes[0]})
+        varying = _dependent(nodes, {nodes[0]})
+        self.branches = output.args[0][-1] in varying
         self.size = size
+        arrays = [node.meta.get("val") for node in varying]
+        counts = [array.numel() for array in arrays if isinstance(array, Tensor)]
+        self.largest = max(counts, default=0) // size
         self._prelude: Callable[..., Any] = lambda *tensors: tensors
         self._body: Callable[..., Any] = graph.forward
         if split:

@@ -10,13 +10,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .density import LogDensity
-from .double import DoubleDensity
-from .sites import LatentSite, sample_nodes
+from .double import DoubleDensity, site_sizes
+from .sites import LatentSite
 
-__all__ = ["Products", "multiply_hessian", "points_in_cache"]
+__all__ = ["Products", "multiply_hessian", "points_at_once"]
 
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
+# The most points at once, and how many entries a site has less of in a model of small sites.
+MANY, SMALL = 32, 8
+# Numbers in the largest array of products that are taken at once, and how many have to be.
+NUMBERS_AT_ONCE, WORTHWHILE = 2**17, 4
 # As a model calls it, and as it is called in a graph.
 SPLITS = (Tensor.split, torch.ops.aten.split_with_sizes.default)
 
@@ -68,19 +72,22 @@ def multiply_hessian(
     return Products(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def points_in_cache(density: LogDensity, most: int) -> int:
-    """How many points at once keep an evaluation in the cache.
+def points_at_once(density: LogDensity, few: int) -> tuple[int, int]:
+    """How many points are evaluated at once: a few, and as many as stay in the cache.
+
+    A graph takes no fewer points than it was recorded for, so there is one of few; but not for a
+    model of many small sites, which costs more to record than to evaluate.
 
     Args:
         density: A log density.
-        most: The most points.
+        few: How many are few.
 
     Returns:
-        A number from one to ``most``.
+        Both numbers, the smaller first.
     """
-    nodes = sample_nodes(density.trace(density.initial))
-    sizes = [torch.as_tensor(node["value"]).numel() for _, node in nodes]
-    return max(1, min(most, ROWS_AT_ONCE // max(density.features, *sizes)))
+    sizes = site_sizes(density)
+    many = max(1, min(MANY, ROWS_AT_ONCE // max(density.features, *sizes)))
+    return (many if sum(sizes) < SMALL * len(sizes) else min(few, many)), many
 
 
 class Holding(TorchFunctionMode):
@@ -118,11 +125,28 @@ def _multiply(
         with Holding(density.sites, held):
             (values,) = program(points)
         gradients = _differentiate(values.sum(), points, twice=True)
+        at_once = NUMBERS_AT_ONCE // (density.batch_size * density.largest)
+        products = _multiply_gradients(gradients, points, directions, at_once)
+    return values.detach(), gradients.detach(), products.detach()
+
+
+def _multiply_gradients(
+    gradients: Tensor, points: Tensor, directions: Tensor, at_once: int
+) -> Tensor:
+    """The derivatives of gradients ``(n, features)`` in directions, of shape ``(n, k, features)``,
+    so many of them at once if that saves many steps."""
+    if not gradients.requires_grad or not len(directions):
+        return points.new_zeros(len(points), len(directions), points.shape[-1])
+    if min(at_once, len(directions)) < WORTHWHILE:
         totals = [(gradients @ direction).sum() for direction in directions]
-        products = [_differentiate(total, points) for total in totals]
-    shape = (len(points), len(directions), density.features)
-    stacked = torch.stack(products, 1) if products else points.new_zeros(shape)
-    return values.detach(), gradients.detach(), stacked.detach()
+        return torch.stack([_differentiate(total, points) for total in totals], 1)
+    products: list[Tensor] = []
+    for chunk in directions.split(at_once):
+        weights = chunk.unsqueeze(1).expand(-1, *gradients.shape)
+        products += torch.autograd.grad(
+            gradients, points, weights, retain_graph=True, is_grads_batched=True
+        )
+    return torch.cat(products).transpose(0, 1)
 
 
 def _differentiate(total: Tensor, points: Tensor, twice: bool = False) -> Tensor:

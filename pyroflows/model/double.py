@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from .._checks import check_size, check_tensor
 from .._compat import tree_map_only
 from .data import GivenData
 from .density import LogDensity
-from .evaluator import Program
+from .evaluator import Evaluator, Program
 from .inputs import Inputs
 from .promotion import Promoting, in_double
+from .sites import sample_nodes
 
-__all__ = ["DoubleDensity"]
+__all__ = ["DoubleDensity", "site_sizes"]
 
 
 class DoubleDensity(LogDensity):
@@ -51,8 +53,14 @@ class DoubleDensity(LogDensity):
             self.initial = density.initial.double()
             self.inputs = tree_map_only(Tensor, in_double, density.inputs)
             self.data = GivenData(self.inputs)
-            self._evaluator = self._make_evaluator()
-            self._evaluator.learn_from(density._evaluator)
+            self._evaluator = self._double_of(density._evaluator)
+
+    def _double_of(self, evaluator: Evaluator) -> Evaluator:
+        """The evaluator in double precision, which is kept with the other one for its graphs."""
+        if evaluator.double is None:
+            evaluator.double = self._make_evaluator()
+            evaluator.double.learn_from(evaluator)
+        return evaluator.double
 
     def log_joint(self, z: Tensor) -> Tensor:
         check_tensor("z", z, (self.features,))
@@ -63,6 +71,12 @@ class DoubleDensity(LogDensity):
     def values(self) -> Program:
         """The log density as a program, which gives a tuple of one tensor of values."""
         return self._evaluator.make_values(self.inputs, self.batch_size)
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """The entries of the largest array of an evaluation, for each point."""
+        graphs = itertools.chain(*self._evaluator.graphs.values())
+        return max([self.features, *site_sizes(self), *(graph.largest for graph in graphs)])
 
     @property
     def mode(self) -> str:
@@ -80,3 +94,9 @@ class DoubleDensity(LogDensity):
     def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
         with Promoting():
             return super()._log_joints(z, inputs)
+
+
+def site_sizes(density: LogDensity) -> list[int]:
+    """How many entries each site of a model has, latent or observed."""
+    nodes = sample_nodes(density.trace(density.initial))
+    return [torch.as_tensor(node["value"]).numel() for _, node in nodes]

@@ -231,13 +231,15 @@ class Evaluator:
         self.in_plate = in_plate
         self.function, self.start, self.failures = function, start, failures
         self._ways: dict[Hashable, Way] = {}
-        self._graphs: dict[Hashable, list[Captured]] = {}
+        self.graphs: dict[Hashable, list[Captured]] = {}
         # How many graphs there are of inputs whose values they depend on.
         self._captures = 0
         # Whether a run has met a factorisation, whose error the function may catch.
         self._factorises = False
         # Whether it has functions of autograd, whose gradients a graph of values does not know.
         self._own_gradients = False
+        # The same function in double precision, once it has been asked for.
+        self.double: Evaluator | None = None
         # Kept so that the identities in the keys of the graphs cannot be reused.
         self._constants: list[Any] = []
 
@@ -320,7 +322,7 @@ class Evaluator:
                 return batched(points, *tensors)
 
             return Branches(run, lambda *_: run, alone)
-        graphs = self._graphs.setdefault(_key(leaves, batch_size, way, kind), [])
+        graphs = self.graphs.setdefault(_key(leaves, batch_size, way, kind), [])
 
         def follow(i: int, point: Tensor) -> Run:
             if i == len(graphs):
@@ -438,7 +440,7 @@ class Evaluator:
     def _affordable(self, way: Way, leaves: _Leaves, batch_size: int, kind: Kind) -> Way:
         """The way without a capture, where the constants of the graphs change all the time."""
         key = _key(leaves, batch_size, way, kind)
-        if way.mode != "captured" or not way.constants or key in self._graphs:
+        if way.mode != "captured" or not way.constants or key in self.graphs:
             return way
         self._captures += 1
         if self._captures > CAPTURES:

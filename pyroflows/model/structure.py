@@ -12,9 +12,10 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .coordinates import PartialSums
-from .curvature import multiply_hessian
+from .curvature import multiply_hessian, points_at_once
 from .density import LogDensity
 from .double import DoubleDensity
+from .memory import check_memory
 from .sites import LatentSite
 from .sparsity import DENSE, ManyTouch, SymmetricEntries, find_entries
 
@@ -109,8 +110,8 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
         The structure.
 
     Raises:
-        ValueError: If more than 1,024 entries touch many others, or if the second derivatives are
-            not finite anywhere near the start.
+        ValueError: If more than 1,024 entries touch many others, if the second derivatives are not
+            finite anywhere near the start, or if there is too little memory.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -123,8 +124,9 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
         >>> structure.globals, len(structure.edges), len(structure.local_edges)
         (tensor([0]), 5, 0)
     """
+    check_memory(density)
     generator = torch.Generator().manual_seed(seed)
-    double = DoubleDensity(density, 1)
+    double = DoubleDensity(density, points_at_once(density, few=1)[0])
     coordinates, entries = _find_coordinates(double, generator)
     again = _entries_near_start(double, coordinates, generator)
     entries = entries.joined(again.rows, again.columns, again.values)
