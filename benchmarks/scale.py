@@ -1,13 +1,13 @@
-"""The benchmark of large models: pyroflows beside NumPyro's NUTS and Pyro's guides, and curves of cost.
+"""The benchmark of large models: pyroflows, NumPyro's NUTS and Pyro's guides; and curves of cost.
 
-Run `python -m benchmarks.scale [NAME ...] --json benchmarks/results/scale.json`; rows that the file has
-of other models and methods are kept. Models are in :mod:`benchmarks.scale_models`, the right numbers in
-:mod:`benchmarks.scale_references`. Each row and each point of a curve has a process of its own, one
-thread, data in single precision and all defaults.
+Run `python -m benchmarks.scale [NAME ...] --json benchmarks/results/scale.json`; rows that the file
+has of other models and methods are kept. Models are in :mod:`benchmarks.scale_models`, the right
+numbers in :mod:`benchmarks.scale_references`. Each row and each point of a curve has a process of
+its own, one thread, data in single precision and all defaults.
 
 - pyroflows is `pf.fit_posterior(model, args)`;
-- NumPyro's NUTS is jitted, two chains of 500 draws after 500 of warm-up, of the model as it is written,
-  or non-centred;
+- NumPyro's NUTS is jitted, two chains of 500 draws after 500 of warm-up, of the model as it is
+  written, or non-centred;
 - Pyro's guides are trained by a short SVI; their evidence is the ELBO.
 """
 
@@ -71,8 +71,8 @@ class Row:
         rows: Observations.
         seconds: CPU seconds, compilation included.
         compiled_seconds: CPU seconds without compilation.
-        seconds_to_target: CPU seconds to an effective sample size of 1,000 of the worst global, without
-            compilation.
+        seconds_to_target: CPU seconds to an effective sample size of 1,000 of the worst global,
+            without compilation.
         ok: The verdict.
         log_evidence: The log evidence; of Pyro's guides the ELBO.
         evidence_error: By how much it differs from the right one.

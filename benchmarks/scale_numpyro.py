@@ -1,7 +1,7 @@
 """The models of :mod:`benchmarks.scale_models` in NumPyro, and its NUTS as the baseline.
 
-Each takes the same arguments and has the same density on the unconstrained scale. Where the shape of
-the posterior asks for it there is a second, non-centred way to write it.
+Each takes the same arguments and has the same density on the unconstrained scale. Where the shape
+of the posterior asks for it there is a second, non-centred way to write it.
 """
 
 from __future__ import annotations
@@ -403,19 +403,11 @@ def run_nuts(
         kernel = NUTS(model, target_accept_prob=schedule.accept)
         keys = jax.random.split(jax.random.PRNGKey(seed), schedule.chains)
         state = kernel.init(keys, schedule.warmup, None, args, {})
-
-        def advance(state: Any, args: Any, iterations: int) -> Any:
-            def step(state: Any, _: None) -> tuple[Any, Any]:
-                state = kernel.sample(state, args, {})
-                return state, ({site: state.z[site] for site in case.globals}, state.diverging)
-
-            return lax.scan(step, state, None, length=iterations)
-
-        jitted = jax.jit(advance, static_argnums=2)
-        warm_up = jitted.lower(state, args, schedule.warmup).compile()
+        advance = jax.jit(_advance(kernel, case.globals), static_argnums=2)
+        warm_up = advance.lower(state, args, schedule.warmup).compile()
         draw = warm_up
         if schedule.draws != schedule.warmup:
-            draw = jitted.lower(state, args, schedule.draws).compile()
+            draw = advance.lower(state, args, schedule.draws).compile()
         compiled = time.process_time()
         state, _ = jax.block_until_ready(warm_up(state, args))
         warm = time.process_time()
@@ -431,6 +423,19 @@ def run_nuts(
         end - warm,
         int(diverging.sum()),
     )
+
+
+def _advance(kernel: NUTS, sites: tuple[str, ...]) -> Callable[..., Any]:
+    """Iterations of a kernel, which keep the unconstrained values of some sites."""
+
+    def advance(state: Any, args: Any, iterations: int) -> Any:
+        def step(state: Any, _: None) -> tuple[Any, Any]:
+            state = kernel.sample(state, args, {})
+            return state, ({site: state.z[site] for site in sites}, state.diverging)
+
+        return lax.scan(step, state, None, length=iterations)
+
+    return advance
 
 
 def as_arrays(args: tuple[Any, ...], float64: bool) -> tuple[Array, ...]:
