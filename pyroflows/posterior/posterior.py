@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -206,8 +207,14 @@ class Posterior:
     def _sample_corrected(self, n: int) -> Tensor:
         if not self.corrects:
             return self.guide.sample(n)
-        sample = self.propose(max(CANDIDATES * n, LEAST_CANDIDATES))
+        sample = self.propose(max(self._count_candidates(n), LEAST_CANDIDATES))
         return resample(sample.z, sample.weights, n)
+
+    def _count_candidates(self, n: int) -> int:
+        """How many draws to resample from."""
+        # Draws that take evaluations of the model are no more than their weights make necessary.
+        dear = 1 + (CANDIDATES - 1) * (1 - self.verdict.ess)
+        return math.ceil(n * (dear if self.guide.has_marginal else CANDIDATES))
 
     def propose(self, n: int, seed: int | None = None) -> ImportanceSample:
         """Draws from the guide, with importance weights.
