@@ -71,7 +71,7 @@ class DoubleDensity(LogDensity):
     @functools.cached_property
     def values(self) -> Program:
         """The log density as a program, which gives a tuple of one tensor of values."""
-        return self._evaluator.make_values(self.inputs, self.batch_size)
+        return self._evaluator.make_differentiable(self.inputs, self.batch_size, split=True)
 
     @functools.cached_property
     def largest(self) -> int:
