@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +71,13 @@ class DoubleDensity(LogDensity):
     @functools.cached_property
     def values(self) -> Program:
         """The log density as a program, which gives a tuple of one tensor of values."""
-        return self._evaluator.make_values(self.inputs, self.batch_size)
+        return self._evaluator.make_differentiable(self.inputs, self.batch_size, split=True)
 
     @functools.cached_property
     def largest(self) -> int:
-        """The entries of the largest array of an evaluation, for each point."""
+        """The entries of the largest recorded array of an evaluation, for each point."""
         graphs = itertools.chain(*self._evaluator.graphs.values())
-        return max([self.features, *site_sizes(self), *(graph.largest for graph in graphs)])
+        return max([self.features, *(graph.largest for graph in graphs)])
 
     @property
     def mode(self) -> str:
@@ -86,6 +87,10 @@ class DoubleDensity(LogDensity):
     def _program(self) -> Program:  # type: ignore[override]
         with torch.no_grad():
             return self._evaluator.make_program(self.inputs, self.batch_size)
+
+    def _trace(self, *given: Any, **options: Any) -> Any:
+        with Promoting():
+            return super()._trace(*given, **options)
 
     def _log_joint(self, z: Tensor, inputs: Inputs) -> Tensor:
         with Promoting():

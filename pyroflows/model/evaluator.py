@@ -262,41 +262,28 @@ class Evaluator:
         way = self._way(leaves, batch_size) if mode is None else Way(mode, in_plate=mode == "plate")
         return self._make(leaves, batch_size, way)
 
-    def make_differentiable(self, inputs: Inputs, batch_size: int) -> Program:
+    def make_differentiable(self, inputs: Inputs, batch_size: int, split: bool = False) -> Program:
         """The function at given inputs, with a graph to the points and to these inputs.
 
         Args:
             inputs: The inputs.
             batch_size: How many points one evaluation takes.
+            split: Whether to evaluate the part that depends on no point once; the graph leads to
+                the points only then.
 
         Returns:
             The program, which gives a tuple of one tensor of values.
         """
-        return self._make_values(inputs, batch_size, Kind(gradients=False, split=False))
-
-    def make_values(self, inputs: Inputs, batch_size: int) -> Program:
-        """The function at given inputs, with a graph to the points only.
-
-        Args:
-            inputs: The inputs.
-            batch_size: How many points one evaluation takes.
-
-        Returns:
-            The program, which gives a tuple of one tensor of values.
-        """
-        return self._make_values(inputs, batch_size, Kind(gradients=False, split=True))
+        leaves = _Leaves(inputs)
+        way = self._way(leaves, batch_size)
+        if self._own_gradients and way.mode == "captured":
+            way = _uncaptured(way, "it has gradients of its own")
+        return self._make(leaves, batch_size, way, Kind(gradients=False, split=split))
 
     def learn_from(self, other: Evaluator) -> None:
         """Takes the ways of evaluation that another one has found for the same function."""
         self._ways = dict(other._ways)
         self._factorises, self._own_gradients = other._factorises, other._own_gradients
-
-    def _make_values(self, inputs: Inputs, batch_size: int, kind: Kind) -> Program:
-        leaves = _Leaves(inputs)
-        way = self._way(leaves, batch_size)
-        if self._own_gradients and way.mode == "captured":
-            way = _uncaptured(way, "it has gradients of its own")
-        return self._make(leaves, batch_size, way, kind)
 
     # The ways
 

@@ -151,6 +151,10 @@ def _diagnosed(error: Exception) -> Exception | None:
     if plate is not None and plate[1] == 0:
         return ValueError(f"Expected data with rows; plate {plate[0]!r} has no rows.")
     message = message_in(error)
+    if message is not None and site_is_subsample(message) and "Multiple sample" in _text(error):
+        name = message["name"]
+        told = f"Expected plates with names of their own, and none in itself; got {name!r} twice."
+        return _like(error, told)
     if message is not None:
         name, fn = message["name"], message["fn"]
         if not isinstance(name, str):

@@ -22,6 +22,8 @@ NEGLIGIBLE, NOISE = 1e-10, 30.0
 SPACING, MARK = 0.02, 1e-6
 # Tables for each column; buckets of the first table.
 TABLES, BUCKETS = 3, 6
+# The share of rows, inverted, that is few; rows for each bucket that are read by a product each.
+FEW, READ = 8, 36
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def find_entries(
         >>> len(found.values), found.rows[:3], found.columns[:3]
         (400, tensor([0, 0, 1]), tensor([  1, 399,   2]))
     """
-    entries, buckets = SymmetricEntries.empty(like, len(like)), BUCKETS
+    entries, buckets, before = SymmetricEntries.empty(like, len(like)), BUCKETS, len(like)
     negligible = max(NEGLIGIBLE, NOISE * _noise(multiply, like, generator))
     while True:
         if 3 * TABLES * buckets >= len(like) and len(like) <= DENSE:
@@ -138,9 +140,12 @@ def find_entries(
         many = int(left.sum())
         if not many:
             return entries
-        buckets *= 2
-        # Twice as many products may help; when they cost about as much, each row is read by one.
-        if many <= min(DENSE, 4 * 3 * TABLES * buckets):
+        # The rows that a table leaves by chance need another one; those that it cannot take apart, a
+        # larger one.
+        buckets *= 1 if many <= before // FEW else 2
+        before = many
+        # More products may help; when they cost about as much, each row is read by one.
+        if many <= min(DENSE, READ * buckets):
             return _read_rows(multiply, like, entries, left, negligible)
         if 3 * TABLES * buckets > most:
             raise ManyTouch(

@@ -128,8 +128,9 @@ def find_structure(density: LogDensity, seed: int = 0) -> Structure:
     generator = torch.Generator().manual_seed(seed)
     double = DoubleDensity(density, points_at_once(density, few=1)[0])
     coordinates, entries = _find_coordinates(double, generator)
-    again = _entries_near_start(double, coordinates, generator)
-    entries = entries.joined(again.rows, again.columns, again.values)
+    if len(entries.values) < density.features * (density.features + 1) / 2:
+        again = _entries_near_start(double, coordinates, generator)
+        entries = entries.joined(again.rows, again.columns, again.values)
     off = entries.rows != entries.columns
     edges = torch.stack([entries.rows[off], entries.columns[off]], -1).cpu()
     is_global = _find_globals(density.sites, edges)

@@ -39,6 +39,15 @@ def slope() -> Tensor:
 # Data
 
 
+@hostile("'groups'", "none in itself")
+def plate_nested_in_itself() -> Problem:
+    def model() -> None:
+        with pyro.plate("groups", 3), pyro.plate("groups", 3):
+            slope()
+
+    return model, ()
+
+
 @hostile("'n'", "no rows")
 def no_rows() -> Problem:
     def model(y):
