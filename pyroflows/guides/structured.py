@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,17 @@ from .guide import Part
 from .leaves import Leaves, integrate_leaves, leaves_are_small
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
+from .regressed_leaves import RegressedLeaves, regress_leaves
+from .warm_reference import WarmReference, regress_reference
 
 __all__ = ["AutoStructuredFlow"]
 
 TRANSFORMS, WIDTH = 4, 32
 # Draws of the globals at which numbers of nodes are compared.
 COMPARED = 50
+# Draws of the locals by which the noise of their weights is found, the variance that is to be left
+# of it, relative to the square of the weight, and the most draws for one of the globals.
+PILOTS, NOISE, MOST_REPEATS = 4, 0.25, 32
 
 
 class AutoStructuredFlow(FlowGuide):
@@ -99,6 +105,7 @@ class AutoStructuredFlow(FlowGuide):
         self._given = (model, init_loc_fn)
         self._marginal: Marginal | None = None
         self._leaves: Leaves | None = None
+        self._regressed: RegressedLeaves | None = None
 
     @classmethod
     def of(
@@ -127,8 +134,13 @@ class AutoStructuredFlow(FlowGuide):
             self.rotate(density.centres)
             self._marginal = Marginal(density, find_structure(density))
         self.flow = self._whitened_flow(self._marginal.initial)
-        self.register_buffer("reference", self._marginal.reference.clone())
+        reference, features = self._marginal.reference, self._marginal.features
+        self.register_buffer("reference", reference.clone())
+        self.register_buffer("slopes", reference.new_zeros(features, len(reference)))
+        self.register_buffer("centre", self._marginal.initial.double())
+        self.register_buffer("root", torch.eye(features).to(reference))
         self.register_buffer("nodes", torch.zeros((), dtype=torch.long))
+        self.register_buffer("repeats", torch.ones((), dtype=torch.long))
 
     # The parts
 
@@ -165,9 +177,15 @@ class AutoStructuredFlow(FlowGuide):
         Args:
             mode: The mode.
         """
-        loc = self._init_loc()
+        loc, marginal = self._init_loc(), self.marginal
         self.flow.whiten(mode.loc.to(loc), mode.root.to(loc))
         self.reference.copy_(mode.reference)
+        if not marginal.is_normal and mode.found:
+            warm = regress_reference(marginal, mode.loc, mode.root, mode.reference)
+            self.centre.copy_(warm.loc)
+            self.root.copy_(warm.root)
+            self.reference.copy_(warm.constant)
+            self.slopes.copy_(warm.slopes)
 
     def integrate_leaves(self) -> Leaves | None:
         """Integrates the locals by quadrature from now on, if they are not normal given the globals
@@ -183,23 +201,57 @@ class AutoStructuredFlow(FlowGuide):
             return None
         if not leaves_are_small(marginal.structure):
             return None
-        with torch.no_grad(), forked(0):
-            g = self.flow().sample((COMPARED,)).double()
-        self._leaves = integrate_leaves(marginal, g, self.reference)
+        g = self._pilot_draws()
+        self._leaves = integrate_leaves(marginal, g, self._near(g))
         self.nodes.fill_(self._leaves.nodes.count)
         return self._leaves
+
+    def settle(self) -> None:
+        """Finds how to draw the locals and to evaluate the density of the globals at least cost,
+        once it has started: the error of few nodes is regressed on the globals, and locals that are
+        not exact are drawn several times for each draw of the globals."""
+        if self.leaves is not None:
+            regressed = regress_leaves(self.leaves, self._warm)
+            self._regressed = regressed if regressed.settled else None
+        elif not self.weighs_globals_alone:
+            self.repeats.fill_(self._count_repeats())
+
+    @torch.no_grad()
+    def _count_repeats(self) -> int:
+        """How many draws of the locals leave little noise in the mean of their weights."""
+        g = self._pilot_draws()
+        with forked(0):
+            scores = [self._draw_several(few, PILOTS)[1] for few in self._chunks(g)]
+        noise = torch.cat(scores, -1).var(0).nanmedian().clamp(max=10.0)
+        wanted = float((noise.exp() - 1) / NOISE)
+        return max(1, min(MOST_REPEATS, math.ceil(wanted) if wanted == wanted else MOST_REPEATS))
+
+    def _pilot_draws(self) -> Tensor:
+        """Draws of the globals, the same each time."""
+        with torch.no_grad(), forked(0):
+            return self.flow().sample((COMPARED,)).double()
+
+    @property
+    def _warm(self) -> WarmReference:
+        return WarmReference(self.centre, self.root, self.reference, self.slopes)
+
+    def _near(self, g: Tensor) -> Tensor:
+        """Where the locals begin at globals of shape ``(n, globals)``."""
+        return self.reference.expand(len(g), -1) if self.marginal.is_normal else self._warm(g)
 
     def log_marginal(self, g: Tensor) -> Tensor:
         """The log density of globals of shape ``(*, globals)``, with the locals integrated out."""
         points = g.reshape(-1, g.shape[-1]).double()
         if not len(points):
             return points.new_zeros(g.shape[:-1])
-        if self.leaves is not None:
-            values = self.leaves.log_prob(points, self.reference)
+        integrated = self._regressed or self.leaves
+        if integrated is not None:
+            values = integrated.log_prob(points, self._near(points))
         else:
             # By chunks, because a value takes the locals' mean with it.
-            chunks = [self.marginal.log_prob(few, self.reference) for few in self._chunks(points)]
-            values = torch.cat(chunks)
+            values = torch.cat(
+                [self.marginal.log_prob(few, self._near(few)) for few in self._chunks(points)]
+            )
         return values.reshape(g.shape[:-1])
 
     def parts(self, rows: Tensor | None = None) -> Sequence[Part]:
@@ -256,10 +308,22 @@ class AutoStructuredFlow(FlowGuide):
         """Vectors whose locals are drawn given globals, and the log of the density of the vectors
         over that of the locals."""
         if self.leaves is not None:
-            x, log_marginal = self.leaves.sample(g, self.reference)
+            x, log_marginal = self.leaves.sample(g, self._near(g))
             return self.marginal.join(g, x), log_marginal
-        x, log_prob = self._draw(g)
-        return self.marginal.join(g, x), self.marginal.log_joint(g, x) - log_prob
+        x, scores = self._draw_several(g, int(self.repeats))
+        # One of several draws, chosen by their weights, has the mean of the weights.
+        gumbel = -torch.rand_like(scores).log().neg().log()
+        chosen = (scores + gumbel).argmax(0)
+        picked = x[chosen, torch.arange(len(g), device=g.device)]
+        return self.marginal.join(g, picked), scores.logsumexp(0) - math.log(len(x))
+
+    def _draw_several(self, g: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Several draws of the locals given globals, of shape ``(count, n, locals)``, and the logs
+        of the densities of the vectors over those of the locals, of shape ``(count, n)``."""
+        given = self._condition(g)
+        x = given.sample(torch.randn(count, *given.mean.shape).to(given.mean))
+        log_joint = torch.stack([self.marginal.log_joint(g, each) for each in x])
+        return x, log_joint - given.log_prob(x)
 
     def _complete(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors whose locals are drawn given globals of shape ``(n, globals)``, and the log
@@ -283,8 +347,8 @@ class AutoStructuredFlow(FlowGuide):
         return x, given.log_prob(x)
 
     def _condition(self, g: Tensor) -> Conditional:
-        reference = self.reference.expand(len(g), -1)
-        return self.marginal.condition(g.detach().double(), reference)
+        g = g.detach().double()
+        return self.marginal.condition(g, self._near(g))
 
     @torch.no_grad()
     def _local_log_prob(self, z: Tensor) -> Tensor:
@@ -309,11 +373,18 @@ class AutoStructuredFlow(FlowGuide):
     # Copying
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_marginal": None, "_leaves": None, "_given": None}
+        return {
+            **super().__getstate__(),
+            "_marginal": None,
+            "_leaves": None,
+            "_regressed": None,
+            "_given": None,
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoStructuredFlow:
         new: Any = super().__deepcopy__(memo)
         new._marginal, new._given = self._marginal, self._given
+        new._leaves, new._regressed = self._leaves, self._regressed
         return new
 
     # The protocol of AutoContinuous

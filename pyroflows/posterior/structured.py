@@ -67,6 +67,7 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
             "Expected globals whose density has a mode, with the locals integrated out; the search "
             f"found none in {mode.rounds} rounds."
         )
+    guide.settle()
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
 
 
