@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from .leaves import COUNTS, DEVIATION, Leaves
+from .marginal_mode import MarginalMode
 from .warm_reference import WarmReference
 
 __all__ = ["RegressedLeaves", "regress_leaves"]
@@ -17,6 +18,8 @@ __all__ = ["RegressedLeaves", "regress_leaves"]
 POINTS_A_TERM, MORE_POINTS, SPREAD = 2, 10, 1.2
 # The polynomial is taken no further from the mode, in whitened units along an axis.
 FARTHEST = 4.0
+# The mode of Laplace's approximation is moved by no more whitened units.
+NEAR = 1.0
 
 
 class RegressedLeaves:
@@ -56,6 +59,35 @@ class RegressedLeaves:
         """As :meth:`pyroflows.guides.leaves.Leaves.log_prob`."""
         correction = _terms(self.warm.whiten(g)) @ self.coefficients.to(g)
         return self.base.log_prob(g, reference) + correction
+
+    def move_mode(self, mode: MarginalMode) -> MarginalMode | None:
+        r"""Where the mode of Laplace's approximation goes by the correction.
+
+        With the linear and the quadratic part of the polynomial, :math:`b` and :math:`C`, it is
+        :math:`u = (I - 2 C)^{-1} b`, and the covariance :math:`(I - 2 C)^{-1}`.
+
+        Args:
+            mode: The mode of Laplace's approximation, by which globals are whitened.
+
+        Returns:
+            The mode; ``None`` if it is far away, or if the polynomial corrects more nodes than one.
+        """
+        features = len(mode.loc)
+        linear, bends = self.coefficients[1:].split([features, features * (features + 1) // 2])
+        first, second = torch.triu_indices(features, features)
+        bend = torch.zeros(features, features).to(bends)
+        bend[first, second] = bends
+        precision = torch.eye(features).to(bend) - bend - bend.mT
+        root, failed = torch.linalg.cholesky_ex(precision)
+        if self.base.nodes.count > 1 or bool(failed):
+            return None
+        move = torch.cholesky_solve(linear.unsqueeze(-1), root).squeeze(-1)
+        if float(move.norm()) > NEAR:
+            return None
+        covariance = torch.cholesky_inverse(root)
+        widened = mode.root @ torch.linalg.cholesky(covariance)
+        loc = mode.loc + mode.root @ move
+        return mode._replace(loc=loc, root=widened, reference=self.warm(loc))
 
     def sample(
         self, g: Tensor, reference: Tensor, noise: Tensor | None = None

@@ -206,14 +206,23 @@ class AutoStructuredFlow(FlowGuide):
         self.nodes.fill_(self._leaves.nodes.count)
         return self._leaves
 
-    def settle(self) -> None:
-        """Finds how to draw the locals and to evaluate the density of the globals at least cost,
-        once it has started: the error of few nodes is regressed on the globals, and locals that are
-        not exact are drawn several times for each draw of the globals."""
-        if self.leaves is not None:
-            regressed = regress_leaves(self.leaves, self._warm)
-            self._regressed = regressed if regressed.settled else None
-        elif not self.weighs_globals_alone:
+    def regress_leaves(self) -> RegressedLeaves | None:
+        """Regresses the error of few nodes on the globals around the present start, so that
+        integrals cost less from now on.
+
+        Returns:
+            The log density of the globals, or ``None`` if that is not exact enough.
+        """
+        if self.leaves is None:
+            return None
+        regressed = regress_leaves(self.leaves, self._warm)
+        self._regressed = regressed if regressed.settled else None
+        return self._regressed
+
+    def repeat_locals(self) -> None:
+        """Draws locals that are not exact several times for each draw of the globals from now on,
+        as often as the noise of their weights demands."""
+        if not self.weighs_globals_alone:
             self.repeats.fill_(self._count_repeats())
 
     @torch.no_grad()

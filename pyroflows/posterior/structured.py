@@ -28,6 +28,8 @@ LEAST_FEATURES = 8
 MOST_GLOBALS = 24
 # A model without locals is worth it from so many observed numbers on.
 MANY_ROWS = 4096
+# With so many, integrals are dear, and their difference from Laplace's approximation is simple.
+DEAR_ROWS = 16_384
 
 
 def make_structured(climb: Climb) -> AutoStructuredFlow | None:
@@ -58,17 +60,27 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
     """
     mode = find_marginal_mode(guide.marginal)
     guide.start_at(mode)
-    leaves = guide.integrate_leaves()
-    if leaves is not None:
-        mode = find_marginal_mode(leaves, start=mode.loc, reference=mode.reference)
+    if guide.integrate_leaves() is not None:
+        mode = _mode_of_integrals(guide, mode)
         guide.start_at(mode)
+    guide.repeat_locals()
     if not mode.found and not _is_flat(guide, mode):
         raise ValueError(
             "Expected globals whose density has a mode, with the locals integrated out; the search "
             f"found none in {mode.rounds} rounds."
         )
-    guide.settle()
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
+
+
+def _mode_of_integrals(guide: AutoStructuredFlow, laplace: MarginalMode) -> MarginalMode:
+    """The mode of the globals with the locals integrated by quadrature."""
+    if laplace.found and _count_rows(guide.marginal.density) >= DEAR_ROWS:
+        regressed = guide.regress_leaves()
+        near = None if regressed is None else regressed.move_mode(laplace)
+        if near is not None:
+            return near
+    integrated = guide.leaves or guide.marginal
+    return find_marginal_mode(integrated, start=laplace.loc, reference=laplace.reference)
 
 
 def _is_flat(guide: AutoStructuredFlow, mode: MarginalMode) -> bool:
