@@ -176,7 +176,8 @@ class AutoStructuredFlow(FlowGuide):
         The numbers of nodes are compared at draws of the flow.
 
         Returns:
-            The log density of the globals, or ``None`` if that cannot be done or need not be.
+            The log density of the globals, or ``None`` if that cannot be done, need not be, or if no
+            number of nodes suffices.
         """
         marginal = self.marginal
         if not marginal.structure.locals.numel() or marginal.is_normal:
@@ -185,9 +186,12 @@ class AutoStructuredFlow(FlowGuide):
             return None
         with torch.no_grad(), forked(0):
             g = self.flow().sample((COMPARED,)).double()
-        self._leaves = integrate_leaves(marginal, g, self.reference)
-        self.nodes.fill_(self._leaves.nodes.count)
-        return self._leaves
+        leaves = integrate_leaves(marginal, g, self.reference)
+        if not leaves.usable:
+            return None  # weights of the locals tell how far they are off
+        self._leaves = leaves
+        self.nodes.fill_(leaves.nodes.count)
+        return leaves
 
     def log_marginal(self, g: Tensor) -> Tensor:
         """The log density of globals of shape ``(*, globals)``, with the locals integrated out."""
