@@ -28,6 +28,8 @@ LEAST_FEATURES = 8
 MOST_GLOBALS = 24
 # A model without locals is worth it from so many observed numbers on.
 MANY_ROWS = 4096
+# Widths of a mode that are less come from a density with jumps, where locals change their modes.
+NARROWEST = 1e-5
 
 
 def make_structured(climb: Climb) -> AutoStructuredFlow | None:
@@ -72,6 +74,8 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
 
 def _is_flat(guide: AutoStructuredFlow, mode: MarginalMode) -> bool:
     """Whether there is no mode because the density does not fall off, which a verdict tells."""
+    if float(torch.linalg.svdvals(mode.root).amin()) < NARROWEST:
+        return False  # so near by, nothing falls off
     fit = Gaussian(mode.loc, mode.root, math.nan)
     return find_flat_direction(guide.log_marginal, fit, DISTANCES) is not None
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyroflows._deadline import Deadline
 from pyroflows.guides import AutoStructuredFlow, structured
 from pyroflows.guides.leaves import Leaves
 from pyroflows.guides.marginal_mode import find_marginal_mode
 from pyroflows.model import LogDensity
+from pyroflows.posterior import structured as rung
+from pyroflows.posterior.climb import Climb
 from pyroflows.posterior.local_modes import missed_locals
 
 GROUPS = 9
@@ -85,3 +88,16 @@ def test_integrals_that_do_not_settle_are_not_used(monkeypatch: pytest.MonkeyPat
     leaves.error = 0.0, 0.01
     assert guide.integrate_leaves() is leaves
     assert guide.weighs_globals_alone
+
+
+def test_a_density_with_jumps_is_not_taken_for_one_that_does_not_fall_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    y = torch.arange(float(GROUPS))
+    climb = Climb(LogDensity(of_groups(lambda x: dist.Normal(x, 1.0)), (y,)), 100, Deadline())
+    guide = AutoStructuredFlow.of(climb.density)
+    mode = find_marginal_mode(guide.marginal)
+    narrow = mode._replace(root=1e-8 * mode.root, found=False)
+    monkeypatch.setattr(rung, "find_marginal_mode", lambda *args, **kwargs: narrow)
+    with pytest.raises(ValueError, match="density has a mode"):
+        rung.start_structured(climb, guide)
