@@ -25,6 +25,8 @@ DEEPEST = 4
 LEAST = 5
 # Nodes suffice if the error has so small a mean and standard deviation.
 MEAN, DEVIATION = 0.01, 0.02
+# Weights that are off by more than this are not those of the posterior.
+USABLE = 0.1
 # The next number of nodes has at most so small a share of the error.
 SHARE = 0.25
 # Steps from a reference that is near: the integral does not need the very mode.
@@ -79,6 +81,11 @@ class Leaves:
             return False
         mean, deviation = self.error
         return abs(mean) < MEAN and deviation < DEVIATION
+
+    @property
+    def usable(self) -> bool:
+        """Whether the integrals are known to be near enough for weights."""
+        return self.error is not None and max(map(abs, self.error)) < USABLE
 
     # As the marginal density by Laplace's approximation, so that its mode can be found.
 

@@ -194,7 +194,8 @@ class AutoStructuredFlow(FlowGuide):
         The numbers of nodes are compared at draws of the flow.
 
         Returns:
-            The log density of the globals, or ``None`` if that cannot be done or need not be.
+            The log density of the globals, or ``None`` if that cannot be done, need not be, or if no
+            number of nodes suffices.
         """
         marginal = self.marginal
         if not marginal.structure.locals.numel() or marginal.is_normal:
@@ -202,9 +203,12 @@ class AutoStructuredFlow(FlowGuide):
         if not leaves_are_small(marginal.structure):
             return None
         g = self._pilot_draws()
-        self._leaves = integrate_leaves(marginal, g, self._near(g))
-        self.nodes.fill_(self._leaves.nodes.count)
-        return self._leaves
+        leaves = integrate_leaves(marginal, g, self._near(g))
+        if not leaves.usable:
+            return None  # weights of the locals tell how far they are off
+        self._leaves = leaves
+        self.nodes.fill_(leaves.nodes.count)
+        return leaves
 
     def regress_leaves(self) -> RegressedLeaves | None:
         """Regresses the error of few nodes on the globals around the present start, so that

@@ -27,9 +27,10 @@ from .checks import (
     make_checks,
 )
 from .importance import ImportanceSample
+from .local_modes import missed_locals
 from .marginal_census import prior_globals, take_marginal_census
 from .marginal_subject import FlowOfGlobals, GlobalDensity, MarginalSubject
-from .subject import JUDGE_DRAWS, Subject
+from .subject import JUDGE_DRAWS, Subject, known_density, usable_draws
 from .verdict import Verdict
 
 if TYPE_CHECKING:
@@ -48,6 +49,31 @@ STRUCTURED_DRAWS, LARGE, LARGE_DRAWS = 2000, 2048, 1000
 FIRST: list[Check] = [Proper(), Modes()]
 WHOLE: list[Check] = [Supports(), Weights(), Outliers(), Shift()]
 LAST: list[Check] = [Drift(), Reach()]
+
+
+class LocalModes(Check):
+    """Looks for modes of the locals given the globals other than the one that the guide has."""
+
+    name, limit, costly, needs = "census", Modes.limit, True, (known_density, usable_draws)
+
+    def measure(self, subject: Subject) -> float:
+        """The mass at other modes, relative to the evidence."""
+        guide: AutoStructuredFlow = subject.guide  # type: ignore[assignment]
+        g = subject.sample.z[subject.sample.usable][:, guide.marginal.structure.globals]
+        return missed_locals(guide, g, subject.sample.log_evidence)
+
+    def explain(self, subject: Subject, value: float, held: bool) -> str:
+        """Says how much is missed."""
+        if held:
+            return "the locals have no other mode that carries mass."
+        return (
+            f"given the globals, locals have other modes with about {value / (1 + value):.0%} of "
+            "the posterior's mass, which a guide with normal locals misses."
+        )
+
+    def advise(self, subject: Subject) -> str:
+        """Says how to be rid of such modes."""
+        return "Break the model's symmetry, or fit with a dense flow such as guide=pf.RealNVP."
 
 
 def judge_guide(
@@ -91,7 +117,12 @@ def _judge_parts(
         findings = make_checks(_paired(WHOLE, whole))
     else:
         findings = make_checks(
-            [*_paired(FIRST, globals_), *_paired(WHOLE, whole), *_paired(LAST, globals_)]
+            [
+                *_paired(FIRST, globals_),
+                *_paired(WHOLE, whole),
+                (LocalModes(), whole),
+                *_paired(LAST, globals_),
+            ]
         )
     sample = whole.sample if whole.weighed else None
     return Verdict(findings, None if sample is None else sample.summary()), sample
