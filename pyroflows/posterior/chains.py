@@ -209,7 +209,7 @@ def neutra(
         kind = type(posterior.guide).__name__
         raise TypeError(
             "Expected a posterior whose guide has one base space, such as an AutoFlow; "
-            f"got {kind}, which has {len(spaces)}. See flow_mc."
+            f"got {kind}, which has {len(spaces)}. Fit with guide=pyroflows.RealNVP, or see flow_mc."
         )
     clock = Deadline()
     (space,) = spaces
