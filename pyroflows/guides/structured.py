@@ -133,6 +133,11 @@ class AutoStructuredFlow(FlowGuide):
             density = LogDensity(model, args, kwargs, init_loc_fn)
             self.rotate(density.centres)
             self._marginal = Marginal(density, find_structure(density))
+        if not self._marginal.features:
+            raise ValueError(
+                "Expected a model with globals, which are a few entries on which many others "
+                f"depend; got none among {self.features} latent entries."
+            )
         self.flow = self._whitened_flow(self._marginal.initial)
         reference, features = self._marginal.reference, self._marginal.features
         self.register_buffer("reference", reference.clone())

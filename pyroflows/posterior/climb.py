@@ -358,7 +358,9 @@ def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
         )
     if climb.best is None:
         first = next((rung for rung in ladder if rung.needs_census), ladder[0])
-        climb.judge(first.name, first.make(climb))
+        # A structured guide takes time to make, and is judged as it is.
+        made = None if first.needs_census else climb.guide
+        climb.judge(first.name, made or first.make(climb))
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:

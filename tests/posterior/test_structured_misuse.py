@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyroflows._deadline import Deadline
+import pyroflows as pf
+from pyroflows._deadline import Deadline, TimeOver
 from pyroflows.guides import AutoStructuredFlow, structured
 from pyroflows.guides.leaves import Leaves
 from pyroflows.guides.marginal_mode import find_marginal_mode
@@ -101,3 +102,26 @@ def test_a_density_with_jumps_is_not_taken_for_one_that_does_not_fall_off(
     monkeypatch.setattr(rung, "find_marginal_mode", lambda *args, **kwargs: narrow)
     with pytest.raises(ValueError, match="density has a mode"):
         rung.start_structured(climb, guide)
+
+
+def test_a_model_without_globals_is_told() -> None:
+    def model() -> None:
+        site = pyro.sample("x", dist.Normal(0.0, 1.0).expand([20]).to_event(1))
+        pyro.factor("all", -site.sum(-1).square())
+
+    with pytest.raises(ValueError, match="Expected a model with globals"):
+        AutoStructuredFlow(model)()
+
+
+def test_a_guide_that_there_was_no_time_to_start_is_judged_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_late(*args: object, **kwargs: object) -> None:
+        raise TimeOver
+
+    monkeypatch.setattr(rung, "find_marginal_mode", run_late)
+    model, y = of_groups(lambda x: dist.Normal(x, 1.0)), torch.arange(float(GROUPS))
+    posterior = pf.fit_posterior(
+        model, (y,), guide=AutoStructuredFlow, time_limit=0.5, progress=False
+    )
+    assert posterior.name == "structured"
