@@ -41,6 +41,8 @@ __all__ = ["Climb", "Rung", "choose_better", "climb_ladder", "has_failed", "make
 
 # Share of the time that a census leaves: draws are weighed with fewer evaluations than it makes.
 LEFT_BY_CENSUS = 1 / 4
+# Share of the time that the search of a structured guide leaves.
+LEFT_BY_SEARCH = 1 / 2
 # How much longer a verdict may take than one on a guide that has not been trained.
 UNTRAINED = 2.0
 # A dense flow over more latents needs more memory than there is.
@@ -176,7 +178,7 @@ class Climb:
             return True
         if rung.needs_census and not self.has_census:
             self.take_census()
-        guide = rung.make(self)
+        guide = self._make(rung)
         if guide is None:
             return False
         self.guide, taken = guide, 0
@@ -189,6 +191,15 @@ class Climb:
             if self._is_over(verdict):
                 return True
         return False
+
+    def _make(self, rung: Rung) -> Any:
+        """Makes the guide of a rung; one that others can follow leaves them half of the time."""
+        if rung.needs_census or self.own is not None or self.density.features > MOST_DENSE:
+            return rung.make(self)
+        sooner = self.deadline.earlier(max(self.deadline.left, 0.0) * LEFT_BY_SEARCH)
+        with sooner.enforced(), contextlib.suppress(TimeOver):
+            return rung.make(self)
+        return None
 
     def _may_be_dense(self) -> bool:
         """Whether a guide of all latents at once can be made; an error if there is no other."""
