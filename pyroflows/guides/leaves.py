@@ -138,7 +138,7 @@ class Leaves:
         Returns:
             Tensor of shape ``(n,)``; ``-inf`` where the model fails.
         """
-        return torch.cat([part.log_marginal for part in self._integrate(g, reference)])
+        return torch.cat([part.log_marginal for part in self._integrate(g, reference)]).to(g)
 
     def sample(
         self, g: Tensor, reference: Tensor, noise: Tensor | None = None
@@ -157,7 +157,7 @@ class Leaves:
             ``(n,)``.
         """
         if noise is None:
-            noise = torch.randn(len(g), len(self.marginal.reference)).to(g)
+            noise = torch.randn(len(g), len(self.marginal.reference)).to(g).double()
         several = noise.reshape(-1, *noise.shape[-2:])
         draws, values, first = [], [], 0
         for part in self._integrate(g, reference, len(several)):
@@ -165,7 +165,7 @@ class Leaves:
             draws.append(self._draw(part, several[:, first:last]))
             values.append(part.log_marginal)
             first = last
-        return torch.cat(draws, 1).reshape(noise.shape), torch.cat(values)
+        return torch.cat(draws, 1).reshape(noise.shape).to(g), torch.cat(values).to(g)
 
     # Integrals
 
@@ -175,6 +175,7 @@ class Leaves:
         locals_ = len(self.marginal.reference)
         per_local = self.nodes.count**self.tree.depth + draws * len(self.nodes.grid)
         size = max(1, NUMBERS_AT_ONCE // (per_local * locals_))
+        g = g.double()
         start = reference.to(g).expand(len(g), locals_)
         for few, near in zip(g.split(size), start.split(size), strict=True):
             yield self._integrate_few(few, near)

@@ -210,7 +210,7 @@ class Marginal:
         start = start.expand(*g.shape[:-1], -1).reshape(len(points), start.shape[-1])
         given = torch.cat([points, start.to(points)], -1)
         evaluate = functools.partial(self._evaluate, steps=steps)
-        values, means = in_shares(evaluate, given, width=1 + start.shape[-1])
+        values, means = (part.to(g) for part in in_shares(evaluate, given, 1 + start.shape[-1]))
         return values.reshape(g.shape[:-1]), means.reshape(*g.shape[:-1], means.shape[-1])
 
     def _evaluate(self, given: Tensor, steps: int | None) -> tuple[Tensor, Tensor]:
