@@ -465,9 +465,9 @@ for name, fitted in {"fit_posterior": posterior, "plain SVI": judged}.items():
     print(f"{name:14} ELBO {fitted.verdict.elbo:.3f}, short of the exact log evidence by {gap:.3f}")
 
 # %% [markdown]
-# The means and widths of its draws are as good, and they are the guide's own, without any weights. It took more steps to get
-# there without a Gaussian to start from. It comes close to the limits of the verdict: with another seed it can land on the
-# other side, and would need more steps.
+# The means and widths of its draws are nearly as good, and they are the guide's own, without any weights. The ELBO is a
+# little further from the evidence, although it had more steps: it had no Gaussian to start from, and smaller networks. It
+# comes close to the limits of the verdict: with another seed it can land on the other side, and would need more steps.
 # The gap between the evidence and the ELBO shows the whole training:
 
 # %%
@@ -566,9 +566,9 @@ for name, table in tip.items():
     print(f"posterior probability of tau < 0.01, {name:17} {(table['tau'] < 0.01).mean():.3%}")
 
 # %% [markdown]
-# Now the tip of the neck is there as well, which neither the centred flow nor the default guide has reached. The choice is
-# not "flow or reparametrisation": reparametrise what you understand, let the flow take the rest, and let the verdict tell
-# you whether it did.
+# Now most of the tip of the neck is there as well, which neither the centred flow nor the default guide has reached. The
+# choice is not "flow or reparametrisation": reparametrise what you understand, let the flow take the rest, and let the
+# verdict tell you whether it did.
 #
 # A funnel is not all that can go wrong. A posterior may have several modes, of which a guide has found only one: then no
 # draw visits the others, and all weights look perfect. How the verdict finds a lost mode all the same, what a mixture of
