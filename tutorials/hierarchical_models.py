@@ -403,7 +403,8 @@ guide = pf.AutoStructuredFlow(radon)
 pyro.clear_param_store()
 pyro.set_rng_seed(0)
 elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
-svi = SVI(radon, guide, pyro.optim.ClippedAdam({"lr": 0.01}), elbo)
+optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.995})  # a step size that decays
+svi = SVI(radon, guide, optimizer, elbo)
 taken = 0
 for steps in (20, 200, 800):
     for _ in range(steps - taken):
