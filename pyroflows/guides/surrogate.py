@@ -14,10 +14,11 @@ __all__ = ["PolynomialDensity", "count_terms"]
 # All monomials up to this degree, for so many features; beyond, mixed ones are quadratic at most.
 QUARTIC_FEATURES, CUBIC_FEATURES = 3, 6
 DEGREE = 4
-# Whitened distance at which the polynomial is held, so that the normal tail wins.
-RADIUS = 5.0
-# Sharpness of the turn there.
-TURN = 4
+# Whitened distance beyond which the polynomial goes on along straight lines, their least slope
+# downwards, and a slope upwards at which the normal's is taken.
+RADIUS, LEAST_SLOPE, CLIMBS = 5.0, 0.5, 1.0
+# Points further out would bend a polynomial that is not used there.
+FARTHEST = 7.0
 # Weights of points: the root of the density, but for this least weight at exp(-DEEPEST).
 DEEPEST, LEAST_WEIGHT = 12.0, 1e-3
 RIDGE = 1e-4
@@ -28,10 +29,11 @@ TOO_DEEP = 40.0
 class PolynomialDensity(Density):
     r"""The normal approximation of a log density at its mode, times the exponential of a polynomial.
 
-    .. math:: \log \tilde p(g) = P(u\, r(|u|)) - \tfrac12 |u|^2, \qquad u = L^{-1} (g - \mu),
+    .. math:: \log \tilde p(g) = P(u) - \tfrac12 |u|^2, \qquad u = L^{-1} (g - \mu),
 
-    where :math:`r` holds the argument of the polynomial :math:`P` within a ball of five standard
-    deviations. The coefficients are found by weighted least squares from values of the log density.
+    within a ball of five standard deviations; beyond, it goes on along straight lines from the
+    mode, so that an exponential tail is one, and always falls. The coefficients of :math:`P` are
+    found by weighted least squares from values of the log density.
 
     Args:
         loc: The mode :math:`\mu`, of shape ``(features,)``.
@@ -55,6 +57,7 @@ class PolynomialDensity(Density):
         self._factors = torch.tensor(
             [[*term, *[self.features] * (DEGREE - len(term))] for term in exponents]
         ).to(loc.device)
+        self._degrees = torch.tensor([float(len(term)) for term in exponents]).to(self.loc)
         self.coefficients = torch.zeros(len(exponents)).to(self.loc)
 
     def whiten(self, g: Tensor) -> Tensor:
@@ -79,6 +82,7 @@ class PolynomialDensity(Density):
         """
         top = values.nan_to_num(nan=-torch.inf, posinf=-torch.inf).amax()
         usable = values.isfinite() & (values > top - TOO_DEEP)
+        usable &= self.whiten(g).norm(dim=-1) < FARTHEST
         u, values = self.whiten(g[usable]), values[usable].to(self.loc)
         weights = ((values - top).clamp_min(-DEEPEST) / 4).exp() + LEAST_WEIGHT
         design = self._terms(u) * weights.unsqueeze(-1)
@@ -96,7 +100,7 @@ class PolynomialDensity(Density):
         points = z.detach().reshape(-1, self.features)
         with torch.enable_grad():
             u = self.whiten(points).requires_grad_()
-            values = self._terms(u) @ self.coefficients - u.square().sum(-1) / 2
+            values = self._evaluate(u)
             (slopes,) = torch.autograd.grad(values.sum(), u)
         gradients = torch.linalg.solve_triangular(self.root.mT, slopes.mT, upper=True).mT
         return (
@@ -104,11 +108,20 @@ class PolynomialDensity(Density):
             gradients.to(z.dtype).reshape(z.shape),
         )
 
+    def _evaluate(self, u: Tensor) -> Tensor:
+        """The log density at whitened points of shape ``(n, features)``."""
+        distance = u.square().sum(-1).clamp_min(1e-18).sqrt()
+        held = distance.clamp_max(RADIUS)
+        terms = self._terms(u * (held / distance).unsqueeze(-1))
+        within = terms @ self.coefficients - held.square() / 2
+        # A monomial of degree d grows along a ray by d / r of itself.
+        slope = terms @ (self._degrees * self.coefficients) / held - held
+        # A polynomial that climbs at the edge is not to be relied upon beyond.
+        falls = slope.clamp_max(-LEAST_SLOPE).where(slope < CLIMBS, -RADIUS)
+        return within + falls * (distance - held)
+
     def _terms(self, u: Tensor) -> Tensor:
         """The monomials, of shape ``(n, terms)``."""
-        size = u.square().sum(-1, keepdim=True).clamp_min(1e-18).sqrt()
-        held = RADIUS * torch.tanh((size / RADIUS) ** TURN) ** (1 / TURN)
-        u = u * (held / size).clamp_max(1.0)
         padded = torch.cat([u, torch.ones_like(u[:, :1])], -1)
         return padded[:, self._factors].prod(-1)
 

@@ -30,6 +30,7 @@ __all__ = ["LADDER", "make_own_rung", "make_own_structured_rung"]
 SHORT, LONG, WIDE = 150, 1500, 2500
 # Steps between two verdicts on a guide that is trained on.
 ROUNDS = (150, 1350)
+STRUCTURED_ROUNDS = (150, 150)
 MIXTURE_ROUNDS = (0, 150, 450)
 # Steps on chains; the rounds after them are steps for the ELBO.
 REFIT, REFIT_STEPS = "refit", 450
@@ -159,7 +160,7 @@ LADDER: list[Rung] = [
     Rung(
         "structured",
         make=make_structured,
-        rounds=(SHORT,),
+        rounds=STRUCTURED_ROUNDS,
         train=train_structured,
         needs_census=False,
     ),
@@ -190,7 +191,9 @@ def make_own_structured_rung(guide: AutoStructuredFlow) -> Rung:
         start_structured(climb, guide)
         return guide
 
-    return Rung("structured", make, rounds=(SHORT,), train=train_structured, needs_census=False)
+    return Rung(
+        "structured", make, rounds=STRUCTURED_ROUNDS, train=train_structured, needs_census=False
+    )
 
 
 def make_own_rung(guide: AutoFlow, fresh: bool, steps: int, limited: bool = False) -> Rung:

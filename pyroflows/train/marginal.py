@@ -16,6 +16,8 @@ __all__ = ["MarginalFit"]
 # Points of the first design, at least and for each coefficient of the polynomial, and how much
 # wider than the normal approximation they lie.
 LEAST_POINTS, POINTS_PER_TERM, WIDER = 256, 2, 1.3
+# One point in four lies further out by this factor, for the tails.
+FURTHER = 2.0
 # Draws of the flow by which it is looked at, and the share of effective ones that will do.
 DRAWS, GOOD = 256, 0.95
 #: How often the polynomial is found anew, by the draws of the flow too.
@@ -53,7 +55,9 @@ class MarginalFit:
         self.surrogate = PolynomialDensity(mode.loc.to(like), mode.root.to(like))
         features = self.surrogate.features
         count = max(LEAST_POINTS, POINTS_PER_TERM * count_terms(features))
-        self.points = self.surrogate.unwhiten(WIDER * _quasi_normal(count, features))
+        noise = _quasi_normal(count, features)
+        noise[::4] *= FURTHER
+        self.points = self.surrogate.unwhiten(WIDER * noise)
         self.values = log_prob(self.points)
         self.error = self.surrogate.fit(self.points, self.values)
 

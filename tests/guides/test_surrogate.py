@@ -45,8 +45,22 @@ def test_gradients_are_those_of_the_values(device: torch.device) -> None:
     torch.testing.assert_close(slopes, (up - down) / 2e-6, atol=1e-5, rtol=1e-5)
 
 
+def test_an_exponential_tail_is_one(device: torch.device) -> None:
+    density = PolynomialDensity(torch.zeros(1).to(device), torch.eye(1).to(device))
+
+    def gumbel(u: Tensor) -> Tensor:
+        return u[:, 0] - u[:, 0].exp()
+
+    u = points(400, 1).to(device) * 2
+    density.fit(u, gumbel(u))
+    far = torch.tensor([[-6.0], [-12.0]]).to(u)
+    values, slopes = density.value_and_grad(far)
+    torch.testing.assert_close(values, gumbel(far), atol=0.5, rtol=0.2)
+    torch.testing.assert_close(slopes, torch.ones_like(slopes), atol=0.4, rtol=0)
+
+
 def test_falls_off_everywhere(device: torch.device) -> None:
-    """A polynomial that bends upwards is held, so that the normal tail wins."""
+    """A polynomial that bends upwards does so within a ball only."""
     density = PolynomialDensity(LOC.to(device), ROOT.to(device))
     u = points(300).to(device)
     density.fit(density.unwhiten(u), skewed(u) + 0.1 * u[:, 0] ** 4)
