@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .._deadline import TimeOver
 from ..guides.marginal_mode import MarginalMode, find_marginal_mode
 from ..guides.surrogate import PolynomialDensity
+from ..model.sites import base_distribution, sample_nodes
 from ..sampling.spaces import mean_and_root
 from .checks import (
     Check,
@@ -172,5 +174,19 @@ def _take_census(guide: AutoStructuredFlow, mode: MarginalMode) -> Census | None
         return find_marginal_mode(integrated, start=start, reference=guide.reference)
 
     with contextlib.suppress(TimeOver):
-        return take_marginal_census(guide.log_marginal, mode, ascend, prior_globals(guide.marginal))
+        prior = prior_globals(guide.marginal)
+        improper = _improper_globals(guide)
+        return take_marginal_census(guide.log_marginal, mode, ascend, prior, improper=improper)
     return None
+
+
+def _improper_globals(guide: AutoStructuredFlow) -> list[int]:
+    """Which globals have an improper prior, by their numbers."""
+    density, entries = guide.marginal.density, guide.marginal.structure.globals.tolist()
+    nodes = dict(sample_nodes(density.trace()))
+    flat = [
+        isinstance(base_distribution(nodes[site.name]["fn"]), dist.ImproperUniform)
+        for site in density.sites
+        for _ in range(site.features)
+    ]
+    return [number for number, entry in enumerate(entries) if flat[entry]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ MIRRORED = 3.0
 MOVED_ENTRIES = 2
 # Where a scale is next to nothing its model fails, as far out as improper densities are looked for.
 DISTANCES = (1e6, 1e4, 1e2)
+# Widths from which on a plateau shows.
+PLATEAU = 20.0
 
 
 @torch.no_grad()
@@ -66,6 +68,7 @@ def take_marginal_census(
     prior: Tensor | None = None,
     starts: int = STARTS,
     seed: int = 0,
+    improper: Sequence[int] = (),
 ) -> Census:
     r"""Looks for modes of a density whose values are dear and whose gradients are not known.
 
@@ -91,6 +94,7 @@ def take_marginal_census(
         prior: Further starts, such as draws from the prior, of shape ``(n, features)``.
         starts: How many starts to take in all.
         seed: Seed of the starts.
+        improper: Entries whose prior is improper, along which a plateau is looked for.
 
     Returns:
         The census; its modes are those that the ascents have found. If the time is over before it
@@ -122,7 +126,10 @@ def take_marginal_census(
         with forked(seed):
             points = _spread_starts(mode, prior, check_size("starts", starts))
         others = _find_others(density, mode, ascend, points)
-        return _compare(density, [mode, *others])
+        census = _compare(density, [mode, *others])
+        if census.flat_direction is None and improper:
+            return census._replace(flat_direction=_find_plateau(density, mode, improper))
+        return census
     except TimeOver:
         return first_fit_alone(first)
 
@@ -178,6 +185,16 @@ def _compare(density: LogProb, found: list[MarginalMode]) -> Census:
         modes, weights = pick_separate(density, modes, weights)
     fits = fits.pick(fits.elbo.argsort(descending=True))
     return Census(fits, modes, weights, find_flat_direction(density, fits.one(0), DISTANCES))
+
+
+def _find_plateau(density: LogProb, mode: MarginalMode, entries: Sequence[int]) -> Tensor | None:
+    """A direction along one of some entries in which the density stays at one height, however low:
+    a proper one falls by more than one half from so many widths to twice as many."""
+    units = torch.eye(len(mode.loc))[list(entries)].to(mode.loc)
+    axes = mode.root.norm(dim=-1) * torch.cat([units, -units])
+    near, far = (density(mode.loc + distance * axes) for distance in (PLATEAU, 2 * PLATEAU))
+    flat = near.isfinite() & far.isfinite() & (near - far < math.log(2))
+    return axes[flat.nonzero()[0, 0]] if bool(flat.any()) else None
 
 
 def _fits(density: LogProb, found: list[MarginalMode]) -> Gaussians:

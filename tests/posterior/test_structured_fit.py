@@ -108,6 +108,34 @@ def test_a_second_mode_of_the_globals_is_found() -> None:
     assert "loading" in posterior.verdict.reason
 
 
+def improper(y: Tensor) -> None:
+    """A flat prior of a log scale, whose posterior is flat, and low, where all groups are one."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    log_scale = pyro.sample("log_scale", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("groups", len(y)):
+        effect = pyro.sample("effect", dist.Normal(mean, log_scale.exp()))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+
+
+def improper_but_informed(y: Tensor) -> None:
+    """The same of the noise of rows, of which the data say enough."""
+    log_scale = pyro.sample("log_scale", dist.ImproperUniform(dist.constraints.real, (), ()))
+    mean = pyro.sample("mean", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("groups", y.shape[0], dim=-2):
+        effect = pyro.sample("effect", dist.Normal(mean, 1.0))
+        with pyro.plate("rows", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(effect, log_scale.exp()), obs=y)
+
+
+def test_a_plateau_of_globals_is_improper() -> None:
+    y = 2 * torch.randn(12, generator=torch.Generator().manual_seed(0))
+    posterior = pf.fit_posterior(improper, (y,), progress=False)
+    assert not posterior.verdict.ok
+    assert "cannot be normalised" in posterior.verdict.reason
+    assert "log_scale" in posterior.verdict.reason
+    assert pf.fit_posterior(improper_but_informed, (grouped(),), progress=False).verdict.ok
+
+
 def unrelated(y: Tensor) -> None:
     with pyro.plate("rows", len(y)):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
