@@ -118,6 +118,7 @@ def find_marginal_mode(
 
     Example:
         >>> import pyro, pyro.distributions as dist
+        >>> from pyroflows.guides.marginal import Marginal
         >>> from pyroflows.model import LogDensity
         >>> from pyroflows.model.structure import find_structure
         >>> def model(y):

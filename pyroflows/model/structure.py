@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from .coordinates import PartialSums
@@ -71,6 +69,10 @@ class Structure:
     def blocks(self) -> Tensor:
         """For each local the number of its block: locals of two blocks are independent given the
         globals. Of shape ``(n,)``."""
+        # Not at the top, because scipy changes the filters of warnings.
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         n = len(self.locals)
         i, j = self.local_edges.unbind(-1)
         graph = coo_array((torch.ones(len(i)), (i, j)), shape=(n, n))
