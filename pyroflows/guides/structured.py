@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -224,7 +225,8 @@ class AutoStructuredFlow(FlowGuide):
         """
         if self.leaves is None:
             return None
-        regressed = regress_leaves(self.leaves, self._warm)
+        # A copy, because the polynomial keeps its units when the guide starts elsewhere.
+        regressed = regress_leaves(self.leaves, copy.deepcopy(self._warm))
         self._regressed = regressed if regressed.settled else None
         return self._regressed
 
