@@ -1,4 +1,4 @@
-"""Gauss-Hermite nodes, and what is known of a function from its slopes there."""
+"""Gauss-Hermite nodes, what is known of a function from its slopes there, and spread points."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 from .._checks import check_size
 
-__all__ = ["HermiteNodes", "draw_on_grid"]
+__all__ = ["HermiteNodes", "draw_on_grid", "quasi_normal"]
 
 # A polynomial goes through so many neighbouring nodes: one through many would be wild between them.
 WINDOW = 9
@@ -19,6 +20,8 @@ WINDOW = 9
 SPACING, BEYOND = 0.3, 1.0
 # Changes of the logarithm of a density that count as none.
 FLAT = 1e-3
+# Uniform numbers are kept so far from zero and one.
+LEAST_SHARE = 1e-7
 
 
 class HermiteNodes:
@@ -148,3 +151,19 @@ def draw_on_grid(grid: Tensor, log_density: Tensor, uniform: Tensor) -> Tensor:
     curved = torch.log1p((rate * part).clamp_min(-1)) / rate
     part = curved.where(rate.abs() > FLAT, part * (1 - rate * part / 2))
     return grid[cell] + part.clamp(0, 1) * (grid[1] - grid[0])
+
+
+def quasi_normal(count: int, features: int, seed: int = 0) -> Tensor:
+    """Quasi-random standard normal points.
+
+    Args:
+        count: How many.
+        features: Their entries.
+        seed: Seed of the scramble.
+
+    Returns:
+        Tensor of shape ``(count, features)``, in double precision.
+    """
+    engine = SobolEngine(features, scramble=True, seed=seed)
+    uniform = engine.draw(count, dtype=torch.double)
+    return torch.special.ndtri(uniform.clamp(LEAST_SHARE, 1 - LEAST_SHARE))

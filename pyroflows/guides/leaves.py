@@ -9,10 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributions.elimination import Elimination
-from ..distributions.elimination_tree import find_elimination_tree
 from ..distributions.quadrature import HermiteNodes, draw_on_grid
-from ..model.structure import Structure
 from .marginal import Conditional, Marginal
 
 __all__ = ["Leaves", "integrate_leaves", "leaves_are_small"]
@@ -300,7 +297,7 @@ def integrate_leaves(
         (True, 5)
     """
     depth = marginal.tree.depth
-    if not 0 < depth <= DEEPEST:
+    if not leaves_are_small(marginal):
         raise ValueError(f"Expected blocks of 1 to {DEEPEST} levels of locals; got {depth}.")
     counts = [count for count in COUNTS if count**depth <= MOST_POINTS]
     leaves = Leaves(marginal, counts[0], steps)
@@ -321,17 +318,16 @@ def integrate_leaves(
     return leaves
 
 
-def leaves_are_small(structure: Structure) -> bool:
+def leaves_are_small(marginal: Marginal) -> bool:
     """Whether the blocks of a model's locals are so small that they can be integrated.
 
     Args:
-        structure: The structure of the model.
+        marginal: The marginal density of the globals.
 
     Returns:
         Whether there are locals, and no block has more than four levels of them.
     """
-    elimination = Elimination(len(structure.locals), structure.local_edges)
-    return 0 < find_elimination_tree(elimination).depth <= DEEPEST
+    return 0 < marginal.tree.depth <= DEEPEST
 
 
 def _mean_and_deviation(change: Tensor) -> tuple[float, float]:

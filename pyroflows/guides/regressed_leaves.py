@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
+from ..distributions.quadrature import quasi_normal
 from .leaves import COUNTS, DEVIATION, Leaves
 from .marginal_mode import MarginalMode
 from .warm_reference import WarmReference
@@ -115,9 +115,7 @@ def regress_leaves(leaves: Leaves, warm: WarmReference, seed: int = 0) -> Regres
     """
     features = leaves.marginal.features
     terms = _terms(torch.zeros(1, features)).shape[-1]
-    engine = SobolEngine(features, scramble=True, seed=seed)
-    uniform = engine.draw(POINTS_A_TERM * terms + MORE_POINTS, dtype=torch.double)
-    u = SPREAD * torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).to(warm.root)
+    u = SPREAD * quasi_normal(POINTS_A_TERM * terms + MORE_POINTS, features, seed).to(warm.root)
     g = warm.loc + u @ warm.root.mT
     reference = warm(g)
     values = leaves.log_prob(g, reference)

@@ -204,9 +204,7 @@ class AutoStructuredFlow(FlowGuide):
             number of nodes suffices.
         """
         marginal = self.marginal
-        if not marginal.structure.locals.numel() or marginal.is_normal:
-            return None
-        if not leaves_are_small(marginal.structure):
+        if marginal.is_normal or not leaves_are_small(marginal):
             return None
         g = self._pilot_draws()
         leaves = integrate_leaves(marginal, g, self._near(g))

@@ -358,6 +358,11 @@ def is_factor(fn: Any) -> bool:
     return isinstance(base_distribution(fn), dist.Unit)
 
 
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution is that of an improper prior."""
+    return isinstance(base_distribution(fn), dist.ImproperUniform)
+
+
 def distribution_name(fn: Any) -> str:
     """The name of the distribution inside of ``to_event``, ``expand`` and ``mask``."""
     return type(base_distribution(fn)).__name__

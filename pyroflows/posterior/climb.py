@@ -362,16 +362,17 @@ def _climb(climb: Climb, ladder: Sequence[Rung]) -> None:
         for rung in ladder:
             if climb.attempt(rung):
                 return
-    if climb.best is None and climb.density.features > MOST_DENSE:
+    if climb.best is not None:
+        return
+    if climb.density.features > MOST_DENSE:
         raise ValueError(
             f"Expected a time limit in which a guide of {climb.density.features} latent entries "
             f"can be made; got {climb.deadline.seconds:g} s."
         )
-    if climb.best is None:
-        first = next((rung for rung in ladder if rung.needs_census), ladder[0])
-        # A structured guide takes time to make, and is judged as it is.
-        made = None if first.needs_census else climb.guide
-        climb.judge(first.name, made or first.make(climb))
+    first = next((rung for rung in ladder if rung.needs_census), ladder[0])
+    # A structured guide takes time to make, and is judged as it is.
+    made = None if first.needs_census else climb.guide
+    climb.judge(first.name, made or first.make(climb))
 
 
 def choose_better(first: Posterior, second: Posterior) -> Posterior:

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_size
 from ..model import prediction as simulate
-from ..model.sites import base_distribution
+from ..model.sites import is_improper
 from ..report import arviz_bridge as arviz
 from .evidence import DRAWS, LEAST_DRAWS, METHODS, evidence
 from .posterior import Posterior, check_posterior
@@ -247,14 +246,12 @@ def _warn_of_improper_priors(posteriors: Mapping[str, Posterior]) -> None:
     for name, posterior in posteriors.items():
         density = posterior.density
         trace = density.trace()
-        improper = [site.name for site in density.sites if _is_improper(trace.nodes[site.name])]
+        improper = [
+            site.name for site in density.sites if is_improper(trace.nodes[site.name]["fn"])
+        ]
         if improper:
             warnings.warn(
                 f"Model {name!r} has an improper prior at site {improper[0]!r}, so that its "
                 "evidence is known up to a constant only; compare by='loo'.",
                 stacklevel=4,
             )
-
-
-def _is_improper(node: Mapping[str, Any]) -> bool:
-    return isinstance(base_distribution(node["fn"]), dist.ImproperUniform)

@@ -67,12 +67,14 @@ def fit_posterior(
 ) -> Posterior:
     r"""Finds the posterior of a model by a ladder of flow guides, and says whether to trust it.
 
-    The model is captured as one batched log density. Newton steps in whitened units, from many
-    starts at once, take a census of its modes and give a Gaussian for each. Then come, until the
-    verdict is ok: the best Gaussian; where there are separate modes, a mixture of flows, one for
-    each; a flow, trained for few steps and for many; where either is cut short, fresh flows that
-    are fitted to Hamiltonian chains from its draws; a wider and deeper one; and the best guide's
-    draws polished by Hamiltonian trajectories in its base space. The best attempt is kept, and all
+    The model is captured as one batched log density. If it has globals and locals, or many rows of
+    data, the first guide follows its structure: an :class:`AutoStructuredFlow`. Otherwise, or if
+    that is not trusted, Newton steps in whitened units, from many starts at once, take a census of
+    the modes and give a Gaussian for each. Then come, until the verdict is ok: the best Gaussian;
+    where there are separate modes, a mixture of flows, one for each; a flow, trained for few steps
+    and for many; where either is cut short, fresh flows that are fitted to Hamiltonian chains from
+    its draws; a wider and deeper one; and the best guide's draws polished by Hamiltonian
+    trajectories in its base space. The best attempt is kept, and all
     are listed in ``rungs`` of the posterior. A flow is trained to maximise the ELBO
 
     .. math:: \mathcal{L}(\phi)
@@ -243,8 +245,8 @@ def _make_guide(guide: Any, density: LogDensity) -> tuple[AutoFlow | AutoStructu
         kind = type(guide).__name__
         got = f"a made {kind}" if isinstance(guide, torch.nn.Module) else repr(guide)
         raise TypeError(
-            "Expected guide to be 'auto', an AutoFlow, an AutoStructuredFlow, or a flow such as pyroflows.RealNVP; got "
-            f"{got}. Other guides are judged by pyroflows.judge."
+            "Expected guide to be 'auto', an AutoFlow, an AutoStructuredFlow, or a flow such as "
+            f"pyroflows.RealNVP; got {got}. Other guides are judged by pyroflows.judge."
         )
     fresh = made.prototype_trace is None
     if fresh:

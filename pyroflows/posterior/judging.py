@@ -6,14 +6,13 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .._deadline import TimeOver
 from ..guides.marginal_mode import MarginalMode, find_marginal_mode
 from ..guides.surrogate import PolynomialDensity
-from ..model.sites import base_distribution, sample_nodes
+from ..model.sites import is_improper, sample_nodes
 from ..sampling.spaces import mean_and_root
 from .checks import (
     Check,
@@ -184,9 +183,5 @@ def _improper_globals(guide: AutoStructuredFlow) -> list[int]:
     """Which globals have an improper prior, by their numbers."""
     density, entries = guide.marginal.density, guide.marginal.structure.globals.tolist()
     nodes = dict(sample_nodes(density.trace()))
-    flat = [
-        isinstance(base_distribution(nodes[site.name]["fn"]), dist.ImproperUniform)
-        for site in density.sites
-        for _ in range(site.features)
-    ]
+    flat = [is_improper(nodes[s.name]["fn"]) for s in density.sites for _ in range(s.features)]
     return [number for number, entry in enumerate(entries) if flat[entry]]

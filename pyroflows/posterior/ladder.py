@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 import torch
 
@@ -155,15 +156,16 @@ def weigh_components(density: LogDensity, mixture: AutoMixture, rounds: int = 20
     mixture.logits.copy_(log_pi.log_softmax(-1))
 
 
+STRUCTURED = Rung(
+    "structured",
+    make=make_structured,
+    rounds=STRUCTURED_ROUNDS,
+    train=train_structured,
+    needs_census=False,
+)
 #: The rungs of ``guide="auto"``, from the cheapest to the most expensive.
 LADDER: list[Rung] = [
-    Rung(
-        "structured",
-        make=make_structured,
-        rounds=STRUCTURED_ROUNDS,
-        train=train_structured,
-        needs_census=False,
-    ),
+    STRUCTURED,
     Rung("Gaussian", make=lambda climb: climb.first_flow),
     Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
     Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
@@ -191,9 +193,7 @@ def make_own_structured_rung(guide: AutoStructuredFlow) -> Rung:
         start_structured(climb, guide)
         return guide
 
-    return Rung(
-        "structured", make, rounds=STRUCTURED_ROUNDS, train=train_structured, needs_census=False
-    )
+    return replace(STRUCTURED, make=make)
 
 
 def make_own_rung(guide: AutoFlow, fresh: bool, steps: int, limited: bool = False) -> Rung:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..distributions.quadrature import quasi_normal
 from ..flows import Flow
 from ..guides.marginal_mode import MarginalMode
 from ..guides.surrogate import PolynomialDensity, count_terms
@@ -55,7 +56,7 @@ class MarginalFit:
         self.surrogate = PolynomialDensity(mode.loc.to(like), mode.root.to(like))
         features = self.surrogate.features
         count = max(LEAST_POINTS, POINTS_PER_TERM * count_terms(features))
-        noise = _quasi_normal(count, features)
+        noise = quasi_normal(count, features)
         noise[::4] *= FURTHER
         self.points = self.surrogate.unwhiten(WIDER * noise)
         self.values = log_prob(self.points)
@@ -91,10 +92,3 @@ class MarginalFit:
         self.error = self.surrogate.fit(self.points, self.values)
         share = 1 / log_weights.softmax(0).square().sum() / DRAWS
         return float(share.nan_to_num(0.0))
-
-
-def _quasi_normal(count: int, features: int) -> Tensor:
-    """Quasi-random standard normal points, of shape ``(count, features)``."""
-    engine = torch.quasirandom.SobolEngine(features, scramble=True, seed=0)
-    uniform = engine.draw(count, dtype=torch.double)
-    return torch.special.ndtri(uniform.clamp(1e-7, 1 - 1e-7))

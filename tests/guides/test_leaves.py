@@ -352,14 +352,14 @@ def test_too_few_nodes_are_told() -> None:
 def test_deep_blocks_are_refused() -> None:
     case = coefficients(5, 1, rows=8)
     marginal = marginal_of(case)
-    assert not leaves_are_small(marginal.structure)
+    assert not leaves_are_small(marginal)
     with pytest.raises(ValueError, match="blocks of 1 to 4 levels of locals; got 5"):
         integrate_leaves(marginal, SOME, marginal.reference)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_small_blocks_are_told(name: str) -> None:
-    assert leaves_are_small(prepare(name)[1].structure)
+    assert leaves_are_small(prepare(name)[1])
 
 
 def test_globals_at_which_the_model_fails_have_no_density() -> None:
