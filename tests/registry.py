@@ -6,7 +6,7 @@ A new transform or preset joins by one line here, and all laws hold it to accoun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -24,6 +24,7 @@ from families import (
     tails,
 )
 from families.sizes import NET, C, D
+from marks import slow_but_for
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
@@ -204,6 +205,26 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     ),
 }
 
+#: Cases that differ from another by an option alone: the slow runs hold these to account.
+VARIANTS = {
+    *(f"elementwise-affine-{option}" for option in ("exp", "sigmoid", "bound")),
+    *(f"elementwise-scale-{scale}" for scale in ("softclip", "softplus")),
+    "reverse-1",
+    *(f"affine-coupling-{scale}" for scale in ("exp", "softplus", "sigmoid")),
+    *(f"affine-coupling-{mask}" for mask in ("half", "checkerboard", "alternating", "list")),
+    "affine-coupling-context-linear",
+    "inverse-permute",
+    "inverse-coupling",
+    "compose-conditioned",
+    "conditioned-lower-triangular",
+    "nice",
+    *(f"nice-{mask}" for mask in MASKS if mask != "tensor"),
+    *(f"realnvp-{scale}" for scale in SCALES),
+    *(f"realnvp-{n}" for n in ("real", "positive", "unit-interval", "interval", "less-than")),
+    *(f"realnvp-base-{base}" for base in ("normal", "laplace", "low-rank")),
+    "flow-1",
+}
+
 #: Laws that cannot hold for a case, by the name of their test, with the reason.
 EXEMPT: dict[str, dict[str, str]] = {}
 
@@ -215,8 +236,14 @@ for family in FAMILIES:
     FLOWS |= family.FLOWS
     MOVED |= family.MOVED
     AFFINE |= family.AFFINE
+    VARIANTS |= family.VARIANTS
     for law, cases in family.EXEMPT.items():
         EXEMPT.setdefault(law, {}).update(cases)
+
+
+def cases(names: Iterable[str], dear: Iterable[str] = ()) -> list[Any]:
+    """Names as parameters of a test, of which fast runs leave out the variants, and the dear."""
+    return slow_but_for(set(names).difference(VARIANTS, dear), names)
 
 
 def perturbed(module: Module, scale: float = 0.3, seed: int = 1) -> Module:

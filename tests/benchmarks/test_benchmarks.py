@@ -629,11 +629,11 @@ def test_nuts_draws_within_its_budget() -> None:
     torch.set_default_dtype(torch.float64)
     x = torch.ones(20, 1)
     task = Task(
-        MODELS["mesquite-logmesquite"], {"x": x, "y": torch.linspace(-1, 1, 20)}, seed=0, budget=4.0
+        MODELS["mesquite-logmesquite"], {"x": x, "y": torch.linspace(-1, 1, 20)}, seed=0, budget=1.0
     )
     result = METHODS["NUTS"](task)
     assert result.draws["beta"].shape[1:] == (1,) and (result.draws["sigma"] > 0).all()
-    assert result.seconds < 6.0
+    assert result.seconds < 3.0
     assert result.ess is not None and result.ess > 0
 
 

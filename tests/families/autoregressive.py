@@ -52,6 +52,13 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "autoregressive",
+    "autoregressive-forward-context",
+    "autoregressive-circular",
+    "flow-autoregressive-context",
+    "flow-autoregressive-forward",
+}
 EXEMPT: dict[str, dict[str, str]] = {
     "test_holds_in_the_tails": {
         "autoregressive-circular": "angles end at pi: what lies beyond is turned back into the circle",

@@ -44,6 +44,14 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = {name for name in TRANSFORMS if not name.startswith("glow")}
+VARIANTS: set[str] = {
+    "householder",
+    "orthogonal-context",
+    "matrix-exponential",
+    "actnorm-context",
+    "glow-step",
+    "glow-steps",
+}
 EXEMPT: dict[str, dict[str, str]] = {
     "test_starts_at_the_identity": {
         "lu-linear-rotated": "starts at a random rotation, as its option asks"

@@ -35,4 +35,10 @@ UNIVARIATES: dict[str, Univariate] = {
 }
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "block-autoregressive",
+    "elementwise-monotone-network",
+    "elementwise-monotone-integral",
+    "block-autoregressive-stack",
+}
 EXEMPT: dict[str, dict[str, str]] = {}

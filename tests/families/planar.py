@@ -25,4 +25,10 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "planar-context",
+    "radial",
+    "sylvester",
+    "planar-stack",
+}
 EXEMPT: dict[str, dict[str, str]] = {}

@@ -23,4 +23,9 @@ UNIVARIATES: dict[str, Univariate] = {
 }
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "elementwise-sum-of-squares",
+    "elementwise-bernstein",
+    "elementwise-mixture",
+}
 EXEMPT: dict[str, dict[str, str]] = {}

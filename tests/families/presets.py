@@ -59,6 +59,25 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 }
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "maf",
+    "iaf-context",
+    "nsf-context",
+    "nsf-linear",
+    "nsf-autoregressive",
+    "nsf-circular",
+    "naf",
+    "bnaf",
+    "planar-flow-context",
+    "radial-flow",
+    "glow",
+    "realnvp-tails-gpd",
+    "realnvp-tails-loft",
+    *(
+        f"realnvp-mixing-{n}"
+        for n in ("callable", "exponential", "householder", "lu", "orthogonal")
+    ),
+}
 EXEMPT: dict[str, dict[str, str]] = {
     "test_a_fresh_flow_is_its_base": {
         "realnvp-tails-gpd": "its tail layer starts with heavier tails than the base has"

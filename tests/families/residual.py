@@ -23,4 +23,8 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 UNIVARIATES: dict[str, Univariate] = {}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "residual",
+    "flow-residual-context",
+}
 EXEMPT: dict[str, dict[str, str]] = {}

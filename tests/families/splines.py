@@ -52,6 +52,14 @@ UNIVARIATES: dict[str, Univariate] = {
 }
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "coupling-rational-quadratic-context",
+    "coupling-circular",
+    "elementwise-rational-quadratic",
+    "elementwise-linear-rational",
+    "elementwise-circular",
+    "splines",
+}
 _TURNED = "angles end at pi: what lies beyond is turned back into the circle"
 EXEMPT: dict[str, dict[str, str]] = {
     "test_holds_in_the_tails": {

@@ -29,6 +29,11 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 UNIVARIATES: dict[str, Univariate] = {"gpd-tail": GPDTail()}
 MOVED: set[str] = set()
 AFFINE: set[str] = set()
+VARIANTS: set[str] = {
+    "loft-narrow",
+    "elementwise-gpd-tail",
+    "flow-loft",
+}
 _LENGTHENS = "every map of the family lengthens the tails; where it starts is tested with it"
 EXEMPT: dict[str, dict[str, str]] = {
     "test_starts_at_the_identity": {

@@ -31,14 +31,22 @@ QUICK: dict[str, dict[str, Any]] = {
 
 
 def settings(name: str) -> Iterator[dict[str, Any]]:
-    """Numbers of layers with masks or orders and maps between, as far as a flow takes them."""
+    """Numbers of layers with masks or orders and maps between, as far as a flow takes them.
+
+    All of them for one flow of each kind, and every value at least once for the others.
+    """
     masks: list[Any] = ["random", "half", "checkerboard", "alternating"]
     choices: dict[str, list[Any]] = {"transforms": [1, 2, 3], "mixing": [None, "lu", "permute"]}
     if name in COUPLINGS:
         choices["mask"] = masks
     if name in (*MASKED, "BNAF"):
         choices["order"] = ["alternating", "natural", "random"]
-    for values in product(*choices.values()):
+    if name in ("RealNVP", "MAF", "PlanarFlow"):
+        rows = list(product(*choices.values()))
+    else:
+        turned = [(values * 4)[i : i + 4] for i, values in enumerate(choices.values())]
+        rows = list(zip(*turned, strict=True))
+    for values in rows:
         yield dict(zip(choices, values, strict=True))
 
 

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro.distributions import constraints
 from registry import (
     BASES,
@@ -23,6 +24,7 @@ from registry import (
     SUPPORTS,
     C,
     D,
+    cases,
     context_for,
     normal_log_prob,
     perturbed,
@@ -55,7 +57,7 @@ NOT_EMPTY = {
 }
 
 
-@pytest.fixture(params=list(FLOWS))
+@pytest.fixture(params=cases(FLOWS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -167,7 +169,7 @@ def test_shapes_and_broadcasting(name, moved):
             assert d.log_prob(y).shape == (*sample_shape, *d.batch_shape)
 
 
-@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
 def test_value_and_context_broadcast(moved):
     c = context_for(moved, 3)
     one = moved(c[0])
@@ -211,7 +213,7 @@ def test_gradients_reach_every_parameter(moved):
             )
 
 
-@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
 def test_gradients_reach_the_context(moved):
     c = context_for(moved, 4).requires_grad_()
     d = moved(c)
@@ -615,7 +617,7 @@ def test_vmap_over_values(moved):
         torch.testing.assert_close(vmap(d.log_prob)(y), d.log_prob(y))
 
 
-@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
 def test_vmap_over_contexts(moved):
     c = context_for(moved, 5)
     y = moved(c).sample()
@@ -643,7 +645,7 @@ def test_functional_call(make, moved):
     torch.testing.assert_close(functional_call(score, parameters, ()), moved(c).log_prob(y))
 
 
-@pytest.mark.parametrize("name", ["nice", "realnvp-context"])
+@pytest.mark.parametrize("name", slow_but_for(["realnvp-context"], ["nice", "realnvp-context"]))
 def test_compiles_as_one_graph(moved):
     torch.compiler.reset()
     x, c = points(moved, 5), context_for(moved, 5)
@@ -659,7 +661,9 @@ def test_compiles_as_one_graph(moved):
         torch.testing.assert_close(left, right)
 
 
-@pytest.mark.parametrize("support", [None, constraints.positive])
+@pytest.mark.parametrize(
+    "support", slow_but_for([constraints.positive], [None, constraints.positive])
+)
 def test_scoring_and_drawing_compile(support):
     torch.compiler.reset()
     flow = perturbed(pf.RealNVP(D, C, support=support, **SMALL).double())

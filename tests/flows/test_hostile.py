@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from families.presets import FLOWS
-from registry import context_for
+from marks import slow_but_for
+from registry import VARIANTS, context_for
 from torch import Tensor, nn
 
 import pyroflows as pf
@@ -65,7 +66,7 @@ def check_is_tame(name: str, dtype: torch.dtype, spread: float, count: int, seed
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [0.0, 2.0, 20.0])
-@pytest.mark.parametrize("name", list(FLOWS))
+@pytest.mark.parametrize("name", [name for name in FLOWS if name not in VARIANTS])
 def test_nothing_is_nan(name: str, spread: float, dtype: torch.dtype) -> None:
     check_is_tame(name, dtype, spread, count=200, seed=1)
 
@@ -110,8 +111,13 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("transforms", [4, 64])
-@pytest.mark.parametrize("name", list(DEEP))
+@pytest.mark.parametrize(
+    ("name", "transforms"),
+    slow_but_for(
+        [*((name, 4) for name in DEEP), ("RealNVP", 64), ("MAF", 64)],
+        [(name, transforms) for name in DEEP for transforms in (4, 64)],
+    ),
+)
 def test_a_fresh_stack_has_unit_scale(name: str, transforms: int) -> None:
     make: type[LayeredFlow] = DEEP[name]
     flow = make(4, transforms=transforms)
@@ -157,10 +163,9 @@ EXPORTED = {
     "PlanarFlow": lambda: pf.PlanarFlow(5, transforms=2),
     "whole PlanarFlow": lambda: pf.PlanarFlow(5),
 }
-WHOLE = [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("whole")) for n in EXPORTED]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", slow_but_for(["RealNVP", "MAF", "NSF"], EXPORTED))
 def test_exports_with_batches_of_every_size(name: str) -> None:
     score = Score(EXPORTED[name]().eval())
     batch = torch.export.Dim("batch", min=1, max=4096)

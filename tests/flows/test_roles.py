@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -150,6 +151,7 @@ def test_a_plain_call_leaves_the_param_store_alone() -> None:
     assert not list(pyro.get_param_store())
 
 
+@pytest.mark.slow
 def test_a_realnvp_learns_a_banana() -> None:
     train, test = banana(500), banana(2000)
     flow = pf.RealNVP(2, transforms=4, network=mlp((16,)), scale="softclip")
@@ -234,7 +236,7 @@ X = torch.tensor([0.3, 0.9])
 
 
 @pytest.mark.parametrize(
-    "elbo", [Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO], ids=lambda e: e.__name__
+    "elbo", slow_but_for([TraceEnum_ELBO], [Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO])
 )
 def test_latent_under_auto_normal(elbo: Any) -> None:
     flow = gaussian_prior()
@@ -268,7 +270,12 @@ def test_latent_under_other_guides_of_pyro() -> None:
     torch.testing.assert_close(
         posterior.covariance_matrix, exact.covariance_matrix, atol=1e-3, rtol=1e-3
     )
-    pyro.clear_param_store()
+
+
+@pytest.mark.slow
+def test_latent_under_a_correlated_normal() -> None:
+    flow = gaussian_prior()
+    model, exact = latent_model(flow), exact_posterior(flow, X)
     full = AutoMultivariateNormal(model)
     fit(model, full, X, elbo=Trace_ELBO(num_particles=32, vectorize_particles=True))
     torch.testing.assert_close(
@@ -304,7 +311,7 @@ def quadrature_moments(flow: pf.Flow, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (weight * (grid - mean) ** 2).sum(0).sqrt()
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("jit", slow_but_for([True], [False, True]))
 def test_latent_under_nuts(jit: bool) -> None:
     flow = moved(pf.RealNVP(2, support=constraints.positive, **SMALL), 0.6).requires_grad_(False)
     kernel = NUTS(positive_model, jit_compile=jit, ignore_jit_warnings=True, max_tree_depth=4)
@@ -336,6 +343,7 @@ def test_a_model_and_a_guide_with_the_same_flow_class_need_names() -> None:
         fit(latent_model(prior), lambda x: pyro.sample("z", posterior()), X, steps=1)
 
 
+@pytest.mark.slow
 def test_prior_and_guide_train_together() -> None:
     """Empirical Bayes: the prior is a Gaussian flow in the model, the posterior an amortised one in the guide."""
     x = blob(200)
@@ -387,8 +395,7 @@ ELBOS = {
 }
 
 
-@pytest.mark.parametrize("elbo", ELBOS)
-@pytest.mark.parametrize("kind", [plain_guide, ModuleGuide], ids=["function", "PyroModule"])
+@pytest.mark.parametrize(("kind", "elbo"), zip([plain_guide, ModuleGuide] * 2, ELBOS, strict=True))
 def test_guide_reaches_the_exact_posterior(kind: Any, elbo: str) -> None:
     prior, flow = gaussian_prior(), gaussian_flow(name="posterior")
     model, guide, exact = latent_model(prior), kind(flow), exact_posterior(prior, X)
@@ -424,7 +431,7 @@ def test_guide_on_a_support() -> None:
     assert float(draws.std()) == pytest.approx(a**-0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("batch", [None, 32], ids=["all data", "mini-batches"])
+@pytest.mark.parametrize("batch", slow_but_for([32], [None, 32]))
 def test_amortised_guide_in_a_plate(batch: int | None) -> None:
     x = blob(128)
     prior = gaussian_prior()

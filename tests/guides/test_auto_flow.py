@@ -19,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import (
@@ -149,7 +150,7 @@ ELBOS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ELBOS)
+@pytest.mark.parametrize("name", slow_but_for(["TraceGraph", "JitTrace"], ELBOS))
 def test_reaches_the_exact_posterior_with_every_elbo(name: str) -> None:
     guide, exact = pf.AutoFlow(line_model, flow=SMALL), line_posterior()
     # Renyi's bound leaves larger gradients at its end.
@@ -482,7 +483,7 @@ def test_median_and_quantiles() -> None:
         pyro.sample("z", dist.Beta(2.0, 2.0).expand([2]).to_event(1))
         pyro.sample("x", dist.Normal(0.0, 1.0))
 
-    guide = pf.AutoFlow(model)
+    guide = pf.AutoFlow(model, flow=SMALL)
     fit(model, guide, lr=0.02)
     levels = [0.1, 0.5, 0.9]
     quantiles, median = guide.quantiles(levels), guide.median()
@@ -563,7 +564,7 @@ def funnel(dim: int = 3) -> None:
         pyro.sample("x", dist.Normal(0.0, torch.exp(y / 2)))
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("jit", slow_but_for([True], [False, True]))
 def test_neutra_with_nuts(jit: bool) -> None:
     guide = pf.AutoFlow(
         funnel, flow=functools.partial(SMALL, network=pf.nn.mlp((16,)), transforms=4)
@@ -670,7 +671,13 @@ class InAFunction:
         return {"x": pyro.param("loc").detach(), **self.flow.median()}
 
 
-@pytest.mark.parametrize("make", [in_a_list, two_in_a_list, nested_lists, InAModule, InAFunction])
+@pytest.mark.parametrize(
+    "make",
+    slow_but_for(
+        [in_a_list, nested_lists, InAFunction],
+        [in_a_list, two_in_a_list, nested_lists, InAModule, InAFunction],
+    ),
+)
 def test_nested_in_other_guides(make: Callback) -> None:
     guide = make(two_sites)
     fit(two_sites, guide, steps=100, lr=0.1)
@@ -776,7 +783,7 @@ def test_a_fresh_guide_is_a_normal() -> None:
 
 def test_a_second_instance_trains() -> None:
     first = pf.AutoFlow(line_model, flow=SMALL)
-    fit(line_model, first, OBSERVED)
+    fit(line_model, first, OBSERVED, steps=5)
     kept = first.median()
     second = pf.AutoFlow(line_model, flow=SMALL)
     losses = fit(line_model, second, OBSERVED)
@@ -1129,7 +1136,7 @@ def total_gradients() -> Tensor:
     return gradients(total, curved, WITH_PATH["Trace"](), 200)
 
 
-@pytest.mark.parametrize("name", WITH_PATH)
+@pytest.mark.parametrize("name", slow_but_for(["Trace", "JitTrace"], WITH_PATH))
 def test_path_gradient_is_unbiased(name: str, total_gradients: Tensor) -> None:
     path, _ = pair_of_guides(curved)
     a, b = gradients(path, curved, WITH_PATH[name](), 200), total_gradients
@@ -1141,7 +1148,7 @@ def test_path_gradient_is_unbiased(name: str, total_gradients: Tensor) -> None:
     assert float(score.square().mean()) < 4
 
 
-@pytest.mark.parametrize("name", WITH_PATH)
+@pytest.mark.parametrize("name", slow_but_for(["TraceMeanField", "JitTrace"], WITH_PATH))
 def test_path_gradient_has_the_lower_variance_near_the_optimum(name: str) -> None:
     path, total = pair_of_guides(line_model)
     exact = line_posterior()
@@ -1194,7 +1201,11 @@ FLOWS: dict[str, Callable[[int], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FLOWS)
+#: Dear for their networks, beside others of the same form.
+DEAR_FLOWS = {"NICE", "RealNVP", "partial", "a correlated base"}
+
+
+@pytest.mark.parametrize("name", slow_but_for(set(FLOWS) - DEAR_FLOWS, FLOWS))
 def test_custom_flows(name: str) -> None:
     guide = pf.AutoFlow(line_model, flow=FLOWS[name])
     losses = fit(line_model, guide, OBSERVED, steps=150, lr=0.04 if name == "RealNVP" else 0.1)
@@ -1330,7 +1341,7 @@ def test_no_warnings() -> None:
         guide.median()
 
 
-@pytest.mark.parametrize("seed", [0, 4, 5, 6, 10])
+@pytest.mark.parametrize("seed", slow_but_for([0, 5], [0, 4, 5, 6, 10]))
 def test_the_default_guide_survives_plain_svi_on_a_funnel(seed):
     # Networks that grow without bound gave infinite draws here, within thirty steps, for some of these seeds.
     example = load_example("eight_schools")

@@ -148,15 +148,15 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def marginal_of(case: Case) -> Marginal:
-    density = LogDensity(case.model, case.args, batch_size=32)
+def marginal_of(case: Case, device: torch.device | None = None) -> Marginal:
+    density = LogDensity(case.model, case.args, batch_size=32, device=device)
     return Marginal(density, find_structure(density))
 
 
 @functools.cache
-def prepare(name: str) -> tuple[Case, Marginal]:
+def prepare(name: str, device: torch.device | None = None) -> tuple[Case, Marginal]:
     case = CASES[name]()
-    return case, marginal_of(case)
+    return case, marginal_of(case, device)
 
 
 class Grid(NamedTuple):
@@ -182,10 +182,10 @@ def integrate_block(case: Case, number: int, g: Tensor, mean: Tensor, widths: Te
 def widths_of(marginal: Marginal, g: Tensor) -> tuple[Tensor, Tensor]:
     """The means and standard deviations of the locals by Laplace's approximation."""
     reference = marginal.reference.expand(len(g), -1)
-    given = marginal.condition(g, reference)
-    columns = torch.eye(marginal.reference.numel()).double()
+    given = marginal.condition(g.to(reference), reference)
+    columns = torch.eye(marginal.reference.numel()).to(reference)
     roots = torch.stack([given.normal.draw_centred(e.expand_as(reference)) for e in columns])
-    return given.mean, roots.square().sum(0).sqrt()
+    return given.mean.cpu(), roots.square().sum(0).sqrt().cpu()
 
 
 def exact_log_prob(case: Case, marginal: Marginal, g: Tensor) -> Tensor:
@@ -202,13 +202,13 @@ SOME = torch.tensor([[0.3, -0.2], [-0.5, 0.3]]).double()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_marginal_density(name: str) -> None:
-    case, marginal = prepare(name)
-    expected = exact_log_prob(case, marginal, SOME)
+def test_the_marginal_density(name: str, device: torch.device) -> None:
+    case, marginal = prepare(name, device)
+    g, expected = SOME.to(device), exact_log_prob(case, marginal, SOME).to(device)
     leaves = Leaves(marginal, case.count)
-    values = leaves.log_prob(SOME, marginal.reference)
+    values = leaves.log_prob(g, marginal.reference)
     assert (values - expected).abs().max() < 2e-3
-    assert (marginal.log_prob(SOME) - expected).abs().max() > 1e-2
+    assert (marginal.log_prob(g) - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["logit", "poisson", "student"])
@@ -220,16 +220,16 @@ def test_more_nodes_converge(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_draws_follow_the_conditional_distribution(name: str) -> None:
-    case, marginal = prepare(name)
-    g, noise = SOME[:1], torch.randn(20_000, 1, len(marginal.reference)).double()
-    leaves = Leaves(marginal, case.count)
+def test_draws_follow_the_conditional_distribution(name: str, device: torch.device) -> None:
+    case, marginal = prepare(name, device)
+    noise = torch.randn(20_000, 1, len(marginal.reference)).to(device).double()
+    leaves, g = Leaves(marginal, case.count), SOME[:1].to(device)
     draws, values = leaves.sample(g, marginal.reference, noise)
-    x = draws.squeeze(1)
+    x = draws.squeeze(1).cpu()
     torch.testing.assert_close(values, leaves.log_prob(g, marginal.reference))
     means, widths = widths_of(marginal, g)
     for number, own in enumerate(case.blocks):
-        grid = integrate_block(case, number, g[0], means[0], widths[0])
+        grid = integrate_block(case, number, SOME[0], means[0], widths[0])
         mean = grid.shares @ grid.points
         centred = grid.points - mean
         scale = (grid.shares @ centred.square()).sqrt()

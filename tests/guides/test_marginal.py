@@ -25,8 +25,10 @@ def half_normal(u: Tensor, scale: float = 1.0) -> Tensor:
     return dist.HalfNormal(torch.tensor(scale).double()).log_prob(u.exp()) + u
 
 
-def marginal_of(model: Callable[..., None], *args: Tensor) -> Marginal:
-    density = LogDensity(model, args, batch_size=8)
+def marginal_of(
+    model: Callable[..., None], *args: Tensor, device: torch.device | None = None
+) -> Marginal:
+    density = LogDensity(model, args, batch_size=8, device=device)
     return Marginal(density, find_structure(density))
 
 
@@ -135,21 +137,21 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_step_is_exact_for_normal_locals(name: str) -> None:
+def test_one_step_is_exact_for_normal_locals(name: str, device: torch.device) -> None:
     model, exact, shape = CASES[name]
     y = torch.randn(shape)
-    marginal = marginal_of(model, y)
-    g = marginal.initial.double() + 0.5 * torch.randn(20, marginal.features).double()
-    expected = torch.stack([exact(y, point) for point in g])
+    marginal = marginal_of(model, y, device=device)
+    g = marginal.initial.double() + 0.5 * torch.randn(20, marginal.features).to(device).double()
+    expected = torch.stack([exact(y, point) for point in g.cpu()]).to(device)
     torch.testing.assert_close(marginal.log_prob(g), expected)
-    far = marginal.reference + torch.randn(20, len(marginal.reference)).double()
+    far = marginal.reference + torch.randn(20, len(marginal.reference)).to(device).double()
     torch.testing.assert_close(marginal.log_prob(g, far), expected)
 
 
-def test_the_joint_density_factorises() -> None:
+def test_the_joint_density_factorises(device: torch.device) -> None:
     y = torch.randn(40)
-    marginal = marginal_of(level, y)
-    g = marginal.initial.double() + 0.3 * torch.randn(5, 2).double()
+    marginal = marginal_of(level, y, device=device)
+    g = marginal.initial.double() + 0.3 * torch.randn(5, 2).to(device).double()
     given = marginal.condition(g, marginal.reference.expand(5, -1))
     x = given.sample(torch.randn_like(given.mean))
     joint = marginal.density.log_joint(marginal.join(g, x))
@@ -164,11 +166,11 @@ def logit(y: Tensor) -> None:
             pyro.sample("y", dist.Bernoulli(logits=3 * effect), obs=y)
 
 
-def test_several_steps_reach_the_mode() -> None:
+def test_several_steps_reach_the_mode(device: torch.device) -> None:
     y = (torch.rand(5, 20) < torch.linspace(0.1, 0.9, 20)).float()
-    marginal = marginal_of(logit, y)
-    g = torch.tensor([[-1.0], [0.0], [1.5]]).double()
-    given = marginal.condition(g, 8 * torch.randn(3, 20).double(), steps=25)
+    marginal = marginal_of(logit, y, device=device)
+    g = torch.tensor([[-1.0], [0.0], [1.5]]).to(device).double()
+    given = marginal.condition(g, 8 * torch.randn(3, 20).to(device).double(), steps=25)
     z = marginal.join(g, given.mean).requires_grad_()
     (slope,) = torch.autograd.grad(marginal.density.log_joint(z).sum(), z)
     assert slope[:, marginal.structure.locals].abs().max() < 1e-6
@@ -198,20 +200,22 @@ def test_normal_locals_are_told_from_others(name: str, expected: bool) -> None:
 # The mode
 
 
-def test_the_mode_of_the_marginal() -> None:
+def test_the_mode_of_the_marginal(device: torch.device) -> None:
     y = torch.randn(12, 3) + torch.randn(12, 1)
-    marginal = marginal_of(groups, y)
+    marginal = marginal_of(groups, y, device=device)
     mode = find_marginal_mode(marginal)
-    exact = functools.partial(exact_groups, y)
-    hessian = -torch.autograd.functional.hessian(exact, mode.loc)
-    gradient = torch.autograd.functional.jacobian(exact, mode.loc)
+    assert mode.loc.device.type == mode.root.device.type == device.type
+    exact, loc, root = functools.partial(exact_groups, y), mode.loc.cpu(), mode.root.cpu()
+    hessian = -torch.autograd.functional.hessian(exact, loc)
+    gradient = torch.autograd.functional.jacobian(exact, loc)
     assert mode.found
     assert mode.rounds < 10
     assert not find_marginal_mode(marginal, rounds=1).found
     # In units of the posterior's widths; differences over .3 of them see the third derivatives.
-    assert (gradient @ mode.root).norm() < 0.1
-    assert (mode.root.mT @ hessian @ mode.root - torch.eye(3)).abs().max() < 0.2
-    direct = marginal.condition(mode.loc.unsqueeze(0), torch.zeros(1, 12).double()).mean
+    assert (gradient @ root).norm() < 0.1
+    assert (root.mT @ hessian @ root - torch.eye(3)).abs().max() < 0.2
+    zero = torch.zeros(1, 12).to(device).double()
+    direct = marginal.condition(mode.loc.unsqueeze(0), zero).mean
     torch.testing.assert_close(mode.reference, direct[0], rtol=0, atol=0.2)
 
 

@@ -15,6 +15,7 @@ from pyroflows.model import LogDensity
 from pyroflows.model.prediction import prior_draws
 from pyroflows.posterior.census import (
     find_flat_direction,
+    has_missed,
     missed_mass,
     take_census,
     widen_census,
@@ -191,3 +192,9 @@ def test_a_model_that_fails_at_all_draws_of_its_prior_has_none() -> None:
 
     density = LogDensity(model, init_loc_fn=lambda site: torch.tensor(60.0))
     assert prior_draws(density, 8) == {}
+
+
+def test_a_guide_misses_what_it_gives_a_twentieth_of_its_density() -> None:
+    log_evidence, log_q = -3.0, torch.tensor([0.5, 0.5, torch.nan])
+    log_p = torch.tensor([19.0, 21.0, 1e-9]).log() + 0.5 + log_evidence
+    assert has_missed(log_p, log_q, log_evidence).tolist() == [False, True, True]

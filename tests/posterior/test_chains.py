@@ -13,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from torch import Tensor
 
 import pyroflows as pf
@@ -138,7 +139,7 @@ def assert_moments(chains: Chains, site: str, mean: float, variance: float) -> N
         assert abs(values.mean() - expected) < 4.5 * error
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but_for(["flow_mc"], METHODS))
 def test_exact_whatever_the_guide(method: str) -> None:
     assert rough().propose(4000, seed=0).ess < 0.9
     chains = METHODS[method](rough(), progress=False)
@@ -150,6 +151,7 @@ def test_exact_whatever_the_guide(method: str) -> None:
     assert chains.acceptance == pytest.approx(0.8, abs=0.06)
 
 
+@pytest.mark.slow
 def test_nuts_is_exact() -> None:
     chains = neutra(rough(), kernel="nuts", draws=150, chains=2, warmup=50, progress=False)
     assert chains.unconstrained.shape == (2, 150, 2)
@@ -159,7 +161,7 @@ def test_nuts_is_exact() -> None:
     assert 0.5 < chains.acceptance <= 1
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but_for(["neutra"], METHODS))
 def test_a_flow_beats_none_on_a_funnel(method: str) -> None:
     exact = METHODS[method](posterior_of(funnel, Funnel), progress=False, draws=100, chains=16)
     plain = METHODS[method](posterior_of(funnel), progress=False, draws=100, chains=16)
@@ -221,7 +223,7 @@ def cliff() -> None:
     pyro.factor("cliff", torch.where(x > -0.5, torch.zeros_like(x), torch.full_like(x, math.nan)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but_for(["flow_mc"], METHODS))
 def test_never_enters_nan(method: str) -> None:
     with pyro.validation_enabled(False):
         density = LogDensity(cliff)

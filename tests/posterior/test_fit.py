@@ -148,15 +148,19 @@ def assert_moments(
             assert float((draws.std(0) / sd[name]).log().abs().max()) < 6 / math.sqrt(2 * n), name
 
 
-@pytest.mark.parametrize("make", [normal_normal, beta_binomial, linear_regression, gamma_poisson])
+SINGLE, DOUBLE = torch.float32, torch.float64
+
+
 @pytest.mark.parametrize(
-    ("default", "dtype"),
+    ("make", "default", "dtype"),
     [
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float64),
+        (normal_normal, SINGLE, SINGLE),
+        (beta_binomial, SINGLE, SINGLE),
+        (linear_regression, SINGLE, SINGLE),
+        (linear_regression, DOUBLE, DOUBLE),
+        (gamma_poisson, DOUBLE, DOUBLE),
+        (beta_binomial, SINGLE, DOUBLE),
     ],
-    ids=["single", "double", "double in single"],
 )
 def test_a_conjugate_model(
     make: Callable[[torch.dtype], Conjugate], default: torch.dtype, dtype: torch.dtype
@@ -279,6 +283,7 @@ def test_the_funnel(seed: int) -> None:
     assert abs(math.log(float(v.std()) / 3)) < 0.15
 
 
+@pytest.mark.slow
 def test_the_funnel_in_two_dimensions() -> None:
     def model() -> None:
         v = pyro.sample("v", dist.Normal(0.0, 1.5))
@@ -346,7 +351,9 @@ def test_a_model_that_is_a_module() -> None:
     )
 
 
-def test_a_start_of_zero_density_is_left() -> None:
+def test_a_start_of_zero_density_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder_module, "POLISH_TRAJECTORIES", 4)
+
     def model() -> None:
         x = pyro.sample("x", dist.Normal(0.0, 2.0))
         pyro.sample("y", dist.Uniform(x - 1, x + 1), obs=torch.tensor(1.5))
@@ -361,6 +368,7 @@ def test_a_model_that_cannot_be_batched(monkeypatch: pytest.MonkeyPatch) -> None
     # A search of one point at a time takes its time by every one of these.
     monkeypatch.setattr(ladder_module, "POLISH_TRAJECTORIES", 2)
     monkeypatch.setattr(subject_module, "ROAMERS", 8)
+    monkeypatch.setattr(subject_module, "CHAINS", 50)
     monkeypatch.setattr(census_module, "GRADIENTS", 0)
 
     def model() -> None:
@@ -388,9 +396,9 @@ def random_states() -> tuple[Any, ...]:
 
 
 def test_the_same_seed_gives_the_same_posterior() -> None:
-    first = quickly(correlated, seed=5)
+    first = quickly(correlated, seed=5, steps=10)
     torch.manual_seed(99)
-    second, other = quickly(correlated, seed=5), quickly(correlated, seed=6)
+    second, other = (quickly(correlated, seed=seed, steps=10) for seed in (5, 6))
     assert first.history == second.history
     assert first.verdict == second.verdict
     for a, b in zip(first.guide.parameters(), second.guide.parameters(), strict=True):
@@ -457,22 +465,22 @@ def test_validation_is_left_as_it_was() -> None:
     ids=["auto", "RealNVP", "NICE", "callable", "flow", "transform"],
 )
 def test_every_form_of_guide(guide: Any) -> None:
-    posterior = quickly(correlated, steps=30, guide=guide)
+    posterior = quickly(correlated, steps=20, guide=guide)
     assert isinstance(posterior.guide, AutoFlow)
-    assert len(posterior.history) == 30
+    assert len(posterior.history) == 20
     assert posterior.history[-1] > -6
     assert posterior.sample(5)["x"].shape == (5, 2)
 
 
 def test_an_own_guide_is_trained_in_place_and_on() -> None:
     guide = AutoFlow(correlated)
-    first = quickly(correlated, guide=guide, steps=100)
+    first = quickly(correlated, guide=guide, steps=40)
     assert first.guide is guide
     kept = [p.detach().clone() for p in guide.parameters()]
     untouched = quickly(correlated, guide=guide, steps=0)
     assert all(torch.equal(a, b) for a, b in zip(guide.parameters(), kept, strict=True))
     assert untouched.verdict.elbo == pytest.approx(first.verdict.elbo, abs=1e-5)
-    second = quickly(correlated, guide=guide, steps=50, seed=1)
+    second = quickly(correlated, guide=guide, steps=20, seed=1)
     assert any(not torch.equal(a, b) for a, b in zip(guide.parameters(), kept, strict=True))
     # It goes on from where it was, not from the start.
     assert sum(second.history[:5]) / 5 > first.history[0]
@@ -485,20 +493,13 @@ def test_a_guide_from_svi_is_trained_on() -> None:
         correlated,
         guide,
         pyro.optim.Adam({"lr": 1e-2}),
-        Trace_ELBO(num_particles=16, vectorize_particles=False),
+        Trace_ELBO(num_particles=4, vectorize_particles=False),
     )
     for _ in range(20):
         svi.step()
     before = quickly(correlated, guide=guide, steps=0).verdict.elbo
-    after = quickly(correlated, guide=guide, steps=100).verdict.elbo
+    after = quickly(correlated, guide=guide, steps=40).verdict.elbo
     assert after > before
-
-
-def test_training_improves_on_the_gaussian() -> None:
-    gaussian, trained = (quickly(correlated, steps=steps) for steps in (0, 200))
-    assert trained.verdict.elbo > gaussian.verdict.elbo + 0.1
-    assert trained.verdict.ess > gaussian.verdict.ess
-    assert sum(trained.history[-20:]) / 20 == pytest.approx(trained.verdict.elbo, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -511,10 +512,9 @@ def test_training_improves_on_the_gaussian() -> None:
 )
 def test_flows_are_trained_for_the_objective_that_is_asked_for(objective: Any) -> None:
     before, after = (
-        quickly(correlated, steps=steps, guide=pf.RealNVP, objective=objective)
-        for steps in (0, 150)
+        quickly(correlated, steps=steps, guide=pf.RealNVP, objective=objective) for steps in (0, 60)
     )
-    assert len(after.history) == 150
+    assert len(after.history) == 60
     assert sum(after.history[-20:]) > sum(after.history[:20])
     assert after.verdict.ess > before.verdict.ess
 
@@ -541,7 +541,7 @@ def test_with_progress_a_bar_with_the_elbo_is_shown_on_stderr(
 
 def test_the_time_limit_is_respected() -> None:
     quickly(correlated, steps=1)
-    posterior = quickly(load_example("funnel").model, steps=1_000_000, time_limit=4)
+    posterior = quickly(load_example("funnel").model, steps=1_000_000, time_limit=1)
     # Less than a rung's steps, on a machine of any speed that begins the rung at all.
     assert len(posterior.history) < 150 + 1500 + 2500
     assert not posterior.interrupted
@@ -642,7 +642,7 @@ def test_an_interruption_within_the_model(monkeypatch: pytest.MonkeyPatch) -> No
         nonlocal calls
         calls += 1
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
-        if float(x.detach()) > 1e9 or calls == 3000:
+        if float(x.detach()) > 1e9 or calls == 1000:
             raise KeyboardInterrupt
 
     posterior = quickly(model, steps=10)
@@ -1080,7 +1080,10 @@ def test_a_curved_posterior_needs_a_flow() -> None:
     posterior = quickly(correlated, steps=150)
     assert [rung.name for rung in posterior.rungs[:2]] == ["Gaussian", "flow, 150 steps"]
     assert len(posterior.history) == 150
-    assert posterior.rungs[1].verdict.ess > posterior.rungs[0].verdict.ess
+    gaussian, trained = (attempt.verdict for attempt in posterior.rungs[:2])
+    assert trained.ess > gaussian.ess
+    assert trained.elbo > gaussian.elbo + 0.1
+    assert sum(posterior.history[-20:]) / 20 == pytest.approx(trained.elbo, abs=0.05)
     assert posterior.rungs[1].seconds > posterior.rungs[0].seconds
 
 
@@ -1136,22 +1139,22 @@ def test_an_improper_posterior_is_named_and_ends_the_ladder() -> None:
 
 
 def test_a_fit_goes_on_from_its_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = quickly(correlated, guide=pf.RealNVP, steps=40)
+    whole = quickly(correlated, guide=pf.RealNVP, steps=12)
     path = tmp_path / "fit.pt"
-    monkeypatch.setattr(loop_module, "tqdm", type("Pressed", (Bar,), {"at": 25}))
+    monkeypatch.setattr(loop_module, "tqdm", type("Pressed", (Bar,), {"at": 8}))
     from pyroflows.train.checkpoint import Checkpoint
 
     monkeypatch.setattr(Checkpoint, "save_if_due", lambda self, state: self.save(state()))
-    cut = quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path)
+    cut = quickly(correlated, guide=pf.RealNVP, steps=12, checkpoint=path)
     assert cut.interrupted
     monkeypatch.undo()
-    resumed = quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path)
+    resumed = quickly(correlated, guide=pf.RealNVP, steps=12, checkpoint=path)
     assert resumed.history == whole.history
     assert resumed.verdict == whole.verdict
     with pytest.raises(
         ValueError, match=r"checkpoint of this fit; .* seed 0, and this fit has seed 1"
     ):
-        quickly(correlated, guide=pf.RealNVP, steps=40, checkpoint=path, seed=1)
+        quickly(correlated, guide=pf.RealNVP, steps=12, checkpoint=path, seed=1)
 
 
 def test_mini_batches_by_a_plate_and_by_a_loader() -> None:

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
@@ -85,7 +86,11 @@ def made(name: str) -> Guide:
     return GUIDES[name]()
 
 
-@pytest.mark.parametrize("name", GUIDES)
+#: Trained by hundreds of steps, or evaluated one point at a time.
+DEAR = {"AutoLowRankMultivariateNormal", "AutoIAFNormal", "by hand"}
+
+
+@pytest.mark.parametrize("name", slow_but_for(set(GUIDES) - DEAR, GUIDES))
 def test_a_right_guide_is_trusted(name: str) -> None:
     posterior = pf.judge(made(name), pair, (1.0,))
     assert posterior.verdict.ok, posterior
@@ -104,7 +109,7 @@ def test_a_right_guide_is_trusted(name: str) -> None:
 SOME = ["AutoFlow", "AutoNormal", "AutoGuideList", "by hand"]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_but_for(["AutoFlow", "AutoGuideList"], SOME))
 def test_a_guide_of_a_wrong_scale_is_not_trusted(name: str) -> None:
     verdict = pf.judge(made(name), pair, (4.0,)).verdict
     assert not verdict.ok
@@ -143,7 +148,7 @@ ONE_MODE: dict[str, Callable[[], Guide]] = {
 }
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", slow_but_for(["AutoNormal", "by hand"], SOME))
 def test_a_guide_that_has_lost_a_mode_is_not_trusted(name: str) -> None:
     verdict = pf.judge(ONE_MODE[name](), two_modes).verdict
     # Importance sampling sees nothing of it.

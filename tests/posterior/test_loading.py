@@ -401,19 +401,23 @@ def hand_written(name: str = "loc", shape: tuple[int, ...] = (2,)) -> Any:
     return guide
 
 
+@pytest.fixture(scope="module")
+def saved_by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "x.pt"
+    pf.judge(hand_written(), model, draws=50).save(path)
+    return path
+
+
 @pytest.mark.parametrize(
     "guide",
     [hand_written(""), hand_written("other"), hand_written("loc", ()), "AutoNormal", "AutoFlow"],
     ids=["without", "name", "shape", "AutoNormal", "AutoFlow"],
 )
-def test_a_guide_with_other_parameters_is_told(guide: Any, tmp_path: Path) -> None:
-    posterior = pf.judge(hand_written(), model, draws=50)
-    posterior.save(tmp_path / "x.pt")
-    pyro.clear_param_store()
+def test_a_guide_with_other_parameters_is_told(guide: Any, saved_by_hand: Path) -> None:
     made = {"AutoNormal": AutoNormal, "AutoFlow": pf.AutoFlow}
     given = made[guide](model) if isinstance(guide, str) else guide
     with pytest.raises(ValueError, match="Expected a guide made as the one saved"):
-        pf.load_posterior(tmp_path / "x.pt", model, guide=given)
+        pf.load_posterior(saved_by_hand, model, guide=given)
 
 
 def test_a_made_flow_is_no_guide() -> None:

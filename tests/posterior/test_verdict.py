@@ -320,6 +320,16 @@ def test_the_first_failure_gives_the_reason() -> None:
     assert verdict.value("weights") == verdict.khat > 0.7
 
 
+@pytest.mark.parametrize(("shape", "status"), [(0.66, HELD), (0.74, FAILED)])
+def test_the_limit_of_khat_is_seven_tenths(shape: float, status: str) -> None:
+    """Above, means of weighted draws err far more than their standard errors say."""
+    levels = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
+    of_tail = -shape * (1 - levels).log()
+    verdict = judge(of_tail, *normal_on_normal()[1:])[0]
+    assert verdict.khat == pytest.approx(shape, abs=0.03)
+    assert statuses(verdict)["weights"] == status
+
+
 def test_a_model_that_forbids_every_draw_has_no_weights_to_judge() -> None:
     _, z, names = normal_on_normal()
     verdict = judge(torch.full((DRAWS,), -math.inf), z, names)[0]

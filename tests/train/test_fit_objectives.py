@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from torch import Tensor
 
 import pyroflows as pf
@@ -54,7 +55,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", slow_but_for(["importance", "forward"], OBJECTIVES))
 def test_a_gaussian_guide_finds_the_posterior(name: str) -> None:
     """From one standard deviation off in the mean, and more than twice as wide."""
     flow = pf.Flow([pf.transforms.LowerTriangularAffine(2)])
@@ -109,12 +110,12 @@ def test_the_gradient_that_is_added_is_that_of_the_loss(make: Any, path: bool) -
         torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, grad)
 
 
-@pytest.mark.parametrize("name", ["importance", "fab"])
+@pytest.mark.parametrize("name", slow_but_for(["fab"], ["importance", "fab"]))
 def test_a_fit_for_an_objective(name: str) -> None:
     objective = OBJECTIVES[name]()
-    options: dict[str, Any] = {"guide": pf.RealNVP, "steps": 30, "progress": False}
+    options: dict[str, Any] = {"guide": pf.RealNVP, "steps": 15, "progress": False}
     posterior = pf.fit_posterior(model, (Y,), objective=objective, **options)
-    assert posterior.verdict.ok and len(posterior.history) == 30
+    assert posterior.verdict.ok and len(posterior.history) == 15
     assert posterior.log_evidence == pytest.approx(LOG_EVIDENCE, abs=0.02)
     again = pf.fit_posterior(model, (Y,), objective=objective, **options)
     assert again.history == posterior.history  # an objective keeps nothing from one fit to the next

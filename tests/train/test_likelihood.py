@@ -60,6 +60,7 @@ class Normal(nn.Module):
 # What is learnt
 
 
+@pytest.mark.slow
 def test_a_correlated_normal_is_learnt_to_its_entropy(device: torch.device) -> None:
     target = dist.MultivariateNormal(torch.zeros(2), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
     x, test = target.sample((2000,)), target.sample((4000,))
@@ -587,6 +588,7 @@ def test_with_a_support_it_is_fitted_to_unconstrained_points() -> None:
     ],
     ids=["RealNVP", "MAF"],
 )
+@pytest.mark.slow
 def test_independent_entries_hold_no_flow_at_a_normal(family: Callable[..., pf.Flow]) -> None:
     """For a uniform square the identity is a saddle point of affine flows, which the start must leave."""
     generator = torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from torch import Tensor, nn
 
 import pyroflows as pf
@@ -171,7 +172,7 @@ def test_networks_run_in_bfloat16_and_all_else_in_float32(device: torch.device) 
     [
         (pf.RealNVP, {"network": pf.nn.mlp((16,))}),
         (pf.MAF, {"hidden": (16,)}),
-        (pf.NSF, {"network": pf.nn.mlp((16,))}),
+        pytest.param(pf.NSF, {"network": pf.nn.mlp((16,))}, marks=pytest.mark.slow),
     ],
 )
 def test_a_density_in_mixed_precision_is_as_good(
@@ -298,7 +299,7 @@ def test_a_density_that_does_not_recover_says_so() -> None:
 # Compilation of a density
 
 
-@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("context", slow_but_for([True], [False, True]))
 def test_a_compiled_density_gives_the_same_flow(
     context: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -134,6 +134,7 @@ def thread_names() -> list[str]:
     return [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     (tmp_path / "alone").mkdir()
     alone = everything(tmp_path / "alone")

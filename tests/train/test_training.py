@@ -564,6 +564,7 @@ def test_a_checkpoint_that_cannot_be_written_later_leaves_the_fit_alone(tmp_path
 # Compilation
 
 
+@pytest.mark.slow
 def test_the_compiler_leaves_the_validation_of_distributions_alone() -> None:
     """It turns it off in a process's first call, so a fresh process looks."""
     program = """

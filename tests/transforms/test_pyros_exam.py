@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from families.sizes import HIDDEN
+from marks import slow_but_for
 from pyro.distributions import ConditionalTransformedDistribution, TransformedDistribution
 from pyro.distributions.conditional import ConditionalComposeTransformModule
 from pyro.distributions.transforms import (
@@ -98,6 +99,11 @@ CASES = [(name, context) for name in FAMILIES for context in (None, C)] + [
     (name, None) for name in FIXED
 ]
 every_case = pytest.mark.parametrize(("name", "context"), CASES)
+#: Every family once, by turns with a context and without.
+half_of_the_cases = pytest.mark.parametrize(
+    ("name", "context"),
+    [(name, C if i % 2 else None) for i, name in enumerate([*FAMILIES, *FIXED][::-1])],
+)
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 
 #: Step of central differences that balances truncation and rounding in double precision.
@@ -191,12 +197,10 @@ def test_inverse_undoes_forward(name: str, context: int | None, device: torch.de
 
 
 @every_case
-@pytest.mark.parametrize("batch", [(), (2, 1, 3)])
-def test_shapes_in_a_distribution(
-    name: str, context: int | None, batch: tuple[int, ...], device: torch.device
-) -> None:
+def test_shapes_in_a_distribution(name: str, context: int | None, device: torch.device) -> None:
     """One log-determinant per vector, whether the base takes the last dimension for its event or not."""
     features = 2
+    batch = () if context is None else (2, 1, 3)
     t = moved(name, features, context, device)
     for layer in (conditioned(t), conditioned(t, *batch), conditioned(t, *batch).inv):
         plain = base(*batch, features, device=device)
@@ -273,7 +277,7 @@ STACKS: list[tuple[str, ...]] = [
 
 
 @pytest.mark.parametrize("names", STACKS, ids="/".join)
-@pytest.mark.parametrize("cache_size", [0, 1])
+@pytest.mark.parametrize("cache_size", slow_but_for([1], [0, 1]))
 def test_stack_of_conditional_transforms(
     names: tuple[str, ...], cache_size: int, device: torch.device
 ) -> None:
@@ -325,7 +329,7 @@ def test_stack_of_conditional_transforms(
 # Modules, the param store, inference
 
 
-@every_case
+@half_of_the_cases
 def test_maximum_likelihood_in_both_directions(
     name: str, context: int | None, device: torch.device
 ) -> None:
@@ -380,7 +384,7 @@ def assert_below_zero(values: Tensor) -> None:
     assert float(values.mean()) < 4 * float(values.std()) / len(values) ** 0.5
 
 
-@every_case
+@half_of_the_cases
 def test_layer_learns_data_that_it_never_drew(
     name: str, context: int | None, device: torch.device
 ) -> None:
@@ -423,10 +427,10 @@ def test_layer_learns_data_that_it_never_drew(
 
 
 @every_family
-@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
-def test_layer_learns_a_posterior(name: str, elbo: Any, device: torch.device) -> None:
+def test_layer_learns_a_posterior(name: str, device: torch.device) -> None:
     """As part of a guide: the bound of a normalised density rises, and not above zero."""
     features = 2
+    elbo: Any = (Trace_ELBO, TraceMeanField_ELBO)[list(FAMILIES).index(name) % 2]
     t = make(name, features, None, device)
 
     def model() -> None:
@@ -512,7 +516,9 @@ def test_jitted_loss_follows_the_parameters(name: str, role: str, device: torch.
     torch.testing.assert_close(compiled, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "role"), SEARCHES)
+@pytest.mark.parametrize(
+    ("name", "role"), slow_but_for([("planar", "model"), ("polynomial", "guide")], SEARCHES)
+)
 def test_a_traced_search_takes_a_fixed_number_of_steps(
     name: str, role: str, device: torch.device
 ) -> None:

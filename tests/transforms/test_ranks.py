@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but_for
 from registry import perturbed
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*CASES, *FLOWS])
+@pytest.mark.parametrize("name", slow_but_for([*CASES, "series"], [*CASES, *FLOWS]))
 def test_every_law_is_judged_and_holds(name):
     make: Callable[[], Any] = {**CASES, **FLOWS}[name]
     report = check(perturbed(make(), 0.1), compile=name == "image")

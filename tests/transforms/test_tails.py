@@ -203,6 +203,7 @@ def test_density_is_continuous_at_the_centre(device):
     torch.testing.assert_close(log_det, log_det[1:2].expand(3, 1), rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_learns_the_weights_of_its_tails(device):
     """Draws with a heavy upper and a light lower tail, fitted by maximum likelihood."""
     truth = torch.tensor([0.2, 0.1, -0.5, 1.5], device=device)[:, None]

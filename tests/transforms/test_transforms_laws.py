@@ -14,6 +14,7 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro.distributions import ConditionalTransformedDistribution, TransformedDistribution
 from registry import (
     AFFINE,
@@ -21,6 +22,7 @@ from registry import (
     TRANSFORMS,
     C,
     D,
+    cases,
     context_for,
     normal_log_prob,
     perturbed,
@@ -49,7 +51,7 @@ ONCE = [name for name in TRANSFORMS if name != "compose-shared"]
 WITH_CONTEXT = [name for name, make in TRANSFORMS.items() if make().context_features is not None]
 
 
-@pytest.fixture(params=list(TRANSFORMS))
+@pytest.fixture(params=cases(TRANSFORMS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -181,7 +183,7 @@ def test_shapes(moved):
             assert log_det.shape == batch
 
 
-@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
 def test_broadcasts_context_against_batch(moved):
     x, c = points(moved, 4, 1), context_for(moved, 3)
     for f in (moved.forward_and_log_det, moved.inverse_and_log_det):
@@ -198,7 +200,7 @@ def test_broadcasts_context_against_batch(moved):
     assert conditioned.inverse_shape(torch.Size([4, 1, D])) == (4, 3, D)
 
 
-@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
 def test_a_batch_of_contexts_fixed_in_a_stack(moved):
     """The batch of a fixed context is no part of the event."""
     c = context_for(moved, 4, 1)
@@ -317,7 +319,7 @@ def test_push_score_carries_the_gradients_of_the_map(moved):
         torch.testing.assert_close(left, right)
 
 
-@pytest.mark.parametrize("name", WITH_CONTEXT)
+@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
 def test_push_score_broadcasts_context(moved):
     x, c, s = points(moved, 4, 1), context_for(moved, 3), points(moved, 4, 1, seed=8)
     expected = moved.push_score(x.expand(4, 3, D), s.expand(4, 3, D), c.expand(4, 3, C))
@@ -547,7 +549,7 @@ def test_vmap_is_a_loop(moved):
     torch.testing.assert_close(vmap(t.log_abs_det_jacobian)(x, y), t.log_abs_det_jacobian(x, y))
 
 
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", cases(ONCE))
 def test_functional_call(make, moved):
     start = make().double()
     x = points(moved, 5)
@@ -565,7 +567,7 @@ def test_functional_call(make, moved):
         torch.testing.assert_close(inverted, x)
 
 
-@pytest.mark.parametrize("name", ONCE)
+@pytest.mark.parametrize("name", cases(ONCE))
 def test_vmap_over_an_ensemble_of_parameters(make):
     members = [perturbed(make().double(), seed=s) for s in (1, 2)]
     parameters, buffers = stack_module_state(members)
@@ -591,18 +593,18 @@ def test_vmap_over_an_ensemble_of_parameters(make):
                 torch.testing.assert_close(results[index][i], tensor)
 
 
-#: Every class once; its variants without a context or with another scale are compiled with the slow tests.
+#: Compose, Rescale, Permute and couplings by a stack; more by themselves in the slow runs.
 COMPILED = [
     "elementwise-affine-context",
-    "rescale",
-    "permute",
     "lower-triangular-context",
-    "additive-coupling",
     "inverse-coupling",
     "compose-context",
-    "conditioned",
 ]
 COMPILED_TOO = [
+    "rescale",
+    "permute",
+    "additive-coupling",
+    "conditioned",
     "elementwise-affine-softplus",
     "reverse",
     "lower-triangular",
@@ -617,9 +619,7 @@ def there_and_back(t: Transform, x: Tensor, c: Tensor | None) -> tuple[Tensor, .
     return y, log_det, *t.inverse_and_log_det(y, c)
 
 
-@pytest.mark.parametrize(
-    "name", [*COMPILED, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPILED_TOO)]
-)
+@pytest.mark.parametrize("name", slow_but_for(COMPILED, [*COMPILED, *COMPILED_TOO]))
 def test_compiles_as_one_graph(moved):
     torch.compiler.reset()
     x, c = points(moved, 5).requires_grad_(), context_for(moved, 5)
@@ -632,7 +632,7 @@ def test_compiles_as_one_graph(moved):
     torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize("name", ["affine-coupling-context", "compose"])
+@pytest.mark.parametrize("name", slow_but_for(["compose"], ["affine-coupling-context", "compose"]))
 def test_calls_compile_as_one_graph_before_and_after_use(moved):
     torch.compiler.reset()
     t = given_context(moved)
@@ -655,6 +655,7 @@ def test_calls_compile_as_one_graph_before_and_after_use(moved):
     del kept
 
 
+@pytest.mark.slow
 def test_compiles_by_default_to_the_same_values():
     torch.compiler.reset()
     t = perturbed(
