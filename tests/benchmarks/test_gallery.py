@@ -158,6 +158,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("untrained")
+@pytest.mark.slow
 def test_parts_are_put_together_and_the_page_can_be_made_anew(tmp_path: Path) -> None:
     assert main(["--families", "nice", "--steps", "50", "--out", str(tmp_path)]) == 0
     assert main(["--families", "nsf_circular", "--steps", "50", "--out", str(tmp_path)]) == 0

@@ -57,7 +57,10 @@ def test_every_ready_made_flow_is_measured() -> None:
 
 @pytest.mark.parametrize(
     ("part", "seconds", "note"),
-    [("steps", 0.0, "stopped after 0 s"), ("no such part", 60.0, "ended with code 1")],
+    [
+        ("steps", 0.0, "stopped after 0 s"),
+        pytest.param("no such part", 60.0, "ended with code 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_part_that_does_not_end_well_is_a_row(part: str, seconds: float, note: str) -> None:
     assert run_part(part, Task(CPU, SMALL, ("NICE",), seconds)) == [

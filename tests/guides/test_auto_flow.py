@@ -208,7 +208,7 @@ def test_jit_trains_a_second_instance() -> None:
         assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("vectorized", [False, True], ids=["one by one", "vectorised"])
+@pytest.mark.parametrize("vectorized", slow_but_for([True], [False, True]))
 def test_particles(vectorized: bool) -> None:
     def model() -> None:
         with pyro.plate("rows", 2, dim=-2):
@@ -322,7 +322,9 @@ def heavy(features: int) -> pf.Flow:
     return pf.Flow(layers, base=dist.StudentT(4.0).expand([features]).to_event(1))
 
 
-@pytest.mark.parametrize("model", PROPER, ids=lambda model: model.__name__)
+@pytest.mark.parametrize(
+    "model", slow_but_for([plates, ordered, corr_cholesky, single, flow_prior], PROPER)
+)
 def test_a_prior_has_evidence_one(model: Callback) -> None:
     """Importance weights of the guide have mean one under a normalised target, if its density is right."""
     torch.set_default_dtype(
@@ -534,7 +536,7 @@ def test_a_guide_that_has_not_met_its_model_says_so(call: str) -> None:
 # ------------------------------------------------------------------------------------------------- Predictive
 
 
-@pytest.mark.parametrize("parallel", [False, True], ids=["one by one", "parallel"])
+@pytest.mark.parametrize("parallel", slow_but_for([True], [False, True]))
 def test_predictive(parallel: bool) -> None:
     def model(x: Tensor | None = None) -> None:
         loc = pyro.sample("loc", dist.Normal(0.0, 10.0))

@@ -114,8 +114,8 @@ def test_the_gradient_is_that_of_the_marginal(device: torch.device) -> None:
     "elbo",
     [
         Trace_ELBO(num_particles=16, vectorize_particles=True),
-        Trace_ELBO(num_particles=4),
-        TraceMeanField_ELBO(num_particles=4),
+        pytest.param(Trace_ELBO(num_particles=4), marks=pytest.mark.slow),
+        pytest.param(TraceMeanField_ELBO(num_particles=4), marks=pytest.mark.slow),
     ],
 )
 def test_an_svi_trains_it(elbo: Any) -> None:

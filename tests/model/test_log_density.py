@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.contrib.autoname import scope
 from pyro.distributions import constraints
@@ -366,7 +367,11 @@ def test_captured_vmap_and_loop_are_the_same_function(name: str) -> None:
         torch.testing.assert_close(other_grad, grad)
 
 
-@every_case
+#: Each way in which dtypes can mix: networks, factorisations, scales, and data.
+MIXED = ["cholesky", "masks", "mixture", "module", "partly_observed", "scales", "simplex"]
+
+
+@pytest.mark.parametrize("name", slow_but_for(MIXED, CASES))
 def test_single_precision_agrees_with_double(name: str) -> None:
     single = LogDensity(CASES[name]())
     z = points(single)

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
@@ -309,7 +310,7 @@ def exact(rows: int) -> tuple[Tensor, Tensor]:
     return covariance @ design.mT @ y, covariance
 
 
-@pytest.mark.parametrize("kind", ["plate", "loader"])
+@pytest.mark.parametrize("kind", slow_but_for(["plate"], ["plate", "loader"]))
 def test_the_posterior_of_a_regression_by_mini_batches(kind: str) -> None:
     rows = 2000
     x, y = regression_data(rows)

@@ -171,6 +171,7 @@ def test_a_flow_beats_none_on_a_funnel(method: str) -> None:
     assert exact.divergences == 0
 
 
+@pytest.mark.slow
 def test_jumps_between_modes() -> None:
     """The guide gives each mode a half, and the weights 2 to 8; local moves never cross."""
     posterior = Posterior(MixtureGuide(distance=7.5), LogDensity(two_modes))  # type: ignore[arg-type]

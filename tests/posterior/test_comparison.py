@@ -369,6 +369,7 @@ def test_a_guide_outside_of_the_support_finds_no_evidence() -> None:
         assert "supports" in found.caution
 
 
+@pytest.mark.slow
 def test_two_modes_that_the_guide_knows() -> None:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(number(0.0), 100.0))

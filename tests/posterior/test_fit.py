@@ -1157,6 +1157,7 @@ def test_a_fit_goes_on_from_its_checkpoint(tmp_path: Any, monkeypatch: pytest.Mo
         quickly(correlated, guide=pf.RealNVP, steps=12, checkpoint=path, seed=1)
 
 
+@pytest.mark.slow
 def test_mini_batches_by_a_plate_and_by_a_loader() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 2, generator=generator)

@@ -148,7 +148,7 @@ ONE_MODE: dict[str, Callable[[], Guide]] = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but_for(["AutoNormal", "by hand"], SOME))
+@pytest.mark.parametrize("name", slow_but_for(["AutoNormal"], SOME))
 def test_a_guide_that_has_lost_a_mode_is_not_trusted(name: str) -> None:
     verdict = pf.judge(ONE_MODE[name](), two_modes).verdict
     # Importance sampling sees nothing of it.

@@ -796,11 +796,11 @@ def test_the_guide_works_with_predictive(posterior: pf.Posterior) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_guide_works_with_neutra_and_nuts(posterior: pf.Posterior) -> None:
     neutra = NeuTraReparam(posterior.guide)
     model = neutra.reparam(hierarchy)
-    kernel = NUTS(model, max_tree_depth=4)
-    mcmc = MCMC(kernel, num_samples=40, warmup_steps=20, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=40, warmup_steps=50, disable_progbar=True)
     mcmc.run(SIGMA, Y)
     (latent,) = [
         value for name, value in mcmc.get_samples().items() if name.endswith("_shared_latent")
@@ -821,6 +821,7 @@ def test_the_guide_has_medians_and_quantiles(posterior: pf.Posterior) -> None:
         assert float(((median[name] - expected) / draws[name].std(0)).abs().max()) < 0.2
 
 
+@pytest.mark.slow
 def test_a_single_seeded_draw_is_a_draw_from_the_posterior():
     """Over seeds, single draws have the moments of the posterior, for proposal and resampling are independent."""
 

@@ -99,6 +99,7 @@ def factor(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(loading * ability, 0.5), obs=y)
 
 
+@pytest.mark.slow
 def test_a_second_mode_of_the_globals_is_found() -> None:
     y = 2 * torch.randn(30, generator=torch.Generator().manual_seed(0))
     posterior = pf.fit_posterior(factor, (y,), guide=AutoStructuredFlow, progress=False)

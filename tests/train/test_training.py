@@ -360,8 +360,7 @@ def killed_at(step: int, skip: bool = True) -> Normal:
 
 
 @pytest.mark.filterwarnings("ignore:.*training steps were skipped")
-@pytest.mark.parametrize("make", [gaussian, realnvp])
-@pytest.mark.parametrize("kill", [1, 37, 63])
+@pytest.mark.parametrize(("make", "kill"), [(gaussian, 1), (realnvp, 37), (gaussian, 63)])
 def test_a_killed_training_goes_on_to_the_same_result(
     make: Callable[[], pf.Flow], kill: int, tmp_path: Path
 ) -> None:
@@ -590,6 +589,7 @@ def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_quick_compiler")
+@pytest.mark.slow
 def test_a_compiled_training_gives_the_same_flow() -> None:
     flows = [realnvp(), realnvp()]
     with warnings.catch_warnings():

@@ -300,7 +300,7 @@ def test_leaves_its_start(name, device):
     assert bool(used.ne(0).all()) and len(used.unique()) == len(used)
 
 
-@pytest.mark.parametrize("name", slow_but_for(["planar"], ["planar", "radial", "sylvester"]))
+@pytest.mark.parametrize("name", slow_but_for(["radial"], ["planar", "radial", "sylvester"]))
 def test_compiles_as_one_graph(name, device):
     torch.compiler.reset()
     t = make(name, 2, C, **NET, device=device, scale=0.3)

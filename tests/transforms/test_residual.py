@@ -439,7 +439,8 @@ def test_integrates_to_one(context_features, device):
 # Where nothing may be read
 
 
-@pytest.mark.parametrize("trace", ["exact", pytest.param("hutchinson", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 def test_compiles_as_one_graph(trace, device):
     torch.compiler.reset()
     t = perturbed(Residual(3, hidden=(4,), lipschitz=0.2, trace=trace).double(), 1.0).to(device)
