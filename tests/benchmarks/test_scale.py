@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but_for
 from torch import Tensor
 
 from benchmarks import report, scale
@@ -75,7 +76,11 @@ def test_every_family_is_tested_and_run() -> None:
     assert set(CLOSED_FORMS) == families - {"items", "horseshoe", "network"}
 
 
-@pytest.mark.parametrize("name", LATENTS)
+#: Models of many plates, which are dear to run, beside those of few.
+DEAR = {"crossed-5x4", "items-5x4", "level_increments-6", "schools-1", "slopes-3"}
+
+
+@pytest.mark.parametrize("name", slow_but_for(set(LATENTS) - DEAR, LATENTS))
 def test_every_model_evaluates_and_has_its_latents(name: str) -> None:
     case = make_case(name)
     density = LogDensity(case.model, case.args)
@@ -119,7 +124,7 @@ def places_of(case: Case, density: LogDensity) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("name", NORMAL)
+@pytest.mark.parametrize("name", slow_but_for(set(NORMAL) - DEAR, NORMAL))
 def test_closed_forms_are_those_of_dense_algebra(name: str) -> None:
     case = make_case(name).double()
     density = LogDensity(case.model, case.args)

@@ -57,7 +57,14 @@ NOT_EMPTY = {
 }
 
 
-@pytest.fixture(params=cases(FLOWS))
+#: Ready-made flows of layers that have their own laws.
+STACKS = {
+    *("bpf", "flow-plus-plus", "planar-flow", "radial-flow-context", "sospf"),
+    *("sylvester-flow", "unaf", "flow-gpd-tail", "realnvp-ordered"),
+}
+
+
+@pytest.fixture(params=cases(FLOWS, STACKS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -806,7 +806,7 @@ def test_two_flows_of_two_names_and_one_flow_twice() -> None:
     assert {name.split(".")[0] for name in pyro.get_param_store()} == {"first", "second"}
 
 
-@pytest.mark.parametrize("kind", LIKELIHOODS)
+@pytest.mark.parametrize("kind", slow_but_for(["PyroModule"], LIKELIHOODS))
 def test_a_second_instance_trains_on_its_own(kind: str) -> None:
     make, x = LIKELIHOODS[kind][0], blob(200)
     first = gaussian_flow()
@@ -861,7 +861,7 @@ def test_a_flow_inside_a_plain_module(jit: bool) -> None:
     }
 
 
-@pytest.mark.parametrize("kind", LIKELIHOODS)
+@pytest.mark.parametrize("kind", slow_but_for(["PyroModule"], LIKELIHOODS))
 def test_module_local_params(kind: str) -> None:
     x = blob(200)
     with pyro.settings.context(module_local_params=True):

@@ -200,9 +200,7 @@ def test_draws_come_with_their_density(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    slow_but_for(
-        ["AutoMultivariateNormal", "function"], [name for name in KINDS if name != "branching"]
-    ),
+    slow_but_for(["function"], [name for name in KINDS if name != "branching"]),
 )
 def test_the_draws_are_those_of_the_guide(name: str) -> None:
     guide, density = made(name, steps=30)

@@ -154,9 +154,13 @@ def marginal_of(case: Case, device: torch.device | None = None) -> Marginal:
 
 
 @functools.cache
-def prepare(name: str, device: torch.device | None = None) -> tuple[Case, Marginal]:
+def prepare_on(name: str, device: torch.device) -> tuple[Case, Marginal]:
     case = CASES[name]()
     return case, marginal_of(case, device)
+
+
+def prepare(name: str, device: torch.device = torch.device("cpu")) -> tuple[Case, Marginal]:
+    return prepare_on(name, device)
 
 
 class Grid(NamedTuple):

@@ -781,6 +781,7 @@ def test_a_path_that_cannot_be_written_is_refused(
 # The guide in Pyro
 
 
+@pytest.mark.slow
 def test_the_guide_works_with_predictive(posterior: pf.Posterior) -> None:
     predictive = Predictive(hierarchy, guide=posterior.guide, num_samples=50)
     draws = predictive(SIGMA)

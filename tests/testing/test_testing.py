@@ -17,7 +17,7 @@ import pytest
 import torch
 from marks import slow_but_for
 from pyro.distributions import constraints as pyro_constraints
-from registry import EXEMPT, FLOWS, NET, SMALL, TRANSFORMS, C, cases, perturbed
+from registry import EXEMPT, FLOWS, NET, SMALL, TRANSFORMS, C, perturbed
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -750,50 +750,35 @@ def accuracy_of(name: str) -> float:
     return max([0.0, *(accuracy for part, accuracy in ACCURACY.items() if part in name)])
 
 
-#: Maps that are dear to evaluate, and have laws by hand.
-DEAR_TRANSFORMS = {
-    "block-autoregressive-context",
-    "block-autoregressive-forward",
-    "compose-context",
-    "continuous-context",
-    "coupling-mixture-context",
-    "coupling-monotone-integral-context",
-    "coupling-monotone-network-context",
-    "coupling-rational-quadratic",
-    "elementwise-sum-of-squares-context",
-}
+#: One map of each kind; the fast runs hold the others to the laws by hand.
+KINDS = [
+    *("elementwise-affine-softclip", "elementwise-scale-exp", "elementwise-1", "rescale-context"),
+    *("standardize", "permute-random", "lower-triangular", "additive-coupling-context"),
+    *("affine-coupling-random", "affine-coupling-2", "inverse-coupling-context", "compose"),
+    *("conditioned-inverse", "autoregressive-graph", "householder-context", "orthogonal"),
+    *("lu-linear-rotated", "matrix-exponential-context", "actnorm", "batchnorm-inverse-context"),
+    *("glow-step-context", "planar", "radial-context", "sylvester-context", "residual-context"),
+    *("coupling-bernstein-context", "coupling-circular-context", "gpd-tail-context", "loft"),
+    *("elementwise-rational-quadratic-context", "coupling-linear-rational-context"),
+]
 
 
-@pytest.mark.parametrize("name", cases(TRANSFORMS, DEAR_TRANSFORMS))
+@pytest.mark.parametrize("name", slow_but_for(KINDS, TRANSFORMS))
 def test_every_transform_passes(name, device):
     subject = perturbed(TRANSFORMS[name]()).to(device)
     check(subject, exempt=exempt_from(name), accuracy=accuracy_of(name))
 
 
-#: Stacks that are dear to evaluate, of layers that are judged by themselves above.
-DEAR_FLOWS = {
-    "bnaf-context",
-    "flow-gpd-tail",
-    "glow-context",
-    "nice-context",
-    "planar-flow",
-    "radial-flow-context",
-    "realnvp-context",
-    "realnvp-masks",
-    "realnvp-reversible",
-    "bpf",
-    "ffjord",
-    "flow-plus-plus",
-    "naf-context",
-    "realnvp-mixing-actnorm",
-    "residual-flow",
-    "sospf",
-    "sylvester-flow",
-    "unaf",
-}
+#: Each kind of base and support, and of how a density is computed.
+KINDS_OF_FLOWS = [
+    *("nice-tensor", "realnvp-positive-context", "realnvp-bounds", "realnvp-simplex"),
+    *("realnvp-corr-cholesky", "realnvp-base-batch-as-event", "realnvp-base-student"),
+    *("realnvp-tails-student", "realnvp-mixing-batchnorm", "flow-1-context", "flow-inverse"),
+    *("maf-context", "iaf", "nsf", "splines-circular-base-uniform"),
+]
 
 
-@pytest.mark.parametrize("name", cases(FLOWS, DEAR_FLOWS))
+@pytest.mark.parametrize("name", slow_but_for(KINDS_OF_FLOWS, FLOWS))
 def test_every_flow_passes(name, device):
     subject = perturbed(FLOWS[name]()).to(device)
     calm = [law for law in LAWS if law not in EXTREME]
