@@ -6,7 +6,7 @@ A new transform or preset joins by one line here, and all laws hold it to accoun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import pyro.distributions as dist
@@ -24,7 +24,6 @@ from families import (
     tails,
 )
 from families.sizes import NET, C, D
-from marks import slow_but_for
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
@@ -205,7 +204,7 @@ FLOWS: dict[str, Callable[[], pf.Flow]] = {
     ),
 }
 
-#: Cases that differ from another by an option alone: the slow runs hold these to account.
+#: Cases that differ from another by an option alone: the kit of laws alone holds these to account.
 VARIANTS = {
     *(f"elementwise-affine-{option}" for option in ("exp", "sigmoid", "bound")),
     *(f"elementwise-scale-{scale}" for scale in ("softclip", "softplus")),
@@ -241,9 +240,9 @@ for family in FAMILIES:
         EXEMPT.setdefault(law, {}).update(cases)
 
 
-def cases(names: Iterable[str], dear: Iterable[str] = ()) -> list[Any]:
-    """Names as parameters of a test, of which fast runs leave out the variants, and the dear."""
-    return slow_but_for(set(names).difference(VARIANTS, dear), names)
+def kinds(names: Iterable[str], but: Collection[str] = ()) -> list[str]:
+    """Names without the variants, which the kit of laws judges in the slow runs."""
+    return [name for name in names if name not in VARIANTS and name not in but]
 
 
 def perturbed(module: Module, scale: float = 0.3, seed: int = 1) -> Module:

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from registry import FLOWS, cases, context_for
+from registry import FLOWS, context_for, kinds
 
 import pyroflows as pf
 from pyroflows.distributions import FlowMixture
@@ -24,7 +24,7 @@ def given(flow: pf.Flow, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", cases(FLOWS))
+@pytest.mark.parametrize("name", kinds(FLOWS))
 def test_everything_is_in_the_dtype_of_the_parameters(name, own, device):
     flow = FLOWS[name]().to(device, own)
     for dtype in DTYPES[: 2 if name in STRICT else 4]:

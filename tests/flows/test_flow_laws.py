@@ -24,8 +24,8 @@ from registry import (
     SUPPORTS,
     C,
     D,
-    cases,
     context_for,
+    kinds,
     normal_log_prob,
     perturbed,
     points,
@@ -64,7 +64,7 @@ STACKS = {
 }
 
 
-@pytest.fixture(params=cases(FLOWS, STACKS))
+@pytest.fixture(params=kinds(FLOWS, STACKS))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -176,7 +176,7 @@ def test_shapes_and_broadcasting(name, moved):
             assert d.log_prob(y).shape == (*sample_shape, *d.batch_shape)
 
 
-@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
+@pytest.mark.parametrize("name", kinds(WITH_CONTEXT))
 def test_value_and_context_broadcast(moved):
     c = context_for(moved, 3)
     one = moved(c[0])
@@ -220,7 +220,7 @@ def test_gradients_reach_every_parameter(moved):
             )
 
 
-@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
+@pytest.mark.parametrize("name", kinds(WITH_CONTEXT))
 def test_gradients_reach_the_context(moved):
     c = context_for(moved, 4).requires_grad_()
     d = moved(c)
@@ -624,7 +624,7 @@ def test_vmap_over_values(moved):
         torch.testing.assert_close(vmap(d.log_prob)(y), d.log_prob(y))
 
 
-@pytest.mark.parametrize("name", cases(WITH_CONTEXT))
+@pytest.mark.parametrize("name", kinds(WITH_CONTEXT))
 def test_vmap_over_contexts(moved):
     c = context_for(moved, 5)
     y = moved(c).sample()

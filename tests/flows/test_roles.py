@@ -395,7 +395,13 @@ ELBOS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "elbo"), zip([plain_guide, ModuleGuide] * 2, ELBOS, strict=True))
+@pytest.mark.parametrize(
+    ("kind", "elbo"),
+    slow_but_for(
+        [(ModuleGuide, "JitTrace"), (plain_guide, "TraceGraph")],
+        zip([plain_guide, ModuleGuide] * 2, ELBOS, strict=True),
+    ),
+)
 def test_guide_reaches_the_exact_posterior(kind: Any, elbo: str) -> None:
     prior, flow = gaussian_prior(), gaussian_flow(name="posterior")
     model, guide, exact = latent_model(prior), kind(flow), exact_posterior(prior, X)

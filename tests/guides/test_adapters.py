@@ -254,7 +254,8 @@ def test_the_base_space_gives_the_density(name: str) -> None:
             torch.testing.assert_close(log_det_back, -log_det, **near(z))
 
 
-@pytest.mark.parametrize("name", slow_but_for(["list"], ["list", "function"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["list", "function"])
 def test_draws_are_polished(name: str) -> None:
     """From an untrained guide to the posterior, which further trajectories leave as it is."""
     guide, density = made(name, steps=0)

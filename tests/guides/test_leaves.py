@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from torch import Tensor
 
 from pyroflows.guides.leaves import Leaves, integrate_leaves, leaves_are_small
@@ -215,7 +216,7 @@ def test_the_marginal_density(name: str, device: torch.device) -> None:
     assert (marginal.log_prob(g) - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["logit", "poisson", "student"])
+@pytest.mark.parametrize("name", slow_but_for(["student"], ["logit", "poisson", "student"]))
 def test_more_nodes_converge(name: str) -> None:
     case, marginal = prepare(name)
     expected = exact_log_prob(case, marginal, SOME)

@@ -346,6 +346,7 @@ def test_impossible_states_have_a_finite_gradient():
     assert bool(grad.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_star_of_discrete_sites_needs_no_table_of_all_of_them():
     leaves = 24
 

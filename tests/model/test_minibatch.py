@@ -11,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from marks import slow_but_for
 from pyro import poutine
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
@@ -274,6 +273,7 @@ def test_two_plates_and_a_discrete_site() -> None:
     )  # a standard error of a mean of 100
 
 
+@pytest.mark.slow
 def test_a_sequential_plate_and_pyro_subsample() -> None:
     x, y = regression_data(6)
 
@@ -310,7 +310,8 @@ def exact(rows: int) -> tuple[Tensor, Tensor]:
     return covariance @ design.mT @ y, covariance
 
 
-@pytest.mark.parametrize("kind", slow_but_for(["plate"], ["plate", "loader"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plate", "loader"])
 def test_the_posterior_of_a_regression_by_mini_batches(kind: str) -> None:
     rows = 2000
     x, y = regression_data(rows)

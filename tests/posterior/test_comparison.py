@@ -174,7 +174,7 @@ def fitted(case: Callable[[], tuple[Model, float]]) -> tuple[Posterior, float]:
     ), exact
 
 
-@pytest.mark.parametrize("case", slow_but_for([normal_normal, regression, banana], CLOSED))
+@pytest.mark.parametrize("case", slow_but_for([normal_normal, banana], CLOSED))
 def test_the_evidence_where_it_is_known(case: Callable[[], tuple[Model, float]]) -> None:
     posterior, exact = fitted(case)
     for method, draws in (("importance", 20_000), ("bridge", 4000)):

@@ -99,6 +99,7 @@ def test_a_fit_makes_at_most_one_evaluation_after_its_time_is_over() -> None:
         assert set(posterior.sample(3)) == {"x"}
 
 
+@pytest.mark.slow
 def test_time_is_left_for_a_verdict_on_what_was_trained() -> None:
     _, posterior = late_by(500.0, steps=10_000)
     last = posterior.rungs[-1]

@@ -78,6 +78,7 @@ def test_a_hierarchy_is_fitted_by_its_structure(device: torch.device) -> None:
     assert blocks == {None, "globals"}
 
 
+@pytest.mark.slow
 def test_a_guide_of_the_users_choice_is_fitted_and_judged() -> None:
     y = (grouped(),)
     posterior = pf.fit_posterior(hierarchy, y, guide=AutoStructuredFlow, progress=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from registry import TRANSFORMS, cases, context_for, points
+from registry import TRANSFORMS, context_for, kinds, points
 from torch import Tensor, nn
 
 import pyroflows as pf
@@ -48,7 +48,7 @@ def refuses(call: Callable[[], Any], *fragments: str) -> None:
     assert any(fragment in sentence for fragment in fragments), sentence
 
 
-@pytest.mark.parametrize("name", cases(TRANSFORMS))
+@pytest.mark.parametrize("name", kinds(TRANSFORMS))
 def test_every_direction_checks_points(name):
     t = TRANSFORMS[name]().eval()
     context = context_for(t, dtype=torch.float32)
@@ -63,7 +63,7 @@ def test_every_direction_checks_points(name):
             refuses(lambda x=x, f=move: f(x), "of a floating-point dtype")
 
 
-@pytest.mark.parametrize("name", cases(TRANSFORMS))
+@pytest.mark.parametrize("name", kinds(TRANSFORMS))
 def test_every_direction_checks_contexts(name):
     t = TRANSFORMS[name]().eval()
     wrong: list[Any] = [torch.zeros(2)]
@@ -120,7 +120,7 @@ def test_maps_of_ones_own_are_checked_too():
 
 
 @pytest.mark.parametrize("own", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", cases(TRANSFORMS))
+@pytest.mark.parametrize("name", kinds(TRANSFORMS))
 def test_results_are_in_the_dtype_of_the_parameters(name, own, device):
     t = TRANSFORMS[name]().eval().to(device, own)
     has_own = any(tensor.is_floating_point() for tensor in (*t.parameters(), *t.buffers()))

@@ -81,8 +81,9 @@ def test_log_derivative_is_that_of_autograd(univariate, device):
         torch.testing.assert_close(f(x, raw)[1], slope.log(), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("spread", [0.3, 20.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("spread", "dtype"), [(0.3, torch.float64), (20.0, torch.float32), (20.0, torch.float64)]
+)
 def test_wild_parameters_and_inputs(univariate, dtype, spread, device):
     raw = raw_for(univariate, 40, spread=spread, dtype=dtype).to(device).requires_grad_()
     eps = torch.finfo(dtype).eps
@@ -174,6 +175,7 @@ def test_compiles_as_one_graph(univariate, device):
     torch.testing.assert_close(compiled(x, raw), univariate.forward_and_log_det(x, raw))
 
 
+@pytest.mark.slow
 def test_an_inverse_compiles_as_one_graph(device):
     torch.compiler.reset()
     univariate = SumOfSquares(1, 1)
