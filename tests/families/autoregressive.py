@@ -54,6 +54,7 @@ MOVED: set[str] = set()
 AFFINE: set[str] = set()
 VARIANTS: set[str] = {
     "autoregressive",
+    "autoregressive-context",
     "autoregressive-forward-context",
     "autoregressive-circular",
     "flow-autoregressive-context",

@@ -46,6 +46,8 @@ MOVED: set[str] = set()
 AFFINE: set[str] = {name for name in TRANSFORMS if not name.startswith("glow")}
 VARIANTS: set[str] = {
     "householder",
+    "lu-linear",
+    "batchnorm",
     "orthogonal-context",
     "matrix-exponential",
     "actnorm-context",

@@ -60,9 +60,13 @@ def assert_exact(fit: Gaussian, loc: Tensor, covariance: Tensor, tolerance: floa
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("features", [1, 2, 6])
-@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
-@pytest.mark.parametrize("correlation", [0.0, 0.999])
+@pytest.mark.parametrize(
+    ("features", "scale", "correlation"),
+    [
+        *((1, 1e-4, 0.0), (1, 1e4, 0.0), (2, 1e-4, 0.999), (2, 1e4, 0.0)),
+        *((6, 1e-2, 0.0), (6, 1.0, 0.999), (6, 1e2, 0.999)),
+    ],
+)
 def test_a_gaussian_of_any_scale_is_found_exactly(
     features: int, scale: float, correlation: float
 ) -> None:
