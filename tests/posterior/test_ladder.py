@@ -12,11 +12,12 @@ import torch
 from marks import slow_but_for
 
 import pyroflows as pf
-from pyroflows._deadline import Deadline
+from pyroflows._deadline import Deadline, check_time
 from pyroflows._random import forked
 from pyroflows.guides import Guide
 from pyroflows.model import LogDensity
 from pyroflows.posterior import Finding, Posterior, Rung, Verdict
+from pyroflows.posterior import climb as climb_module
 from pyroflows.posterior.climb import Climb, choose_better, climb_ladder
 from pyroflows.posterior.importance import ImportanceSummary
 from pyroflows.posterior.ladder import LADDER, make_own_rung
@@ -90,7 +91,7 @@ def late_by(limit: float | None, steps: int = 40) -> tuple[float, Posterior]:
 
 def test_a_fit_makes_at_most_one_evaluation_after_its_time_is_over() -> None:
     whole, _ = late_by(None)
-    for limit in (0.5, *(whole * k / 6 for k in (1, 3, 5))):
+    for limit in (0.5, *(whole * k / 6 for k in range(1, 6))):
         late, posterior = late_by(limit)
         assert late <= 1, limit
         ended = f"ime limit of {limit:g} s ended the fit at the "
@@ -113,6 +114,24 @@ def test_a_census_leaves_time_for_a_verdict() -> None:
         _, posterior = late_by(limit)
         assert posterior.rungs[0].verdict.importance is not None
         assert "has not been judged" not in posterior.verdict.reason
+
+
+@pytest.mark.parametrize(("seconds", "taken"), [(74.0, True), (76.0, False)])
+def test_a_census_may_take_three_quarters_of_the_time(
+    seconds: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def take(density: LogDensity, start: Any) -> str:
+        nonlocal now
+        now += seconds
+        check_time()
+        return "census"
+
+    monkeypatch.setattr(climb_module, "take_census", take)
+    climb = new_climb(deadline=Deadline(100.0, clock=lambda: now))
+    climb.take_census()
+    assert (climb.census is not None) == taken
 
 
 @pytest.mark.parametrize("limit", slow_but_for([200.0], [200.0, 300.0]))
