@@ -494,6 +494,7 @@ def test_mixture_component() -> None:
     assert abs(float(direct.mean() - by_parts.mean())) < 5 * error
 
 
+@pytest.mark.slow
 def test_mixture_of_flows_learns_clusters() -> None:
     centers = torch.tensor([[3.0, 0.0], [-3.0, 1.0]])
     truth = dist.MixtureSameFamily(

@@ -161,7 +161,8 @@ def test_nuts_is_exact() -> None:
     assert 0.5 < chains.acceptance <= 1
 
 
-@pytest.mark.parametrize("method", slow_but_for(["neutra"], METHODS))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_a_flow_beats_none_on_a_funnel(method: str) -> None:
     exact = METHODS[method](posterior_of(funnel, Funnel), progress=False, draws=100, chains=16)
     plain = METHODS[method](posterior_of(funnel), progress=False, draws=100, chains=16)

@@ -275,7 +275,8 @@ def test_huge_log_weights_do_not_overflow() -> None:
         assert same_error == pytest.approx(error, rel=1e-6)
 
 
-@pytest.mark.parametrize("correlation", slow_but_for([0.9], [0.0, 0.9]))
+@pytest.mark.slow
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
 def test_the_error_of_the_bridge_counts_dependent_draws(correlation: float) -> None:
     """z-scores of 40 repetitions: their mean square scatters by sqrt(2 / 40) = 0.22, of which three are allowed."""
     generator = torch.Generator().manual_seed(0)

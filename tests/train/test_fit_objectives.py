@@ -110,7 +110,8 @@ def test_the_gradient_that_is_added_is_that_of_the_loss(make: Any, path: bool) -
         torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, grad)
 
 
-@pytest.mark.parametrize("name", slow_but_for(["fab"], ["importance", "fab"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["importance", "fab"])
 def test_a_fit_for_an_objective(name: str) -> None:
     objective = OBJECTIVES[name]()
     options: dict[str, Any] = {"guide": pf.RealNVP, "steps": 15, "progress": False}

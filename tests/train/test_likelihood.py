@@ -77,6 +77,7 @@ def test_a_correlated_normal_is_learnt_to_its_entropy(device: torch.device) -> N
     assert not flow.training
 
 
+@pytest.mark.slow
 def test_a_conditional_density_is_learnt() -> None:
     context = noise(3000, 1, seed=1)
     x = torch.cat([2 * context, -context], -1) + 0.1 * noise(3000, 2, seed=2)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow_but_for
 from registry import NET, C, D, context_for, perturbed, points, tolerance
 from torch import Tensor, nn
 from torch.func import jacrev
@@ -251,7 +250,8 @@ def test_rotations_hold_for_raw_parameters_of_any_size(name, dtype, device):
             assert bool(grad.isfinite().all())
 
 
-@pytest.mark.parametrize("name", slow_but_for(["lu-linear"], CLASSES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
 def test_compiles_as_one_graph(name, device):
     torch.compiler.reset()
     t = make(name, D, C, **NET, device=device)

@@ -323,6 +323,7 @@ def test_raw_parameters_broadcast_against_points(univariate, device):
             torch.testing.assert_close(mapped, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["network-forward", "integral-forward", "integral-inverse"])
 def test_compiles_as_one_graph(device, name):
     torch.compiler.reset()

@@ -333,6 +333,7 @@ def test_forward_mode_and_traces(spline, device):
         torch.testing.assert_close(torch.jit.trace(f, (x, raw), check_trace=False)(x, raw)[0], y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
