@@ -38,7 +38,16 @@ from .flows import (
     SylvesterFlow,
 )
 from .guides import AutoFlow, AutoStructuredFlow
-from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
+from .model.simulations import simulate
+from .posterior import (
+    Posterior,
+    compare,
+    evidence,
+    fit_amortized,
+    fit_posterior,
+    judge,
+    load_posterior,
+)
 from .testing import check
 from .train import fit_density
 
@@ -69,6 +78,7 @@ __all__ = [
     "compare",
     "distributions",
     "evidence",
+    "fit_amortized",
     "fit_density",
     "fit_posterior",
     "flows",
@@ -80,6 +90,7 @@ __all__ = [
     "posterior",
     "report",
     "sampling",
+    "simulate",
     "testing",
     "train",
     "transforms",
