@@ -49,7 +49,7 @@ from .posterior import (
     load_posterior,
 )
 from .testing import check
-from .train import fit_density
+from .train import fit_density, fit_likelihood
 
 __all__ = [
     "BNAF",
@@ -80,6 +80,7 @@ __all__ = [
     "evidence",
     "fit_amortized",
     "fit_density",
+    "fit_likelihood",
     "fit_posterior",
     "flows",
     "guides",

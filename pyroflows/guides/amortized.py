@@ -13,7 +13,7 @@ from .._spec import Recorded, build, describe, name_of
 from ..distributions import FlowDistribution, FlowMixture
 from ..flows import Flow
 from ..model.density import LogDensity
-from ..nn import mlp
+from ..nn import Entries, mlp
 from ..transforms import LowerTriangularAffine
 from .guide import BaseSpace, Guide
 
@@ -21,6 +21,10 @@ __all__ = ["AmortizedGuide", "EmbeddedFlow"]
 
 #: Where least squares leaves next to nothing of an entry, its scale is this share of its sd.
 LEAST_SCALE = 1e-3
+#: Simulations for each entry of the context from which least squares are fitted.
+ENOUGH = 10
+#: The ridge of least squares, in variances of the context.
+RIDGE = 1e-6
 
 
 class EmbeddedFlow(Recorded, nn.Module):
@@ -31,7 +35,7 @@ class EmbeddedFlow(Recorded, nn.Module):
 
     with a flow :math:`f` and an embedding :math:`h` that are trained, and numbers
     :math:`\mu, \sigma, b, W, L` that :meth:`standardize` takes from simulations and that stay as
-    they are. Where the data are their own embedding, :math:`b + W e` is the least-squares fit of
+    they are. Where the embedding has nothing to train, :math:`b + W e` is the least-squares fit of
     :math:`z`, so that the posterior of a linear normal model needs no training at all.
 
     Args:
@@ -41,7 +45,7 @@ class EmbeddedFlow(Recorded, nn.Module):
 
     Example:
         >>> import pyroflows as pf
-        >>> flow = EmbeddedFlow(pf.MAF(2, context_features=3), pf.nn.Flat((3,)), shape=(3,))
+        >>> flow = EmbeddedFlow(pf.MAF(2, context_features=6), pf.nn.Entries((3,)), shape=(3,))
         >>> flow(torch.zeros(5, 3)).sample().shape
         torch.Size([5, 2])
     """
@@ -86,8 +90,12 @@ class EmbeddedFlow(Recorded, nn.Module):
         self.loc.copy_(x.mean(0))
         scale = x.std(0)
         self.scale.copy_(scale.where(scale > 0, 1.0))
-        linear = not any(p.requires_grad for p in self.embedding.parameters())
-        e = self.embed(x) if linear else x.new_zeros(len(x), self.flow.context_features or 0)
+        if isinstance(self.embedding, Entries):
+            self.embedding.fit((x - self.loc) / self.scale)
+        e = self.embed(x)
+        trained = any(p.requires_grad for p in self.embedding.parameters())
+        if trained or len(z) < ENOUGH * e.shape[1]:
+            e = torch.zeros_like(e)
         b, weight, residual = _least_squares(e.double(), z.double())
         floor = LEAST_SCALE * z.double().std(0)
         covariance = residual.mT @ residual / len(z) + torch.diag(floor.square())
@@ -103,8 +111,8 @@ def _least_squares(e: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets ``(d,)``, weights ``(c, d)`` and residuals ``(n, d)`` of a ridge regression."""
     means = e.mean(0), z.mean(0)
     e, z = e - means[0], z - means[1]
-    # Enough to weigh a direction in which the data hardly vary by less than it pretends.
-    ridge = torch.eye(e.shape[1], dtype=e.dtype, device=e.device) * (1 + e.shape[1])
+    # Next to nothing, for entries that are functions of others or never vary.
+    ridge = torch.eye(e.shape[1], dtype=e.dtype, device=e.device) * (RIDGE * len(e))
     weight = torch.linalg.solve(e.mT @ e + ridge, e.mT @ z)
     return means[1] - means[0] @ weight, weight, z - e @ weight
 
@@ -121,7 +129,7 @@ class AmortizedGuide(Guide):
 
     Example:
         >>> import pyroflows as pf
-        >>> flow = EmbeddedFlow(pf.MAF(2, context_features=3), pf.nn.Flat((3,)), shape=(3,))
+        >>> flow = EmbeddedFlow(pf.MAF(2, context_features=6), pf.nn.Entries((3,)), shape=(3,))
         >>> AmortizedGuide([flow], torch.zeros(3)).sample(5).shape
         torch.Size([5, 2])
     """

@@ -1,7 +1,7 @@
 """Networks: plain torch modules that know nothing of flows."""
 
 from .convnet import ConvNet
-from .embedding import DeepSet, Flat, SeriesNet
+from .embedding import DeepSet, Entries, SeriesNet
 from .made import MADE
 from .mlp import MLP
 from .network import Network, convnet, mlp, resnet
@@ -13,7 +13,7 @@ __all__ = [
     "MLP",
     "ConvNet",
     "DeepSet",
-    "Flat",
+    "Entries",
     "Network",
     "ResNet",
     "SeriesNet",

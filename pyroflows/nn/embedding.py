@@ -2,37 +2,73 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import check_activation, check_hidden, check_shape, check_size
 from .._spec import Recorded
 from .mlp import MLP
 
-__all__ = ["DeepSet", "Flat", "SeriesNet"]
+__all__ = ["DeepSet", "Entries", "SeriesNet"]
 
 
-class Flat(Recorded, nn.Module):
-    """The entries of data as one vector.
+class Entries(Recorded, nn.Module):
+    r"""The entries of data as one vector, each as it is and by its rank among simulations.
+
+    .. math:: e = \big(u,\ \sqrt{3} / \pi \; \mathrm{logit}\, \hat F(u)\big),
+
+    with the distribution function :math:`\hat F` of each entry, between quantiles of the
+    simulations. Ranks have no outliers, and where an entry is a parameter with little noise they
+    are close to that parameter in the unconstrained coordinates of a uniform prior.
 
     Args:
         shape: Shape of the data; empty for a number.
+        quantiles: How many quantiles.
 
     Example:
         >>> import torch
-        >>> Flat((2, 3))(torch.zeros(5, 2, 3)).shape, Flat(())(torch.zeros(5)).shape
-        (torch.Size([5, 6]), torch.Size([5, 1]))
+        >>> entries = Entries((1,))
+        >>> entries.fit(torch.linspace(0.0, 1.0, 1001).unsqueeze(-1))
+        >>> entries(torch.tensor([[0.9]]))
+        tensor([[0.9000, 1.2117]])
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    knots: Tensor
+
+    def __init__(self, shape: Sequence[int], quantiles: int = 100) -> None:
         super().__init__()
         self.shape = check_shape("shape", shape)
+        levels = torch.linspace(0.0, 1.0, check_size("quantiles", quantiles, least=2))
+        edge = 0.25 / quantiles
+        scores = levels.clamp(edge, 1 - edge).logit() * (math.sqrt(3) / math.pi)
+        self.register_buffer("levels", levels)
+        self.register_buffer("scores", scores)
+        self.register_buffer("knots", scores.repeat(self.shape.numel(), 1))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Takes the quantiles of simulations of shape ``(n, *shape)``."""
+        columns = x.reshape(len(x), self.shape.numel()).double()
+        self.knots.copy_(columns.quantile(self.levels.double(), 0).mT)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Lays out data of shape ``(*, *shape)`` as vectors of shape ``(*, entries)``."""
-        return x.reshape(*x.shape[: x.dim() - len(self.shape)], self.shape.numel())
+        """Lays out data of shape ``(*, *shape)`` as vectors of shape ``(*, 2 * entries)``."""
+        batch = x.shape[: x.dim() - len(self.shape)]
+        columns = x.reshape(batch.numel(), self.shape.numel())
+        return torch.cat([columns, self._rank(columns)], -1).reshape(*batch, -1)
+
+    def _rank(self, x: Tensor) -> Tensor:
+        """The scores of columns, by straight lines between the knots and none beyond."""
+        columns = x.mT.contiguous()
+        right = torch.searchsorted(self.knots, columns).clamp(1, len(self.levels) - 1)
+        low, high = self.knots.gather(1, right - 1), self.knots.gather(1, right)
+        gap = high - low
+        share = torch.where(gap > 0, (columns - low) / gap.where(gap > 0, 1.0), 0.5).clamp(0, 1)
+        return torch.lerp(self.scores[right - 1], self.scores[right], share).mT
 
 
 class DeepSet(Recorded, nn.Module):

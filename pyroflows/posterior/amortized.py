@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
 from .._checks import (
     call_factory,
@@ -26,12 +26,13 @@ from .._checks import (
 from .._compat import without_handlers
 from .._deadline import Deadline
 from .._random import forked, seeded
-from ..flows import NSF, Flow
+from ..flows import Flow
 from ..guides.amortized import AmortizedGuide, EmbeddedFlow
 from ..model.simulations import SimulationRun, Simulations, warn_of_failures
 from ..model.simulator import Simulator, as_simulator, as_values
-from ..nn.embedding import DeepSet, Flat, SeriesNet
+from ..nn.embedding import DeepSet, Entries, SeriesNet
 from ..train import DensityReport, fit_density
+from ..train.learned_likelihood import LEAST, TrainingOptions, check_training, make_flow
 from .judge import judge_on
 from .posterior import Posterior
 from .simulated import SimulatedPosterior
@@ -39,26 +40,12 @@ from .truncation import propose_within
 
 __all__ = ["AmortizedPosterior", "fit_amortized"]
 
-#: Simulations of which at least a few can be held out.
-LEAST = 20
 #: How many simulations are run before the networks are tried out.
 FIRST = 10
 #: Entries of the output of a deep set or of a network of series.
 OUTPUTS = 32
 #: What may mend an amortised guide.
 REMEDY = "simulate more, add rounds at this observation, or use fit_posterior"
-
-
-class TrainingOptions(TypedDict, total=False):
-    """Options of the training, by keyword; see :func:`pyroflows.fit_density`."""
-
-    validation: float
-    batch_size: int
-    learning_rate: float
-    max_epochs: int
-    patience: int
-    weight_decay: float
-    average: float | None
 
 
 class Design(NamedTuple):
@@ -74,16 +61,6 @@ class Design(NamedTuple):
     flow: Callable[[int, int], Flow]
     context: nn.Module | str | None
     ensemble: int
-
-
-def make_flow(features: int, context_features: int) -> Flow:
-    """Makes a neural spline flow of autoregressive layers, which score fast.
-
-    Args:
-        features: Entries of the vector.
-        context_features: Entries of the context.
-    """
-    return NSF(features, context_features, transforms=5, coupling=False, hidden=(64, 64))
 
 
 def fit_amortized(
@@ -179,7 +156,7 @@ def fit_amortized(
     design = Design(flow, context, check_size("ensemble", ensemble))
     check_flag("progress", progress)
     deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
-    _check_training(training)
+    check_training(training)
     learner = Learner(made, design, dict(training), check_seed(seed), deadline, progress)
     if isinstance(simulations, Simulations):
         _check_given(simulations, observation, rounds)
@@ -288,7 +265,7 @@ class Learner:
             return SeriesNet(layout.shape or (1,), OUTPUTS)
         if given == "set" or (given is None and rows > 1 and self.simulator.is_exchangeable()):
             return DeepSet(layout.shape or (1,), OUTPUTS)
-        return Flat(layout.shape)
+        return Entries(layout.shape)
 
 
 class Layout:
@@ -506,13 +483,6 @@ def _count_outputs(embedding: nn.Module, x: Tensor) -> int:
             f"{tuple(x.shape)}; got {got}."
         )
     return int(out.shape[1])
-
-
-def _check_training(options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in TrainingOptions.__annotations__:
-            known = ", ".join(TrainingOptions.__annotations__)
-            raise TypeError(f"Expected options of the training ({known}); got {name!r}.")
 
 
 def _share(total: int, rounds: int) -> list[int]:

@@ -13,8 +13,8 @@ from pyroflows.guides import AmortizedGuide, EmbeddedFlow, from_spec
 
 
 def make_flow(device: torch.device, features: int = 2, entries: int = 3) -> EmbeddedFlow:
-    flow = pf.MAF(features, entries, transforms=2, hidden=(8,))
-    return EmbeddedFlow(flow, pf.nn.Flat((entries,)), (entries,)).to(device)
+    flow = pf.MAF(features, 2 * entries, transforms=2, hidden=(8,))
+    return EmbeddedFlow(flow, pf.nn.Entries((entries,)), (entries,)).to(device)
 
 
 def linear_normal(n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,9 +76,9 @@ def test_the_base_space_leads_to_the_guide(device: torch.device) -> None:
     torch.testing.assert_close(guide.log_prob(z), space.base.log_prob(u) - log_det)
 
 
-@pytest.mark.parametrize("embedding", [pf.nn.DeepSet((4,), 3), pf.nn.Flat((4,))])
+@pytest.mark.parametrize("embedding", [pf.nn.DeepSet((4,), 3), pf.nn.Entries((4,))])
 def test_it_is_made_again_from_plain_data(embedding: nn.Module) -> None:
-    flow = pf.MAF(2, 3 if isinstance(embedding, pf.nn.DeepSet) else 4, transforms=2)
+    flow = pf.MAF(2, 3 if isinstance(embedding, pf.nn.DeepSet) else 8, transforms=2)
     guide = AmortizedGuide([EmbeddedFlow(flow, embedding, (4,))], torch.ones(4))
     copy = from_spec(guide.spec(), None)  # type: ignore[arg-type]
     copy.load_state_dict(guide.state_dict())
