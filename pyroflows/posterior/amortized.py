@@ -32,7 +32,13 @@ from ..model.simulations import SimulationRun, Simulations, warn_of_failures
 from ..model.simulator import Simulator, as_simulator, as_values
 from ..nn.embedding import DeepSet, Entries, SeriesNet
 from ..train import DensityReport, fit_density
-from ..train.learned_likelihood import LEAST, TrainingOptions, check_training, make_flow
+from ..train.learned_likelihood import (
+    DEFAULTS,
+    LEAST,
+    TrainingOptions,
+    check_training,
+    make_flow,
+)
 from .judge import judge_on
 from .posterior import Posterior
 from .simulated import SimulatedPosterior
@@ -73,7 +79,7 @@ def fit_amortized(
     data: Sequence[str] | None = None,
     context: nn.Module | str | None = None,
     flow: Callable[[int, int], Flow] = make_flow,
-    ensemble: int = 3,
+    ensemble: int = 5,
     observation: Any = None,
     rounds: int = 1,
     executor: Executor | None = None,
@@ -122,8 +128,9 @@ def fit_amortized(
         seed: Seed of all that is random.
         time_limit: Seconds of wall-clock time for the training, in all rounds together.
         progress: Whether to show progress bars.
-        training: ``validation``, ``batch_size``, ``learning_rate``, ``max_epochs``, ``patience``,
-            ``weight_decay`` and ``average``, as for :func:`pyroflows.fit_density`.
+        training: ``validation``, ``batch_size``, ``learning_rate``, ``max_epochs`` (200 by
+            default), ``patience``, ``weight_decay`` and ``average`` (0.998 by default), as for
+            :func:`pyroflows.fit_density`.
 
     Returns:
         The posterior for whatever data come.
@@ -157,7 +164,7 @@ def fit_amortized(
     check_flag("progress", progress)
     deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
     check_training(training)
-    learner = Learner(made, design, dict(training), check_seed(seed), deadline, progress)
+    learner = Learner(made, design, {**DEFAULTS, **training}, check_seed(seed), deadline, progress)
     if isinstance(simulations, Simulations):
         _check_given(simulations, observation, rounds)
         return learner.learn(simulations)

@@ -31,6 +31,8 @@ __all__ = [
 
 #: Simulations of which at least a few can be held out.
 LEAST = 20
+#: Options of the training that suit networks of many simulations.
+DEFAULTS: dict[str, Any] = {"max_epochs": 200, "average": 0.998}
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -99,8 +101,9 @@ def fit_likelihood(
         seed: Seed of all that is random.
         time_limit: Seconds of wall-clock time for the training.
         progress: Whether to show a progress bar.
-        training: ``validation``, ``batch_size``, ``learning_rate``, ``max_epochs``, ``patience``,
-            ``weight_decay`` and ``average``, as for :func:`pyroflows.fit_density`.
+        training: ``validation``, ``batch_size``, ``learning_rate``, ``max_epochs`` (200 by
+            default), ``patience``, ``weight_decay`` and ``average`` (0.998 by default), as for
+            :func:`pyroflows.fit_density`.
 
     Returns:
         The likelihood, with a Pyro model for :func:`pyroflows.fit_posterior`.
@@ -149,7 +152,13 @@ def fit_likelihood(
         embedded = EmbeddedFlow(network, nn.Identity(), theta.shape[1:]).to(x)
     embedded.standardize(x, theta)
     report = fit_density(
-        embedded, x, theta, seed=seed, time_limit=time_limit, progress=progress, **training
+        embedded,
+        x,
+        theta,
+        seed=seed,
+        time_limit=time_limit,
+        progress=progress,
+        **{**DEFAULTS, **training},
     )
     shapes = {name: value.shape[1:] for name, value in simulations.x.items()}
     return LearnedLikelihood(made, embedded.requires_grad_(False), shapes, report)
