@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
-from pyro.util import get_rng_state, set_rng_seed, set_rng_state
+from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from ._checks import check_seed
@@ -35,11 +37,21 @@ def seeded(seed: int | None) -> Iterator[None]:
     check_seed(seed)
     state = get_rng_state()
     with torch.random.fork_rng():
-        set_rng_seed(seed)
+        _set_seed(seed)
         try:
             yield
         finally:
             set_rng_state(state)
+
+
+def _set_seed(seed: int) -> None:
+    """Seeds all that Pyro's ``set_rng_seed`` does, without a trace of the stack for devices that no
+    one uses: it costs more than a short simulation, and is kept for ever."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

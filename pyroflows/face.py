@@ -38,9 +38,18 @@ from .flows import (
     SylvesterFlow,
 )
 from .guides import AutoFlow, AutoStructuredFlow
-from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
+from .model.simulations import simulate
+from .posterior import (
+    Posterior,
+    compare,
+    evidence,
+    fit_amortized,
+    fit_posterior,
+    judge,
+    load_posterior,
+)
 from .testing import check
-from .train import fit_density
+from .train import fit_density, fit_likelihood
 
 __all__ = [
     "BNAF",
@@ -69,7 +78,9 @@ __all__ = [
     "compare",
     "distributions",
     "evidence",
+    "fit_amortized",
     "fit_density",
+    "fit_likelihood",
     "fit_posterior",
     "flows",
     "guides",
@@ -80,6 +91,7 @@ __all__ = [
     "posterior",
     "report",
     "sampling",
+    "simulate",
     "testing",
     "train",
     "transforms",

@@ -1,6 +1,7 @@
 """Guides: the contract, and flows as automatic guides."""
 
 from .adapters import as_guide
+from .amortized import AmortizedGuide, EmbeddedFlow
 from .auto import AutoFlow
 from .guide import BaseSpace, Guide, Part, from_spec
 from .mixture import AutoMixture
@@ -8,10 +9,12 @@ from .structured import AutoStructuredFlow
 from .whitened import WhitenedFlow
 
 __all__ = [
+    "AmortizedGuide",
     "AutoFlow",
     "AutoMixture",
     "AutoStructuredFlow",
     "BaseSpace",
+    "EmbeddedFlow",
     "Guide",
     "Part",
     "WhitenedFlow",

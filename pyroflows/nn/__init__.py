@@ -1,6 +1,7 @@
 """Networks: plain torch modules that know nothing of flows."""
 
 from .convnet import ConvNet
+from .embedding import DeepSet, Entries, SeriesNet
 from .made import MADE
 from .mlp import MLP
 from .network import Network, convnet, mlp, resnet
@@ -11,8 +12,11 @@ __all__ = [
     "MADE",
     "MLP",
     "ConvNet",
+    "DeepSet",
+    "Entries",
     "Network",
     "ResNet",
+    "SeriesNet",
     "Startable",
     "convnet",
     "mlp",

@@ -1,5 +1,6 @@
 """From a model to a posterior, and whether to trust it."""
 
+from .amortized import AmortizedPosterior, fit_amortized
 from .chains import Chains, flow_mc, neutra
 from .checks import Check
 from .climb import Rung
@@ -12,6 +13,7 @@ from .posterior import Attempt, Posterior
 from .verdict import Finding, Verdict
 
 __all__ = [
+    "AmortizedPosterior",
     "Attempt",
     "Chains",
     "Check",
@@ -22,6 +24,7 @@ __all__ = [
     "Verdict",
     "compare",
     "evidence",
+    "fit_amortized",
     "fit_posterior",
     "flow_mc",
     "judge",

@@ -11,15 +11,15 @@ from .._checks import check_positive, check_size
 from .._compat import without_handlers
 from .._deadline import Deadline, TimeOver
 from .._random import forked, seeded
-from ..guides import as_guide
+from ..guides import Guide, as_guide
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from .census import Census, find_start, take_census
 from .judging import judge_guide
 from .posterior import Posterior
-from .subject import JUDGE_DRAWS
+from .subject import JUDGE_DRAWS, Subject
 
-__all__ = ["judge"]
+__all__ = ["judge", "judge_on"]
 
 
 def judge(
@@ -85,10 +85,33 @@ def judge(
             density = log_density_of(model, args, kwargs).full
             adapted = as_guide(guide, density)
             density = density.rotated(adapted.centres())
-        with deadline.enforced():
-            census = None if adapted.has_marginal else _census(density)
-            verdict, _ = judge_guide(adapted, density, census, draws=draws)
-    return Posterior(adapted, density, verdict, seconds=deadline.elapsed)
+        return judge_on(adapted, density, deadline, draws=draws)
+
+
+def judge_on(
+    guide: Guide,
+    density: LogDensity,
+    deadline: Deadline,
+    *,
+    draws: int = JUDGE_DRAWS,
+    remedy: str = Subject.remedy,
+) -> Posterior:
+    """Judges a guide on the density of its model, and makes a posterior of it.
+
+    Args:
+        guide: The guide.
+        density: The log density, with the guide's centres of circles.
+        deadline: The time limit.
+        draws: How many draws of the guide to weigh.
+        remedy: What may mend the guide if it is not exact, in the imperative.
+
+    Returns:
+        The posterior.
+    """
+    with deadline.enforced():
+        census = None if guide.has_marginal else _census(density)
+        verdict, _ = judge_guide(guide, density, census, remedy=remedy, draws=draws)
+    return Posterior(guide, density, verdict, seconds=deadline.elapsed)
 
 
 def _census(density: LogDensity) -> Census | None:

@@ -115,9 +115,15 @@ class Posterior:
 
     @property
     def _sites(self) -> str:
-        if self._density is None:
+        if self._coordinates is None:
             return f"a vector of {self.guide.features} features"
-        return ", ".join(f"{site.name}{list(site.shape) or ''}" for site in self._density.sites)
+        sites = self._coordinates.sites
+        return ", ".join(f"{site.name}{list(site.shape) or ''}" for site in sites)
+
+    @property
+    def _coordinates(self) -> LogDensity | None:
+        """A density with the sites of the posterior, and their maps to the reals."""
+        return self._density
 
     @property
     def density(self) -> LogDensity:
@@ -145,12 +151,13 @@ class Posterior:
     @property
     def site_dims(self) -> dict[str, tuple[str | None, ...]]:
         """For each latent site the plates of its dimensions; ``None`` where there is none."""
-        return {site.name: site.plates for site in self.density.sites}
+        sites = (self._coordinates or self.density).sites
+        return {site.name: site.plates for site in sites}
 
     @property
     def entry_names(self) -> list[str]:
         """Names of the entries of the unconstrained vector, such as ``theta[0]``."""
-        return entry_names(self.density)
+        return entry_names(self._coordinates or self.density)
 
     def sample(
         self, n: int = 4000, seed: int | None = None, discrete: bool = False
@@ -177,10 +184,10 @@ class Posterior:
         """
         check_flag("discrete", discrete)
         z = self.sample_unconstrained(n, seed)
-        if self._density is None:
+        if self._coordinates is None:
             return {"latent": z}
         with forked(seed):
-            return simulate.site_draws(self.density, z, discrete)
+            return simulate.site_draws(self._coordinates, z, discrete)
 
     def sample_unconstrained(self, n: int = 4000, seed: int | None = None) -> Tensor:
         """Draws from the posterior as unconstrained vectors.
@@ -250,7 +257,7 @@ class Posterior:
         """
         draws = {name: value.cpu().numpy() for name, value in self.sample(n, seed).items()}
         return statistics.summary(
-            draws, circular=[] if self._density is None else self.density.centres
+            draws, circular=[] if self._coordinates is None else self._coordinates.centres
         )
 
     def covariance(
@@ -300,13 +307,14 @@ class Posterior:
     def _on_a_line(self, name: str, draws: Tensor) -> Tensor:
         """Draws of a site as columns; of angles their deviations from the mean direction."""
         columns = draws.reshape(len(draws), -1).double().cpu()
-        if self._density is None or name not in self._density.centres:
+        if self._coordinates is None or name not in self._coordinates.centres:
             return columns
         return torch.from_numpy(statistics.deviations(columns.numpy()))
 
     @property
     def _latent_names(self) -> list[str]:
-        return ["latent"] if self._density is None else [s.name for s in self._density.sites]
+        known = self._coordinates
+        return ["latent"] if known is None else [site.name for site in known.sites]
 
     def to_arviz(self, draws: int = 4000, seed: int | None = 0) -> Any:
         """Returns the posterior in ArviZ's container, with all groups that the model allows.
