@@ -11,6 +11,7 @@ from . import (
     posterior,
     report,
     sampling,
+    study,
     testing,
     train,
     transforms,
@@ -39,6 +40,7 @@ from .flows import (
 )
 from .guides import AutoFlow, AutoStructuredFlow
 from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
+from .study import calibrate
 from .testing import check
 from .train import fit_density
 
@@ -65,6 +67,7 @@ __all__ = [
     "ResidualFlow",
     "SylvesterFlow",
     "__version__",
+    "calibrate",
     "check",
     "compare",
     "distributions",
@@ -80,6 +83,7 @@ __all__ = [
     "posterior",
     "report",
     "sampling",
+    "study",
     "testing",
     "train",
     "transforms",
