@@ -302,6 +302,7 @@ class Record(TypedDict):
     error: str | None
     ranks: Tensor
     tarp: int
+    one: Tensor
     seconds: float
     trusted: bool | None
 
@@ -328,6 +329,7 @@ def _fit_one(task: Task) -> dict[str, Any]:
         "error": None,
         "ranks": torch.as_tensor(ranks),
         "tarp": tarp,
+        "one": torch.as_tensor(draws[-1]),
         "seconds": seconds,
         "trusted": None if verdict is None else bool(verdict.ok),
     }
@@ -395,9 +397,11 @@ def _collect(
     names = sorted(records, key=int)
     fitted = {name: records[name] for name in names if records[name]["error"] is None}
     ranks = np.stack([record["ranks"].numpy() for record in fitted.values()])
+    ones = np.stack([record["one"].numpy() for record in fitted.values()])
     return Calibration(
         ranks=_by_site(ranks, shapes),
         parameters=_by_site(np.stack([points[name] for name in fitted]), shapes),
+        posterior_draws=_by_site(ones, shapes),
         tarp_ranks=np.array([record["tarp"] for record in fitted.values()]),
         draws=draws,
         fit=fit,

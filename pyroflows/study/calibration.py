@@ -34,7 +34,6 @@ LEVEL = 0.01
 INTERVALS = (0.5, 0.9)
 # Smaller p-values are told by this bound.
 SMALLEST_TOLD = 1e-6
-GROUP = "prior_sbc"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +44,8 @@ class Calibration:
         ranks: For each site the ranks, of shape ``(fits, *site_shape)``, from 0 to ``draws``; -1
             for entries that a mask switches off.
         parameters: For each site the parameters that made the data, of the same shape.
+        posterior_draws: For each site one draw of each posterior, of the same shape; over data
+            sets these are draws of the prior if the fit is calibrated.
         tarp_ranks: The rank of their distance from a reference point among the distances of the
             draws, of shape ``(fits,)``.
         draws: How many draws of each posterior.
@@ -56,7 +57,8 @@ class Calibration:
     Example:
         >>> rng = np.random.default_rng(0)
         >>> ranks = {"x": rng.integers(200, size=100)}
-        >>> calibration = Calibration(ranks, {"x": rng.normal(size=100)}, ranks["x"], 199)
+        >>> x = {"x": rng.normal(size=100)}
+        >>> calibration = Calibration(ranks, x, x, ranks["x"], 199)
         >>> calibration.ok
         True
         >>> list(calibration.summary().columns)
@@ -65,6 +67,7 @@ class Calibration:
 
     ranks: Mapping[str, np.ndarray]
     parameters: Mapping[str, np.ndarray]
+    posterior_draws: Mapping[str, np.ndarray]
     tarp_ranks: np.ndarray
     draws: int
     fit: str = ""
@@ -206,17 +209,17 @@ class Calibration:
         return pandas.DataFrame(columns, index=list(self.columns))
 
     def to_arviz(self) -> Any:
-        """Returns the ranks in ArviZ's container, in the group ``"prior_sbc"`` that its
-        ``plot_ecdf_pit`` (ArviZ 1.x) takes.
+        """Returns the ranks in ArviZ's container.
 
-        A rank becomes a number in the unit interval, a random one of those that it stands for, so
-        that the numbers are uniform and without ties if the fit is calibrated. With ArviZ 0.x,
-        ``az.plot_ecdf(data["prior_sbc"]["mu"].values.ravel(), cdf=lambda x: x, difference=True)``
-        takes them.
+        The group ``"prior_sbc"`` is for ``plot_ecdf_pit`` of ArviZ 1.x; its "draws" are the data
+        sets. A rank becomes a number in the unit interval, a random one of those that it stands
+        for, so that the numbers are uniform and without ties if the fit is calibrated. With ArviZ
+        0.x, ``az.plot_ecdf(values.ravel(), cdf=lambda x: x, difference=True)`` draws them. The
+        group ``"averaged_posterior"`` is for ``plot_rank``: its first chain are the parameters that made
+        the data, and its second one draw of each posterior, which have the same distribution.
 
         Returns:
-            An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x), whose "draws" are the
-            data sets.
+            An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
         """
         rng = np.random.default_rng(0)
         numbers: dict[str, np.ndarray] = {}
@@ -229,7 +232,12 @@ class Calibration:
             "p_value": self.p_value,
             "tarp": self.tarp,
         }
-        return arviz.to_inference_data({GROUP: numbers}, attrs=notes)
+        averaged = {
+            name: np.stack([self.parameters[name], self.posterior_draws[name]])
+            for name in self.ranks
+        }
+        groups = {"prior_sbc": numbers, "averaged_posterior": averaged}
+        return arviz.to_inference_data(groups, attrs=notes)
 
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """Draws how far the ranks of each scalar are from uniform, with the band in which all of

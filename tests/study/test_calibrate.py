@@ -282,10 +282,13 @@ def test_arviz_takes_the_ranks_as_numbers_in_the_unit_interval():
     numbers = data["prior_sbc"]["mu"].values
     assert numbers.shape == (1, 20, 2) and numbers.min() > 0 and numbers.max() < 1
     assert (np.floor(numbers[0] * 200) == found.ranks["mu"]).all()
+    made, drawn = data["averaged_posterior"]["mu"].values
+    assert (made == found.parameters["mu"]).all() and not (made == drawn).any()
     az = import_arviz()
     if not has_datatree(az):
         axes = az.plot_ecdf(numbers[0, :, 0], cdf=lambda x: x, difference=True)
         assert axes.lines
+        assert az.plot_rank(data["averaged_posterior"]) is not None
 
 
 def test_the_picture_has_a_panel_for_each_scalar_and_one_for_all(tmp_path):
