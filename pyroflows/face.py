@@ -40,7 +40,7 @@ from .flows import (
 )
 from .guides import AutoFlow, AutoStructuredFlow
 from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
-from .study import calibrate
+from .study import calibrate, experiment
 from .testing import check
 from .train import fit_density
 
@@ -72,6 +72,7 @@ __all__ = [
     "compare",
     "distributions",
     "evidence",
+    "experiment",
     "fit_density",
     "fit_posterior",
     "flows",

@@ -2,7 +2,19 @@
 
 from .calibrate import calibrate
 from .calibration import Calibration
+from .comparison import Experiment
+from .experiment import experiment
 from .fits import SVIFit
+from .nuts import NUTSFit
 from .simulation import Simulation, Simulator
 
-__all__ = ["Calibration", "SVIFit", "Simulation", "Simulator", "calibrate"]
+__all__ = [
+    "Calibration",
+    "Experiment",
+    "NUTSFit",
+    "SVIFit",
+    "Simulation",
+    "Simulator",
+    "calibrate",
+    "experiment",
+]

@@ -9,7 +9,6 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from ..posterior import fit_posterior
 from ..report.uniformity import rank_among
 from .calibration import Calibration
 from .fits import Fit, WrongDrawsError, array_of, as_fit, draw, name_of_fit, run_fit
-from .simulation import GivenData, Simulator
+from .simulation import GivenData, Simulator, holding
 from .work import Ledger, Running, check_running, do_all
 
 if TYPE_CHECKING:
@@ -310,8 +309,7 @@ class Record(TypedDict):
 def _fit_one(task: Task) -> dict[str, Any]:
     """Fits a data set, and ranks its point among draws of the posterior."""
     clock = Deadline()
-    store = pyro.get_param_store()
-    with store.scope(task.state), seeded(task.seed), without_handlers():
+    with holding(task.state), seeded(task.seed), without_handlers():
         try:
             _refuse_infinite(task.model.data)
             fitted = run_fit(task.fit, task.model, task.args, task.kwargs, task.seed)

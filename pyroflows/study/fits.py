@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide
-from pyro.optim import ClippedAdam
+from pyro.optim import LambdaLR  # type: ignore[attr-defined]  # made at import from torch's
 from torch import Tensor
 
 from .._checks import check_positive, check_size
@@ -36,6 +39,7 @@ Fit = Callable[..., Any]
 
 # The step size falls to this share of the first.
 LAST_RATE = 0.1
+CLIP_NORM = 10.0
 
 
 class WrongDrawsError(ValueError):
@@ -45,13 +49,16 @@ class WrongDrawsError(ValueError):
 class SVIFit:
     r"""Trains a fresh guide by Pyro's ``SVI``, as tutorials do.
 
-    ``ClippedAdam`` takes all steps, with a step size that falls exponentially to a tenth.
+    Adam takes all steps, with a step size that falls exponentially to a tenth, and gradients whose
+    norm is clipped at 10. Parameters of the model are held, as :func:`fit_posterior` does.
 
     Args:
         guide: Makes a guide from a model, such as the class ``AutoNormal``.
         steps: How many steps.
         learning_rate: The first step size.
-        objective: A loss of Pyro's; ``Trace_ELBO()`` by default.
+        objective: A loss of Pyro's, or one of :mod:`pyroflows.train.objectives`; ``Trace_ELBO()``
+            by default.
+        cpu_seconds: CPU seconds in the place of ``steps``.
 
     Raises:
         TypeError: If ``guide`` is not callable, or a number none.
@@ -74,6 +81,7 @@ class SVIFit:
         steps: int = 2000,
         learning_rate: float = 0.05,
         objective: Any = None,
+        cpu_seconds: float | None = None,
     ) -> None:
         if not callable(guide) or isinstance(guide, torch.nn.Module):
             raise TypeError(
@@ -84,9 +92,13 @@ class SVIFit:
         self.steps = check_size("steps", steps, least=0)
         self.learning_rate = check_positive("learning_rate", learning_rate)
         self.objective = Trace_ELBO() if objective is None else objective
+        self.cpu_seconds = (
+            None if cpu_seconds is None else check_positive("cpu_seconds", cpu_seconds)
+        )
 
     def __repr__(self) -> str:
-        options = f"steps={self.steps}, learning_rate={self.learning_rate}"
+        budget = f"cpu_seconds={self.cpu_seconds:g}" if self.cpu_seconds else f"steps={self.steps}"
+        options = f"{budget}, learning_rate={self.learning_rate}"
         objective = type(self.objective).__name__
         return f"SVIFit({_name(self.guide)}, {options}, objective={objective})"
 
@@ -102,13 +114,34 @@ class SVIFit:
 
         Returns:
             The guide, whose parameters are in the param store of Pyro.
+
+        Raises:
+            RuntimeError: If the loss becomes NaN.
         """
         guide = self.guide(model)
-        decay = LAST_RATE ** (1 / max(1, self.steps))
-        optimizer = ClippedAdam({"lr": self.learning_rate, "lrd": decay})
-        svi = SVI(model, guide, optimizer, self.objective)
-        for _ in range(self.steps):
-            svi.step(*args, **kwargs)
+        start, taken = time.process_time(), 0
+
+        def spent() -> float:
+            if self.cpu_seconds is None:
+                return taken / max(1, self.steps)
+            return (time.process_time() - start) / self.cpu_seconds
+
+        schedule = LambdaLR(
+            {
+                "optimizer": torch.optim.Adam,
+                "optim_args": {"lr": self.learning_rate},
+                "lr_lambda": lambda _: LAST_RATE ** min(1.0, spent()),
+            },
+            clip_args={"clip_norm": CLIP_NORM},
+        )
+        # A loss may remember the plates of its first model, which it runs to count them.
+        held = poutine.block(model, hide_types=["param"])
+        svi = SVI(held, guide, schedule, copy.deepcopy(self.objective))
+        while spent() < 1 and (taken < self.steps or self.cpu_seconds is not None):
+            if math.isnan(svi.step(*args, **kwargs)):
+                raise RuntimeError(f"the loss became NaN at step {taken}")
+            schedule.step()
+            taken += 1
         return guide
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -25,9 +26,25 @@ from ..model.sites import (
     sample_nodes,
 )
 
-__all__ = ["GivenData", "Simulation", "Simulator"]
+__all__ = ["GivenData", "Simulation", "Simulator", "holding"]
 
 Values = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def holding(state: Any) -> Iterator[None]:
+    """Context manager with a param store of its own, which begins with copies of parameters.
+
+    Args:
+        state: What ``get_state()`` of a param store returned; it stays as it is.
+    """
+    copies = {
+        name: value.detach().clone().requires_grad_(value.requires_grad)
+        for name, value in state["params"].items()
+    }
+    own = {"params": copies, "constraints": dict(state["constraints"])}
+    with pyro.get_param_store().scope(own):  # type: ignore[arg-type]
+        yield
 
 
 class Simulation(NamedTuple):
@@ -104,7 +121,7 @@ class Simulator:
         self.args, self.kwargs = check_arguments(args, kwargs)
         check_call("the model", model, self.args, self.kwargs)
         store = pyro.get_param_store()
-        with store.scope(store.get_state()), seeded(0):
+        with holding(store.get_state()), seeded(0):
             trace = self._trace()
             #: The parameters of the model, of ``pyro.param``, at which it is held.
             self.state: Any = store.get_state()
@@ -123,7 +140,7 @@ class Simulator:
         Returns:
             The draw, detached and on the device of the model.
         """
-        with pyro.get_param_store().scope(self.state), seeded(seed):
+        with holding(self.state), seeded(seed):
             trace = self._trace()
         data = {name: node["value"] for name, node in _data_nodes(trace)}
         return Simulation(_parameters(trace), data)

@@ -82,16 +82,21 @@ def test_a_wrong_correlation_shows_in_the_joint_statistic_alone():
 # Fits of every kind
 
 
-def test_a_guide_class_is_trained_by_svi():
-    def constant(y: torch.Tensor) -> None:
-        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+def with_a_parameter() -> None:
+    shift = pyro.param("shift", torch.tensor(0.5))
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    observe(x.sum(-1) + shift)
 
-    before = dict(pyro.get_param_store())
+
+def test_a_guide_class_is_trained_by_svi_afresh_for_each_data_set():
+    pyro.param("shift", torch.tensor(1.5))
     fit = SVIFit(AutoNormal, steps=20, learning_rate=0.1)
-    found = calibrate(constant, (torch.tensor(0.0),), fit=fit, data_sets=3, draws=19)
+    found = calibrate(with_a_parameter, fit=fit, data_sets=3, draws=19)
     assert found.ranks["x"].shape == (3, 2) and "AutoNormal" in found.fit
-    assert dict(pyro.get_param_store()) == before
+    assert list(pyro.get_param_store()) == ["shift"] and float(pyro.param("shift")) == 1.5
+    with ProcessPoolExecutor(1) as executor:
+        elsewhere = calibrate(with_a_parameter, fit=fit, data_sets=3, draws=19, executor=executor)
+    assert (found.posterior_draws["x"] == elsewhere.posterior_draws["x"]).all()
 
 
 def test_draws_of_a_posterior_and_its_verdict():
