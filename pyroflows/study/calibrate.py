@@ -120,7 +120,8 @@ def calibrate(
             which are thinned and should be independent then, to an MCMC run, or to a trained guide;
             the class of an autoguide of Pyro, such as ``AutoNormal``, which is trained by ``SVI``
             for 2000 steps (see :class:`pyroflows.study.SVIFit` for others); or an amortised
-            posterior, with ``posterior_for(x)``, for which nothing is trained.
+            posterior, with ``posterior_for(x)``, for which nothing is trained, and whose draws are
+            taken as they are, not corrected.
         data_sets: How many data sets.
         draws: How many draws :math:`L` of each posterior.
         sites: The names of the continuous latent or deterministic sites to look at; all latent ones

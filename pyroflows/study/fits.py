@@ -180,7 +180,8 @@ class AmortizedFit:
 
     Args:
         amortized: What has ``posterior_for(x)``, with the value of the observed site, or a
-            dictionary of the values where there are more.
+            dictionary of the values where there are more. Its draws are taken as they are, without
+            the corrections that take longer: with ``judge=False`` if it has that option.
     """
 
     def __init__(self, amortized: Any) -> None:
@@ -189,7 +190,9 @@ class AmortizedFit:
     def __call__(self, model: Any, args: Any, kwargs: Any) -> Any:
         """Looks up the posterior of a :class:`~pyroflows.study.simulation.GivenData`."""
         data = dict(model.data)
-        return self.amortized.posterior_for(data if len(data) > 1 else next(iter(data.values())))
+        x = data if len(data) > 1 else next(iter(data.values()))
+        options = {"judge": False} if _takes(self.amortized.posterior_for, "judge") else {}
+        return self.amortized.posterior_for(x, **options)
 
 
 def name_of_fit(fit: Any) -> str:
@@ -221,11 +224,15 @@ def _name(value: Any) -> str:
 
 def run_fit(fit: Fit, model: Any, args: Any, kwargs: Any, seed: int) -> Any:
     """Calls a fit, with a seed if it takes one."""
+    return fit(model, args, kwargs, **({"seed": seed} if _takes(fit, "seed") else {}))
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of some name."""
     try:
-        seeds = "seed" in inspect.signature(fit).parameters
+        return name in inspect.signature(function).parameters
     except (TypeError, ValueError):  # written in C, or a callable that hides its signature
-        seeds = False
-    return fit(model, args, kwargs, **({"seed": seed} if seeds else {}))
+        return False
 
 
 def draw(fitted: Any, args: Any, kwargs: Any, n: int, seed: int) -> dict[str, np.ndarray]:
