@@ -49,6 +49,7 @@ class Task(NamedTuple):
         state: Parameters of the model in Pyro's param store.
         fit: What fits it.
         shapes: The shape of each site of parameters.
+        active: Which entries of the sites no mask switches off.
         point: The parameters that made the data, one after the other.
         reference: The parameters from which distances are measured.
         scale: The unit of distance along each parameter.
@@ -62,6 +63,7 @@ class Task(NamedTuple):
     state: Any
     fit: Fit
     shapes: dict[str, tuple[int, ...]]
+    active: np.ndarray
     point: np.ndarray
     reference: np.ndarray
     scale: np.ndarray
@@ -228,7 +230,7 @@ def _make_tasks(
     further = [simulator.draw(_seed(seed, REFERENCES, i)) for i in range(MOST_REFERENCES)]
     points = [_flat(simulation.parameters, shapes) for simulation in drawn]
     references = np.stack([_flat(simulation.parameters, shapes) for simulation in further])
-    scale = _spread(references)
+    scale, active = _spread(references), _active(simulator, shapes)
     data = np.stack([_flat(simulation.data) for simulation in further])
     unit = _spread(data)
     nearest = [_nearest(_flat(simulation.data), data, unit) for simulation in drawn]
@@ -240,6 +242,7 @@ def _make_tasks(
             state=simulator.state,
             fit=fit,
             shapes=dict(shapes),
+            active=active,
             point=points[i],
             reference=references[nearest[i]],
             scale=scale,
@@ -266,6 +269,12 @@ def _flat(
             )
     flat = [torch.as_tensor(values[name]).reshape(-1).double() for name in shapes or values]
     return torch.cat([entries.cpu() for entries in flat]).numpy()
+
+
+def _active(simulator: Simulator, shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+    """Which entries are to be ranked; all of those of deterministic sites."""
+    every = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    return _flat({**every, **simulator.active}, shapes).astype(bool)
 
 
 def _spread(rows: np.ndarray) -> np.ndarray:
@@ -321,7 +330,7 @@ def _fit_one(task: Task) -> dict[str, Any]:
             raise
         except Exception as error:
             return {"data": task.fingerprint, "error": describe_error(error)}
-    verdict = getattr(fitted, "verdict", None)
+    findings = getattr(getattr(fitted, "verdict", None), "findings", ())
     ranks, tarp = _rank(task, draws)
     return {
         "data": task.fingerprint,
@@ -330,7 +339,7 @@ def _fit_one(task: Task) -> dict[str, Any]:
         "tarp": tarp,
         "one": torch.as_tensor(draws[-1]),
         "seconds": seconds,
-        "trusted": None if verdict is None else bool(verdict.ok),
+        "trusted": bool(fitted.verdict.ok) if findings else None,
     }
 
 
@@ -341,7 +350,7 @@ def _refuse_infinite(data: Mapping[str, Tensor]) -> None:
 
 
 def _columns(drawn: Mapping[str, np.ndarray], task: Task) -> np.ndarray:
-    """Draws as a matrix, whose columns are NaN for entries that a mask switches off."""
+    """Draws as a matrix."""
     for name, shape in task.shapes.items():
         if name not in drawn:
             raise WrongDrawsError(
@@ -355,8 +364,7 @@ def _columns(drawn: Mapping[str, np.ndarray], task: Task) -> np.ndarray:
             )
     parts = [drawn[name].reshape(task.draws, -1).astype(np.float64) for name in task.shapes]
     columns = np.concatenate(parts, -1)
-    missing = np.isnan(columns)
-    if (missing.any(0) != missing.all(0)).any():
+    if np.isnan(columns[:, task.active]).any():
         raise ValueError("some draws of the posterior are NaN")
     return columns
 
@@ -366,11 +374,10 @@ def _rank(task: Task, draws: np.ndarray) -> tuple[np.ndarray, int]:
     -1 for entries that a mask switches off."""
     rng = np.random.default_rng([task.seed, TIES])
     ranks = rank_among(task.point, draws, rng)
-    known = ~np.isnan(draws).any(0)
     with np.errstate(invalid="ignore", over="ignore"):
-        steps = (np.vstack([task.point, draws]) - task.reference)[:, known] / task.scale[known]
-        distances = np.linalg.norm(steps, axis=-1)
-    return np.where(known, ranks, -1), int(rank_among(distances[0], distances[1:], rng))
+        steps = (np.vstack([task.point, draws]) - task.reference) / task.scale
+        distances = np.linalg.norm(steps[:, task.active], axis=-1)
+    return np.where(task.active, ranks, -1), int(rank_among(distances[0], distances[1:], rng))
 
 
 # All of them

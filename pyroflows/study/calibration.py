@@ -101,7 +101,7 @@ class Calibration:
     @property
     def sentence(self) -> str:
         """The result in a sentence."""
-        return f"{'Calibrated' if self.ok else 'Not calibrated'}: {self.reason}"
+        return f"{'No fault seen' if self.ok else 'Not calibrated'}: {self.reason}"
 
     @property
     def fits(self) -> int:
@@ -153,11 +153,11 @@ class Calibration:
 
     @property
     def reason(self) -> str:
-        """What is wrong, by the statistic that says most, or that nothing is seen to be."""
+        """What is wrong, by the statistic that says most; or the smallest p-value."""
         if self.ok:
             return (
-                f"{counted(self.fits, 'data set')} show no fault (smallest corrected p-value "
-                f"{self.p_value:.2g})."
+                f"the smallest p-value of {counted(self.fits, 'data set')}, corrected for the number "
+                f"of p-values, is {self.p_value:.2g}."
             )
         kind, name = self._worst
         told = f"({kind} {_tell_p(self._p_of(kind, name))})"

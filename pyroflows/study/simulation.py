@@ -24,6 +24,7 @@ from ..model.sites import (
     is_factor,
     plate_frames,
     sample_nodes,
+    unmasked_entries,
 )
 
 __all__ = ["GivenData", "Simulation", "Simulator", "holding"]
@@ -127,6 +128,8 @@ class Simulator:
             self.state: Any = store.get_state()
         #: The names of the continuous latent sites.
         self.latent = [name for name, node in _latent_nodes(trace) if not is_discrete(node)]
+        #: For each latent site which entries no mask switches off.
+        self.active = {name: unmasked_entries(node) for name, node in _latent_nodes(trace)}
         _refuse_unobserved(trace)
         _refuse_factors(trace)
         _refuse_parts(trace)

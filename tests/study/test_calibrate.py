@@ -196,6 +196,22 @@ def test_failed_fits_are_left_out_up_to_a_share():
         calibrate(model, ARGS, fit=FailsAt(), data_sets=40, failures=0)
 
 
+def masked() -> None:
+    with pyro.poutine.mask(mask=torch.tensor([True, False])):
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0))
+    observe(x[0])
+
+
+def test_entries_that_a_mask_switches_off_have_no_rank():
+    def fit(*_: Any) -> Any:
+        return {"x": torch.stack([torch.randn(19), torch.full((19,), torch.nan)], -1)}
+
+    found = calibrate(masked, fit=fit, data_sets=2, draws=19)
+    assert (found.ranks["x"][:, 1] == -1).all() and list(found.columns) == ["x[0]"]
+    with pytest.raises(ValueError, match="some draws of the posterior are NaN"):
+        calibrate(one_mean, fit=lambda *_: {"x": torch.full((199,), torch.nan)})
+
+
 # What is refused
 
 
