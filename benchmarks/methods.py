@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.distributions.transforms import block_autoregressive, iterated
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoGuide,
     AutoIAFNormal,
@@ -40,6 +40,7 @@ from torch.distributions import biject_to
 from benchmarks.models import Draws, Entry
 from benchmarks.posteriordb import flatten
 from pyroflows.report.arviz_bridge import psis
+from pyroflows.study.nuts import Chain, run_chain, run_within
 
 DRAWS = 40_000
 """Draws of a guide; the error of their mean is 0.005 sd."""
@@ -103,10 +104,6 @@ class Result:
     ok: bool | None = None
     note: str = ""
     bound: str = ""
-
-
-class BudgetSpent(Exception):
-    """The CPU seconds of a method are used up."""
 
 
 def run_pyroflows(task: Task) -> Result:
@@ -221,6 +218,9 @@ def _start_uniform(site: dict[str, Any]) -> Tensor:
     return _unconstrained(site, lambda shape: torch.rand(shape) * 4 - 2)
 
 
+NUTS_OPTIONS = {"init_strategy": _start_uniform, "max_plate_nesting": 1}
+
+
 def _unconstrained(site: dict[str, Any], values: Callable[[torch.Size], Tensor]) -> Tensor:
     transform = biject_to(site["fn"].support)
     return transform(values(transform.inverse_shape(site["fn"].shape())))
@@ -258,21 +258,17 @@ def run_nuts(task: Task) -> Result:
     Raises:
         RuntimeError: If no draw follows the warm-up.
     """
-    budget = _budget(task)
     pyro.clear_param_store()
     pyro.set_rng_seed(task.seed)
     start = time.process_time()
-    pilot = _chain(task, 50, 0, start + 0.15 * budget)
-    spent = time.process_time() - start
-    warmup = int(np.clip(0.4 * (budget - spent) * pilot.iterations / spent, 50, 1000))
-    chain = _chain(task, warmup, 10_000, start + budget)
+    chain = run_within(_budget(task), task.entry.model, (), task.kwargs, **NUTS_OPTIONS)
     seconds = time.process_time() - start
-    if chain.count < 4:
-        done = min(chain.iterations, warmup)
-        raise RuntimeError(f"no draw after warm-up ({done} of {warmup} warm-up iterations done)")
     ess = bulk_ess(task.entry, chain.draws) / chain.count
     return Result(
-        chain.draws, seconds, ess=ess, note=f"{warmup} warm-up iterations, {chain.count} draws"
+        chain.draws,
+        seconds,
+        ess=ess,
+        note=f"{chain.iterations - chain.count} warm-up iterations, {chain.count} draws",
     )
 
 
@@ -322,72 +318,13 @@ def bulk_ess(entry: Entry, draws: Draws, chains: int = 1) -> float:
     return float(np.min(ess))
 
 
-@dataclass
-class Chain:
-    """A chain of NUTS: its draws, iterations (warm-up included), and the CPU seconds of its two phases."""
-
-    draws: Draws = field(default_factory=dict)
-    iterations: int = 0
-    warmup: float = 0.0
-    sampling: float = 0.0
-
-    @property
-    def count(self) -> int:
-        """Draws after the warm-up."""
-        return len(next(iter(self.draws.values()))) if self.draws else 0
-
-
 def _chain(
     task: Task, warmup: int, samples: int, deadline: float, target: float = math.inf
 ) -> Chain:
     """Run a chain until it is done, has a bulk ESS of `target`, or the deadline has passed."""
-    chain = Chain()
-    points: list[dict[str, Tensor]] = []
-    start = time.process_time()
-    warm: float | None = None
-    next_look = 200.0
-
-    def stack() -> Draws:
-        return {
-            name: kernel.transforms[name].inv(torch.stack([point[name] for point in points]))
-            for name in points[0]
-        }
-
-    def model(**kwargs: Any) -> None:
-        # One trajectory may be a thousand gradients long, so the clock is read at every one.
-        if time.process_time() > deadline:
-            raise BudgetSpent
-        task.entry.model(**kwargs)
-
-    def hook(kernel: NUTS, params: dict[str, Tensor], stage: str, i: int) -> None:
-        nonlocal warm, next_look
-        chain.iterations += 1
-        if chain.iterations == warmup:
-            warm = time.process_time()
-        if not stage.startswith("Sample"):
-            return
-        points.append({name: value.clone() for name, value in params.items()})
-        if math.isfinite(target) and len(points) >= next_look:
-            ess = bulk_ess(task.entry, stack())
-            if ess >= target:
-                raise BudgetSpent
-            next_look = (
-                len(points) * min(max(target / ess, 1.05), 2.0) if ess > 0 else 2.0 * len(points)
-            )
-
-    kernel = NUTS(model, init_strategy=_start_uniform, max_plate_nesting=1)
-    mcmc = MCMC(
-        kernel, num_samples=max(samples, 1), warmup_steps=warmup, hook_fn=hook, disable_progbar=True
-    )
-    try:
-        mcmc.run(**task.kwargs)
-    except BudgetSpent:
-        pass
-    end = time.process_time()
-    chain.warmup = (warm or end) - start
-    chain.sampling = end - (warm or end)
-    chain.draws = stack() if points else {}
-    return chain
+    measure = partial(bulk_ess, task.entry) if math.isfinite(target) else None
+    limits = {"deadline": deadline, "measure": measure, "target": target}
+    return run_chain(task.entry.model, (), task.kwargs, warmup, samples, **limits, **NUTS_OPTIONS)
 
 
 def _budget(task: Task) -> float:

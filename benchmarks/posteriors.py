@@ -37,6 +37,8 @@ from benchmarks.methods import (
 )
 from benchmarks.models import MODELS
 from benchmarks.posteriordb import PosteriorDB, Reference, flatten
+from pyroflows.report import accuracy
+from pyroflows.report.accuracy import moments
 
 EIGHT = [checks.CENTERED, checks.NONCENTERED]
 DEFAULT_BUDGET = 30.0
@@ -105,19 +107,9 @@ def errors(draws: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> tu
     >>> errors({"x": np.array([1.0, 3.0])}, {"x": np.array([0.0, 2.0])})
     (1.0, 0.0)
     """
-    missing = sorted(set(reference) - set(draws))
-    if missing:
-        raise ValueError(
-            f"Expected draws of every scalar of the reference; {', '.join(missing)} are missing."
-        )
-    mean, log_sd = [], []
-    for name, values in reference.items():
-        sd = values.std()
-        mean.append(abs(draws[name].mean() - values.mean()) / sd)
-        with np.errstate(divide="ignore"):
-            log_sd.append(abs(np.log(draws[name].std() / sd)))
-    # `np.max` keeps a NaN, which Python's max may drop.
-    return float(np.max(mean)), float(np.max(log_sd))
+    known = {name: moments(values) for name, values in reference.items()}
+    found = accuracy.errors({name: moments(values) for name, values in draws.items()}, known)
+    return found.mean, found.log_sd
 
 
 def noise_floor(

@@ -11,6 +11,7 @@ from . import (
     posterior,
     report,
     sampling,
+    study,
     testing,
     train,
     transforms,
@@ -48,6 +49,7 @@ from .posterior import (
     judge,
     load_posterior,
 )
+from .study import calibrate, experiment
 from .testing import check
 from .train import fit_density, fit_likelihood
 
@@ -74,10 +76,12 @@ __all__ = [
     "ResidualFlow",
     "SylvesterFlow",
     "__version__",
+    "calibrate",
     "check",
     "compare",
     "distributions",
     "evidence",
+    "experiment",
     "fit_amortized",
     "fit_density",
     "fit_likelihood",
@@ -92,6 +96,7 @@ __all__ = [
     "report",
     "sampling",
     "simulate",
+    "study",
     "testing",
     "train",
     "transforms",

@@ -27,6 +27,7 @@ FLOORS = [
     "sampling",
     "train",
     "posterior",
+    "study",
     "testing",
     "face",
     "examples",

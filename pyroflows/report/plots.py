@@ -18,7 +18,15 @@ from .._files import check_path, reason, write_whole
 from .arviz_bridge import check_mapping
 from .statistics import hdi
 
-__all__ = ["hardest_pair", "plot_marginals", "plot_pair", "plot_posterior"]
+__all__ = [
+    "hardest_pair",
+    "make_figure",
+    "plain_name",
+    "plot_marginals",
+    "plot_pair",
+    "plot_posterior",
+    "written",
+]
 
 MOST_MARGINALS = 12
 MOST_PAIRED = 1000  # parameters compared in pairs: a matrix of this size squared is held in memory
@@ -56,14 +64,14 @@ def plot_posterior(draws: Mapping[str, Any], path: str | PathLike[str] | None = 
     rows = -(-len(shown) // columns)
     height = max(4.6, 1.75 * rows + 0.9)
     if pair is None:
-        figure = _figure(4.5 * columns, 0.75 * height)
+        figure = make_figure(4.5 * columns, 0.75 * height)
         _marginals(figure, names, values, shown, columns)
-        return _written(figure, path)
-    figure = _figure(2.3 * columns + 5.2, height)
+        return written(figure, path)
+    figure = make_figure(2.3 * columns + 5.2, height)
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[2.3 * columns, 5.2])[0]
     _marginals(left, names, values, shown, columns)
     _pair(right, names, values, pair)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def plot_marginals(draws: Mapping[str, Any], path: str | PathLike[str] | None = None) -> Figure:
@@ -89,9 +97,9 @@ def plot_marginals(draws: Mapping[str, Any], path: str | PathLike[str] | None = 
     names, values = _scalars(draws)
     shown = _choose(names)
     columns = min(4, len(shown))
-    figure = _figure(2.6 * columns + 0.4, 1.9 * -(-len(shown) // columns) + 0.9)
+    figure = make_figure(2.6 * columns + 0.4, 1.9 * -(-len(shown) // columns) + 0.9)
     _marginals(figure, names, values, shown, columns)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def plot_pair(
@@ -133,9 +141,9 @@ def plot_pair(
             raise ValueError("Expected draws of at least two scalar parameters; got those of one.")
     else:
         pair = (_index(names, x), _index(names, y))
-    figure = _figure(5.6, 5.0)
+    figure = make_figure(5.6, 5.0)
     _pair(figure, names, values, pair, chosen=x is None)
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def hardest_pair(values: np.ndarray) -> tuple[int, int] | None:
@@ -239,13 +247,13 @@ def _index(names: list[str], name: str) -> int:
     return names.index(name)
 
 
-def _figure(width: float, height: float) -> Figure:
+def make_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
+def written(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     if path is not None:
         name = check_path("path", path)
         suffix = os.path.splitext(name)[1].lstrip(".").lower() or "png"
@@ -288,7 +296,7 @@ def _marginal(axes: Axes, name: str, column: np.ndarray) -> None:
     axes.plot([left, right], [foot, foot], color=RED, linewidth=2.5, solid_capstyle="butt")
     axes.plot([column.mean()], [foot], "o", color=RED, markersize=4.5)
     axes.set_ylim(2 * foot, None)
-    axes.set_title(_plain(name), fontsize=10)
+    axes.set_title(plain_name(name), fontsize=10)
     axes.set_yticks([])
     axes.tick_params(labelsize=8)
     axes.locator_params(axis="x", nbins=5)
@@ -313,7 +321,7 @@ def _pair(
         logarithmic = column.min() > 0 and np.quantile(column, 0.99) > 10 * np.quantile(
             column, 0.01
         )
-        axis.set_label_text(_plain(name) + (" (log scale)" if logarithmic else ""), fontsize=11)
+        axis.set_label_text(plain_name(name) + (" (log scale)" if logarithmic else ""), fontsize=11)
         if logarithmic:
             scale("log")
             limits(*np.exp(_range(np.log(column))))
@@ -337,6 +345,6 @@ def _range(column: np.ndarray) -> tuple[float, float]:
     )
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name as it is: a dollar would start a formula."""
     return name.replace("$", r"\$")

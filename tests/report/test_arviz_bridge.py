@@ -667,3 +667,19 @@ def test_missing_entries_have_a_row_without_numbers() -> None:
     table = statistics.summary({"x": draws, "mu": draws}, circular=["mu"])
     assert table.loc[["x[1]", "mu[1]"]].isna().all().all()
     assert table.loc[["x[0]", "mu[0]"]].notna().all().all()
+
+
+def test_plots_of_calibration_take_its_groups() -> None:
+    rng = np.random.default_rng(0)
+    pit = {"mu": rng.uniform(size=(1, 50)), "theta": rng.uniform(size=(1, 50, 3))}
+    averaged = {"mu": rng.normal(size=(2, 50))}
+    data = bridge.to_inference_data({"prior_sbc": pit, "averaged_posterior": averaged})
+    arviz = bridge.import_arviz()
+    if bridge.has_datatree(arviz):
+        assert arviz.plot_ecdf_pit(data, backend="none") is not None
+        assert arviz.plot_rank(data, group="averaged_posterior", backend="none") is not None
+    else:
+        values = data["prior_sbc"]["theta"].values.ravel()
+        at = np.linspace(0, 1, 20)
+        assert arviz.plot_ecdf(values, eval_points=at, cdf=lambda x: x, difference=True) is not None
+        assert arviz.plot_rank(data["averaged_posterior"]) is not None

@@ -1,0 +1,20 @@
+"""Studies of a method over many data sets, and of many methods on one."""
+
+from .calibrate import calibrate
+from .calibration import Calibration
+from .comparison import Experiment
+from .experiment import experiment
+from .fits import SVIFit
+from .nuts import NUTSFit
+from .simulation import Simulation, Simulator
+
+__all__ = [
+    "Calibration",
+    "Experiment",
+    "NUTSFit",
+    "SVIFit",
+    "Simulation",
+    "Simulator",
+    "calibrate",
+    "experiment",
+]
