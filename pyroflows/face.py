@@ -37,7 +37,7 @@ from .flows import (
     ResidualFlow,
     SylvesterFlow,
 )
-from .guides import AutoFlow, AutoStructuredFlow
+from .guides import AutoAmortizedFlow, AutoFlow, AutoStructuredFlow
 from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
 from .testing import check
 from .train import fit_density
@@ -53,6 +53,7 @@ __all__ = [
     "NSF",
     "SOSPF",
     "UNAF",
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoStructuredFlow",
     "Flow",

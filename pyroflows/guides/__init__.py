@@ -1,6 +1,7 @@
 """Guides: the contract, and flows as automatic guides."""
 
 from .adapters import as_guide
+from .amortized import AutoAmortizedFlow
 from .auto import AutoFlow
 from .guide import BaseSpace, Guide, Part, from_spec
 from .mixture import AutoMixture
@@ -8,6 +9,7 @@ from .structured import AutoStructuredFlow
 from .whitened import WhitenedFlow
 
 __all__ = [
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoMixture",
     "AutoStructuredFlow",

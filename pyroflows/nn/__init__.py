@@ -1,6 +1,7 @@
 """Networks: plain torch modules that know nothing of flows."""
 
 from .convnet import ConvNet
+from .encoder import RowEncoder, RowSource, RowTable
 from .made import MADE
 from .mlp import MLP
 from .network import Network, convnet, mlp, resnet
@@ -13,6 +14,9 @@ __all__ = [
     "ConvNet",
     "Network",
     "ResNet",
+    "RowEncoder",
+    "RowSource",
+    "RowTable",
     "Startable",
     "convnet",
     "mlp",
