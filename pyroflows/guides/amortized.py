@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -35,7 +35,6 @@ from ..transforms import Transform
 from .auto import ScoredDeltas, check_factory, whitened_flow
 from .late import BuiltLate
 from .row_block import (
-    HEAD,
     Encoding,
     LocalSite,
     MakeFlow,
@@ -50,6 +49,32 @@ from .row_block import (
 __all__ = ["AutoAmortizedFlow"]
 
 
+class Run(NamedTuple):
+    """What one call of the guide knows of the model at its arguments.
+
+    Attributes:
+        args: Positional arguments of the model.
+        kwargs: Keyword arguments of the model.
+        plates: The plates by name.
+        trace: A trace of the model at the globals that were drawn.
+        reference: A trace of the model at globals in their middle, without a graph.
+    """
+
+    args: Any
+    kwargs: Mapping[str, Any]
+    plates: Mapping[str, Any]
+    trace: Any
+    reference: Any
+
+    def sample(self, name: str, fn: Any) -> Tensor:
+        """Samples a site in the plates that it has in the model."""
+        with contextlib.ExitStack() as stack:
+            for plate in plates_of(self.trace.nodes[name]):
+                stack.enter_context(self.plates[plate])
+            value: Tensor = pyro.sample(name, fn)
+        return value
+
+
 class AutoAmortizedFlow(BuiltLate):
     r"""A flow over globals, and for the latents of each data row a flow that reads the row.
 
@@ -58,11 +83,11 @@ class AutoAmortizedFlow(BuiltLate):
     data :math:`y_i`, and the globals,
 
     .. math:: q(\theta, z) = q(\theta) \prod_i q(z_i \mid e(y_i), \theta), \qquad
-        z_i = \mu(\theta) + \sigma(\theta)\,
-        \bigl(m(c_i) + s(c_i) \odot f(x_i; c_i)\bigr), \quad c_i = (e(y_i), \theta),
+        u_i = m(c_i) + s(c_i) \odot f(x_i; c_i), \quad c_i = (e(y_i), \theta).
 
-    where :math:`\mu` and :math:`\sigma` are the location and scale of the site's prior, so that a
-    hierarchy is learned relative to its prior.
+    The entries :math:`u_i` are coordinates of the site :math:`z_i` that follow the location and
+    scale of its prior as far as it is learned for each row, from not at all (centred) to wholly
+    (non-centred); see :class:`pyroflows.model.rehearsal.Coordinates`.
 
     In each call the model is run once unseen, with the globals drawn, which tells the rows that its
     plates see and their data; the plates of the guide then have these rows, whether the model draws
@@ -180,6 +205,7 @@ class AutoAmortizedFlow(BuiltLate):
         local = _local_sites(nodes, trace, self._chosen_plates)
         inside = {name for names in local.values() for name in names}
         self._globals = [site for site in sites if site.name not in inside]
+        self._own = {site.name for site in self._globals}
         _refuse_masks(sites)
         loc = [site.pack(self._like[site.name]) for site in self._globals]
         self._nothing = next(iter(self._like.values())).new_zeros(0)
@@ -215,10 +241,10 @@ class AutoAmortizedFlow(BuiltLate):
             encoder.standardize(*values)
         encoding = Encoding(encoder, plate).to(self._nothing)
         with torch.no_grad():
-            context = encoding(values).shape[-1] + globals_
-        network = partial(Skip) if isinstance(encoder, RowTable) else HEAD
-        flow = amortized_flow(self._make_flow, features, context, network)
-        return RowBlock(plate, sites, reader, encoding, flow.to(self._nothing))
+            encoded = encoding.encode(values).shape[-1]
+        network = partial(Skip, through=isinstance(encoder, RowTable))
+        flow = amortized_flow(self._make_flow, features, encoded + globals_, network)
+        return RowBlock(plate, sites, reader, encoding, flow, encoded).to(self._nothing)
 
     @property
     def blocks(self) -> list[RowBlock]:
@@ -235,17 +261,19 @@ class AutoAmortizedFlow(BuiltLate):
         with ScoredDeltas():
             theta, deltas = self._draw_globals()
             plates = self._given_plates(args, kwargs)
-            values = {name: delta.v for name, delta in deltas.items()}
-            trace = self._rehearse(values, plates, args, kwargs)
-            self._make_plates(trace, plates)
-            for name, delta in deltas.items():
-                values[name] = _sample(name, delta, trace.nodes[name], plates)
+            with torch.no_grad():
+                reference = self._rehearse(self._reference(), plates, args, kwargs)
+            self._make_plates(reference, plates)
+            given = {name: delta.v for name, delta in deltas.items()}
+            trace = self._rehearse(given, plates, args, kwargs) if given else reference
+            run = Run(args, kwargs, plates, trace, reference)
+            values = {name: run.sample(name, delta) for name, delta in deltas.items()}
             for block in self.blocks:
-                values.update(self._sample_rows(block, theta, trace, plates, args, kwargs))
+                values.update(self._sample_rows(block, theta, run) or self._prior(block, run))
         return values
 
     def _draw_globals(self) -> tuple[Tensor, dict[str, dist.Delta]]:
-        """Draws the unconstrained globals, and the point masses of their sites."""
+        """Draws the globals: the whitened vector, and the point masses of their sites."""
         if self.flow is None:
             return self._nothing, {}
         latent = pyro.sample(
@@ -256,7 +284,14 @@ class AutoAmortizedFlow(BuiltLate):
         deltas = {}
         for site, unconstrained in split_vector(self._globals, latent):
             deltas[site.name] = self._place(site, unconstrained, latent.shape[:-1])
-        return latent, deltas
+        return self.flow.whitening.inverse_and_log_det(latent)[0], deltas
+
+    def _reference(self) -> dict[str, Tensor]:
+        """Values of the globals in their middle."""
+        if self.flow is None:
+            return {}
+        pairs = split_vector(self._globals, self.flow.whitening.loc.detach())
+        return {site.name: site.transform(unconstrained) for site, unconstrained in pairs}
 
     def _place(self, site: LatentSite, unconstrained: Tensor, batch: torch.Size) -> dist.Delta:
         """The point mass of a global site, whose plates take the place of empty dimensions."""
@@ -295,32 +330,33 @@ class AutoAmortizedFlow(BuiltLate):
                 size = frame.full_size if known else None
                 plates[frame.name] = pyro.plate(frame.name, size, dim=frame.dim, **rows)
 
-    def _sample_rows(
-        self,
-        block: RowBlock,
-        theta: Tensor,
-        trace: Any,
-        plates: Mapping[str, Any],
-        args: Any,
-        kwargs: Mapping[str, Any],
-    ) -> dict[str, Tensor]:
+    def _sample_rows(self, block: RowBlock, theta: Tensor, run: Run) -> dict[str, Tensor]:
         """Samples the sites of a plate's rows; none where the rows have no data."""
-        rows = Rows.seen(trace, trace.nodes[block.sites[0].name], block.plate)
-        data = block.reader.read(trace, args, kwargs, rows)
+        rows = Rows.seen(run.trace, run.trace.nodes[block.sites[0].name], block.plate)
+        data = block.reader.read(run.reference, run.args, run.kwargs, rows)
         if data is None:
             return {}
-        with plates[block.plate]:
+        encoding = block.encode(data)
+        with run.plates[block.plate]:
             latent = pyro.sample(
                 f"_{self._pyro_name}_{block.plate}_latent",
-                block.distribution(block.encode(data), theta, rows),
+                block.distribution(encoding, theta, rows),
                 infer={"is_auxiliary": True},
             )
-        values = {}
+        values, centring = {}, block.centre(encoding, rows)
         for name, u in block.split(latent, rows).items():
-            node = trace.nodes[name]
-            value, log_det = Coordinates(node).value_and_log_det(u)
-            delta = dist.Delta(value, -log_det, node["fn"].event_dim)
-            values[name] = _sample(name, delta, node, plates)
+            coordinates = Coordinates(run.trace.nodes[name], run.reference.nodes[name])
+            value, log_det = coordinates.value_and_log_det(u, centring[name])
+            values[name] = run.sample(name, dist.Delta(value, -log_det, coordinates.event_dim))
+        return values
+
+    def _prior(self, block: RowBlock, run: Run) -> dict[str, Tensor]:
+        """Samples the sites of rows without data from the prior, one after another."""
+        given = {name: node["value"] for name, node in run.trace.nodes.items() if name in self._own}
+        values: dict[str, Tensor] = {}
+        for site in block.sites:
+            trace = self._rehearse({**given, **values}, run.plates, run.args, run.kwargs)
+            values[site.name] = run.sample(site.name, trace.nodes[site.name]["fn"])
         return values
 
     # Draws
@@ -371,15 +407,6 @@ class AutoAmortizedFlow(BuiltLate):
         draws = self.sample(1000, *args, **kwargs)
         levels = torch.as_tensor(quantiles).to(self._nothing)
         return {name: value.quantile(levels, dim=0) for name, value in draws.items()}
-
-
-def _sample(name: str, delta: dist.Delta, node: Any, plates: Mapping[str, Any]) -> Tensor:
-    """Samples a site in its plates."""
-    with contextlib.ExitStack() as stack:
-        for plate in plates_of(node):
-            stack.enter_context(plates[plate])
-        value: Tensor = pyro.sample(name, delta)
-    return value
 
 
 def _check_plates(plates: Any) -> list[str] | None:

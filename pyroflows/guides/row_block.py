@@ -22,7 +22,6 @@ from ..transforms import Elementwise, Transform
 from ..univariate import Affine, MonotoneNetwork
 
 __all__ = [
-    "HEAD",
     "Encoding",
     "LocalSite",
     "MakeFlow",
@@ -36,8 +35,6 @@ __all__ = [
 
 #: Makes a flow of (features, context_features).
 MakeFlow = Callable[[int, int], "Flow | Transform"]
-#: Reads the affine map of a row from its context.
-HEAD = mlp((64, 64))
 
 
 class Rows(NamedTuple):
@@ -153,6 +150,8 @@ class RowReader:
             made = self.read(trace, args, kwargs, rows) or []
             return [RowSource(f"tensor {k}", value.shape[1:]) for k, value in enumerate(made)]
         observed = list(_observed(trace, rows))
+        if not observed:
+            return []
         sources = [source for source, _ in observed]
         values = [value for _, value in observed]
         sets = {source.shape[: source.exchangeable] for source in sources if source.exchangeable}
@@ -255,14 +254,18 @@ class Encoding(PyroModule):
         self.plate = plate
 
     def forward(self, values: Sequence[Tensor]) -> Tensor:
+        """Encodes rows in a guide; see :meth:`encode`."""
+        if am_i_wrapped():
+            register_parameters(self)
+        return self.encode(values)
+
+    def encode(self, values: Sequence[Tensor]) -> Tensor:
         """Encodes rows, from tensors with rows in front to ``(rows, features)``.
 
         Raises:
             TypeError: If the encoder cannot be called so.
             ValueError: If it gives another shape.
         """
-        if am_i_wrapped():
-            register_parameters(self)
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         name = type(self.network).__name__
         rows = len(values[0])
@@ -311,6 +314,7 @@ class RowBlock(PyroModule):
         reader: Reads the data of rows.
         encoder: The encoder :math:`e`.
         flow: The flow :math:`f`, with the affine map after it.
+        encoding_features: Entries of an encoding.
     """
 
     def __init__(
@@ -320,11 +324,13 @@ class RowBlock(PyroModule):
         reader: RowReader,
         encoder: Encoding,
         flow: Flow,
+        encoding_features: int,
     ) -> None:
         super().__init__()
         self.plate, self.sites, self.reader = plate, list(sites), reader
         self.encoder = encoder
         self.flow = flow
+        self.centring = Centring(encoding_features, self.features)
 
     @property
     def features(self) -> int:
@@ -347,17 +353,21 @@ class RowBlock(PyroModule):
 
         Args:
             encoding: Encodings of shape ``(rows, features)``.
-            theta: Globals of shape ``(*draws, globals)``.
+            theta: Globals, whitened, of shape ``(*draws, globals)``.
             rows: The rows.
 
         Returns:
             A distribution of batch shape ``(*draws, rows, *1)``, with the rows in the plate's
             dimension.
         """
-        placed = encoding.reshape(len(encoding), *(1,) * (-rows.dim - 1), encoding.shape[-1])
+        placed = _in_dimension(encoding, rows.dim)
         batch = torch.broadcast_shapes(placed.shape[:-1], theta.shape[:-1])
         context = torch.cat([each.expand(*batch, each.shape[-1]) for each in (placed, theta)], -1)
         return self.flow(context)
+
+    def centre(self, encoding: Tensor, rows: Rows) -> dict[str, Tensor]:
+        """How far the coordinates of each site stay where they are when its prior moves."""
+        return self.split(_in_dimension(self.centring(encoding), rows.dim), rows)
 
     def split(self, latent: Tensor, rows: Rows) -> dict[str, Tensor]:
         """The coordinates of each site, in its shape, from entries of shape ``(*, features)``."""
@@ -366,9 +376,37 @@ class RowBlock(PyroModule):
         return {site.name: site.arrange(part, rows.size) for site, part in pairs}
 
 
-def amortized_flow(
-    make: MakeFlow | None, features: int, context: int, network: Network = HEAD
-) -> Flow:
+class Centring(PyroModule):
+    """Shares of centring, between 0 and 1 and at first a half, from encodings.
+
+    Args:
+        inputs: Entries of an encoding.
+        outputs: Latent entries of a row.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, encoding: Tensor) -> Tensor:
+        """From encodings of shape ``(rows, inputs)`` to ``(rows, outputs)``."""
+        if am_i_wrapped():
+            register_parameters(self)
+        return self.linear(encoding).sigmoid()
+
+    def __getattr__(self, name: str) -> Any:
+        # Pyro would register the linear map again whenever it is read in a guide.
+        return nn.Module.__getattr__(self, name)
+
+
+def _in_dimension(values: Tensor, dim: int) -> Tensor:
+    """Values of rows, ``(rows, features)``, with the rows in a plate's dimension."""
+    return values.reshape(len(values), *(1,) * (-dim - 1), values.shape[-1])
+
+
+def amortized_flow(make: MakeFlow | None, features: int, context: int, network: Network) -> Flow:
     """Makes a flow with a context, followed by an affine map that the context gives.
 
     Args:

@@ -73,18 +73,17 @@ class RowEncoder(nn.Module):
         self.sources = tuple(sources)
         self.sets = _group_sets(self.sources)
         inputs = sum(self._vector_size(source) for source in self.sources)
-        hidden = (width, width)
         self.elements = nn.ModuleList()
         for members in self.sets:
             entries = sum(_entries(self.sources[k]) for k in members)
-            self.elements.append(MLP(entries, width, hidden=hidden))
+            self.elements.append(_perceptron(entries, width, width))
             inputs += width + 1
         self.series = nn.ModuleList()
         for source in self.sources:
             if source.series and not source.exchangeable:
                 self.series.append(nn.GRU(source.shape[-1], width, batch_first=True))
                 inputs += width * source.shape[:-2].numel()
-        self.joint = MLP(max(inputs, 1), features, hidden=hidden)
+        self.joint = _perceptron(inputs, width, features)
         for k, source in enumerate(self.sources):
             shape = source.shape[source.exchangeable :]
             self.register_buffer(f"loc_{k}", torch.zeros(shape))
@@ -162,6 +161,17 @@ class RowEncoder(nn.Module):
         return parts
 
 
+def _perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    # Not an MLP, whose outputs are small at first, so that a flow is slow to hear of the data.
+    return nn.Sequential(
+        nn.Linear(inputs, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, outputs),
+    )
+
+
 def _entries(source: RowSource) -> int:
     return source.shape[source.exchangeable :].numel()
 
@@ -201,27 +211,38 @@ class RowTable(nn.Module):
 
 
 class Skip(Startable):
-    r"""A perceptron beside which the first entries of the input pass: :math:`x_{:n} + h(x)`.
+    r"""A perceptron beside a linear map, which learns fast: :math:`W x + h(x)`.
 
     Args:
         inputs: Entries of the input.
-        outputs: Entries of the output, at most as many.
+        outputs: Entries of the output.
         context: Not used.
+        through: Whether the first entries of the input pass as they are at first.
+
+    Raises:
+        ValueError: If a size is not positive.
 
     Example:
-        >>> network = Skip(3, 2)
+        >>> network = Skip(3, 2, through=True)
         >>> network.start_at(torch.zeros(2))
         >>> network(torch.tensor([1.0, 2.0, 3.0])).tolist()
         [1.0, 2.0]
     """
 
-    def __init__(self, inputs: int, outputs: int, context: int | None = None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, context: int | None = None, *, through: bool = False
+    ) -> None:
         super().__init__()
-        self.outputs = outputs
         self.network = MLP(inputs, outputs)
+        self.linear = nn.Linear(inputs, outputs, bias=False)
+        self.through = through
 
+    @torch.no_grad()
     def start_at(self, values: Tensor) -> None:
         self.network.start_at(values)
+        self.linear.weight.zero_()
+        if self.through:
+            self.linear.weight.fill_diagonal_(1.0)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return x[..., : self.outputs] + self.network(x)
+        return self.linear(x) + self.network(x)
