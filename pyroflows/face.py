@@ -38,7 +38,7 @@ from .flows import (
     ResidualFlow,
     SylvesterFlow,
 )
-from .guides import AutoFlow, AutoStructuredFlow
+from .guides import AutoAmortizedFlow, AutoFlow, AutoStructuredFlow
 from .model.simulations import simulate
 from .posterior import (
     Posterior,
@@ -64,6 +64,7 @@ __all__ = [
     "NSF",
     "SOSPF",
     "UNAF",
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoStructuredFlow",
     "Flow",

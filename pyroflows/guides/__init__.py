@@ -1,8 +1,9 @@
 """Guides: the contract, and flows as automatic guides."""
 
 from .adapters import as_guide
-from .amortized import AmortizedGuide, EmbeddedFlow
+from .amortized import AutoAmortizedFlow
 from .auto import AutoFlow
+from .embedded import AmortizedGuide, EmbeddedFlow
 from .guide import BaseSpace, Guide, Part, from_spec
 from .mixture import AutoMixture
 from .structured import AutoStructuredFlow
@@ -10,6 +11,7 @@ from .whitened import WhitenedFlow
 
 __all__ = [
     "AmortizedGuide",
+    "AutoAmortizedFlow",
     "AutoFlow",
     "AutoMixture",
     "AutoStructuredFlow",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..distributions.flow import sum_rightmost
 from ..flows import Flow, RealNVP
 from ..model.checks import check_entries
 from ..model.density import LogDensity
-from ..model.handlers import DetachedCopies, StartInPlates
+from ..model.handlers import StartInPlates
 from ..model.masks import settle_masks
 from ..model.sites import (
     LatentSite,
@@ -39,12 +38,13 @@ from ..nn import mlp
 from ..transforms import Elementwise, Transform
 from ..univariate import MonotoneNetwork
 from .guide import BaseSpace, Guide
+from .late import BuiltLate
 from .whitened import WhitenedFlow
 
-__all__ = ["AutoFlow"]
+__all__ = ["AutoFlow", "ScoredDeltas", "check_factory", "whitened_flow"]
 
 
-class FlowGuide(AutoContinuous, Guide):
+class FlowGuide(BuiltLate, AutoContinuous, Guide):
     """The part that guides made of flows share: construction, quantiles, saving and copying."""
 
     def __init__(
@@ -55,19 +55,9 @@ class FlowGuide(AutoContinuous, Guide):
         init_scale: float = 0.1,
     ) -> None:
         self._init_scale = check_positive("init_scale", init_scale)
-        if flow is not None and not callable(flow):
-            raise TypeError(
-                "Expected flow to be a callable from the number of features to a Flow; "
-                f"got {flow!r}."
-            )
-        if isinstance(flow, torch.nn.Module):
-            raise TypeError(
-                "Expected flow to be a callable such as pf.RealNVP, not a made "
-                f"{type(flow).__name__}."
-            )
+        check_factory("flow", flow)
         super().__init__(StartInPlates()(model), init_loc_fn=init_loc_fn)
         self._make_flow = flow
-        self._waiting_state: dict[str, Tensor] | None = None
 
     # Construction, once the model has run
 
@@ -80,9 +70,7 @@ class FlowGuide(AutoContinuous, Guide):
             )
         try:
             self._build(*args, **kwargs)
-            if self._waiting_state is not None:
-                self.load_state_dict(self._waiting_state)
-                self._waiting_state = None
+            self.load_waiting_state()
         except Exception as error:
             # A guide that refused a model once must refuse it again, and not go on half made.
             trace, self.prototype_trace = self.prototype_trace, None
@@ -131,12 +119,7 @@ class FlowGuide(AutoContinuous, Guide):
 
     def _whitened_flow(self, loc: Tensor) -> WhitenedFlow:
         """Makes a fresh flow, with a whitening map that starts at a point."""
-        make = self._make_flow or default_flow
-        made = call_factory("flow", make, "pf.RealNVP is", features=len(loc))
-        flow = WhitenedFlow(_check_flow(made, len(loc))).to(loc.device, loc.dtype)
-        identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        flow.whiten(loc, self._init_scale * identity)
-        return flow
+        return whitened_flow(self._make_flow, loc, self._init_scale)
 
     # The contract of a guide
 
@@ -169,7 +152,7 @@ class FlowGuide(AutoContinuous, Guide):
         """Samples every latent site, as a guide with the arguments of the model."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        with _ScoredDeltas():
+        with ScoredDeltas():
             return self._sample_sites(*args, **kwargs)
 
     def _sample_sites(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -254,41 +237,6 @@ class FlowGuide(AutoContinuous, Guide):
                 "Expected a guide that has met its model; "
                 f"call guide(*args, **kwargs) before {what}."
             )
-
-    # Saving and copying
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.prototype_trace is None:
-            # The flow is made in the first call, when the model tells its size; the state waits
-            # until then.
-            named = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-            self._waiting_state = {k: v.detach().clone() for k, v in named.items()}
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + k: v for k, v in (self._waiting_state or {}).items()})
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pyro's own forgets the model and the master of the original, not only of the copy.
-        model, master = self._model, self.master
-        try:
-            return dict(super().__getstate__())
-        finally:
-            object.__setattr__(self, "_model", model)
-            object.__setattr__(self, "master", master)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FlowGuide:
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        # The trace of the model in it carries a graph where priors depend on parameters.
-        with DetachedCopies():
-            new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        object.__setattr__(new, "_model", self._model)
-        return new
 
 
 class AutoFlow(FlowGuide):
@@ -418,6 +366,40 @@ class AutoFlow(FlowGuide):
         return self.flow.transform.forward_and_log_det(x)[0]
 
 
+def check_factory(name: str, flow: Any) -> None:
+    """Raises ``TypeError`` unless ``flow`` is ``None`` or a callable that may make flows."""
+    if flow is not None and not callable(flow):
+        raise TypeError(
+            f"Expected {name} to be a callable from the number of features to a Flow; got {flow!r}."
+        )
+    if isinstance(flow, torch.nn.Module):
+        raise TypeError(
+            f"Expected {name} to be a callable such as pf.RealNVP, not a made "
+            f"{type(flow).__name__}."
+        )
+
+
+def whitened_flow(
+    make: Callable[[int], Flow | Transform] | None, loc: Tensor, scale: float
+) -> WhitenedFlow:
+    """Makes a fresh flow, with a whitening map that starts at a point.
+
+    Args:
+        make: A callable from the number of features to a flow, or ``None`` for the default.
+        loc: The point, of shape ``(features,)``.
+        scale: Standard deviation of each entry.
+
+    Raises:
+        TypeError: If it makes no flow.
+        ValueError: If the flow does not fit.
+    """
+    made = call_factory("flow", make or default_flow, "pf.RealNVP is", features=len(loc))
+    flow = WhitenedFlow(_check_flow(made, len(loc))).to(loc.device, loc.dtype)
+    identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
+    flow.whiten(loc, scale * identity)
+    return flow
+
+
 def default_flow(features: int) -> Flow | Transform:
     """Makes a flow that any optimiser may train: bounded networks let no draw run away."""
     if features == 1:
@@ -452,8 +434,8 @@ def _refuse_subsampled_latents(trace: Any) -> None:
                 raise ValueError(
                     f"Expected latent sites outside of subsampled plates; got {name!r} in plate "
                     f"{frame.name!r}, of which each run sees {frame.size} of {frame.full_size}. "
-                    "An AutoFlow learns one vector of latents for all "
-                    "data; use an amortised guide, which reads each mini-batch, for such a site."
+                    "An AutoFlow learns one vector of latents for all data; use AutoAmortizedFlow, "
+                    "an amortised guide, which reads each mini-batch, for such a site."
                 )
 
 
@@ -471,7 +453,7 @@ def _kl_scored_delta(p: _ScoredDelta, q: Any) -> Tensor:
     raise NotImplementedError
 
 
-class _ScoredDeltas(Messenger):
+class ScoredDeltas(Messenger):
     """Makes scored deltas of sites, because TraceMeanField_ELBO takes divergences if it can."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:  # type: ignore[override]

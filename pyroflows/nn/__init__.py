@@ -2,6 +2,7 @@
 
 from .convnet import ConvNet
 from .embedding import DeepSet, Entries, SeriesNet
+from .encoder import RowEncoder, RowSource, RowTable
 from .made import MADE
 from .mlp import MLP
 from .network import Network, convnet, mlp, resnet
@@ -16,6 +17,9 @@ __all__ = [
     "Entries",
     "Network",
     "ResNet",
+    "RowEncoder",
+    "RowSource",
+    "RowTable",
     "SeriesNet",
     "Startable",
     "convnet",

@@ -27,7 +27,7 @@ from .._compat import without_handlers
 from .._deadline import Deadline
 from .._random import forked, seeded
 from ..flows import Flow
-from ..guides.amortized import AmortizedGuide, EmbeddedFlow
+from ..guides.embedded import AmortizedGuide, EmbeddedFlow
 from ..model.simulations import SimulationRun, Simulations, warn_of_failures
 from ..model.simulator import Simulator, as_simulator, as_values
 from ..nn.embedding import DeepSet, Entries, SeriesNet

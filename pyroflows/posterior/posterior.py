@@ -22,6 +22,7 @@ from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
 from .fingerprint import take_fingerprint
 from .importance import ImportanceSample, draw_importance_sample, resample
+from .prior import SitesPrior, learn_prior
 from .subject import KHAT_LIMIT, entry_names, scalar_names
 from .verdict import Verdict
 
@@ -346,6 +347,43 @@ class Posterior:
         with forked(seed):
             return simulate.inference_data(density, z.unsqueeze(0), sample_stats, attrs)
 
+    def as_prior(
+        self, sites: Sequence[str] | None = None, draws: int = 8000, seed: int | None = 0
+    ) -> SitesPrior:
+        r"""Makes a prior of the posterior: the joint distribution of some sites.
+
+        Where the guide is one flow over all sites and needs no correction, its density is taken;
+        otherwise a flow :math:`q` is fitted to draws by forward KL,
+        :math:`\max_q \sum_k \log q(\theta^{(k)})`.
+
+        Args:
+            sites: Names of latent sites; all of them by default.
+            draws: How many draws a marginal is learned from.
+            seed: Seed of the draws and of the fit.
+
+        Returns:
+            A distribution of vectors that hold the values of the sites, each on its support.
+
+        Raises:
+            TypeError: If ``sites`` is no sequence of names.
+            ValueError: If ``sites`` is empty, has a name twice, or one of no latent site or of one
+                with masked entries; if there are fewer than 100 draws, or the density is not known.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist, pyroflows as pf
+            >>> def model(y):
+            ...     scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            ...     pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+            >>> first = pf.fit_posterior(model, (torch.tensor(1.0),), steps=0, progress=False)
+            >>> prior = first.as_prior(["scale"], draws=200)
+            >>> prior.event_shape, list(prior.split(prior.sample()))
+            (torch.Size([1]), ['scale'])
+            >>> today = prior.replace(model)
+        """
+        if sites is not None:
+            _check_sites(sites, {name: None for name in self._latent_names})
+        return learn_prior(self, sites, draws, seed)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the posterior to a file that :func:`load_posterior` reads.
 
@@ -400,7 +438,7 @@ class Posterior:
         }
 
 
-def _check_sites(sites: Any, draws: Mapping[str, Tensor]) -> list[str]:
+def _check_sites(sites: Any, draws: Mapping[str, Any]) -> list[str]:
     if isinstance(sites, (str, bytes)) or not isinstance(sites, Sequence):
         raise TypeError(f"Expected sites to be a sequence of names; got {sites!r}.")
     for name in sites:

@@ -16,7 +16,7 @@ from .._checks import call_factory, check_seed, check_size, check_tensor
 from .._random import forked
 from ..distributions import FlowDistribution
 from ..flows import NSF, Flow
-from ..guides.amortized import EmbeddedFlow
+from ..guides.embedded import EmbeddedFlow
 from ..model.simulations import SimulationRun, Simulations, warn_of_failures
 from ..model.simulator import FunctionSimulator
 from .likelihood import DensityReport, fit_density
