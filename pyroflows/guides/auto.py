@@ -37,6 +37,8 @@ from ..model.sites import (
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
+from ..transforms.low_rank import LowRankRoot
+from ..transforms.roots import Root
 from ..univariate import MonotoneNetwork
 from .guide import BaseSpace, Guide
 from .whitened import WhitenedFlow
@@ -134,8 +136,7 @@ class FlowGuide(AutoContinuous, Guide):
         make = self._make_flow or default_flow
         made = call_factory("flow", make, "pf.RealNVP is", features=len(loc))
         flow = WhitenedFlow(_check_flow(made, len(loc))).to(loc.device, loc.dtype)
-        identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-        flow.whiten(loc, self._init_scale * identity)
+        flow.whiten(loc, LowRankRoot.diagonal(torch.full_like(loc, self._init_scale)))
         return flow
 
     # The contract of a guide
@@ -368,13 +369,13 @@ class AutoFlow(FlowGuide):
         density.introduce(guide)
         return guide
 
-    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def whiten(self, loc: Tensor, scale_tril: Root) -> None:
         r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
 
         Args:
             loc: Tensor of shape ``(features,)``.
             scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
-                diagonal.
+                diagonal, of which the principal factors are kept above 256 features.
 
         Raises:
             RuntimeError: If the guide has not met its model yet.

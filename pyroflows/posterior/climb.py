@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ LEFT_BY_CENSUS = 1 / 4
 LEFT_BY_SEARCH = 1 / 2
 # How much longer a verdict may take than one on a guide that has not been trained.
 UNTRAINED = 2.0
-# A dense flow over more latents needs more memory than there is.
+# A flow over more latents at once needs more memory than there is.
 MOST_DENSE = 2048
 # Remedies that are left, once all rungs have been tried or a guide of the user's has been trained.
 REMEDY = "hand a richer flow to guide="
@@ -174,6 +175,8 @@ class Climb:
         Returns:
             Whether the fit is over: a guide is trusted, none can be, or the time is over.
         """
+        if self.density.features > rung.most_features:
+            return False
         if rung.needs_census and not self._may_be_dense():
             return True
         if rung.needs_census and not self.has_census:
@@ -316,6 +319,7 @@ class Rung:
         train: Trains the guide for some steps, and returns how many it took.
         trajectories: Trajectories by which draws of the guide are polished.
         needs_census: Whether the guide starts at the census of the modes of the whole posterior.
+        most_features: The largest number of latent entries for which it is tried.
     """
 
     name: str
@@ -324,6 +328,7 @@ class Rung:
     train: Callable[[Climb, Any, int], int] = train_flow
     trajectories: int = 0
     needs_census: bool = True
+    most_features: float = math.inf
 
     def label(self, steps: int) -> str:
         """Returns the name of an attempt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._random import forked, seeded
 from ..guides import as_guide
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
+from ..transforms.low_rank import DENSE
 from .census import Census, find_start, take_census
 from .judging import judge_guide
 from .posterior import Posterior
@@ -86,7 +88,9 @@ def judge(
             adapted = as_guide(guide, density)
             density = density.rotated(adapted.centres())
         with deadline.enforced():
-            census = None if adapted.has_marginal else _census(density)
+            take = functools.partial(_census, density)
+            # Of many latents it costs more than weights do.
+            census = take if adapted.has_marginal or density.features > DENSE else take()
             verdict, _ = judge_guide(adapted, density, census, draws=draws)
     return Posterior(adapted, density, verdict, seconds=deadline.elapsed)
 
