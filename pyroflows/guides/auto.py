@@ -24,7 +24,7 @@ from ..distributions.flow import sum_rightmost
 from ..flows import Flow, RealNVP
 from ..model.checks import check_entries
 from ..model.density import LogDensity
-from ..model.handlers import DetachedCopies, StartInPlates
+from ..model.handlers import DetachedCopies, StartInPlates, UnrolledLoops
 from ..model.masks import settle_masks
 from ..model.sites import (
     LatentSite,
@@ -67,7 +67,8 @@ class FlowGuide(AutoContinuous, Guide):
                 "Expected flow to be a callable such as pf.RealNVP, not a made "
                 f"{type(flow).__name__}."
             )
-        super().__init__(StartInPlates()(model), init_loc_fn=init_loc_fn)
+        unrolled = UnrolledLoops()(StartInPlates()(model))
+        super().__init__(unrolled, init_loc_fn=init_loc_fn)
         self._make_flow = flow
         self._waiting_state: dict[str, Tensor] | None = None
 
@@ -91,6 +92,7 @@ class FlowGuide(AutoContinuous, Guide):
             if isinstance(error, NotImplementedError) and trace is not None:
                 for name, site in trace.iter_stochastic_nodes():
                     check_support(name, site["fn"].support)
+                _refuse_subsampled_latents(trace)
             raise
 
     def _build(self, *args: Any, **kwargs: Any) -> None:

@@ -197,7 +197,7 @@ def test_locals_are_drawn_about_their_mean_where_that_takes_noise_from_their_wei
     guide.repeat_locals()
     assert bool(guide.shift.any())
     guide.repeats.fill_(1)
-    z, about_mean = guide.sample_and_weigh(guide.marginal.density, 400)
+    _, about_mean = guide.sample_and_weigh(guide.marginal.density, 400)
     assert float(about_mean.var()) < 0.7 * float(about_mode.var())
     drawn, log_prob = guide.sample_and_log_prob(3)
     torch.testing.assert_close(guide.log_prob(drawn), log_prob, rtol=1e-4, atol=1e-3)
