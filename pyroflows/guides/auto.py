@@ -302,8 +302,9 @@ class AutoFlow(FlowGuide):
     .. math:: x \sim N(0, I), \qquad z = \mu + L\, f(x),
 
     with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that
-    starts at ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs
-    of Pyro that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``,
+    starts at ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. Above 256
+    latent entries :math:`L` is a diagonal matrix times one of low rank beside the identity. The
+    ELBOs of Pyro that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``,
     ``TraceMeanField_ELBO`` and their jitted kin) get the path gradient.
 
     Args:

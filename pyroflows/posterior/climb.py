@@ -69,6 +69,7 @@ class Climb:
         guide: The guide of the attempt under way.
         sample: The weighted draws by which the last attempt was judged.
         best: The best attempt so far.
+        obstacle: Why no guide follows the structure of the model, if that was looked for.
         judging: Seconds that the longest verdict so far has taken.
         marginal_fit: Trains the flow of a structured guide; there once such a guide has been made.
     """
@@ -94,6 +95,7 @@ class Climb:
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
         self.interrupted = self.out_of_steps = self.has_census = False
+        self.obstacle: ValueError | None = None
         self.judging = 0.0
 
     @cached_property
@@ -213,7 +215,7 @@ class Climb:
                 f"Expected at most {MOST_DENSE} latent entries, or a model of a few globals on "
                 "which all others depend, these in groups, chains or crossed factors; got "
                 f"{self.density.features} entries without such a structure."
-            )
+            ) from self.obstacle
         return False
 
     def take_census(self) -> None:

@@ -38,7 +38,8 @@ def judge(
 
     The weights :math:`p(z_i, \mathrm{data}) / q(z_i)` of draws of the guide are looked at, a census
     of the modes is taken to find any that the guide misses, and Hamiltonian trajectories from its
-    draws must leave their moments as they are. The posterior that is returned corrects its draws
+    draws must leave their moments as they are. Above 64 latents the census is taken only if the
+    weights show nothing wrong. The posterior that is returned corrects its draws
     where the weights are reliable.
 
     Args:
