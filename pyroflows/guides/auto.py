@@ -23,7 +23,7 @@ from ..distributions.flow import sum_rightmost
 from ..flows import Flow, RealNVP
 from ..model.checks import check_entries
 from ..model.density import LogDensity
-from ..model.handlers import StartInPlates
+from ..model.handlers import StartInPlates, UnrolledLoops
 from ..model.masks import settle_masks
 from ..model.sites import (
     LatentSite,
@@ -36,6 +36,8 @@ from ..model.sites import (
 from ..model.start import check_support, init_to_median
 from ..nn import mlp
 from ..transforms import Elementwise, Transform
+from ..transforms.low_rank import LowRankRoot
+from ..transforms.roots import Root
 from ..univariate import MonotoneNetwork
 from .guide import BaseSpace, Guide
 from .late import BuiltLate
@@ -56,7 +58,8 @@ class FlowGuide(BuiltLate, AutoContinuous, Guide):
     ) -> None:
         self._init_scale = check_positive("init_scale", init_scale)
         check_factory("flow", flow)
-        super().__init__(StartInPlates()(model), init_loc_fn=init_loc_fn)
+        unrolled = UnrolledLoops()(StartInPlates()(model))
+        super().__init__(unrolled, init_loc_fn=init_loc_fn)
         self._make_flow = flow
 
     # Construction, once the model has run
@@ -77,6 +80,7 @@ class FlowGuide(BuiltLate, AutoContinuous, Guide):
             if isinstance(error, NotImplementedError) and trace is not None:
                 for name, site in trace.iter_stochastic_nodes():
                     check_support(name, site["fn"].support)
+                _refuse_subsampled_latents(trace)
             raise
 
     def _build(self, *args: Any, **kwargs: Any) -> None:
@@ -247,8 +251,9 @@ class AutoFlow(FlowGuide):
     .. math:: x \sim N(0, I), \qquad z = \mu + L\, f(x),
 
     with a flow :math:`f` that starts at the identity and a whitening map :math:`(\mu, L)` that
-    starts at ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. The ELBOs
-    of Pyro that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``,
+    starts at ``init_loc_fn`` and ``init_scale``; see :meth:`whiten` for a better start. Above 256
+    latent entries :math:`L` is a diagonal matrix times one of low rank beside the identity. The
+    ELBOs of Pyro that ask a guide for its entropy term (``Trace_ELBO``, ``TraceGraph_ELBO``,
     ``TraceMeanField_ELBO`` and their jitted kin) get the path gradient.
 
     Args:
@@ -316,13 +321,13 @@ class AutoFlow(FlowGuide):
         density.introduce(guide)
         return guide
 
-    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def whiten(self, loc: Tensor, scale_tril: Root) -> None:
         r"""Sets the whitening map, for instance to a Gaussian fit of the posterior.
 
         Args:
             loc: Tensor of shape ``(features,)``.
             scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
-                diagonal.
+                diagonal, of which the principal factors are kept above 256 features.
 
         Raises:
             RuntimeError: If the guide has not met its model yet.
@@ -395,8 +400,7 @@ def whitened_flow(
     """
     made = call_factory("flow", make or default_flow, "pf.RealNVP is", features=len(loc))
     flow = WhitenedFlow(_check_flow(made, len(loc))).to(loc.device, loc.dtype)
-    identity = torch.eye(len(loc), dtype=loc.dtype, device=loc.device)
-    flow.whiten(loc, scale * identity)
+    flow.whiten(loc, LowRankRoot.diagonal(torch.full_like(loc, scale)))
     return flow
 
 

@@ -23,7 +23,8 @@ GAIN, NEAR_ONE = 1e-2, 0.3
 # the locals further from their mode, or climb as steeply as before: to a pole. It has found a mode
 # even so if no logarithm of a curvature is further from zero.
 STILL_ROUNDS, UNSETTLED, STEEP, ROUGH = 3, 0.1, 1.0, 2.0
-# Points of the lowest density count as so far below the best.
+# Points of the lowest density count as so far below the best, or as far as its size if that is
+# more: of many rows the density falls by far within a step.
 DEEPEST = 1e4
 LENGTHS = 2.0 ** torch.arange(1.0, -7.0, -1.0)
 # More globals have their mixed differences on one side only, and anew after so many widths only.
@@ -216,7 +217,7 @@ def _differentiate(
     pairs = units[first] + units[second]
     design = [0 * units[:1], units, -units, pairs, -pairs if central else pairs[:0]]
     values, _ = marginal.evaluate(now.loc + torch.cat(design) @ root.mT, now.reference)
-    values = values.clamp_min(now.value - DEEPEST)
+    values = values.clamp_min(now.value - now.value.abs().clamp_min(DEEPEST))
     middle, up, down, together, opposite = values.split(list(map(len, design)))
     gradient = (up - down) / (2 * DISTANCE)
     curvature = torch.diag_embed((2 * middle - up - down) / DISTANCE**2)

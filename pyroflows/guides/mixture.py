@@ -16,6 +16,7 @@ from ..flows import Flow
 from ..model.density import LogDensity
 from ..model.start import init_to_median
 from ..transforms import Transform
+from ..transforms.roots import Root
 from .auto import FlowGuide
 from .guide import BaseSpace
 from .whitened import WhitenedFlow
@@ -105,7 +106,7 @@ class AutoMixture(FlowGuide):
         density.introduce(guide)
         return guide
 
-    def whiten(self, component: int, loc: Tensor, scale_tril: Tensor) -> None:
+    def whiten(self, component: int, loc: Tensor, scale_tril: Root) -> None:
         """Sets the whitening map of one component, for instance to a Gaussian fit of one mode.
 
         Args:

@@ -28,7 +28,7 @@ from .leaves import Leaves, integrate_leaves, leaves_are_small
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 from .regressed_leaves import RegressedLeaves, regress_leaves
-from .warm_reference import WarmReference, regress_reference
+from .warm_reference import WarmReference, regress_reference, regress_shift
 
 __all__ = ["AutoStructuredFlow"]
 
@@ -37,7 +37,7 @@ TRANSFORMS, WIDTH = 4, 32
 COMPARED = 50
 # Draws of the locals by which the noise of their weights is found, the variance that is to be left
 # of it, relative to the square of the weight, and the most draws for one of the globals.
-PILOTS, NOISE, MOST_REPEATS = 4, 0.25, 32
+PILOTS, NOISE, MOST_REPEATS, LARGEST_NOISE = 4, 0.25, 32, 10.0
 
 
 class AutoStructuredFlow(FlowGuide):
@@ -143,6 +143,8 @@ class AutoStructuredFlow(FlowGuide):
         reference, features = self._marginal.reference, self._marginal.features
         self.register_buffer("reference", reference.clone())
         self.register_buffer("slopes", reference.new_zeros(features, len(reference)))
+        self.register_buffer("shift", torch.zeros_like(reference))
+        self.register_buffer("shift_slopes", torch.zeros_like(self.slopes))
         self.register_buffer("centre", self._marginal.initial.double())
         self.register_buffer("root", torch.eye(features).to(reference))
         self.register_buffer("nodes", torch.zeros((), dtype=torch.long))
@@ -229,20 +231,30 @@ class AutoStructuredFlow(FlowGuide):
         return self._regressed
 
     def repeat_locals(self) -> None:
-        """Draws locals that are not exact several times for each draw of the globals from now on,
-        as often as the noise of their weights demands."""
-        if not self.weighs_globals_alone:
-            self.repeats.fill_(self._count_repeats())
+        """Draws locals that are not exact about their mean instead of their mode from now on, if
+        that takes noise from their weights, and several times for each draw of the globals, as
+        often as the noise that is left demands."""
+        if self.weighs_globals_alone:
+            return
+        about_mode = self._find_noise()
+        shift = regress_shift(self.marginal, self._warm)
+        self.shift.copy_(shift.constant)
+        self.shift_slopes.copy_(shift.slopes)
+        noise = self._find_noise()
+        if not noise < about_mode:
+            self.shift.zero_()
+            self.shift_slopes.zero_()
+            noise = about_mode
+        wanted = (math.exp(min(noise, LARGEST_NOISE)) - 1) / NOISE
+        self.repeats.fill_(max(1, min(MOST_REPEATS, math.ceil(wanted))))
 
     @torch.no_grad()
-    def _count_repeats(self) -> int:
-        """How many draws of the locals leave little noise in the mean of their weights."""
+    def _find_noise(self) -> float:
+        """The variance of the log weights of locals, given draws of the globals."""
         g = self._pilot_draws()
         with forked(0):
             scores = [self._draw_several(few, PILOTS)[1] for few in self._chunks(g)]
-        noise = torch.cat(scores, -1).var(0).nanmedian().clamp(max=10.0)
-        wanted = float((noise.exp() - 1) / NOISE)
-        return max(1, min(MOST_REPEATS, math.ceil(wanted) if wanted == wanted else MOST_REPEATS))
+        return float(torch.cat(scores, -1).var(0).nanmedian().nan_to_num(torch.inf))
 
     def _pilot_draws(self) -> Tensor:
         """Draws of the globals, the same each time."""
@@ -252,6 +264,11 @@ class AutoStructuredFlow(FlowGuide):
     @property
     def _warm(self) -> WarmReference:
         return WarmReference(self.centre, self.root, self.reference, self.slopes)
+
+    @property
+    def _shift(self) -> WarmReference:
+        """From the mode of the locals to the mean about which they are drawn."""
+        return WarmReference(self.centre, self.root, self.shift, self.shift_slopes)
 
     def _near(self, g: Tensor) -> Tensor:
         """Where the locals begin at globals of shape ``(n, globals)``."""
@@ -366,7 +383,10 @@ class AutoStructuredFlow(FlowGuide):
 
     def _condition(self, g: Tensor) -> Conditional:
         g = g.detach().double()
-        return self.marginal.condition(g, self._near(g))
+        given = self.marginal.condition(g, self._near(g))
+        if self.weighs_globals_alone:
+            return given
+        return given._replace(mean=given.mean + self._shift(g))
 
     @torch.no_grad()
     def _local_log_prob(self, z: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from .marginal import Marginal
 
-__all__ = ["WarmReference", "regress_reference"]
+__all__ = ["WarmReference", "regress_reference", "regress_shift"]
 
 # Whitened globals are taken no further from the mode: the mean of the locals bends there.
 FARTHEST = 3.0
+# Draws of the locals and their opposites by which their mean is found, and steps towards it.
+PAIRS, STEPS = 32, 2
 
 
 class WarmReference:
@@ -73,9 +75,58 @@ def regress_reference(
         >>> warm(torch.ones(1).double())
         tensor([0.5000, 1.5000], dtype=torch.float64)
     """
-    units = torch.eye(len(loc)).to(root)
-    design = torch.cat([0 * units[:1], units, -units])
-    _, means = marginal.evaluate(loc + design @ root.mT, reference)
+    _, means = marginal.evaluate(_design(loc, root), reference)
     means = means.where(means.isfinite().all(-1, keepdim=True), reference)
-    up, down = means[1:].chunk(2)
-    return WarmReference(loc, root, means.mean(0), (up - down) / 2)
+    return _regress(loc, root, means)
+
+
+@torch.no_grad()
+def regress_shift(marginal: Marginal, warm: WarmReference, seed: int = 0) -> WarmReference:
+    r"""Regresses on the globals by how much the mean of the locals differs from their mode.
+
+    With a normal distribution about :math:`m` whose precision :math:`H` is that at the mode, the
+    divergence from it to the locals given the globals is least where :math:`\mathbb{E}_q[\nabla_x
+    \log p] = 0`, to which Newton's method goes by
+
+    .. math:: m \leftarrow m + H^{-1}\, \mathbb{E}_q [\nabla_x \log p(x, g)].
+
+    Where many locals are a little skew, this takes most of the noise from their weights.
+
+    Args:
+        marginal: The marginal density.
+        warm: Where the locals begin.
+        seed: Seed of the draws.
+
+    Returns:
+        The difference as an affine function.
+
+    Reference:
+        Opper, Archambeau, "The variational Gaussian approximation revisited", 2009,
+        https://doi.org/10.1162/neco.2008.08-07-592
+    """
+    g = _design(warm.loc, warm.root)
+    given = marginal.condition(g, warm(g))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(PAIRS, *given.mean.shape, generator=generator).to(given.mean)
+    shift = torch.zeros_like(given.mean)
+    for _ in range(STEPS):
+        slope = torch.zeros_like(shift)
+        for one in noise:
+            about = given.normal.draw_centred(one)
+            for centred in (about, -about):
+                found = marginal.value_and_slopes(g, given.mean + shift + centred)[1]
+                slope += found.nan_to_num(0.0, 0.0, 0.0) / (2 * PAIRS)
+        shift = shift + given.normal.solve(slope)
+    return _regress(warm.loc, warm.root, shift.nan_to_num(0.0, 0.0, 0.0))
+
+
+def _design(loc: Tensor, root: Tensor) -> Tensor:
+    """The mode, and a whitened unit to both sides along each axis."""
+    units = torch.eye(len(loc)).to(root)
+    return loc + torch.cat([0 * units[:1], units, -units]) @ root.mT
+
+
+def _regress(loc: Tensor, root: Tensor, values: Tensor) -> WarmReference:
+    """The affine function nearest to values at the points of the design."""
+    up, down = values[1:].chunk(2)
+    return WarmReference(loc, root, values.mean(0), (up - down) / 2)

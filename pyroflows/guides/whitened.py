@@ -9,12 +9,17 @@ from torch import Tensor
 from .._compat import module_name
 from ..flows import Flow
 from ..transforms import LowerTriangularAffine, Transform
+from ..transforms.low_rank import TRIANGULAR, LowRankAffine, LowRankRoot
+from ..transforms.roots import Root
 
 __all__ = ["WhitenedFlow"]
 
 
 class WhitenedFlow(Flow):
     r"""A flow :math:`f` and a whitening map :math:`(\mu, L)` after it: :math:`z = \mu + L\, f(x)`.
+
+    The matrix :math:`L` is lower-triangular; above 256 features it is a diagonal matrix times one
+    that differs from the identity by low rank.
 
     The flow keeps all its options: its transform is taken as it is, with its own way to train, and
     its base and name are those of the whole.
@@ -36,7 +41,9 @@ class WhitenedFlow(Flow):
 
     def __init__(self, flow: Flow | Transform) -> None:
         made = flow if isinstance(flow, Flow) else Flow([flow])
-        whitening = LowerTriangularAffine(made.event_shape[0])
+        features = made.event_shape[0]
+        many = features > TRIANGULAR
+        whitening = LowRankAffine(features) if many else LowerTriangularAffine(features)
         super().__init__([made.transform, whitening], made.given_base, name=module_name(made))
 
     @property
@@ -45,19 +52,24 @@ class WhitenedFlow(Flow):
         return cast("Transform", self.transform.layers[0])
 
     @property
-    def whitening(self) -> LowerTriangularAffine:
+    def whitening(self) -> LowerTriangularAffine | LowRankAffine:
         """The affine map that comes last."""
-        return cast("LowerTriangularAffine", self.transform.layers[1])
+        return cast("LowerTriangularAffine | LowRankAffine", self.transform.layers[1])
 
-    def whiten(self, loc: Tensor, scale_tril: Tensor) -> None:
+    def whiten(self, loc: Tensor, scale_tril: Root) -> None:
         """Sets the whitening map.
 
         Args:
             loc: Tensor of shape ``(features,)``.
             scale_tril: Lower-triangular tensor of shape ``(features, features)`` with a positive
-                diagonal.
+                diagonal, or a root of low rank; above 256 features the principal factors of its
+                covariance are kept.
 
         Raises:
             ValueError: If the diagonal is not positive.
         """
-        self.whitening.set(loc, scale_tril)
+        whitening, root = self.whitening, scale_tril
+        if isinstance(whitening, LowRankAffine):
+            whitening.set(loc, LowRankRoot.of_factor(root) if isinstance(root, Tensor) else root)
+        else:
+            whitening.set(loc, root if isinstance(root, Tensor) else root.triangle())

@@ -136,6 +136,19 @@ class _InPlates(Messenger):
         msg["value"] = start_in_open_plates(self.starter, msg)
 
 
+class UnrolledLoops(Messenger):
+    """Takes the rows of a plate that is a loop for sites of their own, which they are.
+
+    Pyro's automatic guides refuse such plates. One of which each run sees a part stays.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        frames = msg["cond_indep_stack"]
+        msg["cond_indep_stack"] = tuple(
+            frame for frame in frames if frame.vectorized or frame.full_size != frame.size
+        )
+
+
 # Validation
 
 

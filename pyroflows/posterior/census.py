@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,17 @@ from ..model import prediction as simulate
 from ..model.density import LogDensity
 from ..model.explanation import explain
 from ..model.rounding import is_sound, without_noise
+from ..transforms.low_rank import DENSE, TRIANGULAR
+from ..transforms.roots import (
+    is_finite,
+    log_det,
+    multiply_root,
+    multiply_transposed,
+    pick_root,
+    solve_root,
+)
 from .gaussian import WIDEST, Gaussian, Gaussians, fit_gaussians
+from .pathfinder import find_flat_axes, fit_low_rank, sharpen
 
 __all__ = [
     "Census",
@@ -60,6 +70,8 @@ DIP = 1.0
 LEAST_MASS = 0.01
 # How far out a density must have fallen off, in widths of a fit.
 FAR = 1e6
+# Ends of ascents in many dimensions that get the whole curvature, and the steps that it takes.
+MOST_REFINED, REFINING_STEPS = 6, 6
 # A region is missed where the guide's density is below the posterior's by this factor.
 MISSED = 20.0
 
@@ -113,7 +125,7 @@ def take_census(
         TimeOver: If the time is over before the start has been evaluated.
     """
     with forked(seed):
-        first, first_end = fit_gaussians(density, start.unsqueeze(0))
+        first, first_end = _fit(density, start.unsqueeze(0), DRAWS)
         try:
             return _search(density, first, first_end, starts)
         except TimeOver:
@@ -130,11 +142,13 @@ def _search(density: LogDensity, first: Gaussians, first_end: Gaussians, starts:
     """Takes the census from the first fit on."""
     count = max(12, min(starts, GRADIENTS // (2 * density.features + 36)))
     others = _spread_starts(density, first.one(0), count)
-    best, end = fit_gaussians(density, others, draws=_count_draws(density))
+    best, end = _fit(density, others)
     found, ends = _sound(density, _join(first, best), _join(first_end, end))
     fits = _score(density, _drop_duplicates(found))
     modes, weights = _find_modes(density, ends)
-    return Census(fits, modes, weights, find_flat_direction(density.log_prob, fits.one(0)))
+    top = fits.one(0)
+    axes = find_flat_axes(density, top.loc, top.scale_tril)
+    return Census(fits, modes, weights, find_flat_direction(density.log_prob, top, axes=axes))
 
 
 def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
@@ -148,7 +162,7 @@ def widen_census(density: LogDensity, census: Census, points: Tensor) -> Census:
     Returns:
         The census of all ascents.
     """
-    best, end = fit_gaussians(density, points, draws=_count_draws(density))
+    best, end = _fit(density, points)
     found, ends = _sound(density, _join(best), _join(end))
     fits = _score(density, _drop_duplicates(_join(census.fits, found)))
     modes, weights = _find_modes(density, _join(census.modes, ends))
@@ -184,7 +198,10 @@ def find_start(density: LogDensity, tries: int = 256) -> Tensor:
 
 
 def find_flat_direction(
-    log_prob: LogProb, fit: Gaussian, distances: Sequence[float] = (FAR,)
+    log_prob: LogProb,
+    fit: Gaussian,
+    distances: Sequence[float] = (FAR,),
+    axes: Tensor | None = None,
 ) -> Tensor | None:
     r"""Looks along the axes of a fit for a direction in which a density does not fall off.
 
@@ -196,11 +213,14 @@ def find_flat_direction(
         fit: A fit of its bulk.
         distances: The distances :math:`t`, furthest first; the first at which the density can be
             evaluated decides.
+        axes: Directions to look along, of shape ``(count, features)``; those of the fit if
+            ``None``.
 
     Returns:
         The direction, of shape ``(features,)``, or ``None``.
     """
-    axes = torch.cat([fit.scale_tril.mT, -fit.scale_tril.mT])
+    axes = fit.scale_tril.mT if axes is None else axes  # type: ignore[union-attr]
+    axes = torch.cat([axes, -axes])
     # Without curvature Newton's steps widen a fit until rounding hides the density.
     flat = axes.abs().amax(-1) > WIDEST / FAR
     unknown = torch.ones_like(flat)
@@ -269,9 +289,31 @@ def has_missed(log_p: Tensor, log_q: Tensor, log_evidence: float) -> Tensor:
     return log_p - log_evidence - log_q.nan_to_num(nan=-math.inf) > math.log(MISSED)
 
 
-def _count_draws(density: LogDensity) -> int:
-    """Returns the fewest draws that give the ELBO of a normal density exactly."""
-    return max(16, 2 * density.features)
+def _fit(
+    density: LogDensity, starts: Tensor, draws: int | None = None
+) -> tuple[Gaussians, Gaussians]:
+    """Fits Gaussians; of many features by ascents of linear cost, of which a few different ends get
+    the whole curvature unless there are too many to write it down."""
+    n = density.features
+    # The fewest draws that give the ELBO of a normal density exactly.
+    draws = draws or max(16, 2 * n)
+    if n <= DENSE:
+        return fit_gaussians(density, starts, draws=draws)
+    best, last = fit_low_rank(density, starts)
+    ends = _drop_duplicates(_join(best, last))
+    if not len(ends.elbo):
+        return best, last
+    ends = ends.pick(torch.arange(min(MOST_REFINED, len(ends.elbo)), device=starts.device))
+    ends = sharpen(density, ends)
+    if n > TRIANGULAR:
+        return ends, ends
+    return fit_gaussians(density, ends.loc, REFINING_STEPS, draws, root=_widths(ends))
+
+
+def _widths(fits: Gaussians) -> Tensor:
+    """Standard deviations, as diagonal matrices."""
+    identity = torch.eye(fits.loc.shape[-1]).to(fits.loc)
+    return torch.diag_embed(multiply_transposed(fits.root, identity).norm(dim=-1))
 
 
 def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
@@ -279,7 +321,7 @@ def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
     share = count // 6
     prior = simulate.prior_draws(density, share)
     around = count - share * (1 + len(FAR_OUT) + bool(prior))
-    noise = torch.randn(around, n, device="cpu").to(like) @ fit.scale_tril.mT
+    noise = multiply_root(fit.scale_tril, torch.randn(around, n, device="cpu").to(like))
     spreads = like.new_tensor(SPREADS).repeat(-(-around // len(SPREADS)))[:around]
     points = [
         UNIFORM * (2 * torch.rand(share, n, device="cpu") - 1).to(like),
@@ -296,9 +338,9 @@ def _spread_starts(density: LogDensity, fit: Gaussian, count: int) -> Tensor:
 
 
 def _join(*groups: Gaussians) -> Gaussians:
-    loc, root, elbo = (torch.cat(parts) for parts in zip(*groups, strict=True))
-    sound = elbo.isfinite() & loc.isfinite().all(-1) & root.isfinite().all(-1).all(-1)
-    return Gaussians(loc, root, elbo).pick(sound)
+    fits = groups[0].join(*groups[1:])
+    sound = fits.elbo.isfinite() & fits.loc.isfinite().all(-1) & is_finite(fits.root)
+    return fits.pick(sound)
 
 
 def _sound(density: LogDensity, others: Gaussians, ends: Gaussians) -> tuple[Gaussians, Gaussians]:
@@ -343,15 +385,22 @@ def list_different(fits: Gaussians) -> Tensor:
         if not bool(waiting[i]):
             continue
         kept.append(i)
-        offset = torch.linalg.solve_ex(fits.root[i], (fits.loc - fits.loc[i]).mT)[0].mT
-        relative = torch.linalg.solve_ex(fits.root[i], fits.root)[0]
-        alike = (
-            torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0]))
-            < 1.5
-        )
-        near = alike & (offset.square().sum(-1) < min(0.25 * n, 4.0))
+        own = pick_root(fits.root, i)
+        offset = solve_root(own, fits.loc - fits.loc[i])
+        square = offset.square().sum(-1)
+        if isinstance(own, Tensor):
+            near = (_differ(own, fits.root) < 1.5) & (square < min(0.25 * n, 4.0))
+        else:
+            near = square < 0.25 * n  # curvatures of low rank differ by the way of an ascent
         waiting &= ~near
     return order[torch.tensor(kept, device=waiting.device, dtype=torch.long)]
+
+
+def _differ(root: Tensor, others: Any) -> Tensor:
+    """By how much roots differ from one, of shape ``(count,)``: the larger of the mean squares of
+    what takes it to them and of what takes them to it, which are one for rotations."""
+    relative = torch.linalg.solve_ex(root, others)[0]
+    return torch.maximum(_mean_square(relative), _mean_square(torch.linalg.inv_ex(relative)[0]))
 
 
 def _mean_square(matrices: Tensor) -> Tensor:
@@ -372,7 +421,7 @@ def _score(density: LogDensity, fits: Gaussians) -> Gaussians:
 
 def _find_modes(density: LogDensity, fits: Gaussians) -> tuple[Gaussians, Tensor]:
     slope = density.value_and_grad(fits.loc)[1]
-    flat = (fits.root.mT @ slope.unsqueeze(-1)).squeeze(-1).abs().amax(-1) < FLAT
+    flat = multiply_transposed(fits.root, slope.unsqueeze(-2)).abs().amax((-2, -1)) < FLAT
     # First those that slope, of which there may be many on the ridge of one mode.
     fits = _drop_duplicates(fits.pick(flat))
     if not len(fits.loc):
@@ -438,10 +487,10 @@ def weigh_fits(
     noise = torch.randn(draws, n, generator=generator, device="cpu", dtype=fits.loc.dtype).to(
         fits.loc.device
     )
-    z = fits.loc.unsqueeze(-2) + noise @ fits.root.mT
+    z = fits.loc.unsqueeze(-2) + multiply_root(fits.root, noise)
     log_c = (
         -0.5 * noise.square().sum(-1)
         - 0.5 * n * math.log(2 * math.pi)
-        - torch.linalg.slogdet(fits.root)[1].unsqueeze(-1)
+        - log_det(fits.root).unsqueeze(-1)
     )
     return z, log_prob(z).nan_to_num(nan=-math.inf, posinf=-math.inf), log_c

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ LEFT_BY_CENSUS = 1 / 4
 LEFT_BY_SEARCH = 1 / 2
 # How much longer a verdict may take than one on a guide that has not been trained.
 UNTRAINED = 2.0
-# A dense flow over more latents needs more memory than there is.
+# A flow over more latents at once needs more memory than there is.
 MOST_DENSE = 2048
 # Remedies that are left, once all rungs have been tried or a guide of the user's has been trained.
 REMEDY = "hand a richer flow to guide="
@@ -68,6 +69,7 @@ class Climb:
         guide: The guide of the attempt under way.
         sample: The weighted draws by which the last attempt was judged.
         best: The best attempt so far.
+        obstacle: Why no guide follows the structure of the model, if that was looked for.
         judging: Seconds that the longest verdict so far has taken.
         marginal_fit: Trains the flow of a structured guide; there once such a guide has been made.
     """
@@ -93,6 +95,7 @@ class Climb:
         self.attempts: list[Attempt] = []
         self.history: list[Tensor] = []
         self.interrupted = self.out_of_steps = self.has_census = False
+        self.obstacle: ValueError | None = None
         self.judging = 0.0
 
     @cached_property
@@ -174,6 +177,8 @@ class Climb:
         Returns:
             Whether the fit is over: a guide is trusted, none can be, or the time is over.
         """
+        if self.density.features > rung.most_features:
+            return False
         if rung.needs_census and not self._may_be_dense():
             return True
         if rung.needs_census and not self.has_census:
@@ -210,7 +215,7 @@ class Climb:
                 f"Expected at most {MOST_DENSE} latent entries, or a model of a few globals on "
                 "which all others depend, these in groups, chains or crossed factors; got "
                 f"{self.density.features} entries without such a structure."
-            )
+            ) from self.obstacle
         return False
 
     def take_census(self) -> None:
@@ -316,6 +321,7 @@ class Rung:
         train: Trains the guide for some steps, and returns how many it took.
         trajectories: Trajectories by which draws of the guide are polished.
         needs_census: Whether the guide starts at the census of the modes of the whole posterior.
+        most_features: The largest number of latent entries for which it is tried.
     """
 
     name: str
@@ -324,6 +330,7 @@ class Rung:
     train: Callable[[Climb, Any, int], int] = train_flow
     trajectories: int = 0
     needs_census: bool = True
+    most_features: float = math.inf
 
     def label(self, steps: int) -> str:
         """Returns the name of an attempt.

@@ -75,7 +75,11 @@ def fit_posterior(
     and for many; where either is cut short, fresh flows that are fitted to Hamiltonian chains from
     its draws; a wider and deeper one; and the best guide's draws polished by Hamiltonian
     trajectories in its base space. The best attempt is kept, and all
-    are listed in ``rungs`` of the posterior. A flow is trained to maximise the ELBO
+    are listed in ``rungs`` of the posterior. Above 64 latents the ascents of the census are of
+    limited memory, and the whole curvature is taken at a few of their ends; above 256 roots of
+    covariances are of low rank, no step costs more than linearly in the number of latents, and the
+    ladder has no more than the Gaussian, the flows and the polish. A flow is trained to maximise
+    the ELBO
 
     .. math:: \mathcal{L}(\phi)
         = \mathbb{E}_{x \sim N(0, I)} [\log p(z, \mathrm{data}) - \log q_\phi(z)],

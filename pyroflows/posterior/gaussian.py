@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .._deadline import TimeOver
 from ..model.density import LogDensity
+from ..transforms.roots import Root, join_roots, pick_root
 
 __all__ = ["Gaussian", "Gaussians", "antithetic_noise", "fit_gaussians"]
 
@@ -23,12 +24,13 @@ class Gaussian(NamedTuple):
 
     Attributes:
         loc: Mean, of shape ``(features,)``.
-        scale_tril: Lower-triangular root of the covariance, of shape ``(features, features)``.
+        scale_tril: Lower-triangular root of the covariance, of shape ``(features, features)``; of
+            many features a root of low rank.
         elbo: Monte Carlo estimate of the evidence lower bound.
     """
 
     loc: Tensor
-    scale_tril: Tensor
+    scale_tril: Root
     elbo: float
 
 
@@ -37,27 +39,42 @@ class Gaussians(NamedTuple):
 
     Attributes:
         loc: Means, of shape ``(count, features)``.
-        root: Roots of the covariances, of shape ``(count, features, features)``.
+        root: Roots of the covariances, of shape ``(count, features, features)``; of many features
+            roots of low rank.
         elbo: Monte Carlo estimates of the evidence lower bounds, of shape ``(count,)``.
     """
 
     loc: Tensor
-    root: Tensor
+    root: Root
     elbo: Tensor
 
     def where(self, condition: Tensor, other: Gaussians) -> Gaussians:
         """Takes ``self`` where a condition of shape ``(count,)`` holds, else ``other``."""
-        loc = torch.where(condition[:, None], self.loc, other.loc)
-        root = torch.where(condition[:, None, None], self.root, other.root)
-        return Gaussians(loc, root, torch.where(condition, self.elbo, other.elbo))
+        index = torch.arange(len(condition), device=condition.device)
+        both = self.join(other)
+        return both.pick(index.where(condition, index + len(condition)))
+
+    def put(self, index: Tensor, new: Gaussians) -> Gaussians:
+        """Takes new ones in the places of some."""
+        source = torch.arange(len(self.elbo), device=index.device)
+        source[index] = len(source) + torch.arange(len(index), device=index.device)
+        return self.join(new).pick(source)
+
+    def join(self, *others: Gaussians) -> Gaussians:
+        """All of them, and all of others after them."""
+        groups = [self, *others]
+        loc, elbo = (torch.cat([getattr(g, name) for g in groups]) for name in ("loc", "elbo"))
+        return Gaussians(loc, join_roots([group.root for group in groups]), elbo)
 
     def pick(self, index: Tensor) -> Gaussians:
         """Picks some of them, by indices or a mask."""
-        return Gaussians(self.loc[index], self.root[index], self.elbo[index])
+        return Gaussians(self.loc[index], pick_root(self.root, index), self.elbo[index])
 
     def one(self, index: int) -> Gaussian:
         """Picks one of them."""
-        return Gaussian(self.loc[index], _lower_root(self.root[index]), float(self.elbo[index]))
+        root = pick_root(self.root, index)
+        lower = _lower_root(root) if isinstance(root, Tensor) else root
+        return Gaussian(self.loc[index], lower, float(self.elbo[index]))
 
 
 def fit_gaussians(
@@ -66,6 +83,7 @@ def fit_gaussians(
     steps: int = 30,
     draws: int = 256,
     seed: int = 0,
+    root: Tensor | None = None,
 ) -> tuple[Gaussians, Gaussians]:
     r"""Fits Gaussians from many starts at once, by saddle-free Newton steps in whitened units.
 
@@ -86,6 +104,8 @@ def fit_gaussians(
         steps: Most steps to take.
         draws: Draws for each ELBO; the same for all of them.
         seed: Seed of these draws.
+        root: Roots to start with, of shape ``(count, features, features)``; the identity if
+            ``None``.
 
     Returns:
         For each start the Gaussian with the best ELBO on the way, and the last one, which sits at a
@@ -101,7 +121,8 @@ def fit_gaussians(
     """
     n = density.features
     noise = antithetic_noise(draws, starts[0], seed)
-    root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
+    if root is None:
+        root = torch.eye(n, dtype=starts.dtype, device=starts.device).expand(len(starts), n, n)
     last = best = Gaussians(starts, root, _elbos(density, starts, root, noise))
     unimproved = torch.zeros_like(best.elbo)
     going = unimproved == 0
@@ -115,8 +136,8 @@ def fit_gaussians(
             break
         held = best.pick(index)
         unimproved[index] = torch.where(new.elbo > held.elbo + 1e-2, 0.0, unimproved[index] + 1)
-        best = _put(best, index, new.where(new.elbo > held.elbo, held))
-        last = _put(last, index, new)
+        best = best.put(index, new.where(new.elbo > held.elbo, held))
+        last = last.put(index, new)
         stuck = (unimproved[index] >= 5) | ((unimproved[index] > 0) & ~moved)
         going[index] = sound & ~stuck
     return best, last
@@ -131,9 +152,10 @@ def _newton_step(
         The Gaussians after the step, and for each whether it has moved, and whether its new root
         was usable.
     """
-    root, gradient = _renew_roots(density, now.loc, now.root)
+    before = cast("Tensor", now.root)
+    root, gradient = _renew_roots(density, now.loc, before)
     sound = root.abs().amax((-2, -1)) < WIDEST
-    root = torch.where(sound[:, None, None], root, now.root)
+    root = torch.where(sound[:, None, None], root, before)
     direction = (root @ (root.mT @ gradient.unsqueeze(-1))).squeeze(-1)
     loc, moved = _line_searches(density, now.loc, direction)
     return Gaussians(loc, root, _elbos(density, loc, root, noise)), moved, sound
@@ -158,12 +180,6 @@ def antithetic_noise(draws: int, like: Tensor, seed: int) -> Tensor:
         orthogonal, triangle = torch.linalg.qr(noise)
         noise = orthogonal * triangle.diagonal().sign() * math.sqrt(size[0])
     return torch.cat([noise, -noise]).to(like.device)
-
-
-def _put(into: Gaussians, index: Tensor, new: Gaussians) -> Gaussians:
-    return Gaussians(
-        *(old.index_put((index,), value) for old, value in zip(into, new, strict=True))
-    )
 
 
 def _renew_roots(density: LogDensity, z: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._random import forked, seeded
 from ..guides import Guide, as_guide
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
+from ..transforms.low_rank import DENSE
 from .census import Census, find_start, take_census
 from .judging import judge_guide
 from .posterior import Posterior
@@ -36,7 +38,8 @@ def judge(
 
     The weights :math:`p(z_i, \mathrm{data}) / q(z_i)` of draws of the guide are looked at, a census
     of the modes is taken to find any that the guide misses, and Hamiltonian trajectories from its
-    draws must leave their moments as they are. The posterior that is returned corrects its draws
+    draws must leave their moments as they are. Above 64 latents the census is taken only if the
+    weights show nothing wrong. The posterior that is returned corrects its draws
     where the weights are reliable.
 
     Args:
@@ -109,7 +112,9 @@ def judge_on(
         The posterior.
     """
     with deadline.enforced():
-        census = None if guide.has_marginal else _census(density)
+        take = functools.partial(_census, density)
+        # Of many latents it costs more than weights do.
+        census = take if guide.has_marginal or density.features > DENSE else take()
         verdict, _ = judge_guide(guide, density, census, remedy=remedy, draws=draws)
     return Posterior(guide, density, verdict, seconds=deadline.elapsed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,7 @@ from .local_modes import missed_locals
 from .marginal_census import prior_globals, take_marginal_census
 from .marginal_subject import FlowOfGlobals, GlobalDensity, MarginalSubject
 from .subject import JUDGE_DRAWS, Subject, known_density, usable_draws
-from .verdict import Verdict
+from .verdict import HELD, Verdict
 
 if TYPE_CHECKING:
     from ..guides import AutoStructuredFlow
@@ -80,7 +80,7 @@ class LocalModes(Check):
 def judge_guide(
     guide: Guide,
     density: LogDensity,
-    census: Census | None,
+    census: Census | Callable[[], Census | None] | None,
     trajectories: int = 0,
     remedy: str = Subject.remedy,
     draws: int = JUDGE_DRAWS,
@@ -91,7 +91,8 @@ def judge_guide(
     Args:
         guide: The guide.
         density: The log density of the model.
-        census: A census of the modes of the whole; ``None`` if none was taken.
+        census: A census of the modes of the whole; ``None`` if none was taken; or what takes it,
+            which is left out if the weights show that the guide is off.
         trajectories: Trajectories by which draws of the guide are polished.
         remedy: What may mend the guide if it is not exact, in the imperative.
         draws: How many draws of the guide are weighed, at most.
@@ -101,7 +102,11 @@ def judge_guide(
     """
     if guide.has_marginal:
         return _judge_parts(guide, density, remedy, draws)  # type: ignore[arg-type]
-    subject = Subject(guide, density, census, trajectories, remedy, draws)
+    subject = Subject(guide, density, None, trajectories, remedy, draws)
+    if not callable(census):
+        subject.census = census
+    elif all(check.find(subject, failed=False).status == HELD for check in WHOLE):
+        subject.census = census()
     verdict = judge_subject(subject)
     return verdict, subject.sample if subject.weighed else None
 

@@ -17,6 +17,7 @@ from ..guides.guide import Guide
 from ..model.density import LogDensity
 from ..sampling.spaces import mean_and_root
 from ..transforms import Elementwise, Transform
+from ..transforms.low_rank import TRIANGULAR
 from ..univariate import MonotoneNetwork
 from .census import widen_census
 from .climb import Climb, Rung, has_failed, make_narrow_flow
@@ -36,6 +37,8 @@ MIXTURE_ROUNDS = (0, 150, 450)
 # Steps on chains; the rounds after them are steps for the ELBO.
 REFIT, REFIT_STEPS = "refit", 450
 REFIT_ROUNDS = (0, 450)
+# Above TRIANGULAR latents the ladder ends early: flows that are trained for longer, or several of
+# them, would take many minutes, and seldom end in trust.
 # Draws of each component from which the weights of a mixture are found.
 WEIGHING_DRAWS = 2000
 POLISH_TRAJECTORIES = 30
@@ -163,21 +166,41 @@ STRUCTURED = Rung(
     train=train_structured,
     needs_census=False,
 )
+MIXTURE = Rung(
+    "mixture",
+    make=make_mixture,
+    rounds=MIXTURE_ROUNDS,
+    train=train_mixture,
+    most_features=TRIANGULAR,
+)
+REFITTED = Rung(
+    REFIT,
+    make=refit_to_chains,
+    rounds=REFIT_ROUNDS,
+    train=train_mixture,
+    most_features=TRIANGULAR,
+)
+WIDE_FLOW = Rung(
+    "wide flow",
+    make=lambda climb: climb.make_flow(make_wide_flow),
+    rounds=(WIDE,),
+    most_features=TRIANGULAR,
+)
 #: The rungs of ``guide="auto"``, from the cheapest to the most expensive.
 LADDER: list[Rung] = [
     STRUCTURED,
     Rung("Gaussian", make=lambda climb: climb.first_flow),
-    Rung("mixture", make=make_mixture, rounds=MIXTURE_ROUNDS, train=train_mixture),
-    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
+    MIXTURE,
+    REFITTED,
     Rung("flow", make=lambda climb: climb.first_flow, rounds=(SHORT,)),
     Rung("flow", make=lambda climb: climb.make_flow(make_narrow_flow), rounds=(LONG,)),
-    Rung(REFIT, make=refit_to_chains, rounds=REFIT_ROUNDS, train=train_mixture),
+    REFITTED,
     Rung(
         "polish",
         make=functools.partial(find_polishable, least_ess=POLISH_ESS),
         trajectories=POLISH_TRAJECTORIES,
     ),
-    Rung("wide flow", make=lambda climb: climb.make_flow(make_wide_flow), rounds=(WIDE,)),
+    WIDE_FLOW,
     Rung("polish", make=find_polishable, trajectories=POLISH_TRAJECTORIES),
 ]
 

@@ -12,6 +12,7 @@ from ..model.density import LogDensity
 from ..sampling.polishing import draw_spaces
 from ..sampling.roaming import roam
 from ..train.objectives import ForwardKL
+from ..transforms.roots import multiply_root, pick_root
 from .census import missed_mass
 from .gaussian import Gaussians
 from .importance import ImportanceSample, resample
@@ -92,7 +93,7 @@ def roam_missed(
         distance = -guide.log_prob(fits.loc).nan_to_num(nan=-torch.inf)
     worst = int(distance.masked_fill(missed <= LEAST_MISSED, -torch.inf).argmax())
     noise = torch.randn(MOST, density.features, device="cpu").to(fits.loc)
-    z = fits.loc[worst] + 0.1 * noise @ fits.root[worst].mT
+    z = fits.loc[worst] + 0.1 * multiply_root(pick_root(fits.root, worst), noise)
     z = z[density.log_prob(z).isfinite()]
     if not len(z):
         return []

@@ -45,7 +45,8 @@ def make_structured(climb: Climb) -> AutoStructuredFlow | None:
             return None
         guide = AutoStructuredFlow.of(climb.density, structure)
         start_structured(climb, guide)
-    except ValueError:
+    except ValueError as error:
+        climb.obstacle = error
         return None  # the other rungs need no structure
     return guide
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..guides import Guide
 from ..model.density import LogDensity
+from ..transforms.roots import solve_root
 from .hamiltonian import hmc, latent_target
-from .spaces import mean_and_root, plain_space
+from .spaces import fit_normal, plain_space
 
 __all__ = ["roam"]
 
@@ -76,6 +77,6 @@ def _roam_once(density: LogDensity, guide: Guide, z: Tensor) -> Tensor:
 
 def _bulk(z: Tensor) -> Tensor:
     """The draws that are not far out, in units of all."""
-    mean, root = mean_and_root(z)
-    radius = torch.linalg.solve_triangular(root, (z - mean).mT, upper=False).norm(dim=0)
+    mean, root = fit_normal(z)
+    radius = solve_root(root, z - mean).norm(dim=-1)
     return z[radius <= radius.quantile(BULK)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from ..guides import BaseSpace, Guide
 from ..guides.guide import Map
 from ..transforms import LowerTriangularAffine
+from ..transforms.low_rank import DENSE, LowRankAffine, LowRankRoot
+from ..transforms.roots import Root
 
-__all__ = ["mean_and_root", "plain_space"]
+__all__ = ["fit_normal", "mean_and_root", "plain_space"]
 
 #: Draws for each entry from which a whole covariance is read; from fewer, the scales alone.
 DRAWS_PER_ENTRY = 10
@@ -38,9 +41,12 @@ def plain_space(guide: Guide, draws: Tensor) -> BaseSpace:
         tensor([[3.0000]])
     """
     draws = draws[draws.isfinite().all(-1)]
-    affine = LowerTriangularAffine(draws.shape[-1]).to(draws).requires_grad_(False)
+    features = draws.shape[-1]
+    many = features > DENSE
+    affine: Any = LowRankAffine(features) if many else LowerTriangularAffine(features)
+    affine = affine.to(draws).requires_grad_(False)
     if len(draws) > 1:
-        affine.set(*mean_and_root(draws))
+        affine.set(*fit_normal(draws))
     return BaseSpace(affine, PulledBack(guide, affine))
 
 
@@ -67,6 +73,22 @@ class PulledBack:
         """Log-density of vectors of shape ``(n, features)``."""
         z, log_det = self.transform.forward_and_log_det(value)
         return self.guide.log_prob(z) + log_det
+
+
+def fit_normal(draws: Tensor) -> tuple[Tensor, Root]:
+    """Returns the mean of draws and a root of their covariance, of low rank where there are many
+    entries.
+
+    Args:
+        draws: Vectors of shape ``(n, features)``.
+    """
+    n, features = draws.shape
+    if features <= DENSE:
+        return mean_and_root(draws)
+    mean = draws.mean(0)
+    # Eigenvalues of a sample of independent entries reach so far.
+    noise = (1 + math.sqrt(features / n)) ** 2
+    return mean, LowRankRoot.of_factor((draws - mean).mT / math.sqrt(n), noise)
 
 
 def mean_and_root(draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..distributions import FlowDistribution
 from ..flows import Flow
 from ..model.base import Density
 from ..transforms import Compose, LowerTriangularAffine, Transform
+from ..transforms.low_rank import LowRankAffine
 from ..transforms.triangular import compose_affine
 from . import processes
 from .averaging import Best
@@ -37,6 +38,8 @@ WHITENING_STEP_SIZE = 5e-3
 # Steps over which the ELBO is averaged to tell which parameters were the best.
 WINDOW = 50
 OPTIONS = LoopOptions(betas=(0.9, 0.99))
+#: The last layer of a guide's flow.
+Whitening: TypeAlias = LowerTriangularAffine | LowRankAffine
 
 
 def train(
@@ -129,9 +132,15 @@ class _GuideTask(Task):
     ) -> None:
         self.flow, self.density, self.objective, self.history = flow, density, objective, history
         body, self.whitening = _split(flow)
-        # z = mu + L (delta + M x): a step on L itself would depend on the model's units.
-        self.adjustment = LowerTriangularAffine(density.features).to(density.initial)
-        self.module: _Stack = _Stack([*body, self.adjustment, self.whitening])
+        # z = mu + L (delta + M x): a step on L itself would depend on the model's units. A root of
+        # low rank has none.
+        if isinstance(self.whitening, LowRankAffine):
+            self.adjustment: Whitening = self.whitening
+            before: list[Transform] = []
+        else:
+            self.adjustment = LowerTriangularAffine(density.features).to(density.initial)
+            before = [self.adjustment]
+        self.module: _Stack = _Stack([*body, *before, self.whitening])
         networks = [p for layer in body for p in layer.parameters()]
         parts = (networks, list(self.adjustment.parameters()))
         self.groups = [Group(*pair) for pair in zip(parts, step_sizes, strict=True)]
@@ -143,17 +152,16 @@ class _GuideTask(Task):
     @contextlib.contextmanager
     def whitened(self) -> Iterator[None]:
         """Trains the adjustment in place of the whitening map, and puts both into it at the end."""
-        self.whitening.requires_grad_(False)
+        self.whitening.requires_grad_(isinstance(self.whitening, LowRankAffine))
         try:
             yield
         finally:
             self.whitening.requires_grad_(True)
-            adjustment = self.adjustment.loc_and_scale_tril()
-            self.whitening.set(*compose_affine(adjustment, self.whitening.loc_and_scale_tril()))
+            _settle(self.adjustment, self.whitening)
 
     def begin(self, compile: bool) -> None:
         """Does what waits for the parameters that all processes share."""
-        self.density.anchor(self.whitening.loc_and_scale_tril()[0])
+        self.density.anchor(self.whitening.loc.detach().clone())
         if compile:
             everyone = self.density.initial.new_zeros(
                 self.objective.num_particles, self.density.features
@@ -217,10 +225,19 @@ class _Stack(Compose):
         return self.compiled(x, score)
 
 
-def _split(flow: Flow) -> tuple[list[Transform], LowerTriangularAffine]:
+def _settle(adjustment: Whitening, whitening: Whitening) -> None:
+    """Puts what was learned into a whitening map."""
+    if isinstance(adjustment, LowRankAffine):
+        adjustment.centre()  # it is the whitening map
+    elif isinstance(whitening, LowerTriangularAffine):
+        parts = (adjustment.loc_and_scale_tril(), whitening.loc_and_scale_tril())
+        whitening.set(*compose_affine(*parts))
+
+
+def _split(flow: Flow) -> tuple[list[Transform], Whitening]:
     """The layers of a guide's flow, and the last of them, which whitens."""
     *body, whitening = flow.transform.layers
-    if not isinstance(whitening, LowerTriangularAffine):
+    if not isinstance(whitening, (LowerTriangularAffine, LowRankAffine)):
         got = type(whitening).__name__
         raise TypeError(f"Expected a flow whose last layer is a LowerTriangularAffine; got {got}.")
     return body, whitening  # type: ignore[return-value]

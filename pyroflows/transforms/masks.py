@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -104,7 +105,8 @@ def _spread_halves(
 
     Two entries that are never parted never condition each other.
     """
-    together = torch.ones(len(half), len(half), dtype=torch.bool, device="cpu")
+    # Entries of one group have not been parted yet.
+    group = torch.zeros(len(half), dtype=torch.long, device="cpu")
     chosen: list[Tensor] = []
     for _ in range(count):
         shuffled = [
@@ -113,9 +115,15 @@ def _spread_halves(
         ]
         # The layer before has the complement of the last one; the same mask twice would make one layer of two.
         new = [mask for mask in shuffled if not chosen or not torch.equal(mask, ~chosen[-1])]
-        best = max(new, key=lambda mask: int((together & (mask[:, None] != mask)).sum()))
-        together &= best[:, None] == best
+        best = max(new, key=functools.partial(_count_parted, group))
+        group = torch.unique(2 * group + best, return_inverse=True)[1]
         chosen.append(best)
-        if not bool(together.triu(1).any()):
-            together.fill_(True)
+        if int(group.amax()) == len(half) - 1:
+            group.zero_()
     return chosen
+
+
+def _count_parted(group: Tensor, mask: Tensor) -> int:
+    """How many pairs of entries of one group a mask parts."""
+    inside = torch.bincount(group, mask.double())
+    return int((inside * (torch.bincount(group) - inside)).sum())

@@ -1359,3 +1359,23 @@ def test_the_default_guide_survives_plain_svi_on_a_funnel(seed):
     svi = SVI(example.model, guide, pyro.optim.ClippedAdam({"lr": 5e-3}), elbo)
     losses = [svi.step(*example.args, **example.kwargs) for _ in range(60)]
     assert sum(losses[-10:]) / 10 < 45.0
+
+
+def loop(y: Tensor, size: int | None = None) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    for i in pyro.plate("groups", 3, subsample_size=size):
+        effect = pyro.sample(f"effect_{i}", dist.Normal(mean, 1.0))
+        with pyro.plate(f"rows_{i}", 2):
+            pyro.sample(f"y_{i}", dist.Normal(effect, 1.0), obs=y[i])
+
+
+def test_a_plate_that_is_a_loop_has_sites_of_its_own() -> None:
+    guide, y = pf.AutoFlow(loop), torch.zeros(3, 2)
+    assert set(guide(y)) == {"mean", "effect_0", "effect_1", "effect_2"}
+    svi = SVI(loop, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    assert math.isfinite(svi.step(y))
+
+
+def test_a_loop_over_some_of_the_rows_of_a_plate_is_refused() -> None:
+    with pytest.raises(ValueError, match="latent sites outside of subsampled plates; got 'effect_"):
+        pf.AutoFlow(loop)(torch.zeros(3, 2), 2)

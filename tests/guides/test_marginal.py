@@ -276,6 +276,20 @@ def test_many_globals_take_few_values() -> None:
     assert density.values < 600
 
 
+def test_of_many_rows_values_that_fall_by_far_within_a_step_are_told_apart() -> None:
+    rows, groups = 4e5, 4e4
+
+    def log_prob(g: Tensor) -> Tensor:
+        mean, between, noise = g.unbind(-1)
+        variance = (2 * between).exp() + (2 * noise).exp() / 10
+        of_groups = variance.log() + (0.8 + (mean - 1) ** 2) / variance
+        return -0.9 * rows * (noise + (-2 * noise).exp() / 8) - groups / 2 * of_groups
+
+    mode = find_marginal_mode(Exact(log_prob, 3), start=torch.tensor([3.0, -1.0, 1.0]))
+    assert mode.found
+    torch.testing.assert_close(mode.loc[0], torch.tensor(1.0).double())
+
+
 POLES = {
     "pole": lambda g: -g.sub(0.3).abs().log().sum(-1),
     "slope": lambda g: g.sum(-1).exp(),

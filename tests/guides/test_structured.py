@@ -180,3 +180,24 @@ def test_takes_another_flow() -> None:
     wrong = AutoStructuredFlow(hierarchy, flow=lambda n: pf.RealNVP(n + 1))
     with pytest.raises(ValueError, match="Expected a flow of 2 features"):
         wrong(GROUPS)
+
+
+def counted_walk(y: Tensor) -> None:
+    step = pyro.sample("step", dist.HalfNormal(1.0))
+    with pyro.plate("time", len(y)):
+        change = pyro.sample("change", dist.Normal(0.0, step))
+        pyro.sample("y", dist.Poisson((change.cumsum(-1) - 1.0).exp()), obs=y)
+
+
+def test_locals_are_drawn_about_their_mean_where_that_takes_noise_from_their_weights() -> None:
+    y = torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0] * 8)
+    guide = started(counted_walk, y)
+    guide.repeats.fill_(1)
+    _, about_mode = guide.sample_and_weigh(guide.marginal.density, 400)
+    guide.repeat_locals()
+    assert bool(guide.shift.any())
+    guide.repeats.fill_(1)
+    _, about_mean = guide.sample_and_weigh(guide.marginal.density, 400)
+    assert float(about_mean.var()) < 0.7 * float(about_mode.var())
+    drawn, log_prob = guide.sample_and_log_prob(3)
+    torch.testing.assert_close(guide.log_prob(drawn), log_prob, rtol=1e-4, atol=1e-3)

@@ -258,3 +258,19 @@ def _twice() -> Any:
 def test_what_is_no_guide_of_the_model_is_told(guide: Any, match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         pf.judge(guide, _misjudged, (1.0,))
+
+
+def many() -> None:
+    pyro.sample("x", dist.Normal(torch.zeros(70), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize(("scale", "taken"), [(0.3, False), (1.0, True)])
+def test_of_many_latents_the_weights_say_whether_a_census_is_of_use(
+    scale: float, taken: bool
+) -> None:
+    start = init_to_value(values={"x": torch.zeros(70)})
+    guide = AutoDiagonalNormal(many, init_loc_fn=start, init_scale=scale)
+    verdict = pf.judge(guide, many, draws=1000).verdict
+    assert verdict.ok == taken
+    assert (verdict.finding("census").status == "held") == taken
+    assert verdict.finding("weights").status == ("held" if taken else "failed")

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from marks import slow_but_for
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyroflows as pf
 from pyroflows._deadline import Deadline, check_time
@@ -22,6 +23,7 @@ from pyroflows.posterior.climb import Climb, choose_better, climb_ladder
 from pyroflows.posterior.importance import ImportanceSummary
 from pyroflows.posterior.ladder import LADDER, make_own_rung
 from pyroflows.posterior.verdict import FAILED, HELD, NOT_JUDGED, TIME_OVER
+from pyroflows.sampling.roaming import roam
 
 
 def banana() -> None:
@@ -282,3 +284,32 @@ def test_polished_draws_of_a_guide_that_is_a_little_off_are_trusted(tmp_path: Pa
     posterior.save(tmp_path / "polished.pt")
     loaded = pf.load_posterior(tmp_path / "polished.pt", fine)
     assert torch.equal(loaded.sample(10, seed=0)["x"], posterior.sample(10, seed=0)["x"])
+
+
+def coupled() -> None:
+    n = 280
+    x = pyro.sample("x", dist.StudentT(3.0, torch.zeros(n), 1.0).to_event(1))
+    pyro.factor("sum", -((x.sum(-1) - 1.0) ** 2))
+    pyro.factor("wave", (x.cumsum(-1)).sin().sum(-1))
+
+
+class NoSquares(TorchDispatchMode):
+    """Refuses matrices of as many rows and columns as there are latents."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in [out] if isinstance(out, torch.Tensor) else []:
+            assert tensor.shape[-2:] != (280, 280), func
+        return out
+
+
+def test_above_so_many_latents_a_fit_is_short_and_makes_no_matrix_of_them() -> None:
+    climb = Climb(LogDensity(coupled), 5, Deadline(), progress=False)
+    rungs = [rung for rung in LADDER if rung.needs_census and not rung.trajectories]
+    with NoSquares():
+        posterior = climb_ladder(climb, rungs)
+    assert not posterior.verdict.ok
+    assert [attempt.name for attempt in posterior.rungs] == ["Gaussian", "flow, 5 steps"]
+    z, _ = posterior.guide.sample_and_log_prob(500)
+    with NoSquares():
+        roam(posterior.density, posterior.guide, z[:20])
