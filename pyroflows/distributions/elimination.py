@@ -88,6 +88,7 @@ class Elimination:
     Attributes:
         levels: The levels, from the first.
         wide: What is left.
+        core: The entries of the core, of shape ``(c,)``.
 
     Raises:
         ValueError: If the core has more than 2,048 entries.
@@ -109,6 +110,10 @@ class Elimination:
         while chosen := graph.choose_few_neighbours():
             self.levels.append(graph.eliminate(chosen))
         self.wide = graph.finish()
+        left = torch.arange(size)
+        for level in self.levels:
+            left = left[level.rest]
+        self.core = left[self.wide.core]
         if len(self.wide.core) > LARGEST_CORE:
             raise ValueError(
                 f"Expected at most {LARGEST_CORE} entries that have to be treated as a dense "

@@ -71,6 +71,16 @@ class SparseNormal:
         """Entries of a vector."""
         return self.elimination.size
 
+    @property
+    def core_root(self) -> Tensor:
+        r"""The lower root :math:`R` of the precision of the core, with all others integrated out,
+        of shape ``(*, c, c)``.
+
+        The core is last to be eliminated, so :meth:`draw_centred` makes its entries
+        :math:`R^{-\top} \epsilon` of their own noise alone.
+        """
+        return self._root
+
     def _eliminate(self, level: Level, values: Tensor) -> Tensor:
         """The values that are left after a level, whose factor is kept."""
         links = values[..., level.links]

@@ -64,7 +64,9 @@ class Conditional(NamedTuple):
         return self.normal.log_prob(x, self.mean)
 
 
-class _Derivatives(NamedTuple):
+class Derivatives(NamedTuple):
+    """The log joint density, its gradient by the locals, and the values of their precision."""
+
     value: Tensor
     slope: Tensor
     precision: Tensor
@@ -170,7 +172,7 @@ class Marginal:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(2, len(self.reference), generator=generator).to(self.reference)
         g = self.initial.double().expand(2, -1)
-        one, other = self._differentiate(g, self.reference + noise).precision
+        one, other = self.differentiate(g, self.reference + noise).precision
         sizes = one.abs() + one.abs().mean()
         return float(((one - other).abs() / sizes).amax().nan_to_num(torch.inf))
 
@@ -252,7 +254,7 @@ class Marginal:
     def _step(self, g: Tensor, x: Tensor) -> Conditional:
         """The locals after a step of Newton's method, which is left out where it lowers the
         density."""
-        before, slope, precision = self._differentiate(g, x)
+        before, slope, precision = self.differentiate(g, x)
         normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1) / 2
@@ -301,22 +303,27 @@ class Marginal:
         pulled = self.structure.coordinates.pull_back(gradient)
         return values.detach(), pulled[:, self.structure.locals]
 
-    def _differentiate(self, g: Tensor, x: Tensor) -> _Derivatives:
-        """The log density, its gradient by the locals, and the values of their precision."""
+    def differentiate(self, g: Tensor, x: Tensor) -> Derivatives:
+        """The log joint density, its gradient by the locals, and the values of their precision.
+
+        Args:
+            g: Globals of shape ``(n, features)``.
+            x: Locals of shape ``(n, locals)``.
+        """
         inner, sums = self.structure.locals, self.structure.coordinates
         density, points = self._of_so_many(len(g)), self.join(g, x)
         if self._rows is not None:
             read = self._rows.read(density, points)
-            return _Derivatives(read.values, read.gradients[:, inner], -read.entries)
+            return Derivatives(read.values, read.gradients[:, inner], -read.entries)
         directions = sums.from_sums(self._directions)
         found = multiply_hessian(density, points, directions, self._held)
         slope = sums.pull_back(found.gradients)[:, inner]
         products = sums.pull_back(found.products)[..., inner]
-        return _Derivatives(found.values, slope, -self._colouring.read(products))
+        return Derivatives(found.values, slope, -self._colouring.read(products))
 
     def _improve(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """A step that does not lower the log density, and the most that it promises to gain."""
-        values, slope, precision = self._differentiate(g, x)
+        values, slope, precision = self.differentiate(g, x)
         normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1).nan_to_num(0).amax() / 2

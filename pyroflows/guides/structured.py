@@ -23,8 +23,9 @@ from ..nn import mlp
 from ..transforms import Elementwise, Transform
 from ..univariate import SumOfSquares
 from .auto import FlowGuide
+from .core import CoreProposal, SampledCore, has_core, make_core
 from .guide import Part
-from .leaves import Leaves, integrate_leaves, leaves_are_small
+from .leaves import LEAST, Leaves, integrate_leaves, leaves_are_small
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 from .regressed_leaves import RegressedLeaves, regress_leaves
@@ -105,7 +106,8 @@ class AutoStructuredFlow(FlowGuide):
         # In a tuple, because a model that is a module is no part of the guide.
         self._given = (model, init_loc_fn)
         self._marginal: Marginal | None = None
-        self._leaves: Leaves | None = None
+        self._leaves: Leaves | SampledCore | None = None
+        self.core: CoreProposal | None = None
         self._regressed: RegressedLeaves | None = None
 
     @classmethod
@@ -149,6 +151,8 @@ class AutoStructuredFlow(FlowGuide):
         self.register_buffer("root", torch.eye(features).to(reference))
         self.register_buffer("nodes", torch.zeros((), dtype=torch.long))
         self.register_buffer("repeats", torch.ones((), dtype=torch.long))
+        if has_core(self._marginal):
+            self.core = make_core(self._marginal).to(reference.device)
 
     # The parts
 
@@ -164,19 +168,25 @@ class AutoStructuredFlow(FlowGuide):
         return self._marginal
 
     @property
-    def leaves(self) -> Leaves | None:
-        """The same, with small blocks of locals integrated by quadrature; ``None`` before
-        :meth:`integrate_leaves`."""
+    def leaves(self) -> Leaves | SampledCore | None:
+        """The same, with small blocks of locals integrated by quadrature, and a core drawn that
+        joins them; ``None`` before :meth:`integrate_leaves`."""
         count = int(self.nodes)
         if not count:
             return None
         if self._leaves is None or self._leaves.nodes.count != count:
-            self._leaves = Leaves(self.marginal, count)
+            self._leaves = self._make_leaves(count)
         return self._leaves
+
+    def _make_leaves(self, count: int) -> Leaves | SampledCore:
+        if self.core is None:
+            return Leaves(self.marginal, count)
+        return SampledCore(self.marginal, self.core, count)
 
     @property
     def weighs_globals_alone(self) -> bool:
-        """Whether weights depend on the globals alone, because the locals given them are exact."""
+        """Whether the weights of draws are weights of their globals, because the locals given them
+        are exact."""
         return self.marginal.is_normal or self.leaves is not None
 
     def start_at(self, mode: MarginalMode) -> None:
@@ -189,15 +199,18 @@ class AutoStructuredFlow(FlowGuide):
         self.flow.whiten(mode.loc.to(loc), mode.root.to(loc))
         self.reference.copy_(mode.reference)
         if not marginal.is_normal and mode.found:
-            warm = regress_reference(marginal, mode.loc, mode.root, mode.reference)
+            integrated = self._leaves if self.core is not None and self._leaves else marginal
+            warm = regress_reference(integrated, mode.loc, mode.root, mode.reference)
             self.centre.copy_(warm.loc)
             self.root.copy_(warm.root)
             self.reference.copy_(warm.constant)
             self.slopes.copy_(warm.slopes)
+        if isinstance(self._leaves, SampledCore):
+            self._leaves.fit(mode, self._warm)
 
-    def integrate_leaves(self) -> Leaves | None:
+    def integrate_leaves(self) -> Leaves | SampledCore | None:
         """Integrates the locals by quadrature from now on, if they are not normal given the globals
-        and come in small independent blocks.
+        and come in small independent blocks, or do so given a few of them.
 
         The numbers of nodes are compared at draws of the flow.
 
@@ -206,10 +219,14 @@ class AutoStructuredFlow(FlowGuide):
             number of nodes suffices.
         """
         marginal = self.marginal
-        if marginal.is_normal or not leaves_are_small(marginal):
+        if marginal.is_normal or not (self.core or leaves_are_small(marginal)):
             return None
         g = self._pilot_draws()
-        leaves = integrate_leaves(marginal, g, self._near(g))
+        leaves = self._make_leaves(LEAST)
+        if isinstance(leaves, SampledCore):
+            leaves.choose_nodes(g, self._near(g))
+        else:
+            leaves = integrate_leaves(marginal, g, self._near(g))
         if not leaves.usable:
             return None  # weights of the locals tell how far they are off
         self._leaves = leaves
@@ -223,7 +240,7 @@ class AutoStructuredFlow(FlowGuide):
         Returns:
             The log density of the globals, or ``None`` if that is not exact enough.
         """
-        if self.leaves is None:
+        if not isinstance(self.leaves, Leaves):
             return None
         # A copy, because the polynomial keeps its units when the guide starts elsewhere.
         regressed = regress_leaves(self.leaves, copy.deepcopy(self._warm))
