@@ -16,7 +16,7 @@ from ..distributions.elimination_tree import EliminationTree, find_elimination_t
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import Holding, multiply_hessian, points_at_once
+from ..model.curvature import differentiate, multiply_hessian, points_at_once, slice_rows
 from ..model.double import DoubleDensity
 from ..model.rows import RowHessian, find_row_hessian
 from ..model.structure import Structure
@@ -125,7 +125,8 @@ class Marginal:
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
         few, many = points_at_once(density, FEW)
-        self.density, self._of_few = DoubleDensity(density, many), DoubleDensity(density, few)
+        self.density = slice_rows(density) or DoubleDensity(density, many)
+        self._of_few = slice_rows(density, FEW) or DoubleDensity(density, few)
         self.structure = structure
         self.features = len(structure.globals)
         initial = structure.coordinates.to_sums(density.initial.double())
@@ -289,17 +290,10 @@ class Marginal:
         values, slopes = map(torch.cat, zip(*parts, strict=True))
         return values, slopes
 
-    @torch.enable_grad()
     def _value_and_slopes(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.join(g, x).detach().requires_grad_()
         density = self._of_so_many(len(g))
-        with Holding(density.sites, self._held):
-            values = density.log_joint(z)
-        if not values.requires_grad:
-            return values, torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(values.sum(), z, materialize_grads=True)
-        pulled = self.structure.coordinates.pull_back(gradient)
-        return values.detach(), pulled[:, self.structure.locals]
+        values, gradients = differentiate(density, self.join(g, x), self._held)
+        return values, self.structure.coordinates.pull_back(gradients)[:, self.structure.locals]
 
     def _differentiate(self, g: Tensor, x: Tensor) -> _Derivatives:
         """The log density, its gradient by the locals, and the values of their precision."""

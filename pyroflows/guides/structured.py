@@ -328,6 +328,8 @@ class AutoStructuredFlow(FlowGuide):
         if self.leaves is not None:
             x, log_marginal = self.leaves.sample(g, self._near(g))
             return self.marginal.join(g, x), log_marginal
+        if not len(self.reference):
+            return self.marginal.join(g, g[:, :0]), self.marginal.log_prob(g)
         x, scores = self._draw_several(g, int(self.repeats))
         # One of several draws, chosen by their weights, has the mean of the weights.
         gumbel = -torch.rand_like(scores).log().neg().log()

@@ -13,12 +13,17 @@ from .._checks import check_size, check_tensor
 from .._compat import tree_map_only
 from .data import GivenData
 from .density import LogDensity
-from .evaluator import Evaluator, Program
+from .evaluator import Evaluator
 from .inputs import Inputs
+from .program import Program
 from .promotion import Promoting, in_double
 from .sites import sample_nodes
 
 __all__ = ["DoubleDensity", "site_sizes"]
+
+# Points at which slices of the rows are compared with all rows, how far they lie from the start,
+# and how much of the value may be rounded.
+COMPARED, SPREAD, ROUNDING = 4, 0.3, 1e-9
 
 
 class DoubleDensity(LogDensity):
@@ -66,12 +71,24 @@ class DoubleDensity(LogDensity):
     def log_joint(self, z: Tensor) -> Tensor:
         check_tensor("z", z, (self.features,))
         points = z.reshape(-1, self.features)
-        return self.values(points)[0].reshape(z.shape[:-1]) if len(points) else z.sum(-1)
+        if not len(points):
+            return z.sum(-1)
+        return _add(self.parts, points).reshape(z.shape[:-1])
 
     @functools.cached_property
     def values(self) -> Program:
         """The log density as a program, which gives a tuple of one tensor of values."""
         return self._evaluator.make_differentiable(self.inputs, self.batch_size, split=True)
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[float, Program]]:
+        """The log density as a weighted sum of programs: itself, or slices of many rows of data."""
+        whole = [(1.0, self.values)]
+        slices = self._evaluator.make_slices(self.inputs, self.batch_size)
+        noise = torch.randn(COMPARED, self.features, generator=torch.Generator().manual_seed(0))
+        points = self.initial + SPREAD * noise.to(self.initial)
+        with torch.no_grad():
+            return slices if slices and _agree(_add(whole, points), _add(slices, points)) else whole
 
     @functools.cached_property
     def largest(self) -> int:
@@ -99,6 +116,20 @@ class DoubleDensity(LogDensity):
     def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
         with Promoting():
             return super()._log_joints(z, inputs)
+
+
+def _add(parts: list[tuple[float, Program]], points: Tensor) -> Tensor:
+    """The weighted sum of the values of programs."""
+    total = torch.zeros(())
+    for weight, program in parts:
+        total = total + weight * program(points)[0]
+    return total
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether values are the same but for rounding, and finite somewhere."""
+    same = torch.allclose(one, other, rtol=ROUNDING, equal_nan=True)
+    return same and bool(one.isfinite().any())
 
 
 def site_sizes(density: LogDensity) -> list[int]:

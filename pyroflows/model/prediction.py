@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..report import arviz_bridge as arviz
 from .density import LogDensity
-from .evaluator import FAILURES
 from .pointwise import map_points
+from .program import FAILURES
 from .sites import base_distribution, is_factor, sample_nodes, site_plates
 
 __all__ = [
