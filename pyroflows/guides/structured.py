@@ -307,6 +307,9 @@ class AutoStructuredFlow(FlowGuide):
     def sample(self, n: int) -> Tensor:
         """Draws vectors, whose locals are exact where they are integrated; see
         :meth:`Guide.sample`."""
+        if not len(self.reference):
+            g = self.flow().sample((n,))
+            return self.marginal.join(g.double(), g[:, :0].double()).to(g)
         return self.sample_and_weigh(self.marginal.density, n)[0]
 
     @torch.no_grad()

@@ -73,7 +73,8 @@ class RowSlices:
             self._along[node] = self._dimension(node)
             if node.op != "placeholder":
                 self._check(node)
-        self._fixed = [self._along[node] for node in nodes if node.op == "placeholder"][1:]
+        given = [self._along[node] for node in nodes if node.op == "placeholder"]
+        self._of_fixed = given[1:]
         results = [node for node in self._output.all_input_nodes if self._along[node] is not None]
         if results or not self._sums:
             raise UnsliceableError("the results are no sums over rows")
@@ -103,14 +104,10 @@ class RowSlices:
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
         if size not in self._graphs:
             self._graphs[size] = self._resize(size)
-        pairs = zip(fixed, self._along_fixed, strict=True)
+        pairs = zip(fixed, self._of_fixed, strict=True)
         own = [t if dim is None else t.narrow(dim, start, size) for t, dim in pairs]
         forward = self._graphs[size].forward
         return lambda points: tuple(forward(points, *own))
-
-    @property
-    def _along_fixed(self) -> list[int | None]:
-        return self._fixed
 
     def _dimension(self, node: Node) -> int | None:
         """The dimension of the rows; ``None`` if there is none."""
@@ -141,9 +138,7 @@ class RowSlices:
         """Whether an operation goes over all rows, and notes it if it is a sum."""
         if name in PRODUCTS or name in ("mv", "dot"):
             self._sums.add(node)
-            return len(node.all_input_nodes) == 2 and None not in map(
-                self._along.__getitem__, node.all_input_nodes
-            )
+            return all(self._along[operand] is not None for operand in node.all_input_nodes)
         if name == "sum":
             self._sums.add(node)
         return name in REDUCTIONS or name.startswith("new_")
@@ -151,6 +146,7 @@ class RowSlices:
     def _keeps(self, node: Node, name: str, own: int, given: list[Node]) -> bool:
         """Whether each row of the result comes of the same row of what is given."""
         right = len(_shape(node)) - own
+        operands: Any = node.args[:2]
         if name in RESHAPES:
             before, after = _shape(given[0])[: self._of(given[0])], _shape(node)[:own]
             return math.prod(before) == math.prod(after)
@@ -159,23 +155,20 @@ class RowSlices:
         if name in MOVES or name in LIKE:
             return True
         if name in ALONG:
-            dims = node.args[1] if len(node.args) > 1 else 0
+            dims: Any = node.args[1] if len(node.args) > 1 else 0
             reduced = [dims] if isinstance(dims, int) else dims
             size = len(_shape(given[0]))
-            return self._of(given[0]) not in [dim % size for dim in reduced]  # type: ignore
+            return self._of(given[0]) not in [dim % size for dim in reduced]
         if name in PRODUCTS:
-            first, second = node.args[:2]
-            inner = self._along[first], self._along[second]  # type: ignore[index]
+            inner = [self._along[operand] for operand in operands]
             size = len(_shape(node))
-            return inner in ((size - 2, None), (None, size - 1))
+            return inner in ([size - 2, None], [None, size - 1])
         if name == "index":
-            return self._along[node.args[0]] is None  # type: ignore[index]
+            return self._along[operands[0]] is None
         if name == "cat":
-            dim = node.args[1] if len(node.args) > 1 else 0
-            return len(given) == len(node.all_input_nodes) and dim != own
-        if name == "gather":
-            return len(given) == 2 and node.args[1] % len(_shape(node)) != own  # type: ignore
-        return False
+            dim: Any = node.args[1] if len(node.args) > 1 else 0
+            return len(given) == len(node.all_input_nodes) and bool(dim != own)
+        return name == "gather" and len(given) == 2 and bool(operands[1] != own)
 
     def _of(self, node: Node) -> int:
         dim = self._along[node]
