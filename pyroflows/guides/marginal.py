@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any, NamedTuple
@@ -98,6 +99,7 @@ class Marginal:
         initial: The globals at the start of the density, of shape ``(features,)``.
         reference: The locals there, in double precision.
         elimination: The order in which the locals are eliminated.
+        steps: The most steps for locals that are not normal.
 
     Raises:
         ValueError: If more than 2,048 locals have to be treated as a dense matrix.
@@ -127,7 +129,7 @@ class Marginal:
         few, many = points_at_once(density, FEW)
         self.density = slice_rows(density) or DoubleDensity(density, many)
         self._of_few = slice_rows(density, FEW) or DoubleDensity(density, few)
-        self.structure = structure
+        self.structure, self.steps = structure, SEVERAL
         self.features = len(structure.globals)
         initial = structure.coordinates.to_sums(density.initial.double())
         self.initial = density.initial[structure.globals]
@@ -229,8 +231,8 @@ class Marginal:
         Args:
             g: Globals of shape ``(n, features)``.
             reference: Where the locals start, of shape ``(n, locals)``.
-            steps: Steps of Newton's method; if ``None``, one for normal locals and eight for
-                others, or fewer if they settle. They are halved as long as they lower the density,
+            steps: Steps of Newton's method; if ``None``, one for normal locals and :attr:`steps`
+                for others, or fewer if they settle. They are halved as long as they lower the density,
                 and the last is left out then. Where the density is not concave, precisions are
                 repaired.
 
@@ -243,7 +245,7 @@ class Marginal:
             normal = SparseNormal(self.elimination, nothing)
             return _conditional(self.log_joint(g, nothing), nothing, normal, g.new_zeros(len(g)))
         if steps is None:
-            steps = 1 if self.is_normal else SEVERAL
+            steps = 1 if self.is_normal else self.steps
         for _ in range(check_size("steps", steps) - 1):
             x, gain = self._improve(g, x)
             if gain < SETTLED:
@@ -264,6 +266,20 @@ class Marginal:
         lower = value < _least(before)
         mean = torch.where(lower.unsqueeze(-1), x, x + step)
         return _conditional(torch.where(lower, before, value), mean, normal, gain)
+
+    def with_steps(self, steps: int) -> Marginal:
+        """The same with at most so many steps for locals that are not normal."""
+        other = copy.copy(self)
+        other.steps = steps
+        return other
+
+    @torch.no_grad()
+    def precision(self, g: Tensor, x: Tensor) -> Tensor:
+        """The entries of the precision of the locals, of shape ``(n, entries)``, at globals of
+        shape ``(n, features)`` and locals of shape ``(n, locals)``."""
+        size = self.density.batch_size
+        pairs = zip(g.split(size), x.split(size), strict=True)
+        return torch.cat([self._differentiate(few, near).precision for few, near in pairs])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Marginal:
         return self  # it does not change
