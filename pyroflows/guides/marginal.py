@@ -127,7 +127,7 @@ class Marginal:
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
         few, many = points_at_once(density, FEW)
-        self.density = slice_rows(density) or DoubleDensity(density, many)
+        self.density = slice_rows(density, single=True) or DoubleDensity(density, many)
         self._of_few = slice_rows(density, FEW) or DoubleDensity(density, few)
         self.structure, self.steps = structure, SEVERAL
         self.features = len(structure.globals)
@@ -263,7 +263,7 @@ class Marginal:
         if self._bend < EXACTLY and gain.abs().amax() < HIGHEST:
             return _conditional(before + gain, x + step, normal, gain)
         value = self.log_joint(g, x + step)
-        lower = value < _least(before)
+        lower = value < self._least(before)
         mean = torch.where(lower.unsqueeze(-1), x, x + step)
         return _conditional(torch.where(lower, before, value), mean, normal, gain)
 
@@ -330,7 +330,7 @@ class Marginal:
         normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1).nan_to_num(0).amax() / 2
-        least = _least(values)
+        least = self._least(values)
         length = torch.ones_like(values)
         for _ in range(HALVINGS):
             moved = x + length.unsqueeze(-1) * step
@@ -344,14 +344,13 @@ class Marginal:
         """The log density of globals and locals, of shape ``(n,)``, in double precision."""
         return self._of_so_many(len(g)).log_joint(self.join(g, x))
 
+    def _least(self, values: Tensor) -> Tensor:
+        """The values from which others are told in spite of rounding."""
+        return values - torch.finfo(values.dtype).eps ** 0.6 * values.abs() - self.density.rounding
+
     def _of_so_many(self, points: int) -> DoubleDensity:
         """The density that wastes least on so many points."""
         return self._of_few if points <= self._of_few.batch_size else self.density
-
-
-def _least(values: Tensor) -> Tensor:
-    """The values from which others are told in spite of rounding."""
-    return values - torch.finfo(values.dtype).eps ** 0.6 * values.abs()
 
 
 def _conditional(value: Tensor, mean: Tensor, normal: SparseNormal, gain: Tensor) -> Conditional:

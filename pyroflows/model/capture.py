@@ -92,16 +92,17 @@ class Captured:
             self._prelude, self._body = torch.no_grad()(prelude.forward), body.forward
             self._slices = None if self.branches else find_row_slices(body)
 
-    def bind_slices(self, tensors: Sequence[Tensor]) -> list[tuple[float, Run]]:
+    def bind_slices(self, tensors: Sequence[Tensor], single: bool) -> list[tuple[float, Run]]:
         """The function, without its last result, as a weighted sum of functions of some of the rows
-        of data; empty if it is not known to be a sum over many rows."""
+        of data, in single precision on request; empty if it is not known to be a sum over many
+        rows."""
         if self._slices is None:
             return []
         at_once = max(1, ROWS_AT_ONCE * self._slices.rows // (self.largest * self.size))
         count = -(-self._slices.rows // at_once)
         if count == 1:
             return []
-        slices = self._slices.bind(self._prelude(*tensors), count)
+        slices = self._slices.bind(self._prelude(*tensors), count, single)
         return [(weight, self._padded(_without_last(function))) for weight, function in slices]
 
     def bind(self, tensors: Sequence[Tensor]) -> Run:

@@ -94,12 +94,13 @@ def points_at_once(density: LogDensity, few: int) -> tuple[int, int]:
     return (many if sum(sizes) < SMALL * len(sizes) else min(few, many)), many
 
 
-def slice_rows(density: LogDensity, most: int = MANY) -> DoubleDensity | None:
+def slice_rows(density: LogDensity, most: int = MANY, single: bool = False) -> DoubleDensity | None:
     """The density in double precision, for many points at once by slices of the rows of its data.
 
     Args:
         density: A log density.
         most: The most points at once.
+        single: As in :class:`pyroflows.model.double.DoubleDensity`.
 
     Returns:
         The density; ``None`` if it has few rows, or is not known to be a sum over them.
@@ -108,7 +109,7 @@ def slice_rows(density: LogDensity, most: int = MANY) -> DoubleDensity | None:
     count = min(most, SLICED_ROWS // largest)
     if ROWS_AT_ONCE // largest >= count or count < FEWEST:
         return None
-    sliced = DoubleDensity(density, count)
+    sliced = DoubleDensity(density, count, single)
     return sliced if len(sliced.parts) > 1 else None
 
 

@@ -22,8 +22,8 @@ from .sites import sample_nodes
 __all__ = ["DoubleDensity", "site_sizes"]
 
 # Points at which slices of the rows are compared with all rows, how far they lie from the start,
-# and how much of the value may be rounded.
-COMPARED, SPREAD, ROUNDING = 4, 0.3, 1e-9
+# how much of a value may differ, and how many nats in single precision.
+COMPARED, SPREAD, SAME, ROUNDING = 8, 0.3, 1e-9, 0.01
 
 
 class DoubleDensity(LogDensity):
@@ -35,6 +35,11 @@ class DoubleDensity(LogDensity):
     Args:
         density: A log density whose data do not come from a loader.
         batch_size: How many vectors one evaluation takes.
+        single: Whether values by slices of many rows of data may be taken in single precision, if
+            that changes them by no more than :attr:`rounding`.
+
+    Attributes:
+        rounding: How far values may be off, in nats.
 
     Raises:
         ValueError: If the data come from a loader.
@@ -49,10 +54,11 @@ class DoubleDensity(LogDensity):
         torch.float64
     """
 
-    def __init__(self, density: LogDensity, batch_size: int) -> None:
+    def __init__(self, density: LogDensity, batch_size: int, single: bool = False) -> None:
         density._check_not_streamed("double precision")
         self.__dict__.update(density.__dict__)
-        for made in ("_program", "values"):
+        self.single, self.rounding = single, 0.0
+        for made in ("_program", "values", "parts"):
             self.__dict__.pop(made, None)
         self.batch_size = check_size("batch_size", batch_size)
         if not isinstance(density, DoubleDensity):
@@ -84,11 +90,19 @@ class DoubleDensity(LogDensity):
     def parts(self) -> list[tuple[float, Program]]:
         """The log density as a weighted sum of programs: itself, or slices of many rows of data."""
         whole = [(1.0, self.values)]
-        slices = self._evaluator.make_slices(self.inputs, self.batch_size)
         noise = torch.randn(COMPARED, self.features, generator=torch.Generator().manual_seed(0))
         points = self.initial + SPREAD * noise.to(self.initial)
         with torch.no_grad():
-            return slices if slices and _agree(_add(whole, points), _add(slices, points)) else whole
+            right = _add(whole, points)
+            slices = self._evaluator.make_slices(self.inputs, self.batch_size)
+            if not (slices and _agree(_add(slices, points), right)):
+                return whole
+            if self.single:
+                rounded = self._evaluator.make_slices(self.inputs, self.batch_size, single=True)
+                if _agree_nearly(rounded, points, right):
+                    self.rounding = ROUNDING
+                    return rounded
+        return slices
 
     @functools.cached_property
     def largest(self) -> int:
@@ -128,8 +142,17 @@ def _add(parts: list[tuple[float, Program]], points: Tensor) -> Tensor:
 
 def _agree(one: Tensor, other: Tensor) -> bool:
     """Whether values are the same but for rounding, and finite somewhere."""
-    same = torch.allclose(one, other, rtol=ROUNDING, equal_nan=True)
+    same = torch.allclose(one, other, rtol=SAME, equal_nan=True)
     return same and bool(one.isfinite().any())
+
+
+def _agree_nearly(parts: list[tuple[float, Program]], points: Tensor, right: Tensor) -> bool:
+    """Whether values in single precision are the right ones but for a little rounding."""
+    try:
+        values = _add(parts, points)
+    except RuntimeError:  # single and double precision do not mix in matrix products
+        return False
+    return torch.allclose(values, right, rtol=0.0, atol=ROUNDING, equal_nan=True)
 
 
 def site_sizes(density: LogDensity) -> list[int]:

@@ -195,13 +195,16 @@ class Evaluator:
             way = _uncaptured(way, "it has gradients of its own")
         return self._make(leaves, batch_size, way, Kind(gradients=False, split=split))
 
-    def make_slices(self, inputs: Inputs, batch_size: int) -> list[tuple[float, Program]]:
+    def make_slices(
+        self, inputs: Inputs, batch_size: int, single: bool = False
+    ) -> list[tuple[float, Program]]:
         """The function at given inputs as a weighted sum of functions of some rows of data each,
         of which one at a time needs less memory than all; empty if it is not known to be one.
 
         Args:
             inputs: The inputs, of which :meth:`make_differentiable` has made the whole function.
             batch_size: As there.
+            single: Whether they are evaluated in single precision.
 
         Returns:
             Weights, and programs that give a tuple of one tensor of values.
@@ -211,7 +214,7 @@ class Evaluator:
         graphs = self.graphs.get(_key(leaves, batch_size, way, Kind(gradients=False)))
         if not graphs or way.mode != "captured":
             return []
-        slices = graphs[0].bind_slices(leaves.tensors(way.constants))
+        slices = graphs[0].bind_slices(leaves.tensors(way.constants), single)
         return [
             (weight, Program(run, batch_size, self.failures, way, gradients=False))
             for weight, run in slices

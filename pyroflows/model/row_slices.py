@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .promotion import in_double
+
 __all__ = ["RowSlices", "find_row_slices"]
 
 # Fewer rows stay in the cache as they are.
@@ -78,16 +80,18 @@ class RowSlices:
         results = [node for node in self._output.all_input_nodes if self._along[node] is not None]
         if results or not self._sums:
             raise UnsliceableError("the results are no sums over rows")
-        self._graphs: dict[int, GraphModule] = {}
+        self._graphs: dict[tuple[int, bool], GraphModule] = {}
 
     def bind(
-        self, fixed: Sequence[Tensor], count: int
+        self, fixed: Sequence[Tensor], count: int, single: bool = False
     ) -> list[tuple[float, Callable[[Tensor], tuple[Tensor, ...]]]]:
         """The slices as functions of points.
 
         Args:
             fixed: The fixed tensors.
             count: How many slices, which differ by one row at most.
+            single: Whether to evaluate them in single precision, in half the time; their results
+                are double nevertheless, so that the sum over slices rounds no more.
 
         Returns:
             Their weights and functions.
@@ -95,19 +99,22 @@ class RowSlices:
         sizes = [self.rows // count + (i < self.rows % count) for i in range(count)]
         slices, start = [], 0
         for size in sizes:
-            slices.append((size / self.rows, self._function(fixed, start, size)))
+            slices.append((size / self.rows, self._function(fixed, start, size, single)))
             start += size
         return slices
 
     def _function(
-        self, fixed: Sequence[Tensor], start: int, size: int
+        self, fixed: Sequence[Tensor], start: int, size: int, single: bool
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        if size not in self._graphs:
-            self._graphs[size] = self._resize(size)
+        if (size, single) not in self._graphs:
+            self._graphs[size, single] = self._resize(size, single)
         pairs = zip(fixed, self._of_fixed, strict=True)
         own = [t if dim is None else t.narrow(dim, start, size) for t, dim in pairs]
-        forward = self._graphs[size].forward
-        return lambda points: tuple(forward(points, *own))
+        forward = self._graphs[size, single].forward
+        if not single:
+            return lambda points: tuple(forward(points, *own))
+        rounded = [_in_single(tensor) for tensor in own]
+        return lambda points: tuple(map(in_double, forward(points.float(), *rounded)))
 
     def _dimension(self, node: Node) -> int | None:
         """The dimension of the rows; ``None`` if there is none."""
@@ -176,7 +183,7 @@ class RowSlices:
             raise UnsliceableError("a tensor has no rows")
         return dim
 
-    def _resize(self, size: int) -> GraphModule:
+    def _resize(self, size: int, single: bool) -> GraphModule:
         """The graph for so many rows, with sums that are scaled up."""
         graph = Graph()
         copies: dict[Node, Node] = {}
@@ -189,6 +196,8 @@ class RowSlices:
                 copy.update_arg(SIZED[name], shape)
             if name == "bmm":
                 copy.target = _multiply_matrices
+            if single and copy.kwargs.get("dtype") is torch.double:
+                copy.update_kwarg("dtype", torch.float)
             if node in self._sums:
                 scaled = (copy, self.rows / size)
                 copies[node] = graph.call_function(torch.ops.aten.mul.Tensor, scaled)
@@ -219,6 +228,14 @@ def _multiply_matrices(first: Tensor, second: Tensor) -> Tensor:
         return torch.bmm(first, second)
     product = second.mT.reshape(-1, second.shape[1]) @ first[0].mT
     return product.reshape(len(second), second.shape[2], -1).mT
+
+
+def _in_single(tensor: Tensor) -> Tensor:
+    """A tensor of real numbers in single precision, expanded as it was."""
+    if not tensor.is_floating_point():
+        return tensor
+    one = [slice(1) if stride == 0 else slice(None) for stride in tensor.stride()]
+    return tensor[tuple(one)].float().expand(tensor.shape)
 
 
 def _shape(node: Node) -> Sequence[int]:

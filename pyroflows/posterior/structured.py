@@ -30,8 +30,9 @@ MOST_GLOBALS = 24
 MANY_ROWS = 4096
 # With so many, integrals are dear, and their difference from Laplace's approximation is simple.
 DEAR_ROWS = 16_384
-# Steps of Newton's method for each value of the search for the mode then.
-FEW_STEPS = 2
+# Steps of Newton's method for each value of the search for the mode then, which goes on from where
+# the last ones have led.
+FEW_STEPS = 1
 # Widths of a mode that are less come from a density with jumps, where locals change their modes.
 NARROWEST = 1e-5
 
