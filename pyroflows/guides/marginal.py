@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ..distributions.elimination_tree import EliminationTree, find_elimination_t
 from ..distributions.sparse_normal import SparseNormal
 from ..model import LogDensity
 from ..model.colouring import Colouring
-from ..model.curvature import Holding, multiply_hessian, points_at_once
+from ..model.curvature import differentiate, multiply_hessian, points_at_once, slice_rows
 from ..model.double import DoubleDensity
 from ..model.rows import RowHessian, find_row_hessian
 from ..model.structure import Structure
@@ -100,6 +101,7 @@ class Marginal:
         initial: The globals at the start of the density, of shape ``(features,)``.
         reference: The locals there, in double precision.
         elimination: The order in which the locals are eliminated.
+        steps: The most steps for locals that are not normal.
 
     Raises:
         ValueError: If more than 2,048 locals have to be treated as a dense matrix.
@@ -127,8 +129,9 @@ class Marginal:
 
     def __init__(self, density: LogDensity, structure: Structure) -> None:
         few, many = points_at_once(density, FEW)
-        self.density, self._of_few = DoubleDensity(density, many), DoubleDensity(density, few)
-        self.structure = structure
+        self.density = slice_rows(density, single=True) or DoubleDensity(density, many)
+        self._of_few = slice_rows(density, FEW) or DoubleDensity(density, few)
+        self.structure, self.steps = structure, SEVERAL
         self.features = len(structure.globals)
         initial = structure.coordinates.to_sums(density.initial.double())
         self.initial = density.initial[structure.globals]
@@ -230,8 +233,8 @@ class Marginal:
         Args:
             g: Globals of shape ``(n, features)``.
             reference: Where the locals start, of shape ``(n, locals)``.
-            steps: Steps of Newton's method; if ``None``, one for normal locals and eight for
-                others, or fewer if they settle. They are halved as long as they lower the density,
+            steps: Steps of Newton's method; if ``None``, one for normal locals and :attr:`steps`
+                for others, or fewer if they settle. They are halved as long as they lower the density,
                 and the last is left out then. Where the density is not concave, precisions are
                 repaired.
 
@@ -244,7 +247,7 @@ class Marginal:
             normal = SparseNormal(self.elimination, nothing)
             return _conditional(self.log_joint(g, nothing), nothing, normal, g.new_zeros(len(g)))
         if steps is None:
-            steps = 1 if self.is_normal else SEVERAL
+            steps = 1 if self.is_normal else self.steps
         for _ in range(check_size("steps", steps) - 1):
             x, gain = self._improve(g, x)
             if gain < SETTLED:
@@ -262,9 +265,23 @@ class Marginal:
         if self._bend < EXACTLY and gain.abs().amax() < HIGHEST:
             return _conditional(before + gain, x + step, normal, gain)
         value = self.log_joint(g, x + step)
-        lower = value < _least(before)
+        lower = value < self._least(before)
         mean = torch.where(lower.unsqueeze(-1), x, x + step)
         return _conditional(torch.where(lower, before, value), mean, normal, gain)
+
+    def with_steps(self, steps: int) -> Marginal:
+        """The same with at most so many steps for locals that are not normal."""
+        other = copy.copy(self)
+        other.steps = steps
+        return other
+
+    @torch.no_grad()
+    def precision(self, g: Tensor, x: Tensor) -> Tensor:
+        """The entries of the precision of the locals, of shape ``(n, entries)``, at globals of
+        shape ``(n, features)`` and locals of shape ``(n, locals)``."""
+        size = self.density.batch_size
+        pairs = zip(g.split(size), x.split(size), strict=True)
+        return torch.cat([self._differentiate(few, near).precision for few, near in pairs])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Marginal:
         return self  # it does not change
@@ -291,17 +308,10 @@ class Marginal:
         values, slopes = map(torch.cat, zip(*parts, strict=True))
         return values, slopes
 
-    @torch.enable_grad()
     def _value_and_slopes(self, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.join(g, x).detach().requires_grad_()
         density = self._of_so_many(len(g))
-        with Holding(density.sites, self._held):
-            values = density.log_joint(z)
-        if not values.requires_grad:
-            return values, torch.zeros_like(x)
-        (gradient,) = torch.autograd.grad(values.sum(), z, materialize_grads=True)
-        pulled = self.structure.coordinates.pull_back(gradient)
-        return values.detach(), pulled[:, self.structure.locals]
+        values, gradients = differentiate(density, self.join(g, x), self._held)
+        return values, self.structure.coordinates.pull_back(gradients)[:, self.structure.locals]
 
     def differentiate(self, g: Tensor, x: Tensor) -> Derivatives:
         """The log joint density, its gradient by the locals, and the values of their precision.
@@ -327,7 +337,7 @@ class Marginal:
         normal = SparseNormal(self.elimination, precision, repaired=True)
         step = normal.solve(slope)
         gain = (slope * step).sum(-1).nan_to_num(0).amax() / 2
-        least = _least(values)
+        least = self._least(values)
         length = torch.ones_like(values)
         for _ in range(HALVINGS):
             moved = x + length.unsqueeze(-1) * step
@@ -341,14 +351,13 @@ class Marginal:
         """The log density of globals and locals, of shape ``(n,)``, in double precision."""
         return self._of_so_many(len(g)).log_joint(self.join(g, x))
 
+    def _least(self, values: Tensor) -> Tensor:
+        """The values from which others are told in spite of rounding."""
+        return values - torch.finfo(values.dtype).eps ** 0.6 * values.abs() - self.density.rounding
+
     def _of_so_many(self, points: int) -> DoubleDensity:
         """The density that wastes least on so many points."""
         return self._of_few if points <= self._of_few.batch_size else self.density
-
-
-def _least(values: Tensor) -> Tensor:
-    """The values from which others are told in spite of rounding."""
-    return values - torch.finfo(values.dtype).eps ** 0.6 * values.abs()
 
 
 def _conditional(value: Tensor, mean: Tensor, normal: SparseNormal, gain: Tensor) -> Conditional:

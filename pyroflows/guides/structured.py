@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from .._checks import check_batch_shape
 from .._random import forked
 from .._spec import build, describe
+from ..distributions.sparse_normal import SparseNormal
 from ..flows import Flow, RealNVP
 from ..model.density import LogDensity
 from ..model.start import init_to_median
@@ -29,6 +30,7 @@ from .leaves import LEAST, Leaves, integrate_leaves, leaves_are_small
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 from .regressed_leaves import RegressedLeaves, regress_leaves
+from .regressed_locals import NormalLocals, RegressedLocals, regress_precision
 from .warm_reference import WarmReference, regress_reference, regress_shift
 
 __all__ = ["AutoStructuredFlow"]
@@ -39,6 +41,9 @@ COMPARED = 50
 # Draws of the locals by which the noise of their weights is found, the variance that is to be left
 # of it, relative to the square of the weight, and the most draws for one of the globals.
 PILOTS, NOISE, MOST_REPEATS, LARGEST_NOISE = 4, 0.25, 32, 10.0
+# Draws at which regressed locals are compared with those by so many steps, and the standard
+# deviations that may be left: of the log density of the globals, and of the weights.
+FEW_COMPARED, LAPLACE_STEPS, REGRESSED_ERROR, REGRESSED_NOISE = 16, 2, 0.02, 0.2
 
 
 class AutoStructuredFlow(FlowGuide):
@@ -149,6 +154,8 @@ class AutoStructuredFlow(FlowGuide):
         self.register_buffer("shift_slopes", torch.zeros_like(self.slopes))
         self.register_buffer("centre", self._marginal.initial.double())
         self.register_buffer("root", torch.eye(features).to(reference))
+        entries = len(reference) + len(self._marginal.structure.local_edges)
+        self.register_buffer("precisions", reference.new_zeros(1 + features, entries))
         self.register_buffer("nodes", torch.zeros((), dtype=torch.long))
         self.register_buffer("repeats", torch.ones((), dtype=torch.long))
         if has_core(self._marginal):
@@ -247,6 +254,36 @@ class AutoStructuredFlow(FlowGuide):
         self._regressed = regressed if regressed.settled else None
         return self._regressed
 
+    @property
+    def regressed_locals(self) -> RegressedLocals | None:
+        """The locals by regression; ``None`` before :meth:`regress_locals`."""
+        if not bool(self.precisions.any()):
+            return None
+        return RegressedLocals(self.marginal, self._warm, self.precisions)
+
+    @torch.no_grad()
+    def regress_locals(self) -> RegressedLocals | None:
+        """Regresses mean and precision of the locals on the globals around the present start, so
+        that draws and values cost least from now on.
+
+        Returns:
+            The locals; ``None`` if they are not so nearly normal, or not so regular.
+        """
+        marginal = self.marginal
+        regressed = RegressedLocals(marginal, self._warm, regress_precision(marginal, self._warm))
+        g = self._pilot_draws()
+        values = regressed.log_prob(g)
+        few = g[:FEW_COMPARED]
+        error = (values[: len(few)] - marginal.log_prob(few, self._near(few), LAPLACE_STEPS)).std()
+        self.precisions.copy_(regressed.precisions)
+        with forked(0):
+            scores = [self._draw_several(some, 1)[1].squeeze(0) for some in self._chunks(g)]
+        noise = (torch.cat(scores) - values).std()
+        if bool((error < REGRESSED_ERROR) & (noise < REGRESSED_NOISE)):
+            return regressed
+        self.precisions.zero_()
+        return None
+
     def repeat_locals(self) -> None:
         """Draws locals that are not exact about their mean instead of their mode from now on, if
         that takes noise from their weights, and several times for each draw of the globals, as
@@ -297,7 +334,9 @@ class AutoStructuredFlow(FlowGuide):
         if not len(points):
             return points.new_zeros(g.shape[:-1])
         integrated = self._regressed or self.leaves
-        if integrated is not None:
+        if self.regressed_locals is not None:
+            values = self.regressed_locals.log_prob(points)
+        elif integrated is not None:
             values = integrated.log_prob(points, self._near(points))
         else:
             # By chunks, because a value takes the locals' mean with it.
@@ -341,6 +380,9 @@ class AutoStructuredFlow(FlowGuide):
     def sample(self, n: int) -> Tensor:
         """Draws vectors, whose locals are exact where they are integrated; see
         :meth:`Guide.sample`."""
+        if self.leaves is None and int(self.repeats) == 1:
+            with torch.no_grad():
+                return self.sample_and_log_prob(n)[0]
         return self.sample_and_weigh(self.marginal.density, n)[0]
 
     @torch.no_grad()
@@ -398,8 +440,13 @@ class AutoStructuredFlow(FlowGuide):
         x = given.sample(torch.randn_like(given.mean))
         return x, given.log_prob(x)
 
-    def _condition(self, g: Tensor) -> Conditional:
+    def _condition(self, g: Tensor) -> Conditional | NormalLocals:
         g = g.detach().double()
+        if not len(self.reference):
+            nothing = g.new_zeros(len(g), 0)
+            return NormalLocals(nothing, SparseNormal(self.marginal.elimination, nothing))
+        if self.regressed_locals is not None:
+            return self.regressed_locals.condition(g)
         given = self.marginal.condition(g, self._near(g))
         if self.weighs_globals_alone:
             return given

@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from ..distributions.quadrature import quasi_normal
 from ..model.base import Density
 
 __all__ = ["PolynomialDensity", "count_terms"]
@@ -22,6 +23,8 @@ FARTHEST = 7.0
 # Weights of points: the root of the density, but for this least weight at exp(-DEEPEST).
 DEEPEST, LEAST_WEIGHT = 12.0, 1e-3
 RIDGE = 1e-4
+# Draws by which moments are found, and how often.
+DRAWS, ROUNDS = 4096, 2
 # Points so far below the best, in nats, say nothing about the bulk.
 TOO_DEEP = 40.0
 
@@ -95,6 +98,32 @@ class PolynomialDensity(Density):
         error = design @ self.coefficients - wanted
         self.coefficients[0] += top
         return float((error.square().sum() / weights.square().sum()).sqrt())
+
+    def find_normal(self) -> tuple[Tensor, Tensor, float]:
+        """The normal distribution with the mean and the covariance of this one.
+
+        Returns:
+            The mean, the lower root of the covariance, and the share of effective draws among those
+            of the normal distribution, if they are weighted.
+        """
+        u = quasi_normal(DRAWS, self.features).to(self.loc)
+        mean, root = u.new_zeros(self.features), torch.eye(self.features).to(u)
+        for _ in range(ROUNDS):
+            weights = self._weigh(u, mean, root)
+            draws = mean + u @ root.mT
+            mean = weights @ draws
+            offset = draws - mean
+            root, failed = torch.linalg.cholesky_ex(offset.mT @ (weights.unsqueeze(-1) * offset))
+            if failed:
+                return self.loc, self.root, 0.0
+        share = 1 / self._weigh(u, mean, root).square().sum() / DRAWS
+        return self.unwhiten(mean), self.root @ root, float(share.nan_to_num(0.0))
+
+    @torch.no_grad()
+    def _weigh(self, noise: Tensor, mean: Tensor, root: Tensor) -> Tensor:
+        """The weights of draws of a normal distribution of whitened units, which sum to one."""
+        log_p = self._evaluate(mean + noise @ root.mT)
+        return (log_p + noise.square().sum(-1) / 2).softmax(0)
 
     def value_and_grad(self, z: Tensor) -> tuple[Tensor, Tensor]:
         points = z.detach().reshape(-1, self.features)

@@ -10,8 +10,14 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .._compat import is_mutating, record_operations
+from .row_slices import RowSlices, find_row_slices
 
 __all__ = ["Captured", "ReadsInputsError", "capture"]
+
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+
+# Rows of data times points in one evaluation of a slice: more leave the cache.
+ROWS_AT_ONCE = 2**17
 
 
 class ReadsInputsError(Exception):
@@ -80,23 +86,46 @@ class Captured:
         self.largest = max(counts, default=0) // size
         self._prelude: Callable[..., Any] = lambda *tensors: tensors
         self._body: Callable[..., Any] = graph.forward
+        self._slices: RowSlices | None = None
         if split:
             prelude, body = _split(graph)
             self._prelude, self._body = torch.no_grad()(prelude.forward), body.forward
+            self._slices = None if self.branches else find_row_slices(body)
 
-    def bind(self, tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def bind_slices(self, tensors: Sequence[Tensor], single: bool) -> list[tuple[float, Run]]:
+        """The function, without its last result, as a weighted sum of functions of some of the rows
+        of data, in single precision on request; empty if it is not known to be a sum over many
+        rows."""
+        if self._slices is None:
+            return []
+        at_once = max(1, ROWS_AT_ONCE * self._slices.rows // (self.largest * self.size))
+        count = -(-self._slices.rows // at_once)
+        if count == 1:
+            return []
+        slices = self._slices.bind(self._prelude(*tensors), count, single)
+        return [(weight, self._padded(_without_last(function))) for weight, function in slices]
+
+    def bind(self, tensors: Sequence[Tensor]) -> Run:
         """The function of at most so many points at given values of the other tensors."""
         fixed = self._prelude(*tensors)
+        return self._padded(lambda points: tuple(self._body(points, *fixed)))
+
+    def _padded(self, function: Run) -> Run:
+        """A function of so many points as one of fewer."""
 
         def run(points: Tensor) -> tuple[Tensor, ...]:
             missing = self.size - len(points)
             if not missing:
-                return tuple(self._body(points, *fixed))
+                return function(points)
             padding = points[-1:].expand(missing, -1)
-            results = self._body(torch.cat([points, padding]), *fixed)
+            results = function(torch.cat([points, padding]))
             return tuple(result[: len(points)] for result in results)
 
         return run
+
+
+def _without_last(function: Run) -> Run:
+    return lambda points: function(points)[:-1]
 
 
 # The graph
@@ -112,12 +141,14 @@ def _split(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
     prelude, body = Graph(), Graph()
     copies: dict[Node, Node] = {}
     inner = {nodes[0]: body.placeholder("points")}
+    inner[nodes[0]].meta = nodes[0].meta
     for node in nodes[1:]:
         if node not in varying:
             copies[node] = prelude.node_copy(node, copies.__getitem__)
     prelude.output(tuple(copies[node] for node in fixed))
     for i, node in enumerate(fixed):
         inner[node] = body.placeholder(f"fixed_{i}")
+        inner[node].meta = node.meta
     for node in nodes[1:]:
         if node in varying:
             inner[node] = body.node_copy(node, inner.__getitem__)

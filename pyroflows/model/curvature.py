@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +11,18 @@ from torch.overrides import TorchFunctionMode
 
 from .density import LogDensity
 from .double import DoubleDensity, site_sizes
+from .program import Program
 from .sites import LatentSite
 
-__all__ = ["Products", "multiply_hessian", "points_at_once"]
+__all__ = ["Products", "differentiate", "multiply_hessian", "points_at_once", "slice_rows"]
 
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
 # The most points at once, and how many entries a site has less of in a model of small sites.
 MANY, SMALL = 32, 8
+# Rows times points at once if an evaluation goes over slices of the rows, and as few points as are
+# worth it.
+SLICED_ROWS, FEWEST = 2**22, 4
 # Numbers in the largest array of products that are taken at once, and how many have to be.
 NUMBERS_AT_ONCE, WORTHWHILE = 2**17, 4
 # As a model calls it, and as it is called in a graph.
@@ -90,6 +94,25 @@ def points_at_once(density: LogDensity, few: int) -> tuple[int, int]:
     return (many if sum(sizes) < SMALL * len(sizes) else min(few, many)), many
 
 
+def slice_rows(density: LogDensity, most: int = MANY, single: bool = False) -> DoubleDensity | None:
+    """The density in double precision, for many points at once by slices of the rows of its data.
+
+    Args:
+        density: A log density.
+        most: The most points at once.
+        single: As in :class:`pyroflows.model.double.DoubleDensity`.
+
+    Returns:
+        The density; ``None`` if it has few rows, or is not known to be a sum over them.
+    """
+    largest = max(density.features, *site_sizes(density))
+    count = min(most, SLICED_ROWS // largest)
+    if ROWS_AT_ONCE // largest >= count or count < FEWEST:
+        return None
+    sliced = DoubleDensity(density, count, single)
+    return sliced if len(sliced.parts) > 1 else None
+
+
 class Holding(TorchFunctionMode):
     """Takes some sites for constants in an evaluation of a density.
 
@@ -115,19 +138,72 @@ class Holding(TorchFunctionMode):
         return result
 
 
+def differentiate(
+    density: DoubleDensity, points: Tensor, held: Set[str] = frozenset()
+) -> tuple[Tensor, Tensor]:
+    """The log density and its gradients.
+
+    Args:
+        density: As in :func:`multiply_hessian`.
+        points: Points of shape ``(n, features)``, in double precision.
+        held: As in :func:`multiply_hessian`.
+
+    Returns:
+        Tensors of shape ``(n,)`` and ``(n, features)``, without a graph.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 0.5))
+        >>> density, one = DoubleDensity(LogDensity(model), 1), torch.ones(1, 1).double()
+        >>> differentiate(density, one)[1]
+        tensor([[-4.]], dtype=torch.float64)
+    """
+
+    def evaluate(program: Program, points: Tensor) -> tuple[Tensor, Tensor]:
+        values = _follow(program, points, density, held)
+        return values.detach(), _differentiate(values.sum(), points)
+
+    values, gradients = _add_parts(density, points, evaluate)
+    return values, gradients
+
+
 def _multiply(
     density: DoubleDensity, points: Tensor, directions: Tensor, held: Set[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    # A graph that is made later would record what is done to its operations.
-    program = density.values
-    with torch.enable_grad():
-        points = points.detach().requires_grad_()
-        with Holding(density.sites, held):
-            (values,) = program(points)
+) -> tuple[Tensor, ...]:
+    at_once = NUMBERS_AT_ONCE // (density.batch_size * density.largest)
+
+    def evaluate(program: Program, points: Tensor) -> tuple[Tensor, ...]:
+        values = _follow(program, points, density, held)
         gradients = _differentiate(values.sum(), points, twice=True)
-        at_once = NUMBERS_AT_ONCE // (density.batch_size * density.largest)
         products = _multiply_gradients(gradients, points, directions, at_once)
-    return values.detach(), gradients.detach(), products.detach()
+        return values.detach(), gradients.detach(), products.detach()
+
+    return _add_parts(density, points, evaluate)
+
+
+def _add_parts(
+    density: DoubleDensity,
+    points: Tensor,
+    evaluate: Callable[[Program, Tensor], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """The weighted sums of what is evaluated of the parts of a density, one at a time."""
+    # A graph that is made later would record what is done to its operations.
+    parts = density.parts
+    total: list[Tensor] = []
+    with torch.enable_grad():
+        for weight, program in parts:
+            found = evaluate(program, points.detach().requires_grad_())
+            scaled = [tensor if len(parts) == 1 else weight * tensor for tensor in found]
+            total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
+    return tuple(total)
+
+
+def _follow(program: Program, points: Tensor, density: DoubleDensity, held: Set[str]) -> Tensor:
+    """The values of a program, with a graph to all but some sites."""
+    with Holding(density.sites, held):
+        (values,) = program(points)
+    return values
 
 
 def _multiply_gradients(

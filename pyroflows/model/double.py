@@ -13,12 +13,17 @@ from .._checks import check_size, check_tensor
 from .._compat import tree_map_only
 from .data import GivenData
 from .density import LogDensity
-from .evaluator import Evaluator, Program
+from .evaluator import Evaluator
 from .inputs import Inputs
+from .program import Program
 from .promotion import Promoting, in_double
 from .sites import sample_nodes
 
 __all__ = ["DoubleDensity", "site_sizes"]
+
+# Points at which slices of the rows are compared with all rows, how far they lie from the start,
+# how much of a value may differ, and how many nats in single precision.
+COMPARED, SPREAD, SAME, ROUNDING = 8, 0.3, 1e-9, 0.01
 
 
 class DoubleDensity(LogDensity):
@@ -30,6 +35,11 @@ class DoubleDensity(LogDensity):
     Args:
         density: A log density whose data do not come from a loader.
         batch_size: How many vectors one evaluation takes.
+        single: Whether values by slices of many rows of data may be taken in single precision, if
+            that changes them by no more than :attr:`rounding`.
+
+    Attributes:
+        rounding: How far values may be off, in nats.
 
     Raises:
         ValueError: If the data come from a loader.
@@ -44,10 +54,11 @@ class DoubleDensity(LogDensity):
         torch.float64
     """
 
-    def __init__(self, density: LogDensity, batch_size: int) -> None:
+    def __init__(self, density: LogDensity, batch_size: int, single: bool = False) -> None:
         density._check_not_streamed("double precision")
         self.__dict__.update(density.__dict__)
-        for made in ("_program", "values"):
+        self.single, self.rounding = single, 0.0
+        for made in ("_program", "values", "parts"):
             self.__dict__.pop(made, None)
         self.batch_size = check_size("batch_size", batch_size)
         if not isinstance(density, DoubleDensity):
@@ -66,12 +77,32 @@ class DoubleDensity(LogDensity):
     def log_joint(self, z: Tensor) -> Tensor:
         check_tensor("z", z, (self.features,))
         points = z.reshape(-1, self.features)
-        return self.values(points)[0].reshape(z.shape[:-1]) if len(points) else z.sum(-1)
+        if not len(points):
+            return z.sum(-1)
+        return _add(self.parts, points).reshape(z.shape[:-1])
 
     @functools.cached_property
     def values(self) -> Program:
         """The log density as a program, which gives a tuple of one tensor of values."""
         return self._evaluator.make_differentiable(self.inputs, self.batch_size, split=True)
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[float, Program]]:
+        """The log density as a weighted sum of programs: itself, or slices of many rows of data."""
+        whole = [(1.0, self.values)]
+        noise = torch.randn(COMPARED, self.features, generator=torch.Generator().manual_seed(0))
+        points = self.initial + SPREAD * noise.to(self.initial)
+        with torch.no_grad():
+            right = _add(whole, points)
+            slices = self._evaluator.make_slices(self.inputs, self.batch_size)
+            if not (slices and _agree(_add(slices, points), right)):
+                return whole
+            if self.single:
+                rounded = self._evaluator.make_slices(self.inputs, self.batch_size, single=True)
+                if _agree_nearly(rounded, points, right):
+                    self.rounding = ROUNDING
+                    return rounded
+        return slices
 
     @functools.cached_property
     def largest(self) -> int:
@@ -99,6 +130,29 @@ class DoubleDensity(LogDensity):
     def _log_joints(self, z: Tensor, inputs: Inputs) -> Tensor:
         with Promoting():
             return super()._log_joints(z, inputs)
+
+
+def _add(parts: list[tuple[float, Program]], points: Tensor) -> Tensor:
+    """The weighted sum of the values of programs."""
+    total = torch.zeros(())
+    for weight, program in parts:
+        total = total + weight * program(points)[0]
+    return total
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether values are the same but for rounding, and finite somewhere."""
+    same = torch.allclose(one, other, rtol=SAME, equal_nan=True)
+    return same and bool(one.isfinite().any())
+
+
+def _agree_nearly(parts: list[tuple[float, Program]], points: Tensor, right: Tensor) -> bool:
+    """Whether values in single precision are the right ones but for a little rounding."""
+    try:
+        values = _add(parts, points)
+    except RuntimeError:  # single and double precision do not mix in matrix products
+        return False
+    return torch.allclose(values, right, rtol=0.0, atol=ROUNDING, equal_nan=True)
 
 
 def site_sizes(density: LogDensity) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .._compat import functions_of_any_style, stamp, tree_flatten, tree_unflatten
-from .._deadline import TimeOver, check_time
+from .._deadline import TimeOver
 from .._vmap import vmap
 from .base import Failures
 from .batching import Batchable
@@ -21,25 +21,12 @@ from .branches import Branches
 from .capture import Captured, ReadsInputsError, capture
 from .faults import first_sentence
 from .inputs import Inputs
+from .program import POINT_ERRORS, Program, Run, Way
 from .singular import Factorisations, NanWhereSingular, survives_failure
 from .stable import selecting_no_entries
 from .together import Together
 
-__all__ = ["Evaluator", "Program"]
-
-Run = Callable[[Tensor], tuple[Tensor, ...]]
-
-# Errors that a model raises at a point where it cannot be evaluated. Any other, of the wrong size
-# or type for instance, is one of the model or of its data, and is raised.
-POINT_ERRORS = (
-    torch.linalg.LinAlgError,
-    ArithmeticError,
-    AssertionError,
-    IndexError,
-    ValueError,
-)
-# Errors of a run that may succeed elsewhere: samplers and factorisations raise RuntimeErrors too.
-FAILURES = (*POINT_ERRORS, RuntimeError)
+__all__ = ["Evaluator"]
 
 # How many graphs are made for other values of inputs that a model reads, such as mini-batches.
 CAPTURES = 8
@@ -53,42 +40,6 @@ SURVIVES = (
     "It goes on when a factorisation fails, by an except for its error, and in a batch no error "
     "can be raised for some of the points."
 )
-
-
-class Way(NamedTuple):
-    """How points are evaluated.
-
-    Attributes:
-        mode: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``.
-        reason: Why a slow way is taken, if it is.
-        constants: Which of the inputs, by their places, are constants of a captured graph though
-            they are tensors, because the model reads their values.
-        in_plate: Whether points are the rows of a plate around the model, not of a ``vmap``.
-    """
-
-    mode: str
-    reason: str = ""
-    constants: frozenset[int] = frozenset()
-    in_plate: bool = False
-
-    @property
-    def warning(self) -> str:
-        """A sentence for whoever waits, if the way is slow."""
-        return WARNINGS[self.mode] + self.reason if self.mode in WARNINGS else ""
-
-
-_UNCAPTURED = (
-    "This model cannot be captured as a graph of operations, so every evaluation runs all of it, "
-    "which is slow. What the capture says: "
-)
-WARNINGS = {
-    "vmap": _UNCAPTURED,
-    "plate": _UNCAPTURED,
-    "loop": (
-        "This model cannot be evaluated for a batch of points, so its log density is evaluated one "
-        "point at a time, which is slow. "
-    ),
-}
 
 
 class Kind(NamedTuple):
@@ -168,42 +119,6 @@ def _content(constant: Any) -> Hashable:
         return id(constant)
 
 
-class Program:
-    """A function of many points at given inputs.
-
-    Args:
-        run: The function, for at most ``batch_size`` points of shape ``(n, features)``.
-        batch_size: How many points one run takes.
-        failures: Is told why a point could not be evaluated.
-        way: How points are evaluated.
-        gradients: Whether a run gives gradients after the values.
-    """
-
-    def __init__(
-        self, run: Run, batch_size: int, failures: Failures, way: Way, gradients: bool = True
-    ) -> None:
-        self.run, self.batch_size, self.failures, self.way = run, batch_size, failures, way
-        self.gradients = gradients
-
-    def __call__(self, points: Tensor) -> tuple[Tensor, ...]:
-        """Values of shape ``(n,)`` and gradients of shape ``(n, features)``, NaN where it fails."""
-        parts = [self._isolate(chunk) for chunk in points.split(self.batch_size)]
-        return parts[0] if len(parts) == 1 else _concatenate(parts)
-
-    def _isolate(self, points: Tensor) -> tuple[Tensor, ...]:
-        """Halves a batch that fails until the points that make it fail stand alone."""
-        check_time()
-        try:
-            return self.run(points)
-        except POINT_ERRORS as error:
-            self.failures.reason = first_sentence(error)
-        if len(points) == 1:
-            blank = (points.new_full((1,), torch.nan), torch.full_like(points, torch.nan))
-            return blank if self.gradients else blank[:1]
-        middle = len(points) // 2
-        return _concatenate([self._isolate(half) for half in (points[:middle], points[middle:])])
-
-
 class Evaluator:
     """A function of one point and of inputs, evaluated with its gradient for many points.
 
@@ -279,6 +194,31 @@ class Evaluator:
         if self._own_gradients and way.mode == "captured":
             way = _uncaptured(way, "it has gradients of its own")
         return self._make(leaves, batch_size, way, Kind(gradients=False, split=split))
+
+    def make_slices(
+        self, inputs: Inputs, batch_size: int, single: bool = False
+    ) -> list[tuple[float, Program]]:
+        """The function at given inputs as a weighted sum of functions of some rows of data each,
+        of which one at a time needs less memory than all; empty if it is not known to be one.
+
+        Args:
+            inputs: The inputs, of which :meth:`make_differentiable` has made the whole function.
+            batch_size: As there.
+            single: Whether they are evaluated in single precision.
+
+        Returns:
+            Weights, and programs that give a tuple of one tensor of values.
+        """
+        leaves = _Leaves(inputs)
+        way = self._way(leaves, batch_size)
+        graphs = self.graphs.get(_key(leaves, batch_size, way, Kind(gradients=False)))
+        if not graphs or way.mode != "captured":
+            return []
+        slices = graphs[0].bind_slices(leaves.tensors(way.constants), single)
+        return [
+            (weight, Program(run, batch_size, self.failures, way, gradients=False))
+            for weight, run in slices
+        ]
 
     def learn_from(self, other: Evaluator) -> None:
         """Takes the ways of evaluation that another one has found for the same function."""
@@ -589,7 +529,3 @@ def agree(a: Tensor, b: Tensor) -> bool:
     tolerance = 1e-9 if a.dtype == torch.float64 else 1e-3
     scale = 1 + b.abs().nan_to_num(0, 0, 0).amax()
     return torch.allclose(a, b, rtol=tolerance, atol=float(tolerance * scale), equal_nan=True)
-
-
-def _concatenate(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))

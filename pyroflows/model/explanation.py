@@ -7,8 +7,8 @@ import functools
 from torch import Tensor
 
 from .density import LogDensity
-from .evaluator import FAILURES
 from .faults import describe_error, find_place
+from .program import FAILURES
 from .runs import value_at
 
 __all__ = ["explain"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._random import forked
-from .evaluator import FAILURES
+from .program import FAILURES
 from .sites import LatentSite, unmasked_entries
 
 __all__ = ["settle_masks"]

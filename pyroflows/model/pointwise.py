@@ -11,7 +11,7 @@ from .._compat import functions_of_any_style
 from .._deadline import check_time
 from .._vmap import vmap
 from .batching import Batchable
-from .evaluator import FAILURES
+from .program import FAILURES
 from .singular import NanWhereSingular
 from .stable import selecting_no_entries
 

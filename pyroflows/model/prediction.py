@@ -13,9 +13,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..report import arviz_bridge as arviz
-from .density import LogDensity
-from .evaluator import FAILURES
+from .density import LogDensity, limit_batch
 from .pointwise import map_points
+from .program import FAILURES
 from .sites import base_distribution, is_factor, sample_nodes, site_plates
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 
 Draws = dict[str, Tensor]
 
-# Draws for which one batched run of the model is made.
+# Draws for which one batched run of the model is made; fewer if it sees many rows of data.
 DRAWS_AT_ONCE = 1000
 
 
@@ -138,9 +138,10 @@ def deterministic_sites(density: LogDensity, z: Tensor) -> Draws:
 
     Returns:
         For each of these sites a tensor of shape ``(draws, *site_shape)``; empty if the model has
-        discrete latent sites.
+        none, or has discrete latent sites.
     """
-    if density.discrete:
+    # A run for every draw costs a look at all rows of data.
+    if density.discrete or not any(map(_is_deterministic, density.trace().nodes.values())):
         return {}
 
     def values_of(row: Tensor) -> Draws:
@@ -249,4 +250,5 @@ def _map(
     with warnings.catch_warnings():
         # torch says so of its own binomial sampler; the samples are right.
         warnings.filterwarnings("ignore", message="An output with one or more elements was resized")
-        return map_points(run, rows, DRAWS_AT_ONCE if density.batched else 1, safe)
+        at_once = limit_batch(DRAWS_AT_ONCE, density.trace()) if density.batched else 1
+        return map_points(run, rows, at_once, safe)

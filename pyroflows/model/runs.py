@@ -19,7 +19,6 @@ from .._compat import build_guide, stored_parameters
 from .._random import forked
 from . import checks
 from .data import GivenData, LoadedData
-from .evaluator import FAILURES
 from .faults import describe_error, explained
 from .handlers import (
     GivenParameters,
@@ -34,6 +33,7 @@ from .handlers import (
 from .inputs import Inputs, name_parameters
 from .masks import settle_masks
 from .missing import MissingData
+from .program import FAILURES
 from .sites import (
     LatentSite,
     SiteKind,

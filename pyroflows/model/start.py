@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from .._random import forked
-from .evaluator import FAILURES
+from .program import FAILURES
 from .sites import latent_nodes
 
 __all__ = ["OTHER_STARTS", "init_to_median"]

@@ -22,7 +22,6 @@ from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
 from ..model.notices import warn_of_oversights
-from ..report.arviz_bridge import import_arviz
 from ..train import processes
 from ..train.checkpoint import Checkpoint
 from ..train.objectives import Objective, PathELBO
@@ -204,9 +203,8 @@ def _warn_of_cheap_evaluations(density: LogDensity) -> None:
 
 
 def _load_libraries() -> None:
-    """Has libraries load what they load at their first use, which may take as long as a fit."""
+    """Has torch load what it loads when it is first traced, which may take as long as a fit."""
     record_operations(torch.neg)(torch.zeros(1))
-    import_arviz()
 
 
 def _train_settings(training: Mapping[str, Any], fit: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._deadline import TimeOver
 from ..guides.marginal_mode import MarginalMode, find_marginal_mode
 from ..guides.surrogate import PolynomialDensity
+from ..model.double import site_sizes
 from ..model.sites import is_improper, sample_nodes
 from ..sampling.spaces import mean_and_root
 from .checks import (
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["judge_guide"]
 
 # Draws of a guide with locals, each of which costs an evaluation of all second derivatives.
-STRUCTURED_DRAWS, LARGE, LARGE_DRAWS = 2000, 2048, 1000
+STRUCTURED_DRAWS, DEAR_DRAWS = 2000, 1000
+# So many latent entries, or rows of data, make one dear.
+LARGE, MANY_ROWS = 2048, 2**14
 
 #: The checks of a posterior by its parts: those of the globals that come first, those of the whole,
 #: and those of the globals that come last.
@@ -115,7 +118,8 @@ def _judge_parts(
     guide: AutoStructuredFlow, density: LogDensity, remedy: str, draws: int
 ) -> tuple[Verdict, ImportanceSample | None]:
     """Judges the weights of the whole, and the globals with the locals integrated out."""
-    most = LARGE_DRAWS if density.features > LARGE else STRUCTURED_DRAWS
+    dear = density.features > LARGE or max(site_sizes(density)) > MANY_ROWS
+    most = DEAR_DRAWS if dear else STRUCTURED_DRAWS
     whole = Subject(guide, density, remedy=remedy, draws=min(draws, most))
     try:
         globals_ = _make_globals(guide, whole.sample, remedy)

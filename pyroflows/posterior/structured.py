@@ -30,6 +30,9 @@ MOST_GLOBALS = 24
 MANY_ROWS = 4096
 # With so many, integrals are dear, and their difference from Laplace's approximation is simple.
 DEAR_ROWS = 16_384
+# Steps of Newton's method for each value of the search for the mode then, which goes on from where
+# the last ones have led.
+FEW_STEPS = 1
 # Widths of a mode that are less come from a density with jumps, where locals change their modes.
 NARROWEST = 1e-5
 
@@ -61,12 +64,15 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
     Raises:
         ValueError: If the globals have no mode.
     """
-    mode = find_marginal_mode(guide.marginal)
+    dear = _count_rows(climb.density) >= DEAR_ROWS
+    mode = find_marginal_mode(guide.marginal.with_steps(FEW_STEPS) if dear else guide.marginal)
     guide.start_at(mode)
-    if guide.integrate_leaves() is not None:
+    regressed = dear and mode.found and not guide.marginal.is_normal and guide.regress_locals()
+    if not regressed and guide.integrate_leaves() is not None:
         mode = _mode_of_integrals(guide, mode)
         guide.start_at(mode)
-    guide.repeat_locals()
+    if not regressed:
+        guide.repeat_locals()
     if not mode.found and not _is_flat(guide, mode):
         raise ValueError(
             "Expected globals whose density has a mode, with the locals integrated out; the search "

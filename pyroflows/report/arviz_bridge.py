@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .._files import check_path, reason, write_whole
+from .pareto import smooth_tail
 
 if TYPE_CHECKING:
     import xarray
@@ -40,7 +41,7 @@ __all__ = [
 SAMPLE_DIMS = ("chain", "draw")
 # The engine that ArviZ 0.23 depends on and that ArviZ 1.x offers as an extra.
 ENGINE = "h5netcdf"
-# ArviZ 1.x fits no shorter tail: its first quartile must differ from its minimum.
+# No shorter tail is fitted: its first quartile must differ from its minimum.
 SHORTEST_TAIL = 6
 # Over so small a range of log weights smoothing changes nothing, and what varies may be rounding: a
 # float32 log density of 1e4 is known to 1e-3, which leaves ties that no Pareto distribution fits.
@@ -143,8 +144,8 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
 
     The ``M`` largest of ``N`` weights :math:`w_i = p(x_i) / q(x_i)` (``M`` is :math:`3 \sqrt N`, at
     most ``N / 5``) are replaced by quantiles of the generalised Pareto distribution fitted to them,
-    whose shape is k-hat. Weights with k-hat below 0.7 give reliable estimates. ArviZ does the fit;
-    around it these cases are settled:
+    whose shape is k-hat. Weights with k-hat below 0.7 give reliable estimates. These cases are
+    settled apart:
 
     - The ``M`` largest weights (all weights, where there are too few for a tail) are equal up to a
       factor of 1.01: the weights are bounded as far as the draws can tell, as those of an exact
@@ -154,8 +155,7 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
     - k-hat is 1 or more: the fitted distribution has no mean. So it comes out where most of the
       tail lies on a plateau, as with a guide that is all but exact; its quantiles in place of the
       weights would then bias every estimate.
-    - ArviZ finds no fit (1.x finds none where a quarter of the tail is one and the same weight).
-      k-hat is ``inf``.
+    - There is no fit. k-hat is ``inf``.
 
     In these cases the weights are normalised but not smoothed.
 
@@ -195,9 +195,9 @@ def psis(log_weights: Any) -> tuple[np.ndarray, float]:
     khat = math.inf
     if len(weights) > 1 and tail[-1] - tail[0] <= FLAT_TAIL:
         khat = -math.inf
-    # ArviZ's versions disagree by one on the length of the tail; the threshold lies one below it.
+    # The tail that is fitted may be longer by one, and the threshold lies one below it.
     elif fits and ordered[-length - 2] - ordered[-1] > math.log(np.finfo(np.float64).tiny):
-        smoothed, shape = _arviz_psis(weights)
+        smoothed, shape = smooth_tail(weights)
         if math.isfinite(shape):
             khat = shape
             if shape < NO_MEAN:
@@ -507,16 +507,3 @@ def _normalise(log_weights: np.ndarray) -> np.ndarray:
 
 def _tail_length(draws: int) -> int:
     return math.floor(min(draws / 5, 3 * math.sqrt(draws)))
-
-
-def _arviz_psis(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    arviz = import_arviz()
-    with np.errstate(all="ignore"):
-        if not has_datatree(arviz):
-            smoothed, khat = arviz.psislw(log_weights.copy())
-        else:
-            from arviz_stats.base import array_stats
-
-            # Here ArviZ 1.x takes log likelihoods, of which the weights are the inverse.
-            smoothed, khat = array_stats.psislw(-log_weights)
-    return np.asarray(smoothed), float(khat)

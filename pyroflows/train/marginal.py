@@ -21,6 +21,8 @@ LEAST_POINTS, POINTS_PER_TERM, WIDER = 256, 2, 1.3
 FURTHER = 2.0
 # Draws of the flow by which it is looked at, and the share of effective ones that will do.
 DRAWS, GOOD = 256, 0.95
+# From that share on of the normal distribution, as the polynomial says, nothing is to be trained.
+EXACT = 0.995
 #: How often the polynomial is found anew, by the draws of the flow too.
 ROUNDS = 3
 
@@ -40,6 +42,7 @@ class MarginalFit:
 
     Attributes:
         surrogate: The polynomial.
+        trained: Whether a flow has been trained, or found to need no training.
 
     Example:
         >>> import pyroflows as pf
@@ -52,7 +55,8 @@ class MarginalFit:
     def __init__(
         self, log_prob: Callable[[Tensor], Tensor], mode: MarginalMode, like: Tensor
     ) -> None:
-        self.log_prob = log_prob
+        self.log_prob, self.like = log_prob, like
+        self.trained = False
         self.surrogate = PolynomialDensity(mode.loc.to(like), mode.root.to(like))
         features = self.surrogate.features
         count = max(LEAST_POINTS, POINTS_PER_TERM * count_terms(features))
@@ -65,6 +69,9 @@ class MarginalFit:
     def train(self, flow: Flow, train: Callable[[PolynomialDensity, float], int]) -> int:
         """Trains a flow, and finds the polynomial anew as long as that is of use.
 
+        At first the flow takes the mean and the covariance of the polynomial. If it is as near then
+        as training takes it, it is trained in the next call only.
+
         Args:
             flow: The flow.
             train: Trains it on a density, with its step sizes multiplied by a number, and returns
@@ -73,12 +80,26 @@ class MarginalFit:
         Returns:
             How many steps were taken.
         """
+        if self._starts_well(flow):
+            return 0
         taken = train(self.surrogate, 1.0)
         for number in range(1, ROUNDS):
             if self._add_draws(flow) > GOOD:
                 break
             taken += train(self.surrogate, 1.0 / (1 + number))
         return taken
+
+    @torch.no_grad()
+    def _starts_well(self, flow: Flow) -> bool:
+        """Whether a flow is fresh, and near by the polynomial's mean and covariance alone."""
+        if self.trained:
+            return False
+        self.trained = True
+        loc, root, share = self.surrogate.find_normal()
+        if share < EXACT:
+            return False
+        flow.whiten(loc.to(self.like), root.to(self.like))
+        return True
 
     @torch.no_grad()
     def _add_draws(self, flow: Flow) -> float:

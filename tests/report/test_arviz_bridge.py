@@ -350,7 +350,7 @@ def pareto_log_weights(k: float, draws: int, seed: int) -> np.ndarray:
 def test_khat_of_a_pareto_tail(k: float, seed: int) -> None:
     draws = 20_000
     tail = 3 * draws**0.5
-    # ArviZ shrinks the estimate towards 0.5 as ten draws of prior would.
+    # The estimate is shrunk towards 0.5 as ten draws of prior would.
     expected = (tail * k + 10 * 0.5) / (tail + 10)
     standard_error = max(1 + k, 1.0) / tail**0.5
     assert abs(bridge.psis(pareto_log_weights(k, draws, seed))[1] - expected) < 4 * standard_error
