@@ -207,7 +207,7 @@ class AutoStructuredFlow(FlowGuide):
         if marginal.is_normal or not leaves_are_small(marginal):
             return None
         g = self._pilot_draws()
-        leaves = integrate_leaves(marginal, g, self._near(g))
+        leaves = integrate_leaves(marginal, g, self.near(g))
         if not leaves.usable:
             return None  # weights of the locals tell how far they are off
         self._leaves = leaves
@@ -253,7 +253,7 @@ class AutoStructuredFlow(FlowGuide):
     def _warm(self) -> WarmReference:
         return WarmReference(self.centre, self.root, self.reference, self.slopes)
 
-    def _near(self, g: Tensor) -> Tensor:
+    def near(self, g: Tensor) -> Tensor:
         """Where the locals begin at globals of shape ``(n, globals)``."""
         return self.reference.expand(len(g), -1) if self.marginal.is_normal else self._warm(g)
 
@@ -264,11 +264,11 @@ class AutoStructuredFlow(FlowGuide):
             return points.new_zeros(g.shape[:-1])
         integrated = self._regressed or self.leaves
         if integrated is not None:
-            values = integrated.log_prob(points, self._near(points))
+            values = integrated.log_prob(points, self.near(points))
         else:
             # By chunks, because a value takes the locals' mean with it.
             values = torch.cat(
-                [self.marginal.log_prob(few, self._near(few)) for few in self._chunks(points)]
+                [self.marginal.log_prob(few, self.near(few)) for few in self._chunks(points)]
             )
         return values.reshape(g.shape[:-1])
 
@@ -326,7 +326,7 @@ class AutoStructuredFlow(FlowGuide):
         """Vectors whose locals are drawn given globals, and the log of the density of the vectors
         over that of the locals."""
         if self.leaves is not None:
-            x, log_marginal = self.leaves.sample(g, self._near(g))
+            x, log_marginal = self.leaves.sample(g, self.near(g))
             return self.marginal.join(g, x), log_marginal
         x, scores = self._draw_several(g, int(self.repeats))
         # One of several draws, chosen by their weights, has the mean of the weights.
@@ -366,7 +366,7 @@ class AutoStructuredFlow(FlowGuide):
 
     def _condition(self, g: Tensor) -> Conditional:
         g = g.detach().double()
-        return self.marginal.condition(g, self._near(g))
+        return self.marginal.condition(g, self.near(g))
 
     @torch.no_grad()
     def _local_log_prob(self, z: Tensor) -> Tensor:
@@ -406,6 +406,17 @@ class AutoStructuredFlow(FlowGuide):
         return new
 
     # The protocol of AutoContinuous
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """Raises an error, because no one map leads from a base to all latents.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Expected a guide with one map from a base to all latents; got an AutoStructuredFlow, "
+            "which draws locals given globals. For NeuTraReparam fit with guide=pyroflows.RealNVP."
+        )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> StructuredDistribution:
         """The distribution of the unconstrained latent vector."""

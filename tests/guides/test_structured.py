@@ -13,12 +13,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.guides import AutoStructuredFlow, from_spec
 from pyroflows.guides.marginal_mode import find_marginal_mode
 from pyroflows.model import LogDensity
+from pyroflows.posterior.chains import neutra
+from pyroflows.posterior.posterior import Posterior
 
 GROUPS = torch.tensor([0.5, -1.0, 2.0, 1.5, 0.0, 3.0, -0.5, 1.0])
 
@@ -180,3 +183,13 @@ def test_takes_another_flow() -> None:
     wrong = AutoStructuredFlow(hierarchy, flow=lambda n: pf.RealNVP(n + 1))
     with pytest.raises(ValueError, match="Expected a flow of 2 features"):
         wrong(GROUPS)
+
+
+def test_neutra_asks_for_a_flow_over_all_latents() -> None:
+    guide, density = started(hierarchy, GROUPS), LogDensity(hierarchy, (GROUPS,))
+    advice = r"AutoStructuredFlow.* guide=pyroflows.RealNVP"
+    with pytest.raises(TypeError, match=advice):
+        neutra(Posterior(guide, density))
+    reparam = NeuTraReparam(guide)
+    with pytest.raises(ValueError, match=advice):
+        reparam.reparam(hierarchy)(GROUPS)
