@@ -16,6 +16,8 @@ __all__ = ["Leaves", "integrate_leaves", "leaves_are_small"]
 
 # Nodes along each axis, tried in turn, and the most points of all axes together.
 COUNTS, MOST_POINTS = (3, 5, 7, 9, 17, 33), 1100
+# So many nodes are for heavy tails, and are spread further.
+MANY, STRETCH = 17, 0.3
 # The deepest blocks for which two numbers of nodes can be compared.
 DEEPEST = 4
 # Draws need the shape of a density, and not only its integral.
@@ -24,10 +26,18 @@ LEAST = 5
 MEAN, DEVIATION = 0.01, 0.02
 # Weights that are off by more than this are not those of the posterior.
 USABLE = 0.1
+# Draws go nowhere where a block is lower than this.
+LOWEST = -60.0
 # The next number of nodes has at most so small a share of the error.
 SHARE = 0.25
 # Steps from a reference that is near: the integral does not need the very mode.
 STEPS = 2
+# Errors are shared out evenly among blocks whose heights are no greater.
+USUAL = 10.0
+# Where the mean error is so large, in all or for each block, heights are not known from slopes.
+WILD, WILD_EACH = 1.0, 0.1
+# More nodes are wanted where it is so large at most points.
+ROUGH = 1e-3
 # Numbers in the arrays of slopes.
 NUMBERS_AT_ONCE = 2**22
 
@@ -44,12 +54,17 @@ class Leaves:
         + \sum_b \log \int e^{h_b(z_b)}\, \varphi(z_b)\, dz_b,
         \qquad \sum_b h_b = \log p(x, g) - \log p(\mu, g) + \tfrac12 |z|^2.
 
+    Of 17 nodes and more :math:`A z` becomes :math:`A\, t(z)`, so that they reach into heavy tails,
+    see :class:`pyroflows.distributions.quadrature.HermiteNodes`.
+
     One gradient of the log joint density gives the slopes of all :math:`h_b` at once, and an
     integral along the axes their values: nothing needs to be known of the model's terms. A block is
     integrated along its elimination tree, on the :math:`k^d` points of a grid of Gauss-Hermite
     nodes if the tree has :math:`d` levels: one for single locals, two for pairs, and two for a
     school with any number of classes. The values of :math:`\sum_b h_b` on the grid come with the
-    slopes, and what they tell of the error of interpolation is taken off.
+    slopes, and what they tell of the error of interpolation is taken off. Where they tell that
+    slopes are no guide to values, as far out where a block has a mode much narrower than the
+    distance of nodes, the density is not known and counts as zero.
 
     Args:
         marginal: The marginal density by Laplace's approximation.
@@ -67,7 +82,7 @@ class Leaves:
 
     def __init__(self, marginal: Marginal, count: int, steps: int = STEPS) -> None:
         self.marginal, self.steps = marginal, steps
-        self.nodes = HermiteNodes(count)
+        self.nodes = HermiteNodes(count, STRETCH if count >= MANY else 0.0)
         self.tree = marginal.tree
         self.error: tuple[float, float] | None = None
 
@@ -137,6 +152,13 @@ class Leaves:
         """
         return torch.cat([part.log_marginal for part in self._integrate(g, reference)]).to(g)
 
+    def try_out(self, g: Tensor, reference: Tensor) -> tuple[Tensor, bool]:
+        """The log density of globals, and whether it hangs on what was taken off the errors."""
+        parts = list(self._integrate(g, reference))
+        sizes = torch.cat([part.size for part in parts])
+        rough = sizes.nanmedian() > ROUGH * len(self.marginal.structure.block_sizes)
+        return torch.cat([part.log_marginal for part in parts]), bool(rough)
+
     def sample(
         self, g: Tensor, reference: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -182,42 +204,48 @@ class Leaves:
         total, slopes = self._differentiate(g, conditional)
         heights = [self._integrate_slopes(slopes, depth) for depth in range(self.tree.depth)]
         error = (total - self._add(heights)).nan_to_num(0, 0, 0)
+        errors = torch.stack([error, error.abs()], -1)
         weights = self.nodes.log_weights.to(g)[:, None, None]
-        log_marginal = conditional.log_marginal
         for depth in reversed(range(self.tree.depth)):
             weighted = heights[depth] + weights
             messages = torch.logsumexp(weighted, depth)
-            shares = (weighted - messages.unsqueeze(depth)).exp().mean(-1)
-            error = (shares * error).sum(depth)
+            shares = (weighted - messages.unsqueeze(depth)).exp()
+            # Most of a great error is that of a block which is far from its mean.
+            sizes = heights[depth].abs() + USUAL
+            shares = (shares * sizes).sum(-1) / sizes.sum(-1)
+            errors = (shares.unsqueeze(-1) * errors).sum(depth)
             if depth:
                 parents = self.tree.parents[depth].to(g.device)
                 heights[depth - 1].index_add_(-1, parents, messages)
-            else:
-                log_marginal = log_marginal + messages.sum(-1) + error
-        usable = log_marginal.isfinite()
-        return _Integrated(conditional, log_marginal.where(usable, -torch.inf), heights)
+        error, size = errors.unbind(-1)
+        log_marginal = conditional.log_marginal + messages.sum(-1) + error
+        known = size < max(WILD, WILD_EACH * len(self.marginal.structure.block_sizes))
+        usable = log_marginal.isfinite() & known
+        return _Integrated(conditional, log_marginal.where(usable, -torch.inf), heights, size)
 
     def _differentiate(self, g: Tensor, conditional: Conditional) -> tuple[Tensor, Tensor]:
         """The height of all blocks together at the points of the grid, less that at the mean, of
         shape ``(k, ..., k, n)``, and its slopes by the noise of the locals."""
         depth, count = self.tree.depth, self.nodes.count
         axes = torch.cartesian_prod(*depth * [torch.arange(count)]).reshape(-1, depth)
-        noise = self.nodes.points[axes[:, self.tree.depths]].to(g).unsqueeze(1)
-        x = conditional.mean + conditional.normal.draw_centred(noise.expand(-1, len(g), -1))
+        z = self.nodes.points[axes[:, self.tree.depths]].to(g).unsqueeze(1)
+        noise = self.nodes.spread(z).expand(-1, len(g), -1)
+        x = conditional.mean + conditional.normal.draw_centred(noise)
         points = g.expand(len(x), -1, -1).flatten(0, 1)
         values, slopes = self.marginal.value_and_slopes(points, x.flatten(0, 1))
         # Where the model fails, far out, its density counts as flat, and nothing is corrected.
         slopes = slopes.reshape(x.shape).nan_to_num(0, 0, 0)
-        heights = values.reshape(x.shape[:-1]) + noise.square().sum(-1) / 2
+        log_rates, bends = self.nodes.log_rate(z)
+        heights = values.reshape(x.shape[:-1]) + (z.square() / 2 + log_rates).sum(-1)
         shape = *depth * [count], len(g)
-        slopes = conditional.normal.pull_back(slopes) + noise
+        slopes = conditional.normal.pull_back(slopes) * log_rates.exp() + z + bends
         return (heights - heights[len(x) // 2]).reshape(shape), slopes.reshape(*shape, -1)
 
     def _integrate_slopes(self, slopes: Tensor, depth: int) -> Tensor:
         """What locals of a depth add to the height, given their own noise and their ancestors'."""
         below = (self.tree.depth - depth - 1) * (self.nodes.middle,)
         own = slopes[(slice(None),) * (depth + 1) + below][..., self.tree.levels[depth]]
-        return torch.tensordot(self.nodes.integrals.to(own), own, ([1], [depth])).movedim(0, depth)
+        return self.nodes.integrate(own.movedim(depth, 0)).movedim(0, depth)
 
     def _add(self, heights: list[Tensor]) -> Tensor:
         """The height of all blocks together by those of the locals, of shape ``(k, ..., k, n)``."""
@@ -236,7 +264,7 @@ class Leaves:
         ancestors: list[Tensor] = []
         for depth, entries in enumerate(self.tree.levels):
             ancestors = [basis[:, :, self.tree.parents[depth]] for basis in ancestors]
-            heights = integrated.heights[depth].unsqueeze(-3)
+            heights = integrated.heights[depth].clamp_min(LOWEST).unsqueeze(-3)
             for basis in ancestors:
                 heights = torch.einsum("k...mni,mnik->...mni", heights, basis)
             log_density = (
@@ -246,17 +274,19 @@ class Leaves:
             whitened[..., entries] = draw_on_grid(grid, log_density, uniform)
             ancestors.append(self.nodes.interpolate_at(whitened[..., entries]))
         usable = integrated.log_marginal.isfinite().unsqueeze(-1)
-        draws = integrated.conditional.sample(whitened)
+        draws = integrated.conditional.sample(self.nodes.spread(whitened))
         return draws.where(usable, self.marginal.reference.to(noise))
 
 
 class _Integrated(NamedTuple):
-    """The locals given globals, the log density of these, and for each depth the log densities of
-    the locals against normal noise, of shape ``(k, ..., k, n, locals)``."""
+    """The locals given globals, the log density of these, for each depth the log densities of the
+    locals against normal noise, of shape ``(k, ..., k, n, locals)``, and the mean size of their
+    error."""
 
     conditional: Conditional
     log_marginal: Tensor
     heights: list[Tensor]
+    size: Tensor
 
 
 def integrate_leaves(
@@ -301,20 +331,20 @@ def integrate_leaves(
         raise ValueError(f"Expected blocks of 1 to {DEEPEST} levels of locals; got {depth}.")
     counts = [count for count in COUNTS if count**depth <= MOST_POINTS]
     leaves = Leaves(marginal, counts[0], steps)
-    values = leaves.log_prob(g, reference)
+    values, rough = leaves.try_out(g, reference)
     for count in counts[1:]:
         more = Leaves(marginal, count, steps)
-        finer = more.log_prob(g, reference)
+        finer, rougher = more.try_out(g, reference)
         mean, deviation = _mean_and_deviation(finer - values)
         leaves.error = mean, deviation
         if not math.isfinite(mean):
             return leaves
-        if leaves.settled and leaves.nodes.count >= LEAST:
+        if leaves.settled and leaves.nodes.count >= LEAST and not rough:
             return leaves
         more.error = SHARE * mean, SHARE * deviation
-        if more.settled:
+        if more.settled and not rougher:
             return more
-        leaves, values = more, finer
+        leaves, values, rough = more, finer, rougher
     return leaves
 
 

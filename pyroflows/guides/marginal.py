@@ -33,6 +33,8 @@ SEVERAL, SETTLED = 8, 1e-8
 # Precisions of which the values differ by no more, relative to their sizes, are the same; by no
 # more than the second, they do not even come of a model that rounds.
 SAME, EXACTLY = 1e-6, 1e-10
+# Means from two places that are so many standard deviations apart are not the same.
+APART = 1e-3
 # A step that is to raise the log density by more leaves too few digits of it.
 HIGHEST = 1e6
 # How often a step is halved before it is given up.
@@ -173,11 +175,19 @@ class Marginal:
         if not len(self.reference):
             return 0.0
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(2, len(self.reference), generator=generator).to(self.reference)
+        noise = torch.randn(len(self.reference), generator=generator).to(self.reference)
+        # To both sides, because a kink lies between; not as far, because curvatures are symmetric.
+        x = self.reference + torch.stack([noise, -2 * noise])
         g = self.initial.double().expand(2, -1)
-        one, other = self.differentiate(g, self.reference + noise).precision
+        found = self.differentiate(g, x)
+        one, other = found.precision
         sizes = one.abs() + one.abs().mean()
-        return float(((one - other).abs() / sizes).amax().nan_to_num(torch.inf))
+        bend = float(((one - other).abs() / sizes).amax().nan_to_num(torch.inf))
+        # Second derivatives say nothing of a kink, but means do.
+        normal = SparseNormal(self.elimination, found.precision, repaired=True)
+        means = x + normal.solve(found.slope)
+        apart = float(normal.whiten(means - means.flip(0)).abs().amax().nan_to_num(torch.inf))
+        return bend if apart < APART else torch.inf
 
     def log_prob(
         self, g: Tensor, reference: Tensor | None = None, steps: int | None = None

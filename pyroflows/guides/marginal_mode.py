@@ -107,10 +107,11 @@ def find_marginal_mode(
             ``None``.
 
     Returns:
-        The mode, or the best point if the rounds are over before.
+        The mode, or the best point if the rounds are over before; `start` if the density is zero
+        there.
 
     Raises:
-        ValueError: If the density is zero at all starts.
+        ValueError: If no `start` is given, and the density is zero at all points that are tried.
 
     Reference:
         Dauphin, Pascanu, Gulcehre, Cho, Ganguli, Bengio, "Identifying and attacking the saddle
@@ -134,9 +135,11 @@ def find_marginal_mode(
     """
     first = _first_points(marginal, check_size("starts", starts), seed, start)
     now = _best(marginal, first, marginal.reference if reference is None else reference)
-    if not now.value.isfinite():
-        raise ValueError("Expected a start near which the density is not zero; got none.")
     root = WIDTH * torch.eye(marginal.features).to(now.loc)
+    if not now.value.isfinite():
+        if start is not None:
+            return MarginalMode(now.loc, root, now.reference, 0, False)
+        raise ValueError("Expected a start near which the density is not zero; got none.")
     lengths = torch.cat([torch.zeros(1), LENGTHS]).to(now.loc)
     if not marginal.features:
         return MarginalMode(now.loc, root, now.reference, 0, now.settled)

@@ -231,9 +231,9 @@ class AutoStructuredFlow(FlowGuide):
         g = self._pilot_draws()
         leaves = self._make_leaves(LEAST)
         if isinstance(leaves, SampledCore):
-            leaves.choose_nodes(g, self._near(g))
+            leaves.choose_nodes(g, self.near(g))
         else:
-            leaves = integrate_leaves(marginal, g, self._near(g))
+            leaves = integrate_leaves(marginal, g, self.near(g))
         if not leaves.usable:
             return None  # weights of the locals tell how far they are off
         self._leaves = leaves
@@ -274,7 +274,7 @@ class AutoStructuredFlow(FlowGuide):
         g = self._pilot_draws()
         values = regressed.log_prob(g)
         few = g[:FEW_COMPARED]
-        error = (values[: len(few)] - marginal.log_prob(few, self._near(few), LAPLACE_STEPS)).std()
+        error = (values[: len(few)] - marginal.log_prob(few, self.near(few), LAPLACE_STEPS)).std()
         self.precisions.copy_(regressed.precisions)
         with forked(0):
             scores = [self._draw_several(some, 1)[1].squeeze(0) for some in self._chunks(g)]
@@ -324,7 +324,7 @@ class AutoStructuredFlow(FlowGuide):
         """From the mode of the locals to the mean about which they are drawn."""
         return WarmReference(self.centre, self.root, self.shift, self.shift_slopes)
 
-    def _near(self, g: Tensor) -> Tensor:
+    def near(self, g: Tensor) -> Tensor:
         """Where the locals begin at globals of shape ``(n, globals)``."""
         return self.reference.expand(len(g), -1) if self.marginal.is_normal else self._warm(g)
 
@@ -337,11 +337,11 @@ class AutoStructuredFlow(FlowGuide):
         if self.regressed_locals is not None:
             values = self.regressed_locals.log_prob(points)
         elif integrated is not None:
-            values = integrated.log_prob(points, self._near(points))
+            values = integrated.log_prob(points, self.near(points))
         else:
             # By chunks, because a value takes the locals' mean with it.
             values = torch.cat(
-                [self.marginal.log_prob(few, self._near(few)) for few in self._chunks(points)]
+                [self.marginal.log_prob(few, self.near(few)) for few in self._chunks(points)]
             )
         return values.reshape(g.shape[:-1])
 
@@ -402,7 +402,7 @@ class AutoStructuredFlow(FlowGuide):
         """Vectors whose locals are drawn given globals, and the log of the density of the vectors
         over that of the locals."""
         if self.leaves is not None:
-            x, log_marginal = self.leaves.sample(g, self._near(g))
+            x, log_marginal = self.leaves.sample(g, self.near(g))
             return self.marginal.join(g, x), log_marginal
         x, scores = self._draw_several(g, int(self.repeats))
         # One of several draws, chosen by their weights, has the mean of the weights.
@@ -447,7 +447,7 @@ class AutoStructuredFlow(FlowGuide):
             return NormalLocals(nothing, SparseNormal(self.marginal.elimination, nothing))
         if self.regressed_locals is not None:
             return self.regressed_locals.condition(g)
-        given = self.marginal.condition(g, self._near(g))
+        given = self.marginal.condition(g, self.near(g))
         if self.weighs_globals_alone:
             return given
         return given._replace(mean=given.mean + self._shift(g))
@@ -490,6 +490,17 @@ class AutoStructuredFlow(FlowGuide):
         return new
 
     # The protocol of AutoContinuous
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
+        """Raises an error, because no one map leads from a base to all latents.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Expected a guide with one map from a base to all latents; got an AutoStructuredFlow, "
+            "which draws locals given globals. For NeuTraReparam fit with guide=pyroflows.RealNVP."
+        )
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> StructuredDistribution:
         """The distribution of the unconstrained latent vector."""

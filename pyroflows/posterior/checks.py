@@ -200,12 +200,11 @@ class Weights(Check):
 
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Gives both numbers, and the entry at which the guide is off the most."""
-        facts = _facts(subject)
         if held:
-            return f"{facts}."
+            return f"{_harmless_facts(subject)}."
         name = _most_shifted(subject)
         return (
-            f"{facts} (k-hat below {self.limit} or {self.ess_limit:.0%} would do), so the guide "
+            f"{_facts(subject)} (k-hat below {self.limit} or {self.ess_limit:.0%} would do), so the guide "
             f"misses part of it, most at {name}."
         )
 
@@ -250,18 +249,15 @@ class Shift(Check):
 
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Gives the numbers of the weights, and the entry that moves the most."""
-        facts = _facts(subject)
         if not held:
             return (
-                f"{facts}, but weighting moves {_most_shifted(subject)} by {value:.2f} of its "
-                f"standard deviation (at most {self.limit} is fine)."
+                f"{_facts(subject)}, but weighting moves {_most_shifted(subject)} by {value:.2f} "
+                f"of its standard deviation (at most {self.limit} is fine)."
             )
-        sample = subject.sample
-        if math.isfinite(sample.khat) and sample.khat >= KHAT_LIMIT:
-            tail = f"k-hat {sample.khat:.2f}: a far tail of little weight is off"
-            facts = f"{sample.ess:.0%} of the importance draws are effective ({tail})"
+        most = max(value, 0.005)
         return (
-            f"{facts}, and weighting moves no mean or width by more than {max(value, 0.005):.2f}."
+            f"{_harmless_facts(subject)}, and weighting moves no mean or width by more than "
+            f"{most:.2f}."
         )
 
     def advise(self, subject: Subject) -> str:
@@ -285,14 +281,14 @@ class Drift(Check):
         moved = f"{value:.2f} of its standard deviation"
         if held:
             most = max(value, 0.005)
-            return f"Hamiltonian trajectories move no mean or width by more than {most:.2f}."
+            return f"{subject.movers} move no mean or width by more than {most:.2f}."
         if subject.trajectories:
             return (
                 f"{_guide_alone(subject)}, and after {subject.trajectories} Hamiltonian "
                 f"trajectories its draws of {name} still move by more than {moved}."
             )
         return (
-            "the weights see nothing wrong, but Hamiltonian trajectories from the guide's draws "
+            f"the weights see nothing wrong, but {subject.movers} from the guide's draws "
             f"move {name} by more than {moved}, so the guide misses a region next to what it "
             "covers."
         )
@@ -323,10 +319,10 @@ class Reach(Check):
     def explain(self, subject: Subject, value: float, held: bool) -> str:
         """Says how many chains leave the region that the guide covers, and where they go."""
         if held:
-            return "long trajectories from the guide's draws stay where it has density."
+            return f"{subject.rovers} from the guide's draws stay where it has density."
         beyond = subject.roamed[subject.lies_beyond(subject.roamed)]
         return (
-            f"long trajectories take at least {value:.0%} of the draws to where the guide has "
+            f"{subject.rovers} take at least {value:.0%} of the draws to where the guide has "
             f"next to no density, {subject.describe(beyond[0])}, so it cuts the posterior short."
         )
 
@@ -441,6 +437,15 @@ def _advice(subject: Subject, other: str) -> str:
 
 def _capitalise(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _harmless_facts(subject: Subject) -> str:
+    """The numbers of weights that hold, with a word on a k-hat that is large even so."""
+    khat, ess = subject.sample.khat, subject.sample.ess
+    if not (math.isfinite(khat) and khat >= KHAT_LIMIT):
+        return _facts(subject)
+    tail = f"k-hat {khat:.2f}: a far tail of little weight is off"
+    return f"{ess:.0%} of the importance draws are effective ({tail})"
 
 
 def _facts(subject: Subject) -> str:

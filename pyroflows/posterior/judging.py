@@ -55,10 +55,17 @@ WHOLE: list[Check] = [Supports(), Weights(), Outliers(), Shift()]
 LAST: list[Check] = [Drift(), Reach()]
 
 
+def some_locals(subject: Subject) -> str | None:
+    """Returns a sentence if all latents of a structured guide are globals."""
+    guide: AutoStructuredFlow = subject.guide  # type: ignore[assignment]
+    return None if len(guide.reference) else "the model has no locals."
+
+
 class LocalModes(Check):
     """Looks for modes of the locals given the globals other than the one that the guide has."""
 
-    name, limit, costly, needs = "census", Modes.limit, True, (known_density, usable_draws)
+    name, limit, costly = "census", Modes.limit, True
+    needs = (known_density, some_locals, usable_draws)
 
     def measure(self, subject: Subject) -> float:
         """The mass at other modes, relative to the evidence."""
@@ -71,8 +78,8 @@ class LocalModes(Check):
         if held:
             return "the locals have no other mode that carries mass."
         return (
-            f"given the globals, locals have other modes with about {value / (1 + value):.0%} of "
-            "the posterior's mass, which a guide with normal locals misses."
+            f"given the globals, about {value / (1 + value):.0%} of the posterior's mass is at "
+            "other modes of the locals than those that the guide follows."
         )
 
     def advise(self, subject: Subject) -> str:
@@ -179,7 +186,8 @@ def _weigh_globals(
 def _take_census(guide: AutoStructuredFlow, mode: MarginalMode) -> Census | None:
     def ascend(start: Tensor) -> MarginalMode:
         integrated = guide.leaves or guide.marginal
-        return find_marginal_mode(integrated, start=start, reference=guide.reference)
+        near = guide.near(start.unsqueeze(0))[0]
+        return find_marginal_mode(integrated, start=start, reference=near)
 
     with contextlib.suppress(TimeOver):
         prior = prior_globals(guide.marginal)

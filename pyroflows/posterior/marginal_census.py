@@ -29,9 +29,15 @@ from .census import (
     weigh_fits,
     weigh_missed,
 )
-from .gaussian import Gaussians
+from .gaussian import Gaussian, Gaussians
 
-__all__ = ["Ascend", "missed_globals", "prior_globals", "take_marginal_census"]
+__all__ = [
+    "Ascend",
+    "find_flat_ridge",
+    "missed_globals",
+    "prior_globals",
+    "take_marginal_census",
+]
 
 #: From a point of shape ``(features,)`` to the mode above it.
 Ascend = Callable[[Tensor], MarginalMode]
@@ -56,6 +62,8 @@ MIRRORED = 3.0
 MOVED_ENTRIES = 2
 # Where a scale is next to nothing its model fails, as far out as improper densities are looked for.
 DISTANCES = (1e6, 1e4, 1e2)
+# Distances at which the top of a ridge is found anew, each time by so many steps.
+RIDGE, STEPS_ACROSS = (1e2, 1e3, 1e4, 1e5, 1e6), 3
 # Widths from which on a plateau shows.
 PLATEAU = 20.0
 
@@ -151,6 +159,51 @@ def prior_globals(marginal: Marginal, count: int = PRIOR_DRAWS) -> Tensor | None
     return marginal.density.unconstrain(prior)[:, marginal.structure.globals].double()
 
 
+@torch.no_grad()
+def find_flat_ridge(log_prob: LogProb, fit: Gaussian) -> Tensor | None:
+    """Looks for a direction in which a density does not fall off, though it is known roughly.
+
+    Curvatures by differences tell a direction to some digits, and a million widths out each of
+    them is a wall. So from a hundred widths on, where the density has not fallen, each further
+    point is moved to the top of the ridge, across it, before its height is read.
+
+    Args:
+        log_prob: The log density.
+        fit: A fit of its bulk.
+
+    Returns:
+        The direction, of shape ``(features,)``, or ``None``.
+    """
+    found = find_flat_direction(log_prob, fit, DISTANCES)
+    if found is not None:
+        return found
+    axes = torch.cat([fit.scale_tril.mT, -fit.scale_tril.mT])
+    top = log_prob(fit.loc.unsqueeze(0))
+    for axis in axes[top - log_prob(fit.loc + RIDGE[0] * axes) < math.log(RIDGE[0])]:
+        ridge = _follow_ridge(log_prob, fit, top, axis)
+        if ridge is not None:
+            return ridge
+    return None
+
+
+def _follow_ridge(log_prob: LogProb, fit: Gaussian, top: Tensor, axis: Tensor) -> Tensor | None:
+    """The direction of a ridge that is as high far out as a density without bound."""
+    root, direction = fit.scale_tril, axis
+    for distance in RIDGE:
+        point = fit.loc + distance * direction
+        for _ in range(STEPS_ACROSS):
+            near = log_prob(point + WIDTH * torch.cat([root.mT, -root.mT]))
+            up, down = near.nan_to_num(0.0, 0.0, 0.0).chunk(2)
+            point = point + root @ ((up - down) / (2 * WIDTH))
+        height = log_prob(point.unsqueeze(0))
+        if not height.isfinite():
+            break
+        if top - height >= math.log(distance):
+            return None
+        direction = (point - fit.loc) / distance
+    return direction
+
+
 def missed_globals(
     log_prob: LogProb, log_q: Callable[[Tensor], Tensor], log_evidence: float, fits: Gaussians
 ) -> Tensor:
@@ -184,7 +237,7 @@ def _compare(density: LogProb, found: list[MarginalMode]) -> Census:
     if bool(is_mode.any()):
         modes, weights = pick_separate(density, modes, weights)
     fits = fits.pick(fits.elbo.argsort(descending=True))
-    return Census(fits, modes, weights, find_flat_direction(density, fits.one(0), DISTANCES))
+    return Census(fits, modes, weights, find_flat_ridge(density, fits.one(0)))
 
 
 def _find_plateau(density: LogProb, mode: MarginalMode, entries: Sequence[int]) -> Tensor | None:

@@ -138,6 +138,8 @@ class MarginalSubject(Subject):
         (torch.Size([800, 1]), 'globals')
     """
 
+    movers = rovers = "Metropolis chains of the globals"
+
     density: Any = None
     draws: int = DRAWS
     block: str | None = "globals"

@@ -15,10 +15,9 @@ from ..model.structure import Structure, find_structure
 from ..train.marginal import MarginalFit
 from ..train.objectives import PathELBO
 from ..train.training import PARTICLES, STEP_SIZE, WHITENING_STEP_SIZE
-from .census import find_flat_direction
 from .climb import Climb
 from .gaussian import Gaussian
-from .marginal_census import DISTANCES
+from .marginal_census import find_flat_ridge
 
 __all__ = ["make_structured", "train_structured"]
 
@@ -97,7 +96,7 @@ def _is_flat(guide: AutoStructuredFlow, mode: MarginalMode) -> bool:
     if float(torch.linalg.svdvals(mode.root).amin()) < NARROWEST:
         return False  # so near by, nothing falls off
     fit = Gaussian(mode.loc, mode.root, math.nan)
-    return find_flat_direction(guide.log_marginal, fit, DISTANCES) is not None
+    return find_flat_ridge(guide.log_marginal, fit) is not None
 
 
 def train_structured(climb: Climb, guide: AutoStructuredFlow, steps: int) -> int:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,6 +89,10 @@ class Subject:
     remedy: str = 'train the guide longer or fit with guide="auto"'
     draws: int = JUDGE_DRAWS
     block: str | None = None
+
+    #: What moves draws of the guide, and what takes them far, in words.
+    movers: ClassVar[str] = "Hamiltonian trajectories"
+    rovers: ClassVar[str] = "long Hamiltonian trajectories"
 
     @classmethod
     def of_sample(

@@ -14,10 +14,34 @@ def test_polynomials_are_exact(count: int) -> None:
     z = nodes.points
     assert z[nodes.middle].abs() < 1e-12
     for power in range(min(count, 9)):
-        torch.testing.assert_close(nodes.integrals @ z**power, z ** (power + 1) / (power + 1))
-        inside = nodes.grid.abs() <= z[-1]
+        torch.testing.assert_close(nodes.integrate(z**power), z ** (power + 1) / (power + 1))
+    inside = nodes.grid.abs() <= z[-1]
+    for power in range(min(count, 9 if count <= 9 else 6)):
         interpolated = (nodes.interpolation @ z**power)[inside]
         torch.testing.assert_close(interpolated, nodes.grid[inside] ** power)
+
+
+@pytest.mark.parametrize("count", [5, 9, 17, 33])
+def test_cliffs_and_spikes_stay_what_they_are(count: int) -> None:
+    nodes = HermiteNodes(count)
+    z = nodes.points
+    cliff = nodes.integrate(-(9 * z).exp())
+    assert (cliff[z > 1e-9] < 0).all()
+    assert (cliff.diff() < 1e-3).all()
+    # A narrow hump between two nodes, of which slopes see the feet alone.
+    offset = z - (z[nodes.middle + 1] / 2)
+    hump = nodes.integrate(-1e3 * offset / (1 + 1e3 * offset.square()))
+    assert hump.max() < 2 + 1e-9
+
+
+def test_stretched_noise() -> None:
+    nodes = HermiteNodes(17, stretch=0.3)
+    z = nodes.points.clone().requires_grad_()
+    log_rates, bends = nodes.log_rate(z)
+    (rates,) = torch.autograd.grad(nodes.spread(z).sum(), z)
+    torch.testing.assert_close(log_rates.exp(), rates)
+    torch.testing.assert_close(bends, torch.autograd.grad(log_rates.sum(), z)[0])
+    torch.testing.assert_close(HermiteNodes(17).spread(z), z)
 
 
 def test_functions_continue_as_straight_lines() -> None:

@@ -154,6 +154,11 @@ def marginal_of(case: Case, device: torch.device | None = None) -> Marginal:
     return Marginal(density, find_structure(density))
 
 
+def marginal_of_model(model: Callable[..., None], y: Tensor) -> Marginal:
+    density = LogDensity(model, (y,), batch_size=64)
+    return Marginal(density, find_structure(density))
+
+
 @functools.cache
 def prepare_on(name: str, device: torch.device) -> tuple[Case, Marginal]:
     case = CASES[name]()
@@ -252,6 +257,45 @@ def _assert_same_mean(ours: Tensor, theirs: Tensor, shares: Tensor) -> None:
     assert (error < 5 * deviation / math.sqrt(len(ours))).all()
 
 
+def test_heavy_tails() -> None:
+    def model(y: Tensor) -> None:
+        mean, scale = sample_prior()
+        with pyro.plate("groups", y.shape[-1]):
+            effect = pyro.sample("effect", dist.StudentT(3.0, mean, scale))
+            pyro.sample("y", dist.Bernoulli(logits=effect), obs=y)
+
+    marginal = marginal_of_model(model, torch.ones(8))
+    # Substitution of a sine hyperbolic reaches as far as the tail does.
+    step = torch.linspace(-16, 16, 4001).double()
+    expected = []
+    for g in SOME:
+        effects = g[0] + step.sinh()
+        terms = dist.StudentT(3.0, g[0], g[1].exp()).log_prob(effects)
+        terms += torch.nn.functional.logsigmoid(effects) + step.cosh().log()
+        expected.append(prior(g) + 8 * (terms.logsumexp(0) + (step[1] - step[0]).log()))
+    values = Leaves(marginal, 33).log_prob(SOME, marginal.reference)
+    torch.testing.assert_close(values, torch.stack(expected), rtol=0, atol=2e-3)
+
+
+def test_cliffs_far_out() -> None:
+    def model(y: Tensor) -> None:
+        mean, scale = sample_prior()
+        with pyro.plate("groups", len(y)):
+            size = pyro.sample("size", dist.LogNormal(mean, 1.0))
+            pyro.sample("y", dist.Normal(size, scale), obs=y)
+
+    y = torch.tensor([0.1, 0.4, 1.0, 3.0])
+    marginal = marginal_of_model(model, y)
+    noise = torch.randn(2000, 1, 4).double()
+    x, _ = Leaves(marginal, 33).sample(SOME[:1], marginal.reference, noise)
+    line = torch.linspace(-7, 7, 2001).double().unsqueeze(-1)
+    terms = dist.Normal(y.double(), SOME[0, 1].exp()).log_prob((SOME[0, 0] + line).exp())
+    shares = (terms - line.square() / 2).softmax(0)
+    mean = (shares * (SOME[0, 0] + line)).sum(0)
+    scale = (shares * (SOME[0, 0] + line - mean).square()).sum(0).sqrt()
+    assert ((x.squeeze(1).mean(0) - mean).abs() < 5 * scale / len(x) ** 0.5).all()
+
+
 def test_quantiles_of_the_noise_become_quantiles_of_the_draws() -> None:
     (case, marginal), n = prepare("poisson"), 400
     means, widths = widths_of(marginal, SOME[:1])
@@ -320,7 +364,7 @@ def test_blocks_of_several_sizes() -> None:
         of_school = torch.zeros(3, len(line)).double().index_add(0, of_class, classes)
         terms = torch.cat([single, of_school]) + weights
         expected.append(prior(g) + torch.logsumexp(terms, -1).sum())
-    values = Leaves(marginal, 17).log_prob(SOME, marginal.reference)
+    values = Leaves(marginal, 33).log_prob(SOME, marginal.reference)
     torch.testing.assert_close(values, torch.stack(expected), rtol=0, atol=1e-4)
 
 

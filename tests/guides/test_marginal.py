@@ -191,9 +191,17 @@ def test_a_model_without_locals_is_its_own_marginal() -> None:
     torch.testing.assert_close(marginal.log_prob(g), marginal.density.log_joint(g))
 
 
-@pytest.mark.parametrize(("name", "expected"), [("groups", True), ("logit", False)])
-def test_normal_locals_are_told_from_others(name: str, expected: bool) -> None:
-    model = groups if name == "groups" else logit
+def kinks(y: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("groups", y.shape[-1]):
+        effect = pyro.sample("effect", dist.Laplace(mean, 1.0))
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y[0])
+
+
+@pytest.mark.parametrize(("model", "expected"), [(groups, True), (logit, False), (kinks, False)])
+def test_normal_locals_are_told_from_others(
+    model: Callable[[Tensor], None], expected: bool
+) -> None:
     assert marginal_of(model, torch.ones(6, 3)).is_normal is expected
 
 

@@ -13,12 +13,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.reparam import NeuTraReparam
 from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.guides import AutoStructuredFlow, from_spec
 from pyroflows.guides.marginal_mode import find_marginal_mode
 from pyroflows.model import LogDensity
+from pyroflows.posterior.chains import neutra
+from pyroflows.posterior.posterior import Posterior
 
 GROUPS = torch.tensor([0.5, -1.0, 2.0, 1.5, 0.0, 3.0, -0.5, 1.0])
 
@@ -201,3 +204,13 @@ def test_locals_are_drawn_about_their_mean_where_that_takes_noise_from_their_wei
     assert float(about_mean.var()) < 0.7 * float(about_mode.var())
     drawn, log_prob = guide.sample_and_log_prob(3)
     torch.testing.assert_close(guide.log_prob(drawn), log_prob, rtol=1e-4, atol=1e-3)
+
+
+def test_neutra_asks_for_a_flow_over_all_latents() -> None:
+    guide, density = started(hierarchy, GROUPS), LogDensity(hierarchy, (GROUPS,))
+    advice = r"AutoStructuredFlow.* guide=pyroflows.RealNVP"
+    with pytest.raises(TypeError, match=advice):
+        neutra(Posterior(guide, density))
+    reparam = NeuTraReparam(guide)
+    with pytest.raises(ValueError, match=advice):
+        reparam.reparam(hierarchy)(GROUPS)

@@ -13,7 +13,12 @@ from torch.distributions import Normal
 from pyroflows._deadline import Deadline, TimeOver, check_time
 from pyroflows.guides.marginal_mode import MarginalMode, find_marginal_mode
 from pyroflows.posterior.census import Census
-from pyroflows.posterior.marginal_census import missed_globals, take_marginal_census
+from pyroflows.posterior.gaussian import Gaussian
+from pyroflows.posterior.marginal_census import (
+    find_flat_ridge,
+    missed_globals,
+    take_marginal_census,
+)
 
 
 class Toy:
@@ -211,3 +216,21 @@ def test_the_same_seed_gives_the_same_census_and_the_state_outside_is_left() -> 
     first, second = toy.census(mode, seed=4), toy.census(mode, seed=4)
     assert torch.equal(first.fits.elbo, second.fits.elbo)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_ridge_is_followed_though_its_direction_is_rough() -> None:
+    """A sum is known, and its terms are not; their direction is off in the fifth digit."""
+
+    def log_prob(z: Tensor) -> Tensor:
+        return -0.5 * (z[:, 0] + z[:, 1]).square() - 0.5 * z[:, 2].square()
+
+    root = torch.tensor([[90.0, 0.0, 0.0], [-89.999, 0.9, 0.0], [1e-4, 0.0, 1.1]]).double()
+    fit = Gaussian(torch.zeros(3).double(), root, math.nan)
+    direction = find_flat_ridge(log_prob, fit)
+    assert direction is not None
+    assert (direction / direction[0] - torch.tensor([1.0, -1.0, 0.0])).abs().max() < 1e-4
+
+    def proper(z: Tensor) -> Tensor:
+        return log_prob(z) - 1e-4 * z[:, 0].abs()
+
+    assert find_flat_ridge(proper, fit) is None

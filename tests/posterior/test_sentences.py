@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,9 +12,10 @@ import torch
 import pyroflows as pf
 from pyroflows._deadline import Deadline
 from pyroflows.model import LogDensity
-from pyroflows.posterior.checks import CHECKS, Check, judge_subject
+from pyroflows.posterior.checks import CHECKS, Check, Drift, Reach, Weights, judge_subject
 from pyroflows.posterior.climb import OWN_REMEDY, REMEDY, Climb
 from pyroflows.posterior.importance import ImportanceSample
+from pyroflows.posterior.marginal_subject import MarginalSubject
 from pyroflows.posterior.subject import Subject
 from pyroflows.posterior.verdict import FAILED, HELD, Finding, Verdict
 
@@ -127,3 +130,34 @@ def test_the_reason_is_the_first_failure_with_its_remedy() -> None:
     changed = verdict.with_remedy("Allow more time.")
     assert changed.reason.endswith("Allow more time.") and first.remedy not in changed.reason
     assert [f.status for f in changed.findings] == [f.status for f in verdict.findings]
+
+
+@pytest.mark.parametrize("check", [Drift(), Reach()])
+def test_chains_are_called_what_they_are(check: Check) -> None:
+    density = LogDensity(model)
+    guide = pf.AutoFlow(model, init_scale=1.0)
+    density.introduce(guide)
+    values = SimpleNamespace(
+        log_prob=density.log_prob, entry_names=["x[0]", "x[1]"], describe=lambda z: "far off"
+    )
+    globals_ = MarginalSubject(guide, values, surrogate=density, draws=200, chains=20)
+    whole = Subject(guide, density, draws=200)
+    for subject, movers in (
+        (globals_, "Metropolis chains of the globals"),
+        (whole, "Hamiltonian trajectories"),
+    ):
+        assert movers in check.explain(subject, 0.0, held=True)
+        beyond = {"roamed": torch.zeros(1, 2), "lies_beyond": lambda z: z[:, 0] == 0}
+        vars(subject).update(moved=subject.starts, **beyond)
+        assert movers in check.explain(subject, 0.5, held=False)
+
+
+def test_a_far_tail_of_little_weight_is_called_one() -> None:
+    class FarTail(ImportanceSample):
+        khat, ess = 1.2, 0.99
+
+    sample = FarTail(torch.randn(200, 1), torch.zeros(200))
+    finding = Weights().find(Subject.of_sample(sample, ["x"]))
+    assert finding.status == HELD
+    assert finding.sentence.startswith("99% of the importance draws are effective (k-hat 1.20: a ")
+    assert "far tail of little weight" in finding.sentence
