@@ -59,7 +59,15 @@ NOT_EMPTY = {
 
 #: Ready-made flows of layers that have their own laws.
 STACKS = {
-    *("bpf", "flow-plus-plus", "planar-flow", "radial-flow-context", "sospf"),
+    *(
+        "bpf",
+        "ffjord",
+        "residual-flow",
+        "flow-plus-plus",
+        "planar-flow",
+        "radial-flow-context",
+        "sospf",
+    ),
     *("sylvester-flow", "unaf", "flow-gpd-tail", "realnvp-ordered", "realnvp", "nice-tensor"),
     *("realnvp-real-vector", "realnvp-mixing-actnorm", "realnvp-mixing-batchnorm"),
 }

@@ -1327,6 +1327,7 @@ def test_a_flow_that_cannot_be_made(flow: Any) -> None:
         pf.AutoFlow(line_model, flow=flow)
 
 
+@pytest.mark.slow
 def test_sub_sampling_the_likelihood_is_fine() -> None:
     x = torch.randn(40) + 2
 

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from torch import Tensor
@@ -151,7 +152,9 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", slow_but_for([model for model in MODELS if model is not hmm], MODELS)
+)
 def test_agrees_with_the_enumerating_elbo_of_pyro(model: Model) -> None:
     density = density_of(model)
     assert density.mode == "captured"
@@ -165,7 +168,7 @@ def test_agrees_with_the_enumerating_elbo_of_pyro(model: Model) -> None:
         torch.testing.assert_close(g, torch.autograd.grad(expected, point)[0])
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", slow_but_for([coin_outside, nested_plates, chain], MODELS))
 def test_the_log_joint_carries_a_graph(model: Model) -> None:
     density = density_of(model)
     z = (density.initial + 0.1 * torch.arange(3.0).unsqueeze(-1)).requires_grad_()

@@ -340,7 +340,13 @@ def pyros_log_density(model: Model, density: LogDensity, z: Tensor) -> tuple[Ten
 # Values and gradients
 
 
-@every_case
+#: Each way in which dtypes can mix: networks, factorisations, scales, and data.
+MIXED = ["cholesky", "masks", "mixture", "module", "partly_observed", "scales", "simplex"]
+#: Those, and each way in which sites can stand to one another.
+SOME = [*MIXED, "conditioned", "factor", "improper", "nested_plates", "ordered", "sequential_plate"]
+
+
+@pytest.mark.parametrize("name", slow_but_for(SOME, CASES))
 @pytest.mark.usefixtures("float64")
 def test_agrees_with_the_potential_energy_of_pyro(name: str) -> None:
     density = double(name)
@@ -365,10 +371,6 @@ def test_captured_vmap_and_loop_are_the_same_function(name: str) -> None:
         other_value, other_grad = in_mode(density, mode).value_and_grad(z)
         torch.testing.assert_close(other_value, value)
         torch.testing.assert_close(other_grad, grad)
-
-
-#: Each way in which dtypes can mix: networks, factorisations, scales, and data.
-MIXED = ["cholesky", "masks", "mixture", "module", "partly_observed", "scales", "simplex"]
 
 
 @pytest.mark.parametrize("name", slow_but_for(MIXED, CASES))

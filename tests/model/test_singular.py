@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,10 @@ def total(factorise: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
     return of_matrix
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", FACTORISATIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    zip(FACTORISATIONS, itertools.cycle([torch.float32, torch.float64]), strict=False),
+)
 @pytest.mark.filterwarnings("ignore:torch.cholesky is deprecated")
 def test_a_matrix_that_cannot_be_factorised_harms_no_other(name: str, dtype: torch.dtype) -> None:
     factorise, bad = FACTORISATIONS[name]

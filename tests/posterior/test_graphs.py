@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
@@ -71,7 +72,7 @@ MODELS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but_for(["network", "data", "reparam"], MODELS))
 def test_it_is_found_copied_saved_and_pickled(name: str, tmp_path: Path) -> None:
     model, args = MODELS[name]()
     posterior = pf.fit_posterior(model, args, steps=0, progress=False)

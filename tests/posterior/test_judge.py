@@ -207,7 +207,9 @@ def test_a_bad_argument_is_refused(
         pf.judge(**{"guide": made("AutoNormal"), "model": pair, **options})
 
 
-@pytest.mark.parametrize("name", ["AutoFlow", "AutoMultivariateNormal", "AutoGuideList"])
+@pytest.mark.parametrize(
+    "name", slow_but_for(["AutoGuideList"], ["AutoFlow", "AutoMultivariateNormal", "AutoGuideList"])
+)
 def test_a_judged_posterior_is_saved_and_loaded(name: str, tmp_path: Any) -> None:
     posterior = pf.judge(made(name), pair, draws=1000)
     posterior.save(tmp_path / "p.pt")

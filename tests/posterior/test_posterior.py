@@ -19,6 +19,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from marks import slow_but_for
 from pyro.distributions import constraints
 from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.reparam import NeuTraReparam
@@ -576,7 +577,9 @@ def changed_realnvp(features: int) -> pf.Flow:
     return pf.RealNVP(features, transforms=2, network=pf.nn.mlp((8,)), reversible=True)
 
 
-@pytest.mark.parametrize("flow", [pf.RealNVP, pf.NICE, pf.NSF, changed_realnvp])
+@pytest.mark.parametrize(
+    "flow", slow_but_for([pf.NSF, changed_realnvp], [pf.RealNVP, pf.NICE, pf.NSF, changed_realnvp])
+)
 def test_a_flow_is_remembered_with_its_options(flow: Any, tmp_path: Path) -> None:
     posterior = fit_posterior(skewed, guide=flow, steps=5, progress=False)
     posterior.save(tmp_path / "p.pt")

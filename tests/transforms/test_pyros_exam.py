@@ -384,6 +384,7 @@ def assert_below_zero(values: Tensor) -> None:
     assert float(values.mean()) < 4 * float(values.std()) / len(values) ** 0.5
 
 
+@pytest.mark.slow
 @half_of_the_cases
 def test_layer_learns_data_that_it_never_drew(
     name: str, context: int | None, device: torch.device
@@ -426,6 +427,7 @@ def test_layer_learns_data_that_it_never_drew(
     assert stored == {f"layer$$${n}" for n, _ in t.named_parameters()}
 
 
+@pytest.mark.slow
 @every_family
 def test_layer_learns_a_posterior(name: str, device: torch.device) -> None:
     """As part of a guide: the bound of a normalised density rises, and not above zero."""

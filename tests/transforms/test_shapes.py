@@ -54,8 +54,16 @@ def judge(t: Transform) -> None:
         torch.testing.assert_close(jacobian.slogdet().logabsdet, found, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", list(CLASSES))
+#: Every class with every second shape, and every shape with every second class.
+HALF = [
+    (name, shape)
+    for i, name in enumerate(CLASSES)
+    for j, shape in enumerate(SHAPES)
+    if (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("name", "shape"), HALF, ids=str)
 def test_it_works_or_says_why(name, shape):
     try:
         made = make(name, shape)
