@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass, fields
@@ -125,7 +126,8 @@ def sharpen(density: LogDensity, fits: Gaussians, draws: int = 64, seed: int = 0
         seed: Seed of all that is random.
 
     Returns:
-        The fits, with their own roots or the new ones.
+        The fits, with their own roots or the new ones; as they are when the time of the fit is
+        over.
 
     Reference:
         Saad, "Numerical methods for large eigenvalue problems", 2011,
@@ -134,14 +136,16 @@ def sharpen(density: LogDensity, fits: Gaussians, draws: int = 64, seed: int = 0
     noise = antithetic_noise(draws, fits.loc[0], seed)
     generator = torch.Generator().manual_seed(seed)
     root = cast("LowRankRoot", fits.root)
-    best, scale = _with_elbos(density, fits.loc, root, noise), root.scale
-    for _ in range(ROUNDS):
-        start = torch.randn(1, fits.loc.shape[-1], generator=generator).to(scale).expand_as(scale)
-        root = _extreme_directions(density, fits.loc, scale, start)
-        probes = torch.randn(PROBES, fits.loc.shape[-1], generator=generator).to(scale).sign()
-        scale = _renew_scale(density, fits.loc, root, probes)
-        new = _with_elbos(density, fits.loc, root, noise)
-        best = new.where(new.elbo > best.elbo, best)
+    best, scale, n = fits, root.scale, fits.loc.shape[-1]
+    with contextlib.suppress(TimeOver):
+        best = _with_elbos(density, fits.loc, root, noise)
+        for _ in range(ROUNDS):
+            start = torch.randn(1, n, generator=generator).to(scale).expand_as(scale)
+            root = _extreme_directions(density, fits.loc, scale, start)
+            probes = torch.randn(PROBES, n, generator=generator).to(scale).sign()
+            scale = _renew_scale(density, fits.loc, root, probes)
+            new = _with_elbos(density, fits.loc, root, noise)
+            best = new.where(new.elbo > best.elbo, best)
     return best
 
 
