@@ -300,14 +300,18 @@ def _fit(
     if n <= DENSE:
         return fit_gaussians(density, starts, draws=draws)
     best, last = fit_low_rank(density, starts)
-    ends = _drop_duplicates(_join(best, last))
-    if not len(ends.elbo):
-        return best, last
+    different = _drop_duplicates(_join(best, last))
+    ends = different if len(different.elbo) else best
     ends = ends.pick(torch.arange(min(MOST_REFINED, len(ends.elbo)), device=starts.device))
     ends = sharpen(density, ends)
     if n > TRIANGULAR:
         return ends, ends
-    return fit_gaussians(density, ends.loc, REFINING_STEPS, draws, root=_widths(ends))
+    widths = _widths(ends)
+    try:
+        return fit_gaussians(density, ends.loc, REFINING_STEPS, draws, root=widths)
+    except TimeOver:
+        ends = ends._replace(root=widths)
+        return ends, ends
 
 
 def _widths(fits: Gaussians) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from dataclasses import dataclass, fields
@@ -24,6 +25,8 @@ MEMORY = RANK // 2
 LENGTHS = 2.0 ** torch.tensor([1.0, 0.0, -1.0, -2.0, -4.0, -6.0, -9.0, -14.0])
 # The first step is so long at most.
 FIRST = 1.0
+# The largest entry of a correction in units of the diagonal that is trusted.
+LARGEST = 1e12
 # Steps between two looks at the ELBO.
 EVERY = 5
 # An ascent is over when its step promises to gain so little.
@@ -125,7 +128,8 @@ def sharpen(density: LogDensity, fits: Gaussians, draws: int = 64, seed: int = 0
         seed: Seed of all that is random.
 
     Returns:
-        The fits, with their own roots or the new ones.
+        The fits, with their own roots or the new ones; as they are when the time of the fit is
+        over.
 
     Reference:
         Saad, "Numerical methods for large eigenvalue problems", 2011,
@@ -134,14 +138,16 @@ def sharpen(density: LogDensity, fits: Gaussians, draws: int = 64, seed: int = 0
     noise = antithetic_noise(draws, fits.loc[0], seed)
     generator = torch.Generator().manual_seed(seed)
     root = cast("LowRankRoot", fits.root)
-    best, scale = _with_elbos(density, fits.loc, root, noise), root.scale
-    for _ in range(ROUNDS):
-        start = torch.randn(1, fits.loc.shape[-1], generator=generator).to(scale).expand_as(scale)
-        root = _extreme_directions(density, fits.loc, scale, start)
-        probes = torch.randn(PROBES, fits.loc.shape[-1], generator=generator).to(scale).sign()
-        scale = _renew_scale(density, fits.loc, root, probes)
-        new = _with_elbos(density, fits.loc, root, noise)
-        best = new.where(new.elbo > best.elbo, best)
+    best, scale, n = fits, root.scale, fits.loc.shape[-1]
+    with contextlib.suppress(TimeOver):
+        best = _with_elbos(density, fits.loc, root, noise)
+        for _ in range(ROUNDS):
+            start = torch.randn(1, n, generator=generator).to(scale).expand_as(scale)
+            root = _extreme_directions(density, fits.loc, scale, start)
+            probes = torch.randn(PROBES, n, generator=generator).to(scale).sign()
+            scale = _renew_scale(density, fits.loc, root, probes)
+            new = _with_elbos(density, fits.loc, root, noise)
+            best = new.where(new.elbo > best.elbo, best)
     return best
 
 
@@ -172,7 +178,8 @@ def _multiply_curvature(density: LogDensity, loc: Tensor, scale: Tensor, x: Tens
     step = width * scale.unsqueeze(-2) * x
     points = torch.stack([loc.unsqueeze(-2) + step, loc.unsqueeze(-2) - step])
     up, down = density.value_and_grad(points)[1]
-    return scale.unsqueeze(-2) * (down - up).nan_to_num(0.0, 0.0, 0.0) / (2 * width)
+    products = scale.unsqueeze(-2) * (down - up) / (2 * width)
+    return products.nan_to_num(0.0, 0.0, 0.0).clamp(-LARGEST, LARGEST)
 
 
 def _renew_scale(density: LogDensity, loc: Tensor, root: LowRankRoot, probes: Tensor) -> Tensor:
@@ -314,14 +321,18 @@ def _root(now: _Ascents) -> LowRankRoot:
     curvatures = products.diagonal(dim1=-2, dim2=-1)
     # Places in the memory that are empty take no part.
     triangle = products.triu() + torch.diag_embed((curvatures == 0).to(products))
-    inverse = torch.linalg.inv(triangle)
+    identity = torch.eye(MEMORY).to(triangle)
+    inverse = torch.linalg.solve_triangular(triangle, identity.expand_as(triangle), upper=True)
     middle = torch.diag_embed(curvatures) + changes @ changes.mT
     corner = inverse.mT @ middle @ inverse
     zero = torch.zeros_like(corner)
     core = torch.cat([torch.cat([zero, -inverse], -1), torch.cat([-inverse.mT, corner], -1)], -2)
     columns = torch.cat([changes, steps], -2).mT
     orthonormal, upper = torch.linalg.qr(columns)
-    eigenvalues, vectors = torch.linalg.eigh(upper @ core @ upper.mT)
+    correction = upper @ core @ upper.mT
+    # Where the memory holds curvatures of sizes too different, the diagonal has to do.
+    sound = correction.abs().amax((-2, -1), keepdim=True) < LARGEST
+    eigenvalues, vectors = torch.linalg.eigh(correction.where(sound, 0.0))
     stretch = (1 + eigenvalues).clamp(min=1e-12).sqrt()
-    root = LowRankRoot(scale, orthonormal @ vectors, stretch)
-    return root.to(now.loc)
+    basis = (orthonormal @ vectors).nan_to_num(0.0)
+    return LowRankRoot(scale, basis, stretch).to(now.loc)

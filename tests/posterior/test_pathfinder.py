@@ -11,7 +11,7 @@ from pyroflows.model import LogDensity
 from pyroflows.posterior.census import find_start, take_census
 from pyroflows.posterior.gaussian import Gaussian
 from pyroflows.posterior.importance import ImportanceSample
-from pyroflows.posterior.pathfinder import fit_low_rank, sharpen
+from pyroflows.posterior.pathfinder import _begin, _root, fit_low_rank, sharpen
 from pyroflows.transforms import roots
 from pyroflows.transforms.low_rank import DENSE, TRIANGULAR, LowRankRoot
 
@@ -84,3 +84,20 @@ def test_a_direction_without_a_fall_is_seen() -> None:
     assert direction is not None
     assert int(direction.abs().argmax()) == TRIANGULAR + 1
     assert take_census(two_sided(300), torch.ones(300), starts=6).flat_direction is None
+
+
+def test_curvatures_that_overflow_leave_the_diagonal() -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(TRIANGULAR + 1), 1.0).to_event(1))
+        pyro.factor("wall", -(30 * x[..., 0]).exp() - (30 * x[..., 1]).exp())
+
+    density = LogDensity(model)
+    starts = torch.zeros(2, density.features)
+    starts[1, :2] = 2.5
+    best, last = fit_low_rank(density, starts, steps=30)
+    assert bool(roots.is_finite(best.root).all())
+    assert bool(roots.is_finite(last.root).all())
+    ascents = _begin(density, starts)
+    ascents.steps[:, -2:] = 1e20
+    ascents.changes[:, -2:] = torch.tensor([[1e-20], [1e20]])
+    assert bool(roots.is_finite(_root(ascents)).all())
