@@ -197,7 +197,7 @@ class AutoStructuredFlow(FlowGuide):
         self.flow.whiten(mode.loc.to(loc), mode.root.to(loc))
         self.reference.copy_(mode.reference)
         if not marginal.is_normal and mode.found:
-            integrated = self._leaves if self.core is not None and self._leaves else marginal
+            integrated = self._leaves if isinstance(self._leaves, SampledCore) else marginal
             warm = regress_reference(integrated, mode.loc, mode.root, mode.reference)
             self.centre.copy_(warm.loc)
             self.root.copy_(warm.root)
@@ -222,9 +222,10 @@ class AutoStructuredFlow(FlowGuide):
         g = self._pilot_draws()
         leaves = self._make_leaves(LEAST)
         if isinstance(leaves, SampledCore):
-            leaves.choose_nodes(g, self._near(g))
+            leaves.choose_nodes(g, self.near(g))
+            leaves.start(g[:1], self.near(g[:1]))
         else:
-            leaves = integrate_leaves(marginal, g, self._near(g))
+            leaves = integrate_leaves(marginal, g, self.near(g))
         if not leaves.usable:
             return None  # weights of the locals tell how far they are off
         self._leaves = leaves
@@ -270,8 +271,15 @@ class AutoStructuredFlow(FlowGuide):
     def _warm(self) -> WarmReference:
         return WarmReference(self.centre, self.root, self.reference, self.slopes)
 
-    def _near(self, g: Tensor) -> Tensor:
-        """Where the locals begin at globals of shape ``(n, globals)``."""
+    def near(self, g: Tensor) -> Tensor:
+        """Where Newton's method begins for the locals.
+
+        Args:
+            g: Globals of shape ``(n, globals)``.
+
+        Returns:
+            Tensor of shape ``(n, locals)``.
+        """
         return self.reference.expand(len(g), -1) if self.marginal.is_normal else self._warm(g)
 
     def log_marginal(self, g: Tensor) -> Tensor:
@@ -281,11 +289,11 @@ class AutoStructuredFlow(FlowGuide):
             return points.new_zeros(g.shape[:-1])
         integrated = self._regressed or self.leaves
         if integrated is not None:
-            values = integrated.log_prob(points, self._near(points))
+            values = integrated.log_prob(points, self.near(points))
         else:
             # By chunks, because a value takes the locals' mean with it.
             values = torch.cat(
-                [self.marginal.log_prob(few, self._near(few)) for few in self._chunks(points)]
+                [self.marginal.log_prob(few, self.near(few)) for few in self._chunks(points)]
             )
         return values.reshape(g.shape[:-1])
 
@@ -343,7 +351,7 @@ class AutoStructuredFlow(FlowGuide):
         """Vectors whose locals are drawn given globals, and the log of the density of the vectors
         over that of the locals."""
         if self.leaves is not None:
-            x, log_marginal = self.leaves.sample(g, self._near(g))
+            x, log_marginal = self.leaves.sample(g, self.near(g))
             return self.marginal.join(g, x), log_marginal
         x, scores = self._draw_several(g, int(self.repeats))
         # One of several draws, chosen by their weights, has the mean of the weights.
@@ -383,7 +391,7 @@ class AutoStructuredFlow(FlowGuide):
 
     def _condition(self, g: Tensor) -> Conditional:
         g = g.detach().double()
-        return self.marginal.condition(g, self._near(g))
+        return self.marginal.condition(g, self.near(g))
 
     @torch.no_grad()
     def _local_log_prob(self, z: Tensor) -> Tensor:

@@ -110,7 +110,8 @@ def _judge_parts(
     guide: AutoStructuredFlow, density: LogDensity, remedy: str, draws: int
 ) -> tuple[Verdict, ImportanceSample | None]:
     """Judges the weights of the whole, and the globals with the locals integrated out."""
-    most = LARGE_DRAWS if density.features > LARGE else STRUCTURED_DRAWS
+    dear = density.features > LARGE or guide.core is not None
+    most = LARGE_DRAWS if dear else STRUCTURED_DRAWS
     whole = Subject(guide, density, remedy=remedy, draws=min(draws, most))
     try:
         globals_ = _make_globals(guide, whole.sample, remedy)
@@ -170,7 +171,8 @@ def _weigh_globals(
 def _take_census(guide: AutoStructuredFlow, mode: MarginalMode) -> Census | None:
     def ascend(start: Tensor) -> MarginalMode:
         integrated = guide.leaves or guide.marginal
-        return find_marginal_mode(integrated, start=start, reference=guide.reference)
+        near = guide.near(start.unsqueeze(0))[0]
+        return find_marginal_mode(integrated, start=start, reference=near)
 
     with contextlib.suppress(TimeOver):
         prior = prior_globals(guide.marginal)
