@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from .leaves import DEEPEST, Leaves, integrate_leaves
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 from .skew_noise import SkewNoise
-from .warm_reference import WarmReference
+from .warm_reference import FARTHEST, WarmReference
 
 __all__ = ["CoreProposal", "SampledCore", "has_core", "make_core"]
 
@@ -33,7 +33,7 @@ LARGEST, DEEPEST_REST = 200, 2
 DRAWS = 2
 # Globals at which the proposal is fitted, how much wider they lie than the normal approximation at
 # the mode, and how often it is fitted anew.
-POINTS, WIDER, ROUNDS = 192, 1.3, 2
+POINTS, WIDER, ROUNDS = 256, 1.3, 3
 # Where slopes are so many times as steep as usual, they are not those of anything like a normal
 # distribution.
 STEEP = 3.0
@@ -46,6 +46,8 @@ MOST_STEPS, LONGEST, SHORT = 12, 3.0, 0.05
 STEPS, SETTLED, CUTS = 6, 1e-3, 4
 # Entries of the core that the noise of another may depend on.
 MOST_NEAR = 3
+# The ridge of regressions.
+RIDGE = 0.1
 
 
 class CoreProposal(torch.nn.Module):
@@ -60,6 +62,7 @@ class CoreProposal(torch.nn.Module):
     centre: Tensor
     root: Tensor
     tilts: Tensor
+    correction: Tensor
 
     def __init__(self, globals_: int, locals_: int, noise: SkewNoise) -> None:
         super().__init__()
@@ -67,10 +70,28 @@ class CoreProposal(torch.nn.Module):
         self.register_buffer("centre", torch.zeros(globals_).double())
         self.register_buffer("root", torch.eye(globals_).double())
         self.register_buffer("tilts", torch.zeros(1 + globals_, locals_).double())
+        self.register_buffer("correction", torch.zeros(1 + 2 * globals_).double())
 
     def tilt(self, g: Tensor) -> Tensor:
         """The slopes of the log joint density where the proposal lies, of shape ``(n, locals)``."""
         return WarmReference(self.centre, self.root, self.tilts[0], self.tilts[1:])(g)
+
+    def correct(self, g: Tensor) -> Tensor:
+        """What the middle of the proposal misses of the log density of globals, of shape
+        ``(n,)``."""
+        return self._terms(g) @ self.correction.to(g)
+
+    def regress_correction(self, g: Tensor, missed: Tensor) -> None:
+        """Regresses what is missed, of shape ``(n,)``, on the globals and their squares."""
+        ridge = RIDGE * torch.eye(len(self.correction)).to(g)
+        design = torch.cat([self._terms(g), ridge])
+        wanted = torch.cat([missed, missed.new_zeros(len(ridge))]).unsqueeze(-1)
+        self.correction.copy_(torch.linalg.lstsq(design, wanted).solution.squeeze(-1))
+
+    def _terms(self, g: Tensor) -> Tensor:
+        u = WarmReference(self.centre, self.root, self.centre, self.root).whiten(g)
+        u = u.clamp(-FARTHEST, FARTHEST)
+        return torch.cat([torch.ones_like(u[:, :1]), u, u.square()], -1)
 
     def regress_tilts(self, mode: MarginalMode, tilts: Tensor) -> None:
         """Regresses the tilt on the globals, as in
@@ -183,9 +204,9 @@ class SampledCore:
             The normal distributions of all locals about the mode of the core and the mean of the
             rest; the density of the globals is that of the core in the middle of its proposal.
         """
-        x, normal, gain = self._place(g, reference, steps or STEPS)
-        drawn = self._draw(g, x, normal, g.new_zeros(1, len(g), len(self.core)))
-        return Conditional(self._weigh(drawn)[0], x, normal, gain)
+        placed = self._place(g, reference, steps or STEPS)
+        values = self._middle(placed) + self.proposal.correct(g)
+        return Conditional(values, placed.x, placed.normal, placed.gain)
 
     def evaluate(self, g: Tensor, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The log density of globals and the places of the locals.
@@ -232,10 +253,8 @@ class SampledCore:
         chunks = self._chunks(g, reference.expand(len(g), -1))
         found = []
         for few, near in chunks:
-            half = torch.randn(DRAWS // 2, len(few), len(self.core)).to(few)
-            x, normal, _ = self._place(few, near)
-            drawn = self._draw(few, x, normal, torch.cat([half, -half]))
-            found.append(self._choose(drawn))
+            placed = self._place(few, near)
+            found.append(self._choose(self._draw(placed, self._pairs(placed))))
         x, values = map(torch.cat, zip(*found, strict=True))
         return x.to(g), values.to(g)
 
@@ -254,10 +273,22 @@ class SampledCore:
 
     # The core
 
+    def _pairs(self, placed: _Placed) -> Tensor:
+        """Normal numbers in opposite pairs, of shape ``(k, n, core)``."""
+        half = torch.randn(DRAWS // 2, len(placed.g), len(self.core)).to(placed.g)
+        return torch.cat([half, -half])
+
+    def _middle(self, placed: _Placed) -> Tensor:
+        """The log density of globals by that of the core in the middle of its proposal."""
+        return self._weigh(
+            self._draw(placed, placed.g.new_zeros(1, len(placed.g), len(self.core)))
+        )[0]
+
     @torch.no_grad()
-    def _draw(self, g: Tensor, x: Tensor, normal: SparseNormal, noise: Tensor) -> _Drawn:
-        """Draws of the core about a place, made of standard normal numbers of shape
+    def _draw(self, placed: _Placed, noise: Tensor) -> _Drawn:
+        """Draws of the core about its place, made of standard normal numbers of shape
         ``(k, n, core)``."""
+        g, x, normal, _ = placed
         widths = normal.core_root.diagonal(dim1=-2, dim2=-1)
         epsilon, log_det = self.proposal.noise.transform(noise, 1 / widths)
         log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
@@ -265,11 +296,8 @@ class SampledCore:
         return _Drawn(g, moved, noise, normal.core_root, log_prob + widths.log().sum(-1))
 
     @torch.no_grad()
-    def _place(
-        self, g: Tensor, x: Tensor, steps: int = STEPS
-    ) -> tuple[Tensor, SparseNormal, Tensor]:
-        """About where the core has its mode, the normal distributions there, and what the last step
-        was to gain."""
+    def _place(self, g: Tensor, x: Tensor, steps: int = STEPS) -> _Placed:
+        """Finds about where the core has its mode."""
         tilt = self.proposal.tilt(g)
         for _ in range(steps):
             value, slope, precision = self.marginal.differentiate(g, x)
@@ -279,7 +307,7 @@ class SampledCore:
             x = self._move(g, x, step, value, tilt)
             if gain.nan_to_num(0).amax() < SETTLED:
                 break
-        return x, normal, gain
+        return _Placed(g, x, normal, gain)
 
     def _move(self, g: Tensor, x: Tensor, step: Tensor, value: Tensor, tilt: Tensor) -> Tensor:
         """The locals after a step, or a part of it, that does not lower the tilted density."""
@@ -361,8 +389,10 @@ class SampledCore:
         design = mode.loc + torch.cat([0 * units[:1], units, -units]) @ mode.root.mT
         self.proposal.regress_tilts(mode, self._find_tilts(design, warm(design)))
         g = mode.loc + WIDER * quasi_normal(POINTS, self.features).to(mode.loc) @ mode.root.mT
+        placed = [self._place(few, near) for few, near in self._chunks(g, warm(g))]
         with forked(0):
-            self._fit_noise(g, warm(g))
+            self._fit_noise(placed)
+            self._fit_correction(placed)
 
     def _find_tilts(self, g: Tensor, reference: Tensor) -> Tensor:
         """The slopes of the log joint density at the mode of the core and the mean of the rest."""
@@ -388,14 +418,9 @@ class SampledCore:
             size = (2 * size).clamp(max=1.0).where(better.unsqueeze(-1), size / 4)
         return _Mode(now.x, tilt)
 
-    def _fit_noise(self, g: Tensor, reference: Tensor) -> None:
-        chunks = self._chunks(g, reference)
-        placed = [(few, *self._place(few, near)[:2]) for few, near in chunks]
+    def _fit_noise(self, placed: Sequence[_Placed]) -> None:
         for _ in range(ROUNDS):
-            drawn = []
-            for few, x, normal in placed:
-                noise = torch.randn(1, len(few), len(self.core)).to(few)
-                drawn.append(self._draw(few, x, normal, noise))
+            drawn = [self._draw(each, self._pairs(each)[:1]) for each in placed]
             roots = torch.cat([each.root for each in drawn])
             slopes = torch.cat([self._slopes_of_noise(each) for each in drawn])
             n = torch.cat([each.noise[0] for each in drawn])
@@ -403,6 +428,16 @@ class SampledCore:
             usable = steepness < STEEP * steepness.median()
             sizes = 1 / roots.diagonal(dim1=-2, dim2=-1)
             self.proposal.noise.regress(n[usable], sizes[usable], slopes[usable])
+
+    def _fit_correction(self, placed: Sequence[_Placed]) -> None:
+        """Compares the middle of the proposal with draws."""
+        missed = []
+        for each in placed:
+            draws = _average(self._weigh(self._draw(each, self._pairs(each))))
+            missed.append(draws - self._middle(each))
+        g, missed_there = torch.cat([each.g for each in placed]), torch.cat(missed)
+        usable = missed_there.isfinite()
+        self.proposal.regress_correction(g[usable], missed_there[usable])
 
     def _slopes_of_noise(self, drawn: _Drawn) -> Tensor:
         """The slopes of the log density of globals and core by the noise of the core."""
@@ -435,6 +470,16 @@ class _Mode(NamedTuple):
 
     x: Tensor
     tilt: Tensor
+
+
+class _Placed(NamedTuple):
+    """Globals, where their core has its mode, the normal distributions there, and what the last
+    step was to gain."""
+
+    g: Tensor
+    x: Tensor
+    normal: SparseNormal
+    gain: Tensor
 
 
 class _Drawn(NamedTuple):
