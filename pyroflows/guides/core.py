@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from .leaves import DEEPEST, Leaves, integrate_leaves
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 from .skew_noise import SkewNoise
-from .warm_reference import WarmReference
+from .warm_reference import FARTHEST, WarmReference
 
 __all__ = ["CoreProposal", "SampledCore", "has_core", "make_core"]
 
@@ -40,11 +40,14 @@ STEEP = 3.0
 # Nodes of the mean of slopes over the rest, which are smooth.
 NODES_OF_SLOPES = 3
 # The search of the core's mode: most steps, the longest one, and so short that it is over.
-MOST_STEPS, LONGEST, SHORT = 12, 3.0, 0.1
-# Steps to the place of the proposal, which need not be the mode; the last one may be as long.
-STEPS, SETTLED = 5, 0.5
+MOST_STEPS, LONGEST, SHORT = 12, 3.0, 0.05
+# Steps to the place of the proposal, what the last one may gain, and how often one is cut to a
+# quarter before it is given up.
+STEPS, SETTLED, CUTS = 6, 1e-3, 4
 # Entries of the core that the noise of another may depend on.
 MOST_NEAR = 3
+# The ridge of regressions.
+RIDGE = 0.1
 
 
 class CoreProposal(torch.nn.Module):
@@ -59,6 +62,7 @@ class CoreProposal(torch.nn.Module):
     centre: Tensor
     root: Tensor
     tilts: Tensor
+    correction: Tensor
 
     def __init__(self, globals_: int, locals_: int, noise: SkewNoise) -> None:
         super().__init__()
@@ -66,10 +70,28 @@ class CoreProposal(torch.nn.Module):
         self.register_buffer("centre", torch.zeros(globals_).double())
         self.register_buffer("root", torch.eye(globals_).double())
         self.register_buffer("tilts", torch.zeros(1 + globals_, locals_).double())
+        self.register_buffer("correction", torch.zeros(1 + 2 * globals_).double())
 
     def tilt(self, g: Tensor) -> Tensor:
         """The slopes of the log joint density where the proposal lies, of shape ``(n, locals)``."""
         return WarmReference(self.centre, self.root, self.tilts[0], self.tilts[1:])(g)
+
+    def correct(self, g: Tensor) -> Tensor:
+        """What the middle of the proposal misses of the log density of globals, of shape
+        ``(n,)``."""
+        return self._terms(g) @ self.correction.to(g)
+
+    def regress_correction(self, g: Tensor, missed: Tensor) -> None:
+        """Regresses what is missed, of shape ``(n,)``, on the globals and their squares."""
+        ridge = RIDGE * torch.eye(len(self.correction)).to(g)
+        design = torch.cat([self._terms(g), ridge])
+        wanted = torch.cat([missed, missed.new_zeros(len(ridge))]).unsqueeze(-1)
+        self.correction.copy_(torch.linalg.lstsq(design, wanted).solution.squeeze(-1))
+
+    def _terms(self, g: Tensor) -> Tensor:
+        u = WarmReference(self.centre, self.root, self.centre, self.root).whiten(g)
+        u = u.clamp(-FARTHEST, FARTHEST)
+        return torch.cat([torch.ones_like(u[:, :1]), u, u.square()], -1)
 
     def regress_tilts(self, mode: MarginalMode, tilts: Tensor) -> None:
         """Regresses the tilt on the globals, as in
@@ -171,66 +193,48 @@ class SampledCore:
 
     @torch.no_grad()
     def condition(self, g: Tensor, reference: Tensor, steps: int | None = None) -> Conditional:
-        """The locals given globals by a Laplace approximation of the core alone, with the rest
-        integrated.
+        """The locals given globals, where the proposal lies.
 
         Args:
             g: Globals of shape ``(n, globals)``.
             reference: Where the locals start, of shape ``(n, locals)``.
-            steps: Most steps to the mode of the core.
+            steps: Most steps of Newton's method.
 
         Returns:
             The normal distributions of all locals about the mode of the core and the mean of the
-            rest.
+            rest; the density of the globals is that of the core in the middle of its proposal.
         """
-        g, size = g.double(), g.new_ones(len(g), 1).double()
-        now = self._differentiate(g, reference.double(), self.leaves)
-        for number in range((steps or MOST_STEPS) + 1):
-            normal = self._normal(g, now.x)
-            step = _solve(normal.core_root, now.slopes)
-            length = step.norm(dim=-1, keepdim=True)
-            if number == (steps or MOST_STEPS) or bool((length < SHORT).all()):
-                break
-            step = size * step * (LONGEST / length).clamp(max=1.0)
-            moved = now.x + normal.draw_centred(self._pad(step))
-            after = self._differentiate(g, moved, self.leaves)
-            better = after.value.unsqueeze(-1) >= now.value.unsqueeze(-1) - SHORT**2
-            size = (2 * size).clamp(max=1.0).where(better, size / 4)
-            now = now.replaced_by(after, better.squeeze(-1))
-        gain = length.squeeze(-1).square() / 2
-        widths = normal.core_root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        value = now.value + gain - widths + len(self.core) / 2 * math.log(2 * math.pi)
-        return Conditional(value.where(value.isfinite(), -torch.inf), now.x, normal, gain)
+        placed = self._place(g, reference, steps or STEPS)
+        values = self._middle(placed) + self.proposal.correct(g)
+        return Conditional(values, placed.x, placed.normal, placed.gain)
 
     def evaluate(self, g: Tensor, reference: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The log density of globals by the same approximation, which is smooth, and the places of
-        the locals.
+        """The log density of globals and the places of the locals.
 
         Args:
             g: Globals of shape ``(n, globals)``.
-            reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
+            reference: As in :meth:`log_prob`.
 
         Returns:
             Tensors of shape ``(n,)`` and ``(n, locals)``.
         """
         start = (self.reference if reference is None else reference).expand(len(g), -1)
-        parts = [self.condition(*pair) for pair in self._chunks(g, start)]
-        means = torch.cat([part.mean for part in parts])
-        return torch.cat([part.log_marginal for part in parts]), means
+        parts = [self.condition(few, near)[:2] for few, near in self._chunks(g, start)]
+        values, means = map(torch.cat, zip(*parts, strict=True))
+        return values, means
 
     def log_prob(self, g: Tensor, reference: Tensor) -> Tensor:
-        """An estimate of the log density of globals, by a pair of draws of the core.
+        """The log density of globals by that of the core in the middle of its proposal, which is
+        smooth, and near the mean over draws.
 
         Args:
             g: Globals of shape ``(n, globals)``.
             reference: Where the locals start, of shape ``(locals,)`` or ``(n, locals)``.
 
         Returns:
-            Tensor of shape ``(n,)``, the same each time; the exponential is right on average.
+            Tensor of shape ``(n,)``.
         """
-        with forked(0):
-            drawn = [self._draw(*pair) for pair in self._chunks(g, reference.expand(len(g), -1))]
-        return torch.cat([_average(self._weigh(each)) for each in drawn]).to(g)
+        return self.evaluate(g, reference)[0].to(g)
 
     def sample(self, g: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Draws the locals given globals.
@@ -247,8 +251,11 @@ class SampledCore:
             together.
         """
         chunks = self._chunks(g, reference.expand(len(g), -1))
-        pairs = [self._choose(self._draw(*pair)) for pair in chunks]
-        x, values = map(torch.cat, zip(*pairs, strict=True))
+        found = []
+        for few, near in chunks:
+            placed = self._place(few, near)
+            found.append(self._choose(self._draw(placed, self._pairs(placed))))
+        x, values = map(torch.cat, zip(*found, strict=True))
         return x.to(g), values.to(g)
 
     def _choose(self, drawn: _Drawn) -> tuple[Tensor, Tensor]:
@@ -266,31 +273,53 @@ class SampledCore:
 
     # The core
 
+    def _pairs(self, placed: _Placed) -> Tensor:
+        """Normal numbers in opposite pairs, of shape ``(k, n, core)``."""
+        half = torch.randn(DRAWS // 2, len(placed.g), len(self.core)).to(placed.g)
+        return torch.cat([half, -half])
+
+    def _middle(self, placed: _Placed) -> Tensor:
+        """The log density of globals by that of the core in the middle of its proposal."""
+        return self._weigh(
+            self._draw(placed, placed.g.new_zeros(1, len(placed.g), len(self.core)))
+        )[0]
+
     @torch.no_grad()
-    def _draw(self, g: Tensor, reference: Tensor, noise: Tensor | None = None) -> _Drawn:
-        """Draws of the core made of standard normal numbers of shape ``(k, n, core)``; of pairs of
-        fresh ones by default."""
-        if noise is None:
-            half = torch.randn(DRAWS // 2, len(g), len(self.core)).to(g)
-            noise = torch.cat([half, -half])
-        x, normal = self._place(g, reference)
+    def _draw(self, placed: _Placed, noise: Tensor) -> _Drawn:
+        """Draws of the core about its place, made of standard normal numbers of shape
+        ``(k, n, core)``."""
+        g, x, normal, _ = placed
         widths = normal.core_root.diagonal(dim1=-2, dim2=-1)
         epsilon, log_det = self.proposal.noise.transform(noise, 1 / widths)
         log_prob = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - log_det
         moved = x + normal.draw_centred(self._pad(epsilon))
         return _Drawn(g, moved, noise, normal.core_root, log_prob + widths.log().sum(-1))
 
-    def _place(self, g: Tensor, x: Tensor) -> tuple[Tensor, SparseNormal]:
-        """About where the core has its mode, and the normal distributions there."""
+    @torch.no_grad()
+    def _place(self, g: Tensor, x: Tensor, steps: int = STEPS) -> _Placed:
+        """Finds about where the core has its mode."""
         tilt = self.proposal.tilt(g)
-        for _ in range(STEPS):
-            _, slope, precision = self.marginal.differentiate(g, x)
+        for _ in range(steps):
+            value, slope, precision = self.marginal.differentiate(g, x)
             normal = SparseNormal(self.marginal.elimination, precision, repaired=True)
             step = normal.solve(slope - tilt)
-            x = x + step
-            if ((slope - tilt) * step).sum(-1).nan_to_num(0).amax() < SETTLED:
+            gain = ((slope - tilt) * step).sum(-1) / 2
+            x = self._move(g, x, step, value, tilt)
+            if gain.nan_to_num(0).amax() < SETTLED:
                 break
-        return x, normal
+        return _Placed(g, x, normal, gain)
+
+    def _move(self, g: Tensor, x: Tensor, step: Tensor, value: Tensor, tilt: Tensor) -> Tensor:
+        """The locals after a step, or a part of it, that does not lower the tilted density."""
+        length = torch.ones_like(value).unsqueeze(-1)
+        for _ in range(CUTS):
+            moved = x + length * step
+            after = self.marginal.log_joint(g, moved) - (tilt * length * step).sum(-1)
+            rises = (after > value - SETTLED).unsqueeze(-1)
+            if rises.all():
+                return moved
+            length = length.where(rises, length / 4)
+        return moved.where(rises, x)
 
     def _weigh(self, drawn: _Drawn) -> Tensor:
         """The log of the density of globals and draws of the core over that of these, of shape
@@ -301,10 +330,6 @@ class SampledCore:
         """Globals with draws of the core, and the rest near its mean."""
         g, x = drawn.g.expand(*drawn.x.shape[:-1], -1), drawn.x
         return torch.cat([g, x[..., self.core]], -1).flatten(0, 1), x[..., self.rest].flatten(0, 1)
-
-    def _normal(self, g: Tensor, x: Tensor) -> SparseNormal:
-        precision = self.marginal.differentiate(g, x).precision
-        return SparseNormal(self.marginal.elimination, precision, repaired=True)
 
     @functools.cached_property
     def _near_by(self) -> Leaves:
@@ -343,10 +368,18 @@ class SampledCore:
 
     # The fit
 
+    def start(self, g: Tensor, reference: Tensor) -> None:
+        """Finds the tilt at one point.
+
+        Args:
+            g: Globals of shape ``(1, globals)``.
+            reference: Where the locals start, of shape ``(1, locals)``.
+        """
+        self.proposal.tilts[0] = self._find_tilts(g, reference)[0]
+
     @torch.no_grad()
     def fit(self, mode: MarginalMode, warm: WarmReference) -> None:
-        """Fits the distribution of the core about a mode of the globals, and chooses the number of
-        nodes.
+        """Fits the distribution of the core about a mode of the globals.
 
         Args:
             mode: The mode.
@@ -354,26 +387,57 @@ class SampledCore:
         """
         units = torch.eye(self.features).to(mode.root)
         design = mode.loc + torch.cat([0 * units[:1], units, -units]) @ mode.root.mT
-        _, x = self.evaluate(design, warm(design))
-        tilts = [self.marginal.differentiate(*pair).slope for pair in self._chunks(design, x)]
-        self.proposal.regress_tilts(mode, torch.cat(tilts))
+        self.proposal.regress_tilts(mode, self._find_tilts(design, warm(design)))
         g = mode.loc + WIDER * quasi_normal(POINTS, self.features).to(mode.loc) @ mode.root.mT
+        placed = [self._place(few, near) for few, near in self._chunks(g, warm(g))]
         with forked(0):
-            self._fit_noise(g, warm(g))
+            self._fit_noise(placed)
+            self._fit_correction(placed)
 
-    def _fit_noise(self, g: Tensor, reference: Tensor) -> None:
-        noise = self.proposal.noise
+    def _find_tilts(self, g: Tensor, reference: Tensor) -> Tensor:
+        """The slopes of the log joint density at the mode of the core and the mean of the rest."""
+        chunks = self._chunks(g, reference)
+        return torch.cat([self._find_mode(few, near).tilt for few, near in chunks])
+
+    @torch.no_grad()
+    def _find_mode(self, g: Tensor, x: Tensor) -> _Mode:
+        """The mode of the core, with the rest integrated."""
+        now, size = self._differentiate(g, x, self.leaves), g.new_ones(len(g), 1)
+        for _ in range(MOST_STEPS):
+            _, tilt, precision = self.marginal.differentiate(g, now.x)
+            normal = SparseNormal(self.marginal.elimination, precision, repaired=True)
+            step = _solve(normal.core_root, now.slopes)
+            length = step.norm(dim=-1, keepdim=True)
+            if (length < SHORT).all():
+                break
+            step = size * step * (LONGEST / length).clamp(max=1.0)
+            moved = now.x + normal.draw_centred(self._pad(step))
+            after = self._differentiate(g, moved, self.leaves)
+            better = after.value > now.value - SHORT
+            now = now.replaced_by(after, better)
+            size = (2 * size).clamp(max=1.0).where(better.unsqueeze(-1), size / 4)
+        return _Mode(now.x, tilt)
+
+    def _fit_noise(self, placed: Sequence[_Placed]) -> None:
         for _ in range(ROUNDS):
-            drawn = []
-            for few, near in self._chunks(g, reference):
-                drawn.append(self._draw(few, near, torch.randn(1, len(few), len(self.core)).to(g)))
+            drawn = [self._draw(each, self._pairs(each)[:1]) for each in placed]
             roots = torch.cat([each.root for each in drawn])
-            sizes = 1 / roots.diagonal(dim1=-2, dim2=-1)
             slopes = torch.cat([self._slopes_of_noise(each) for each in drawn])
             n = torch.cat([each.noise[0] for each in drawn])
             steepness = slopes.norm(dim=-1).nan_to_num(torch.inf)
             usable = steepness < STEEP * steepness.median()
-            noise.regress(n[usable], sizes[usable], slopes[usable])
+            sizes = 1 / roots.diagonal(dim1=-2, dim2=-1)
+            self.proposal.noise.regress(n[usable], sizes[usable], slopes[usable])
+
+    def _fit_correction(self, placed: Sequence[_Placed]) -> None:
+        """Compares the middle of the proposal with draws."""
+        missed = []
+        for each in placed:
+            draws = _average(self._weigh(self._draw(each, self._pairs(each))))
+            missed.append(draws - self._middle(each))
+        g, missed_there = torch.cat([each.g for each in placed]), torch.cat(missed)
+        usable = missed_there.isfinite()
+        self.proposal.regress_correction(g[usable], missed_there[usable])
 
     def _slopes_of_noise(self, drawn: _Drawn) -> Tensor:
         """The slopes of the log density of globals and core by the noise of the core."""
@@ -398,6 +462,24 @@ class _Slopes(NamedTuple):
             slopes[0].where(column, slopes[1]),
             x[0].where(column, x[1]),
         )
+
+
+class _Mode(NamedTuple):
+    """The mode of the core and the mean of the rest, and the slopes of the log joint density
+    there."""
+
+    x: Tensor
+    tilt: Tensor
+
+
+class _Placed(NamedTuple):
+    """Globals, where their core has its mode, the normal distributions there, and what the last
+    step was to gain."""
+
+    g: Tensor
+    x: Tensor
+    normal: SparseNormal
+    gain: Tensor
 
 
 class _Drawn(NamedTuple):

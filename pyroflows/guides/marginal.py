@@ -291,7 +291,7 @@ class Marginal:
         shape ``(n, features)`` and locals of shape ``(n, locals)``."""
         size = self.density.batch_size
         pairs = zip(g.split(size), x.split(size), strict=True)
-        return torch.cat([self._differentiate(few, near).precision for few, near in pairs])
+        return torch.cat([self.differentiate(few, near).precision for few, near in pairs])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Marginal:
         return self  # it does not change

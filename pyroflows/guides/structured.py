@@ -206,7 +206,7 @@ class AutoStructuredFlow(FlowGuide):
         self.flow.whiten(mode.loc.to(loc), mode.root.to(loc))
         self.reference.copy_(mode.reference)
         if not marginal.is_normal and mode.found:
-            integrated = self._leaves if self.core is not None and self._leaves else marginal
+            integrated = self._leaves if isinstance(self._leaves, SampledCore) else marginal
             warm = regress_reference(integrated, mode.loc, mode.root, mode.reference)
             self.centre.copy_(warm.loc)
             self.root.copy_(warm.root)
@@ -232,6 +232,7 @@ class AutoStructuredFlow(FlowGuide):
         leaves = self._make_leaves(LEAST)
         if isinstance(leaves, SampledCore):
             leaves.choose_nodes(g, self.near(g))
+            leaves.start(g[:1], self.near(g[:1]))
         else:
             leaves = integrate_leaves(marginal, g, self.near(g))
         if not leaves.usable:
@@ -325,7 +326,14 @@ class AutoStructuredFlow(FlowGuide):
         return WarmReference(self.centre, self.root, self.shift, self.shift_slopes)
 
     def near(self, g: Tensor) -> Tensor:
-        """Where the locals begin at globals of shape ``(n, globals)``."""
+        """Where Newton's method begins for the locals.
+
+        Args:
+            g: Globals of shape ``(n, globals)``.
+
+        Returns:
+            Tensor of shape ``(n, locals)``.
+        """
         return self.reference.expand(len(g), -1) if self.marginal.is_normal else self._warm(g)
 
     def log_marginal(self, g: Tensor) -> Tensor:

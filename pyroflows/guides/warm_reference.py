@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .marginal import Marginal
+from .marginal_mode import Integrated
 
 __all__ = ["WarmReference", "regress_reference", "regress_shift"]
 
@@ -44,7 +44,7 @@ class WarmReference:
 
 
 def regress_reference(
-    marginal: Marginal, loc: Tensor, root: Tensor, reference: Tensor
+    marginal: Integrated, loc: Tensor, root: Tensor, reference: Tensor
 ) -> WarmReference:
     """Regresses the mean of the locals on the globals.
 

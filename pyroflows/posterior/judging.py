@@ -125,7 +125,8 @@ def _judge_parts(
     guide: AutoStructuredFlow, density: LogDensity, remedy: str, draws: int
 ) -> tuple[Verdict, ImportanceSample | None]:
     """Judges the weights of the whole, and the globals with the locals integrated out."""
-    dear = density.features > LARGE or max(site_sizes(density)) > MANY_ROWS
+    many_rows = max(site_sizes(density)) > MANY_ROWS
+    dear = density.features > LARGE or many_rows or guide.core is not None
     most = DEAR_DRAWS if dear else STRUCTURED_DRAWS
     whole = Subject(guide, density, remedy=remedy, draws=min(draws, most))
     try:

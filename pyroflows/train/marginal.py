@@ -66,7 +66,9 @@ class MarginalFit:
         self.values = log_prob(self.points)
         self.error = self.surrogate.fit(self.points, self.values)
 
-    def train(self, flow: Flow, train: Callable[[PolynomialDensity, float], int]) -> int:
+    def train(
+        self, flow: Flow, train: Callable[[PolynomialDensity, float], int], good: float = GOOD
+    ) -> int:
         """Trains a flow, and finds the polynomial anew as long as that is of use.
 
         At first the flow takes the mean and the covariance of the polynomial. If it is as near then
@@ -76,6 +78,8 @@ class MarginalFit:
             flow: The flow.
             train: Trains it on a density, with its step sizes multiplied by a number, and returns
                 how many steps it took.
+            good: The share of effective draws at which the flow is good enough; with 1 all rounds
+                are made, because so few draws do not tell how far a thin tail goes.
 
         Returns:
             How many steps were taken.
@@ -84,7 +88,7 @@ class MarginalFit:
             return 0
         taken = train(self.surrogate, 1.0)
         for number in range(1, ROUNDS):
-            if self._add_draws(flow) > GOOD:
+            if self._add_draws(flow) > good:
                 break
             taken += train(self.surrogate, 1.0 / (1 + number))
         return taken
