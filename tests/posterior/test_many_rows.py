@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.model import LogDensity
-from pyroflows.model.prediction import site_draws
+from pyroflows.model import LogDensity, prediction
+from pyroflows.model.prediction import inference_data, site_draws
 
 
 def test_a_nearly_normal_posterior_needs_no_training() -> None:
@@ -57,3 +58,20 @@ def test_draws_run_no_model_without_deterministic_sites() -> None:
     runs.clear()
     assert site_draws(density, torch.zeros(50, 1))["x"].shape == (50,)
     assert len(runs) <= 1
+
+
+def test_likelihoods_of_too_many_rows_are_left_out_with_a_note(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def model() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20):
+            pyro.sample("y", dist.Normal(x, 1.0), obs=torch.zeros(20))
+
+    monkeypatch.setattr(prediction, "MOST_NUMBERS", 100)
+    density = LogDensity(model)
+    few = inference_data(density, torch.zeros(1, 5, 1), {})
+    many = inference_data(density, torch.zeros(1, 6, 1), {})
+    assert "log_likelihood" in few.groups()
+    assert "log_likelihood" not in many.groups()
+    assert "it would have 120 numbers" in many.attrs["log_likelihood"]
