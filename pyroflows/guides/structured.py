@@ -205,6 +205,7 @@ class AutoStructuredFlow(FlowGuide):
         loc, marginal = self._init_loc(), self.marginal
         self.flow.whiten(mode.loc.to(loc), mode.root.to(loc))
         self.reference.copy_(mode.reference)
+        self.precisions.zero_()
         if not marginal.is_normal and mode.found:
             integrated = self._leaves if isinstance(self._leaves, SampledCore) else marginal
             warm = regress_reference(integrated, mode.loc, mode.root, mode.reference)
@@ -281,6 +282,8 @@ class AutoStructuredFlow(FlowGuide):
             scores = [self._draw_several(some, 1)[1].squeeze(0) for some in self._chunks(g)]
         noise = (torch.cat(scores) - values).std()
         if bool((error < REGRESSED_ERROR) & (noise < REGRESSED_NOISE)):
+            self.nodes.zero_()
+            self.repeats.fill_(1)
             return regressed
         self.precisions.zero_()
         return None

@@ -90,12 +90,14 @@ class DoubleDensity(LogDensity):
     def parts(self) -> list[tuple[float, Program]]:
         """The log density as a weighted sum of programs: itself, or slices of many rows of data."""
         whole = [(1.0, self.values)]
+        slices = self._evaluator.make_slices(self.inputs, self.batch_size)
+        if not slices:
+            return whole
         noise = torch.randn(COMPARED, self.features, generator=torch.Generator().manual_seed(0))
         points = self.initial + SPREAD * noise.to(self.initial)
         with torch.no_grad():
             right = _add(whole, points)
-            slices = self._evaluator.make_slices(self.inputs, self.batch_size)
-            if not (slices and _agree(_add(slices, points), right)):
+            if not _agree(_add(slices, points), right):
                 return whole
             if self.single:
                 rounded = self._evaluator.make_slices(self.inputs, self.batch_size, single=True)

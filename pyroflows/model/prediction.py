@@ -33,6 +33,8 @@ Draws = dict[str, Tensor]
 
 # Draws for which one batched run of the model is made; fewer if it sees many rows of data.
 DRAWS_AT_ONCE = 1000
+# Groups with a number for each draw and each row, and the most numbers of one: four gigabytes.
+OF_ROWS, MOST_NUMBERS = ("log_likelihood", "posterior_predictive"), 2**30
 
 
 def inference_data(
@@ -50,16 +52,20 @@ def inference_data(
         attrs: What to note on the whole.
 
     Returns:
-        An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x).
+        An ``InferenceData`` (ArviZ 0.x) or a ``DataTree`` (ArviZ 1.x). Groups with a number for
+        each draw and each observation are left out, and a note says so, where these are too many.
     """
     chains, draws = z.shape[:2]
     rows = z.reshape(-1, density.features)
-    of_draws = {
-        "posterior": site_draws(density, rows),
-        "log_likelihood": log_likelihood(density, rows),
-        "posterior_predictive": posterior_predictive(density, rows),
-    }
-    notes = {**(attrs or {}), **_left_out(density, of_draws["log_likelihood"])}
+    of_draws = {"posterior": site_draws(density, rows)}
+    numbers = len(rows) * sum(value.numel() for value in observed_data(density).values())
+    if numbers > MOST_NUMBERS:
+        of_rows = {group: _too_large(numbers) for group in OF_ROWS}
+    else:
+        of_draws["log_likelihood"] = log_likelihood(density, rows)
+        of_draws["posterior_predictive"] = posterior_predictive(density, rows)
+        of_rows = _left_out(density, of_draws["log_likelihood"])
+    notes = {**(attrs or {}), **of_rows}
     groups: dict[str, dict[str, Tensor]] = {
         group: {name: value.unflatten(0, (chains, draws)) for name, value in values.items()}
         for group, values in of_draws.items()
@@ -74,6 +80,14 @@ def inference_data(
         for group, values in groups.items()
     }
     return arviz.to_inference_data(arrays, dims=dimension_names(density), attrs=notes)
+
+
+def _too_large(numbers: int) -> str:
+    """Says why a group with a number for each draw and each row is not made."""
+    return (
+        f"Left out: it would have {numbers:.3g} numbers, one for each draw and each observation. "
+        "Ask for fewer draws."
+    )
 
 
 def _left_out(density: LogDensity, likelihood: Draws) -> dict[str, str]:

@@ -29,6 +29,8 @@ MOST_GLOBALS = 24
 MANY_ROWS = 4096
 # With so many, integrals are dear, and their difference from Laplace's approximation is simple.
 DEAR_ROWS = 16_384
+# Rows for each local by which it may be nearly normal.
+CROWD = 100
 # Steps of Newton's method for each value of the search for the mode then, which goes on from where
 # the last ones have led.
 FEW_STEPS = 1
@@ -63,10 +65,12 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
     Raises:
         ValueError: If the globals have no mode.
     """
-    dear = _count_rows(climb.density) >= DEAR_ROWS
-    mode = find_marginal_mode(guide.marginal.with_steps(FEW_STEPS) if dear else guide.marginal)
+    marginal, rows = guide.marginal, _count_rows(climb.density)
+    # So many rows for each local may make it nearly normal.
+    crowded = not marginal.is_normal and rows >= max(DEAR_ROWS, CROWD * len(marginal.reference))
+    mode = find_marginal_mode(marginal.with_steps(FEW_STEPS) if crowded else marginal)
     guide.start_at(mode)
-    regressed = dear and mode.found and not guide.marginal.is_normal and guide.regress_locals()
+    regressed = crowded and mode.found and guide.regress_locals() is not None
     if not regressed and guide.integrate_leaves() is not None:
         mode = _mode_of_integrals(guide, mode)
         guide.start_at(mode)

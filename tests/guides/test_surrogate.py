@@ -91,3 +91,19 @@ def test_a_normal_density_takes_no_polynomial(features: int, device: torch.devic
     g = points(2 * count_terms(features) + 50, features).to(device)
     density.fit(g, -g.square().sum(-1) / 2)
     assert float(density.coefficients.abs().amax()) < 1e-5
+
+
+def test_finds_its_normal_distribution(device: torch.device) -> None:
+    density = PolynomialDensity(LOC.to(device), ROOT.to(device))
+    u = points(300).to(device)
+    density.fit(density.unwhiten(u), -(u - 0.2).square().sum(-1) / (2 * 0.9**2))
+    mean, root, share = density.find_normal()
+    shift = torch.full((2,), 0.2, dtype=torch.double, device=device)
+    torch.testing.assert_close(mean, density.unwhiten(shift), atol=0.01, rtol=0)
+    torch.testing.assert_close(root, 0.9 * ROOT.to(device), atol=0.01, rtol=0)
+    assert share > 0.999
+
+
+def test_tells_that_it_is_not_normal(device: torch.device) -> None:
+    density = fitted(device)
+    assert density.find_normal()[2] < 0.99
