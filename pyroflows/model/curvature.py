@@ -18,7 +18,7 @@ __all__ = ["Products", "multiply_hessian", "points_at_once"]
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
 # The most points at once, and how many entries a site has less of in a model of small sites.
-MANY, SMALL = 32, 8
+MANY, SMALL = 64, 8
 # Numbers in the largest array of products that are taken at once, and how many have to be.
 NUMBERS_AT_ONCE, WORTHWHILE = 2**17, 4
 # As a model calls it, and as it is called in a graph.
