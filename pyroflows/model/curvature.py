@@ -19,7 +19,7 @@ __all__ = ["Products", "differentiate", "multiply_hessian", "points_at_once", "s
 # Rows of data times points in one product: more leave the cache, and cost thrice as much.
 ROWS_AT_ONCE = 2**18
 # The most points at once, and how many entries a site has less of in a model of small sites.
-MANY, SMALL = 32, 8
+MANY, SMALL = 64, 8
 # Rows times points at once if an evaluation goes over slices of the rows, and as few points as are
 # worth it.
 SLICED_ROWS, FEWEST = 2**22, 4

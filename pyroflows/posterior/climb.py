@@ -387,15 +387,16 @@ def choose_better(first: Posterior, second: Posterior) -> Posterior:
     return second if _merit(second) >= _merit(first) else first
 
 
-def _merit(posterior: Posterior) -> tuple[bool, float, bool]:
-    """Trust first; then effective draws, divided by how often the mass missed exceeds a limit."""
+def _merit(posterior: Posterior) -> tuple[bool, bool, float, bool]:
+    """Trust first; then what says that there is nothing to trust; then effective draws, divided by
+    how often the mass missed exceeds a limit."""
     verdict = posterior.verdict
     excess = 1.0
     for finding in verdict.findings:
         if finding.name in ("census", "reach") and finding.value is not None and finding.limit:
             excess = max(excess, finding.value / finding.limit)
     judged = verdict.ok or bool(verdict.failed)
-    return verdict.ok, verdict.ess / excess, judged
+    return verdict.ok, has_failed(verdict, "proper"), verdict.ess / excess, judged
 
 
 def has_failed(verdict: Verdict, name: str) -> bool:

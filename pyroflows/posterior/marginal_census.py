@@ -63,7 +63,7 @@ MOVED_ENTRIES = 2
 # Where a scale is next to nothing its model fails, as far out as improper densities are looked for.
 DISTANCES = (1e6, 1e4, 1e2)
 # Distances at which the top of a ridge is found anew, each time by so many steps.
-RIDGE, STEPS_ACROSS = (1e2, 1e3, 1e4, 1e5, 1e6), 3
+RIDGE, STEPS_ACROSS = (1e1, 1e2, 1e3, 1e4, 1e5, 1e6), 3
 # Widths from which on a plateau shows.
 PLATEAU = 20.0
 
@@ -164,7 +164,7 @@ def find_flat_ridge(log_prob: LogProb, fit: Gaussian) -> Tensor | None:
     """Looks for a direction in which a density does not fall off, though it is known roughly.
 
     Curvatures by differences tell a direction to some digits, and a million widths out each of
-    them is a wall. So from a hundred widths on, where the density has not fallen, each further
+    them is a wall. So from ten widths on, where the density has not fallen, each further
     point is moved to the top of the ridge, across it, before its height is read.
 
     Args:

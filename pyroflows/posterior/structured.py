@@ -71,7 +71,9 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
     mode = find_marginal_mode(marginal.with_steps(FEW_STEPS) if crowded else marginal)
     guide.start_at(mode)
     regressed = crowded and mode.found and guide.regress_locals() is not None
-    if not regressed and guide.integrate_leaves() is not None:
+    # Around a pole there is nothing to integrate.
+    integrable = not regressed and (mode.found or not _is_narrow(mode))
+    if integrable and guide.integrate_leaves() is not None:
         mode = _mode_of_integrals(guide, mode)
         guide.start_at(mode)
     if not regressed:
@@ -81,6 +83,7 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
             "Expected globals whose density has a mode, with the locals integrated out; the search "
             f"found none in {mode.rounds} rounds."
         )
+    guide.repeat_locals()
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
 
 
@@ -97,10 +100,14 @@ def _mode_of_integrals(guide: AutoStructuredFlow, laplace: MarginalMode) -> Marg
 
 def _is_flat(guide: AutoStructuredFlow, mode: MarginalMode) -> bool:
     """Whether there is no mode because the density does not fall off, which a verdict tells."""
-    if float(torch.linalg.svdvals(mode.root).amin()) < NARROWEST:
+    if _is_narrow(mode):
         return False  # so near by, nothing falls off
     fit = Gaussian(mode.loc, mode.root, math.nan)
     return find_flat_ridge(guide.log_marginal, fit) is not None
+
+
+def _is_narrow(mode: MarginalMode) -> bool:
+    return float(torch.linalg.svdvals(mode.root).amin()) < NARROWEST
 
 
 def train_structured(climb: Climb, guide: AutoStructuredFlow, steps: int) -> int:

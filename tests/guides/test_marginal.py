@@ -192,10 +192,10 @@ def test_a_model_without_locals_is_its_own_marginal() -> None:
 
 
 def kinks(y: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
     with pyro.plate("groups", y.shape[-1]):
-        effect = pyro.sample("effect", dist.Laplace(mean, 1.0))
-        pyro.sample("y", dist.Normal(effect, 1.0), obs=y[0])
+        effect = pyro.sample("effect", dist.Laplace(0.0, scale))
+        pyro.sample("y", dist.Normal(effect, scale), obs=y[0])
 
 
 @pytest.mark.parametrize(("model", "expected"), [(groups, True), (logit, False), (kinks, False)])

@@ -247,6 +247,14 @@ def test_the_better_of_two(
     assert choose_better(b, a) is a
 
 
+def test_the_reason_why_no_guide_can_be_trusted_is_kept() -> None:
+    better, improper = (posterior_with(False, 0.0, ess) for ess in (0.5, 0.0))
+    flat = Finding("proper", FAILED, 1.0, 0.0, "it cannot be normalised.")
+    improper.verdict = Verdict((flat,), improper.verdict.importance)
+    assert choose_better(better, improper) is improper
+    assert choose_better(improper, better) is improper
+
+
 def test_of_equals_the_later_one_is_kept() -> None:
     first, second = (posterior_with(True, 0.0, 0.5) for _ in range(2))
     assert choose_better(first, second) is second
