@@ -37,6 +37,8 @@ class Entries(Recorded, nn.Module):
         tensor([[0.9000, 1.2117]])
     """
 
+    levels: Tensor
+    scores: Tensor
     knots: Tensor
 
     def __init__(self, shape: Sequence[int], quantiles: int = 100) -> None:

@@ -29,7 +29,7 @@ from .._random import forked, seeded
 from ..flows import Flow
 from ..guides.embedded import AmortizedGuide, EmbeddedFlow
 from ..model.simulations import SimulationRun, Simulations, warn_of_failures
-from ..model.simulator import Simulator, as_simulator, as_values
+from ..model.simulator import Simulator, as_simulator
 from ..nn.embedding import DeepSet, Entries, SeriesNet
 from ..train import DensityReport, fit_density
 from ..train.learned_likelihood import (
@@ -40,6 +40,7 @@ from ..train.learned_likelihood import (
     make_flow,
 )
 from .judge import judge_on
+from .layout import Layout
 from .posterior import Posterior
 from .simulated import SimulatedPosterior
 from .truncation import propose_within
@@ -126,7 +127,7 @@ def fit_amortized(
         path: A file from which the simulations go on; see :func:`pyroflows.simulate`.
         failing: Largest share of simulations that may fail.
         seed: Seed of all that is random.
-        time_limit: Seconds of wall-clock time for the training, in all rounds together.
+        time_limit: Seconds of wall-clock time for the training of each round.
         progress: Whether to show progress bars.
         training: ``validation``, ``batch_size``, ``learning_rate``, ``max_epochs`` (200 by
             default), ``patience``, ``weight_decay`` and ``average`` (0.998 by default), as for
@@ -162,9 +163,11 @@ def fit_amortized(
     made = as_simulator(simulator, prior, args, kwargs, data)
     design = Design(flow, context, check_size("ensemble", ensemble))
     check_flag("progress", progress)
-    deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
+    if time_limit is not None:
+        check_positive("time_limit", time_limit)
     check_training(training)
-    learner = Learner(made, design, {**DEFAULTS, **training}, check_seed(seed), deadline, progress)
+    options = {**DEFAULTS, **training}
+    learner = Learner(made, design, options, check_seed(seed), time_limit, progress)
     if isinstance(simulations, Simulations):
         _check_given(simulations, observation, rounds)
         return learner.learn(simulations)
@@ -189,7 +192,7 @@ class Learner:
         design: How the flows are made.
         training: Options of :func:`pyroflows.fit_density`.
         seed: Seed of the flows and their training.
-        deadline: The time limit.
+        time_limit: Seconds for the training of all flows.
         progress: Whether to show progress bars.
     """
 
@@ -199,11 +202,11 @@ class Learner:
         design: Design,
         training: dict[str, Any],
         seed: int,
-        deadline: Deadline,
+        time_limit: float | None,
         progress: bool,
     ) -> None:
         self.simulator, self.design, self.training = simulator, design, training
-        self.seed, self.deadline, self.progress = seed, deadline, progress
+        self.seed, self.time_limit, self.progress = seed, time_limit, progress
 
     def try_out(self, simulations: Simulations, observation: Any) -> None:
         """Makes everything once, so that a mistake shows before all simulations are run."""
@@ -215,37 +218,36 @@ class Learner:
 
     def learn(self, simulations: Simulations, observation: Any = None) -> AmortizedPosterior:
         """Trains the flows on simulations."""
-        if len(simulations) < LEAST:
-            raise ValueError(
-                f"Expected at least {LEAST} simulations, some of which are held out; got "
-                f"{len(simulations)}."
-            )
         layout = Layout.of(self.simulator, simulations)
         z, x = layout.vectors(simulations), layout.join(simulations.x)
-        flows, reports = [], []
+        inside = z.isfinite().all(-1)
+        z, x = z[inside], x[inside]
+        if len(z) < LEAST:
+            raise ValueError(
+                f"Expected at least {LEAST} simulations with parameters inside of the support of "
+                f"the prior, some of which are held out; got {len(z)}."
+            )
+        deadline, flows, reports = Deadline(self.time_limit), [], []
         for member in range(self.design.ensemble):
             with forked(self.seed + member):
                 flow = self._make_flow(layout, simulations)
             flow.standardize(z, x)
-            left = None if self.deadline.seconds is None else self._time_left(member)
-            report = fit_density(
-                flow,
-                z,
-                x,
-                seed=self.seed + member,
-                time_limit=left,
-                progress=self.progress,
-                **self.training,
-            )
+            reports.append(self._train(flow, z, x, member, deadline))
             flows.append(flow.requires_grad_(False))
-            reports.append(report)
         seen = None if observation is None else layout.read(observation)
         return AmortizedPosterior(self.simulator, layout, flows, simulations, reports, seen)
 
-    def _time_left(self, member: int) -> float:
-        """The seconds for one flow, of those that are left for all."""
-        left = (self.deadline.seconds or 0.0) - self.deadline.elapsed
-        return max(left, 1e-3) / (self.design.ensemble - member)
+    def _train(
+        self, flow: EmbeddedFlow, z: Tensor, x: Tensor, member: int, deadline: Deadline
+    ) -> DensityReport:
+        """Trains one flow, in its share of the time that is left for all."""
+        left = None
+        if self.time_limit is not None:
+            left = max(self.time_limit - deadline.elapsed, 1e-3) / (self.design.ensemble - member)
+        seed, progress = self.seed + member, self.progress
+        return fit_density(
+            flow, z, x, seed=seed, time_limit=left, progress=progress, **self.training
+        )
 
     def _make_flow(self, layout: Layout, simulations: Simulations) -> EmbeddedFlow:
         x = layout.join(simulations.x)
@@ -267,82 +269,14 @@ class Learner:
             return copy.deepcopy(given)
         if given is not None:
             check_choice("context", given, ("vector", "set", "series"))
+        if given in ("set", "series") and not layout.shape:
+            raise ValueError(f"Expected data with rows for context={given!r}; got single numbers.")
         rows = layout.shape[0] if layout.shape else 1
         if given == "series":
-            return SeriesNet(layout.shape or (1,), OUTPUTS)
+            return SeriesNet(layout.shape, OUTPUTS)
         if given == "set" or (given is None and rows > 1 and self.simulator.is_exchangeable()):
-            return DeepSet(layout.shape or (1,), OUTPUTS)
+            return DeepSet(layout.shape, OUTPUTS)
         return Entries(layout.shape)
-
-
-class Layout:
-    """How parameters become vectors, and data the context of a flow.
-
-    Args:
-        density: A log density with the names and supports of the parameters.
-        shapes: The shape of each data site.
-
-    Attributes:
-        shape: The shape of one data set as a context: that of the single site, or a vector of all.
-    """
-
-    def __init__(self, density: Any, shapes: Mapping[str, torch.Size]) -> None:
-        self.density, self.shapes = density, dict(shapes)
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        self.shape = torch.Size([sum(sizes)])
-        if len(self.shapes) == 1:
-            [self.shape] = self.shapes.values()
-
-    @classmethod
-    def of(cls, simulator: Simulator, simulations: Simulations) -> Layout:
-        """The layout of some simulations."""
-        first = {name: value[0] for name, value in simulations.x.items()}
-        with without_handlers(), forked(0):
-            density = simulator.density(first)
-        return cls(density, {name: value.shape for name, value in first.items()})
-
-    @property
-    def features(self) -> int:
-        """Entries of a vector of parameters."""
-        return int(self.density.features)
-
-    def vectors(self, simulations: Simulations) -> Tensor:
-        """The parameters as unconstrained vectors, of shape ``(n, features)``."""
-        return self.density.unconstrain(simulations.theta).to(self.density.initial)
-
-    def join(self, x: Mapping[str, Tensor]) -> Tensor:
-        """Data of shapes ``(n, *shape)`` as contexts of shape ``(n, *self.shape)``."""
-        parts = [value.flatten(1) for value in (x[name].unsqueeze(-1) for name in self.shapes)]
-        return torch.cat(parts, -1).reshape(-1, *self.shape).to(self.density.initial)
-
-    def read(self, x: Any) -> dict[str, Tensor]:
-        """Data as a user gives them, by name.
-
-        Raises:
-            TypeError: If they are no numbers.
-            ValueError: If a site is missing, of another shape, or not finite.
-        """
-        named = x if isinstance(x, Mapping) else {next(iter(self.shapes)): x}
-        if set(named) != set(self.shapes):
-            names = ", ".join(map(repr, self.shapes))
-            raise ValueError(
-                f"Expected data by the names {names}; got "
-                f"{', '.join(map(repr, named)) if isinstance(x, Mapping) else 'one value'}."
-            )
-        values = {name: as_values(named[name]) for name in self.shapes}
-        for name, value in values.items():
-            shape = tuple(self.shapes[name])
-            if tuple(value.shape) != shape:
-                raise ValueError(
-                    f"Expected {name} of shape {shape}, as in the simulations; got "
-                    f"{tuple(value.shape)}."
-                )
-            if not bool(value.isfinite().all()):
-                bad = int((~value.isfinite()).sum())
-                raise ValueError(
-                    f"Expected finite numbers in {name}; {bad} of {value.numel()} are not."
-                )
-        return values
 
 
 class AmortizedPosterior:
@@ -380,6 +314,14 @@ class AmortizedPosterior:
             f"<Amortised posterior of {count(len(self.flows), 'flow')}{given}, from "
             f"{self.simulations!r}>"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A density holds a graph, which cannot be pickled, and is made again in no time.
+        return {name: value for name, value in vars(self).items() if name != "layout"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self.layout = Layout.of(self.simulator, self.simulations)
 
     def posterior_for(
         self, x: Any, *, judge: bool = True, seed: int = 0, time_limit: float | None = None
@@ -448,6 +390,7 @@ class AmortizedPosterior:
         Returns:
             For each parameter a tensor of shape ``(n, *shape)``.
         """
+        self._warn(self.layout.read(x))
         with forked(seed):
             return propose_within(self.guide_for(x), self.layout.density, check_size("n", n))
 
