@@ -99,7 +99,7 @@ def calibrate(
 
     and the fit gives :math:`q`. If :math:`q` is the posterior, :math:`\theta^*` is one more draw of
     it, so that the rank of each of its entries is uniform on :math:`0, \dots, L`. Four statistics
-    look for what is wrong, each with an exact p-value:
+    look for what is wrong, each with a p-value that is exact for independent draws:
 
     - ``sbc``: whether the ranks are uniform (simulation-based calibration);
     - ``vsbc``: whether they are as often low as high, which a posterior that is shifted is not,
@@ -136,19 +136,18 @@ def calibrate(
 
             - ``executor`` (None): An executor of ``concurrent.futures`` that runs fits in other
               processes, to which the model and the fit are sent by pickle.
-            - ``checkpoint`` (None): A file of the finished fits, from which a call that was ended,
-              or one of fewer data sets, goes on.
+            - ``checkpoint`` (None): A file of the finished fits, from which a call goes on if the
+              one before was ended, or had fewer data sets. Fits that failed are tried again.
             - ``progress`` (True): Whether to show a progress bar.
 
     Returns:
         The ranks, their p-values, a table, and pictures.
 
     Raises:
-        TypeError: If an argument is of the wrong type, or the fit returns neither a posterior nor
-            draws nor a guide.
+        TypeError: If an argument is of the wrong type.
         ValueError: If the model observes nothing, if its parameters or data cannot be drawn, as
-            with an improper prior, if draws lack a site or have another shape, or if more fits
-            failed than may.
+            with an improper prior, if the fit returns neither a posterior nor draws nor a guide, if
+            draws lack a site or have another shape, or if more fits fail than may.
 
     Reference:
         Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms with

@@ -172,6 +172,19 @@ def test_finished_fits_are_not_done_again(tmp_path):
     assert len(calls) == 5
 
 
+def test_a_failed_fit_is_tried_again(tmp_path):
+    given = {"args": ARGS, "data_sets": 4, "checkpoint": tmp_path / "study.pt"}
+    once = [RuntimeError("the disk is full.")]
+
+    def fit(given: Any, args: Any, kwargs: Any) -> Any:
+        if once:
+            raise once.pop()
+        return Exact()(given, args, kwargs)
+
+    assert list(calibrate(model, fit=fit, failures=0.5, **given).failures) == [0]
+    assert calibrate(model, fit=fit, **given).fits == 4
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
