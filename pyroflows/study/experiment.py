@@ -29,7 +29,7 @@ from ..posterior.posterior import Posterior
 from ..report.accuracy import moments
 from ..report.statistics import diagnostics
 from .comparison import Experiment, read_reference
-from .fits import Fit, SVIFit, as_fit, draw, name_of_fit, run_fit
+from .fits import Fit, SVIFit, as_fit, draw, name_of_fit, name_of_objective, run_fit
 from .nuts import NUTSFit
 from .simulation import holding
 from .work import Ledger, Running, check_running, do_all
@@ -206,7 +206,7 @@ def _named(what: str, given: Any, name: Callable[[Any], str]) -> dict[str, Any]:
 def _make_fits(guides: Any, objectives: Any, budget: Budget) -> dict[tuple[str, str], Fit]:
     """The fit of each method and objective, in their order."""
     methods = _named("guides", guides, _name_of_guide)
-    losses = _named("objectives", objectives, _name_of_objective)
+    losses = _named("objectives", objectives, name_of_objective)
     if not methods:
         raise ValueError("Expected guides with one method at least; got none.")
     for name, loss in losses.items():
@@ -234,12 +234,6 @@ def _name_of_guide(guide: Any) -> str:
     if isinstance(guide, SVIFit):
         return name_of_fit(guide.guide)
     return guide if isinstance(guide, str) else name_of_fit(guide)
-
-
-def _name_of_objective(objective: Any) -> str:
-    particles = getattr(objective, "num_particles", 1)
-    name = type(objective).__name__
-    return name if particles == 1 else f"{name}({particles})"
 
 
 def _row_of_its_own(method: Any, budget: Budget) -> Fit | None:
