@@ -87,7 +87,7 @@ def calibrate(
     draws: int = 199,
     sites: Sequence[str] | None = None,
     seed: int = 0,
-    failures: float = 0.1,
+    failing: float = 0.1,
     **running: Unpack[Running],
 ) -> Calibration:
     r"""Checks a way to fit a model on data sets that the model makes.
@@ -130,7 +130,7 @@ def calibrate(
             by default.
         seed: The same seed gives the same data sets and fits, in any number of processes, and the
             first of them are the same for any number of data sets.
-        failures: The largest share of data sets whose fit may raise an error. They are left out,
+        failing: The largest share of data sets whose fit may raise an error. They are left out,
             and listed in the result.
         running: How it is run:
 
@@ -172,7 +172,7 @@ def calibrate(
         >>> calibration.ok, calibration.reason
         (False, 'the posterior of x is too narrow (coverage p < 1e-06).')
     """
-    method, share = as_fit(fit), _check_share(failures)
+    method, share = as_fit(fit), _check_share(failing)
     check_size("data_sets", data_sets)
     check_size("draws", draws, least=LEAST_DRAWS)
     check_seed(seed)
@@ -194,12 +194,12 @@ def calibrate(
 # What is fitted
 
 
-def _check_share(failures: Any) -> float:
-    if isinstance(failures, bool) or not isinstance(failures, Real):
-        raise TypeError(f"Expected failures to be a share of the data sets; got {failures!r}.")
-    if not 0 <= float(failures) < 1:
-        raise ValueError(f"Expected failures from 0 to below 1; got {failures}.")
-    return float(failures)
+def _check_share(failing: Any) -> float:
+    if isinstance(failing, bool) or not isinstance(failing, Real):
+        raise TypeError(f"Expected failing to be a share of the data sets; got {failing!r}.")
+    if not 0 <= float(failing) < 1:
+        raise ValueError(f"Expected failing from 0 to below 1; got {failing}.")
+    return float(failing)
 
 
 def _shapes(simulator: Simulator, sites: Any) -> dict[str, tuple[int, ...]]:
