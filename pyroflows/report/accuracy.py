@@ -83,7 +83,8 @@ def errors(found: Mapping[str, Moments], reference: Mapping[str, Moments]) -> Er
         )
     parts = [_errors(name, found[name], known) for name, known in reference.items()]
     # np.max keeps a NaN, which Python's max may drop.
-    return Errors(*(float(np.max(np.concatenate(column))) for column in zip(*parts, strict=True)))
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return Errors(*(float(np.max(column, initial=0.0)) for column in columns))
 
 
 def _errors(name: str, found: Moments, known: Moments) -> list[np.ndarray]:

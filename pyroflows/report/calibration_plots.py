@@ -30,9 +30,9 @@ def plot_ranks(
 ) -> Figure:
     """Draws the empirical distribution function of ranks less that of uniform ones, a panel each.
 
-    The band holds the whole line in 95 % of the cases if the ranks are uniform. Lines below the
-    band on the left and above it on the right, or so, mean: an arch is a posterior that lies too
-    high, a trough one too low; a rise first is one too narrow, a fall first one too wide.
+    The band holds the whole line in 95 % of the cases if the ranks are uniform. A line that leaves
+    it shows a posterior that lies too high by an arch, one that lies too low by a trough, one that
+    is too narrow by a rise and then a trough, and one that is too wide by a trough and then a rise.
 
     Args:
         ranks: Name -> ranks from 0 to ``draws``, of shape ``(n,)``.

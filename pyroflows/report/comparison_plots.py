@@ -8,6 +8,7 @@ from os import PathLike
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .plots import BLUE, GREY, RED, make_figure, plain_name, written
 
@@ -76,6 +77,9 @@ def _draw_panel(axes: Axes, name: str, values: np.ndarray, heights: np.ndarray) 
     if name.endswith("_error"):
         axes.axvline(SMALL, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(TITLES[name], fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.3)

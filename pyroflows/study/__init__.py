@@ -6,15 +6,12 @@ from .comparison import Experiment
 from .experiment import experiment
 from .fits import SVIFit
 from .nuts import NUTSFit
-from .simulation import Simulation, Simulator
 
 __all__ = [
     "Calibration",
     "Experiment",
     "NUTSFit",
     "SVIFit",
-    "Simulation",
-    "Simulator",
     "calibrate",
     "experiment",
 ]

@@ -87,7 +87,7 @@ def calibrate(
     draws: int = 199,
     sites: Sequence[str] | None = None,
     seed: int = 0,
-    failures: float = 0.1,
+    failing: float = 0.1,
     **running: Unpack[Running],
 ) -> Calibration:
     r"""Checks a way to fit a model on data sets that the model makes.
@@ -99,7 +99,7 @@ def calibrate(
 
     and the fit gives :math:`q`. If :math:`q` is the posterior, :math:`\theta^*` is one more draw of
     it, so that the rank of each of its entries is uniform on :math:`0, \dots, L`. Four statistics
-    look for what is wrong, each with an exact p-value:
+    look for what is wrong, each with a p-value that is exact for independent draws:
 
     - ``sbc``: whether the ranks are uniform (simulation-based calibration);
     - ``vsbc``: whether they are as often low as high, which a posterior that is shifted is not,
@@ -130,25 +130,24 @@ def calibrate(
             by default.
         seed: The same seed gives the same data sets and fits, in any number of processes, and the
             first of them are the same for any number of data sets.
-        failures: The largest share of data sets whose fit may raise an error. They are left out,
+        failing: The largest share of data sets whose fit may raise an error. They are left out,
             and listed in the result.
         running: How it is run:
 
             - ``executor`` (None): An executor of ``concurrent.futures`` that runs fits in other
               processes, to which the model and the fit are sent by pickle.
-            - ``checkpoint`` (None): A file of the finished fits, from which a call that was ended,
-              or one of fewer data sets, goes on.
+            - ``checkpoint`` (None): A file of the finished fits, from which a call goes on if the
+              one before was ended, or had fewer data sets. Fits that failed are tried again.
             - ``progress`` (True): Whether to show a progress bar.
 
     Returns:
         The ranks, their p-values, a table, and pictures.
 
     Raises:
-        TypeError: If an argument is of the wrong type, or the fit returns neither a posterior nor
-            draws nor a guide.
+        TypeError: If an argument is of the wrong type.
         ValueError: If the model observes nothing, if its parameters or data cannot be drawn, as
-            with an improper prior, if draws lack a site or have another shape, or if more fits
-            failed than may.
+            with an improper prior, if the fit returns neither a posterior nor draws nor a guide, if
+            draws lack a site or have another shape, or if more fits fail than may.
 
     Reference:
         Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms with
@@ -173,7 +172,7 @@ def calibrate(
         >>> calibration.ok, calibration.reason
         (False, 'the posterior of x is too narrow (coverage p < 1e-06).')
     """
-    method, share = as_fit(fit), _check_share(failures)
+    method, share = as_fit(fit), _check_share(failing)
     check_size("data_sets", data_sets)
     check_size("draws", draws, least=LEAST_DRAWS)
     check_seed(seed)
@@ -195,12 +194,12 @@ def calibrate(
 # What is fitted
 
 
-def _check_share(failures: Any) -> float:
-    if isinstance(failures, bool) or not isinstance(failures, Real):
-        raise TypeError(f"Expected failures to be a share of the data sets; got {failures!r}.")
-    if not 0 <= float(failures) < 1:
-        raise ValueError(f"Expected failures from 0 to below 1; got {failures}.")
-    return float(failures)
+def _check_share(failing: Any) -> float:
+    if isinstance(failing, bool) or not isinstance(failing, Real):
+        raise TypeError(f"Expected failing to be a share of the data sets; got {failing!r}.")
+    if not 0 <= float(failing) < 1:
+        raise ValueError(f"Expected failing from 0 to below 1; got {failing}.")
+    return float(failing)
 
 
 def _shapes(simulator: Simulator, sites: Any) -> dict[str, tuple[int, ...]]:

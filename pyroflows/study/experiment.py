@@ -29,7 +29,7 @@ from ..posterior.posterior import Posterior
 from ..report.accuracy import moments
 from ..report.statistics import diagnostics
 from .comparison import Experiment, read_reference
-from .fits import Fit, SVIFit, as_fit, draw, name_of_fit, run_fit
+from .fits import Fit, SVIFit, as_fit, draw, name_of_fit, name_of_objective, run_fit
 from .nuts import NUTSFit
 from .simulation import holding
 from .work import Ledger, Running, check_running, do_all
@@ -41,6 +41,7 @@ __all__ = ["experiment"]
 
 NUTS_NAME = "NUTS"
 DRAWS = 4000
+FLOW_LEARNING_RATE = 0.01
 
 
 class Options(Running, total=False):
@@ -100,8 +101,9 @@ def experiment(
         guides: The methods, as a list, or as a mapping from names: classes of autoguides such as
             ``AutoNormal`` and callables from a model to a guide, or flows such as
             ``pyroflows.RealNVP``, of which an :class:`AutoFlow` is made, each of them trained for
-            each objective by ``SVI``; and rows of their own, :func:`fit_posterior` (or
-            ``functools.partial`` of it) and ``"NUTS"``.
+            each objective by ``SVI`` with a first step size of 0.05, that of flows 0.01, or with
+            that of a :class:`pyroflows.study.SVIFit` of it; and rows of their own,
+            :func:`fit_posterior` (or ``functools.partial`` of it) and ``"NUTS"``.
         objectives: Losses of Pyro's, such as ``Trace_ELBO(num_particles=16)``, and those of
             :mod:`pyroflows.train.objectives`, as a list or as a mapping from names;
             ``Trace_ELBO()`` by default.
@@ -204,7 +206,7 @@ def _named(what: str, given: Any, name: Callable[[Any], str]) -> dict[str, Any]:
 def _make_fits(guides: Any, objectives: Any, budget: Budget) -> dict[tuple[str, str], Fit]:
     """The fit of each method and objective, in their order."""
     methods = _named("guides", guides, _name_of_guide)
-    losses = _named("objectives", objectives, _name_of_objective)
+    losses = _named("objectives", objectives, name_of_objective)
     if not methods:
         raise ValueError("Expected guides with one method at least; got none.")
     for name, loss in losses.items():
@@ -220,22 +222,18 @@ def _make_fits(guides: Any, objectives: Any, budget: Budget) -> dict[tuple[str, 
         if alone is not None:
             fits[name, ""] = alone
             continue
-        make = _guide_maker(method)
+        trained = _as_svi_fit(method)
         for objective, loss in losses.items():
             fits[name, objective] = SVIFit(
-                make, budget.steps, objective=loss, cpu_seconds=budget.cpu_seconds
+                trained.guide, budget.steps, trained.learning_rate, loss, budget.cpu_seconds
             )
     return fits
 
 
 def _name_of_guide(guide: Any) -> str:
+    if isinstance(guide, SVIFit):
+        return name_of_fit(guide.guide)
     return guide if isinstance(guide, str) else name_of_fit(guide)
-
-
-def _name_of_objective(objective: Any) -> str:
-    particles = getattr(objective, "num_particles", 1)
-    name = type(objective).__name__
-    return name if particles == 1 else f"{name}({particles})"
 
 
 def _row_of_its_own(method: Any, budget: Budget) -> Fit | None:
@@ -251,9 +249,13 @@ def _row_of_its_own(method: Any, budget: Budget) -> Fit | None:
     return None
 
 
-def _guide_maker(method: Any) -> Callable[..., Any]:
+def _as_svi_fit(method: Any) -> SVIFit:
+    """A guide with its step size, to be trained for any objective."""
+    if isinstance(method, SVIFit):
+        return method
     if isinstance(method, type) and issubclass(method, Flow):
-        return functools.partial(_make_auto_flow, flow=method)
+        make = functools.partial(_make_auto_flow, flow=method)
+        return SVIFit(make, learning_rate=FLOW_LEARNING_RATE)
     if isinstance(method, (str, torch.nn.Module)) or not callable(method):
         raise TypeError(
             "Expected guides to be classes such as AutoNormal, callables from a model to a guide, "
@@ -268,7 +270,7 @@ def _guide_maker(method: Any) -> Callable[..., Any]:
         ) from None
     except ValueError:  # written in C, without a signature
         pass
-    return method
+    return SVIFit(method)
 
 
 def _make_auto_flow(model: Callable[..., Any], flow: Any) -> AutoFlow:
@@ -322,9 +324,10 @@ def _weights_of(known: Any) -> dict[str, float]:
 
 def _smallest_ess(draws: Mapping[str, np.ndarray]) -> float:
     """The smallest bulk effective sample size of one chain, as a share of its draws."""
-    with_chain = {name: values[None] for name, values in draws.items()}
-    sizes = diagnostics(with_chain)["ess_bulk"].values()
+    count = len(next(iter(draws.values()))) // 2 * 2
     # ArviZ counts every draw of a chain that never moves.
-    still = any((np.ptp(values, axis=0) == 0).any() for values in draws.values())
-    count = len(next(iter(draws.values())))
-    return 0.0 if still else float(np.min([np.min(size) for size in sizes])) / count
+    if any((np.ptp(values, axis=0) == 0).any() for values in draws.values()):
+        return 0.0
+    halves = {name: v[:count].reshape(2, count // 2, *v.shape[1:]) for name, v in draws.items()}
+    sizes = diagnostics(halves)["ess_bulk"].values()
+    return float(np.min([np.min(size) for size in sizes])) / count

@@ -31,6 +31,7 @@ __all__ = [
     "as_fit",
     "draw",
     "name_of_fit",
+    "name_of_objective",
     "run_fit",
 ]
 
@@ -99,7 +100,7 @@ class SVIFit:
     def __repr__(self) -> str:
         budget = f"cpu_seconds={self.cpu_seconds:g}" if self.cpu_seconds else f"steps={self.steps}"
         options = f"{budget}, learning_rate={self.learning_rate}"
-        objective = type(self.objective).__name__
+        objective = name_of_objective(self.objective)
         return f"SVIFit({_name(self.guide)}, {options}, objective={objective})"
 
     def __call__(
@@ -212,6 +213,21 @@ def name_of_fit(fit: Any) -> str:
         named = [f"{key}={_name(value)}" for key, value in fit.keywords.items()]
         return f"{name_of_fit(fit.func)}({', '.join([*given, *named])})"
     return _name(fit)
+
+
+def name_of_objective(objective: Any) -> str:
+    """A short name of a loss, with its number of particles if they are several.
+
+    Args:
+        objective: The loss.
+
+    Example:
+        >>> name_of_objective(Trace_ELBO(num_particles=8))
+        'Trace_ELBO(8)'
+    """
+    particles = getattr(objective, "num_particles", 1)
+    name = type(objective).__name__
+    return name if particles == 1 else f"{name}({particles})"
 
 
 def _name(value: Any) -> str:

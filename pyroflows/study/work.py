@@ -129,7 +129,9 @@ class Ledger:
             was, now = content["settings"].get(name), self.settings[name]
             if was != now:
                 raise ValueError(f"{expected}; {path!r} has {name} {was}, and this one {now}.")
-        return dict(content["results"])
+        results = content["results"].items()
+        # What failed is tried again: the reason may be gone.
+        return {name: result for name, result in results if not result.get("error")}
 
 
 def check_running(running: Mapping[str, Any]) -> Running:

@@ -172,6 +172,19 @@ def test_finished_fits_are_not_done_again(tmp_path):
     assert len(calls) == 5
 
 
+def test_a_failed_fit_is_tried_again(tmp_path):
+    given = {"args": ARGS, "data_sets": 4, "checkpoint": tmp_path / "study.pt"}
+    once = [RuntimeError("the disk is full.")]
+
+    def fit(given: Any, args: Any, kwargs: Any) -> Any:
+        if once:
+            raise once.pop()
+        return Exact()(given, args, kwargs)
+
+    assert list(calibrate(model, fit=fit, failing=0.5, **given).failures) == [0]
+    assert calibrate(model, fit=fit, **given).fits == 4
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
@@ -189,11 +202,11 @@ def test_a_file_of_another_study_is_refused(tmp_path, changed, told):
 
 
 def test_failed_fits_are_left_out_up_to_a_share():
-    found = calibrate(model, ARGS, fit=FailsAt(), data_sets=40, failures=0.5)
+    found = calibrate(model, ARGS, fit=FailsAt(), data_sets=40, failing=0.5)
     assert 0 < len(found.failures) < 20 and found.fits == 40 - len(found.failures)
     assert "RuntimeError (the data are too large)" in str(found)
     with pytest.raises(ValueError, match=r"at most 0% of 40 fits to fail; 1 of .* did, the first"):
-        calibrate(model, ARGS, fit=FailsAt(), data_sets=40, failures=0)
+        calibrate(model, ARGS, fit=FailsAt(), data_sets=40, failing=0)
 
 
 def masked() -> None:
@@ -272,7 +285,7 @@ def test_wrong_draws_are_refused_at_the_first_data_set(returned, told):
         ({"draws": 2}, ValueError, "draws >= 9"),
         ({"sites": ["y"]}, ValueError, "Expected sites to be among 'x'; got 'y'"),
         ({"sites": "x"}, TypeError, "sequence of names"),
-        ({"failures": 1.5}, ValueError, "failures from 0 to below 1"),
+        ({"failing": 1.5}, ValueError, "failing from 0 to below 1"),
         ({"seed": -1}, ValueError, "seed >= 0"),
         ({"worker": 3}, TypeError, "Expected the options executor, checkpoint, progress"),
         ({"executor": 3}, TypeError, "one of concurrent.futures"),

@@ -77,6 +77,15 @@ def test_guides_cross_objectives_and_others_have_rows_of_their_own(truth):
     assert (table["seconds"] > 0).all() and (table["error"] == "").all()
 
 
+def test_step_sizes_are_those_of_the_methods():
+    slow = SVIFit(AutoNormal, learning_rate=1e-3)
+    guides = {"slow": slow, "fast": AutoNormal, "flow": pf.RealNVP}
+    found = experiment(model, ARGS, guides=guides, steps=2, draws=100)
+    assert (found.table["error"] == "").all()
+    elbo = found.table.set_index("method")["elbo"]
+    assert elbo["slow"] < elbo["fast"]
+
+
 def test_seeds_processes_and_a_file_give_the_same_table(tmp_path):
     given = {"guides": [AutoNormal], "steps": 10, "draws": 100}
     alone = experiment(model, ARGS, seeds=2, **given)
