@@ -15,6 +15,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from .._checks import check_positive, check_size
+from .._compat import module_name
 from ..distributions.flow import sum_rightmost
 from ..flows import Flow
 from ..model.handlers import StartInPlates
@@ -277,7 +278,7 @@ class AutoAmortizedFlow(BuiltLate):
         if self.flow is None:
             return self._nothing, {}
         latent = pyro.sample(
-            f"_{self._pyro_name}_latent",
+            f"_{module_name(self)}_latent",
             self.flow(path_gradient=True),
             infer={"is_auxiliary": True},
         )
@@ -339,7 +340,7 @@ class AutoAmortizedFlow(BuiltLate):
         encoding = block.encode(data)
         with run.plates[block.plate]:
             latent = pyro.sample(
-                f"_{self._pyro_name}_{block.plate}_latent",
+                f"_{module_name(self)}_{block.plate}_latent",
                 block.distribution(encoding, theta, rows),
                 infer={"is_auxiliary": True},
             )

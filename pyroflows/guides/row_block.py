@@ -35,6 +35,8 @@ __all__ = [
 
 #: Makes a flow of (features, context_features).
 MakeFlow = Callable[[int, int], "Flow | Transform"]
+#: Bound on the log-scales of the affine map, without which a mini-batch may send them far off.
+BOUND = 6.0
 
 
 class Rows(NamedTuple):
@@ -434,7 +436,7 @@ def amortized_flow(make: MakeFlow | None, features: int, context: int, network: 
             f"context_features={context}; got events of shape {got[0]} and contexts of shape "
             f"{got[1]}."
         )
-    last = Elementwise(Affine("exp"), features, context, network=network)
+    last = Elementwise(Affine(bound=BOUND), features, context, network=network)
     if isinstance(made, Transform):
         return Flow([made, last])
     return Flow([made.transform, last], made.given_base)
