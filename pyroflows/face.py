@@ -36,6 +36,7 @@ from .flows import (
     RealNVP,
     ResidualFlow,
     SylvesterFlow,
+    bayesian,
 )
 from .guides import AutoAmortizedFlow, AutoFlow, AutoStructuredFlow
 from .posterior import Posterior, compare, evidence, fit_posterior, judge, load_posterior
@@ -66,6 +67,7 @@ __all__ = [
     "ResidualFlow",
     "SylvesterFlow",
     "__version__",
+    "bayesian",
     "check",
     "compare",
     "distributions",

@@ -337,13 +337,15 @@ class AutoAmortizedFlow(BuiltLate):
         data = block.reader.read(run.reference, run.args, run.kwargs, rows)
         if data is None:
             return {}
-        encoding = block.encode(data)
+        encoding, name = block.encode(data), f"_{module_name(self)}_{block.plate}"
         with run.plates[block.plate]:
-            latent = pyro.sample(
-                f"_{module_name(self)}_{block.plate}_latent",
-                block.distribution(encoding, theta, rows),
-                infer={"is_auxiliary": True},
-            )
+            distribution = block.distribution(encoding, theta, rows)
+            latent = pyro.sample(f"{name}_latent", distribution, infer={"is_auxiliary": True})
+            if block.has_path_gradient and torch.is_grad_enabled():
+                # The score of the flow's parameters, of mean zero given the globals, is left out:
+                # then no noise of the rows is left where the flow is right.
+                fixed = block.distribution(encoding, theta.detach(), rows).log_prob(latent.detach())
+                pyro.factor(f"{name}_path", fixed.detach() - fixed, has_rsample=True)
         values, centring = {}, block.centre(encoding, rows)
         for name, u in block.split(latent, rows).items():
             coordinates = Coordinates(run.trace.nodes[name], run.reference.nodes[name])
