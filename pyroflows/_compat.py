@@ -138,6 +138,17 @@ def start_in_open_plates(starter: Any, message: Any) -> Any:
     return seen["value"]
 
 
+def viewed(tensor: Tensor) -> Tensor:
+    """Returns the leaf of which a tensor is a view that was taken without gradients.
+
+    Such a view says of itself that it is a leaf that requires a gradient.
+    """
+    base = tensor._base
+    if base is None or not (base.is_leaf and base.requires_grad):
+        return tensor
+    return base
+
+
 @contextlib.contextmanager
 def whole_plates() -> Iterator[None]:
     """Makes all plates see all of their rows for a while.

@@ -37,6 +37,7 @@ from .flows import (
     RealNVP,
     ResidualFlow,
     SylvesterFlow,
+    bayesian,
 )
 from .guides import AutoAmortizedFlow, AutoFlow, AutoStructuredFlow
 from .model.simulations import simulate
@@ -77,6 +78,7 @@ __all__ = [
     "ResidualFlow",
     "SylvesterFlow",
     "__version__",
+    "bayesian",
     "calibrate",
     "check",
     "compare",

@@ -65,6 +65,18 @@ def test_an_error_knows_its_statement_its_plate_and_its_trace():
     assert _compat.message_in(caught.value) is _compat.trace_in(caught.value) is None
 
 
+def test_a_view_that_was_taken_without_gradients_is_one_of_its_leaf():
+    leaf = torch.zeros((), requires_grad=True)
+    with torch.no_grad():
+        view = leaf.expand(3)
+    assert view.is_leaf  # torch says so
+    assert view.requires_grad
+    assert _compat.viewed(view) is leaf
+    assert _compat.viewed(leaf) is leaf
+    own = torch.nn.Parameter(leaf.detach())
+    assert _compat.viewed(own) is own
+
+
 def test_whole_plates_see_all_rows():
     def rows() -> tuple[int, float]:
         with pyro.plate("rows", 10, subsample_size=4) as index:

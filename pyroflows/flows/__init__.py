@@ -1,6 +1,7 @@
 """Flows: transforms over a base, that are distributions when called."""
 
 from .autoregressive import BNAF, BPF, IAF, MAF, NAF, SOSPF, UNAF, AutoregressiveFlow
+from .bayesian import BayesianFlow, bayesian
 from .coupling import NICE, CouplingFlow, FlowPlusPlus, Glow, RealNVP
 from .flow import Flow
 from .layered import (
@@ -27,6 +28,7 @@ __all__ = [
     "SOSPF",
     "UNAF",
     "AutoregressiveFlow",
+    "BayesianFlow",
     "CouplingFlow",
     "Flow",
     "FlowOptions",
@@ -38,4 +40,5 @@ __all__ = [
     "RealNVP",
     "ResidualFlow",
     "SylvesterFlow",
+    "bayesian",
 ]

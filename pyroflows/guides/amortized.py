@@ -15,6 +15,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
 from .._checks import check_positive, check_size
+from .._compat import module_name
 from ..distributions.flow import sum_rightmost
 from ..flows import Flow
 from ..model.handlers import StartInPlates
@@ -277,7 +278,7 @@ class AutoAmortizedFlow(BuiltLate):
         if self.flow is None:
             return self._nothing, {}
         latent = pyro.sample(
-            f"_{self._pyro_name}_latent",
+            f"_{module_name(self)}_latent",
             self.flow(path_gradient=True),
             infer={"is_auxiliary": True},
         )
@@ -336,13 +337,15 @@ class AutoAmortizedFlow(BuiltLate):
         data = block.reader.read(run.reference, run.args, run.kwargs, rows)
         if data is None:
             return {}
-        encoding = block.encode(data)
+        encoding, name = block.encode(data), f"_{module_name(self)}_{block.plate}"
         with run.plates[block.plate]:
-            latent = pyro.sample(
-                f"_{self._pyro_name}_{block.plate}_latent",
-                block.distribution(encoding, theta, rows),
-                infer={"is_auxiliary": True},
-            )
+            distribution = block.distribution(encoding, theta, rows)
+            latent = pyro.sample(f"{name}_latent", distribution, infer={"is_auxiliary": True})
+            if block.has_path_gradient and torch.is_grad_enabled():
+                # The score of the flow's parameters, of mean zero given the globals, is left out:
+                # then no noise of the rows is left where the flow is right.
+                fixed = block.distribution(encoding, theta.detach(), rows).log_prob(latent.detach())
+                pyro.factor(f"{name}_path", fixed.detach() - fixed, has_rsample=True)
         values, centring = {}, block.centre(encoding, rows)
         for name, u in block.split(latent, rows).items():
             coordinates = Coordinates(run.trace.nodes[name], run.reference.nodes[name])

@@ -19,7 +19,7 @@ from ..model.rehearsal import frame_of, observed_rows, rows_of
 from ..model.sites import sample_nodes
 from ..nn import Network, RowEncoder, RowSource, RowTable, mlp
 from ..transforms import Elementwise, Transform
-from ..univariate import Affine, MonotoneNetwork
+from ..univariate import Affine, RationalQuadraticSpline
 
 __all__ = [
     "Encoding",
@@ -35,6 +35,8 @@ __all__ = [
 
 #: Makes a flow of (features, context_features).
 MakeFlow = Callable[[int, int], "Flow | Transform"]
+#: Bound on the log-scales of the affine map, without which a mini-batch may send them far off.
+BOUND = 6.0
 
 
 class Rows(NamedTuple):
@@ -337,6 +339,11 @@ class RowBlock(PyroModule):
         """Latent entries of a row."""
         return sum(site.features for site in self.sites)
 
+    @property
+    def has_path_gradient(self) -> bool:
+        """Whether draws are scored again for the path gradient, which a slow inverse forbids."""
+        return self.flow.transform.fast == "both"
+
     def encode(self, values: Sequence[Tensor]) -> Tensor:
         """Encodes the data of rows, to shape ``(rows, features)``.
 
@@ -434,7 +441,7 @@ def amortized_flow(make: MakeFlow | None, features: int, context: int, network: 
             f"context_features={context}; got events of shape {got[0]} and contexts of shape "
             f"{got[1]}."
         )
-    last = Elementwise(Affine("exp"), features, context, network=network)
+    last = Elementwise(Affine(bound=BOUND), features, context, network=network)
     if isinstance(made, Transform):
         return Flow([made, last])
     return Flow([made.transform, last], made.given_base)
@@ -443,7 +450,7 @@ def amortized_flow(make: MakeFlow | None, features: int, context: int, network: 
 def default_flow(features: int, context_features: int) -> Flow | Transform:
     """Makes a small flow, which needs few rows to train."""
     if features == 1:
-        return Elementwise(MonotoneNetwork(4, 1), 1, context_features, network=mlp((32,)))
+        return Elementwise(RationalQuadraticSpline(), 1, context_features, network=mlp((32,)))
     network = mlp((32, 32), nn.Tanh)
     return RealNVP(features, context_features, transforms=4, network=network, mixing=None)
 

@@ -13,7 +13,14 @@ from torch.distributions import constraints, transform_to
 from torch.overrides import TorchFunctionMode
 
 from .._checks import plain
-from .._compat import start_in_open_plates, tree_leaves, tree_map_only, unvalidated, whole_plates
+from .._compat import (
+    start_in_open_plates,
+    tree_leaves,
+    tree_map_only,
+    unvalidated,
+    viewed,
+    whole_plates,
+)
 
 __all__ = [
     "DetachedCopies",
@@ -177,7 +184,8 @@ class ParameterRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_leaf:
-                self.parameters.setdefault(id(leaf), leaf)
+                parameter = viewed(leaf)
+                self.parameters.setdefault(id(parameter), parameter)
         return func(*args, **(kwargs or {}))
 
 

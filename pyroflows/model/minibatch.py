@@ -117,7 +117,7 @@ class MiniBatchDensity(Density):
         """How points are evaluated: ``"captured"``, ``"vmap"``, ``"plate"`` or ``"loop"``."""
 
     @abc.abstractmethod
-    def _next(self) -> LogDensity:
+    def next_batch(self) -> LogDensity:
         """The density with the likelihood of the next mini-batch, scaled up."""
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ class MiniBatchDensity(Density):
 
     def _evaluate(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Values and gradients of the next mini-batch, for points of shape ``(n, features)``."""
-        return self._next().evaluate_inputs(points)
+        return self.next_batch().evaluate_inputs(points)
 
     def anchor(self, z: Tensor) -> None:
         """Takes mini-batches as differences to a point from now on, which should be near the middle
@@ -182,7 +182,7 @@ class SubsampledDensity(MiniBatchDensity):
     def mode(self) -> str:
         return self._mode
 
-    def _next(self) -> LogDensity:
+    def next_batch(self) -> LogDensity:
         device = self.initial.device
         plates = self.full.subsampled.items()
         rows = {name: torch.randperm(size, device=device)[:part] for name, (size, part) in plates}
@@ -208,7 +208,7 @@ class LoadedDensity(MiniBatchDensity):
     def mode(self) -> str:
         return self.full.mode
 
-    def _next(self) -> LogDensity:
+    def next_batch(self) -> LogDensity:
         inputs = self._data.inputs(self._next_batch())
         return self.full.bind(inputs.args, inputs.kwargs)
 

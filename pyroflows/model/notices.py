@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 from .._checks import caller_level, list_names
 from .density import LogDensity
@@ -10,7 +11,7 @@ from .density import LogDensity
 __all__ = ["warn_of_oversights"]
 
 
-def warn_of_oversights(density: LogDensity) -> None:
+def warn_of_oversights(density: LogDensity, learned: Collection[str] = ()) -> None:
     """Warns of a model without data, and of parameters that a fit does not learn.
 
     Data are observed sites with entries, and ``pyro.factor``. Parameters are those of
@@ -19,6 +20,7 @@ def warn_of_oversights(density: LogDensity) -> None:
 
     Args:
         density: The log density of the model.
+        learned: Names of parameters that the fit has learned.
 
     Example:
         >>> import pyro, pyro.distributions as dist, warnings
@@ -35,9 +37,11 @@ def warn_of_oversights(density: LogDensity) -> None:
             "its prior; pass the data to obs= of a sample statement.",
             stacklevel=caller_level(),
         )
-    if density.parameters:
+    held = [name for name in density.parameters if name not in learned]
+    if held:
         warnings.warn(
             "The model has parameters that are held at their present values, because only latent "
-            f"sites are fitted: {list_names(list(density.parameters))}.",
+            f"sites are fitted: {list_names(held)}. To learn them, pass learn=True, or the names of "
+            "some, to fit_posterior.",
             stacklevel=caller_level(),
         )

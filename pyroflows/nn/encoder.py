@@ -40,7 +40,7 @@ class RowEncoder(nn.Module):
 
     A set goes through a network that sums over its observations, a series through a recurrent one,
 
-    .. math:: e = \rho\Bigl(v,\ \tfrac1n \sum_{i=1}^n \phi(y_i),\ \log(1 + n),\
+    .. math:: e = \tanh \rho\Bigl(v,\ \tfrac1n \sum_{i=1}^n \phi(y_i),\ \log(1 + n),\
         \mathrm{GRU}(s_1, \dots, s_T)\Bigr),
 
     with the count :math:`n` of those that no mask switches off, so that their order makes no
@@ -117,7 +117,8 @@ class RowEncoder(nn.Module):
         parts = [v.reshape(len(v), -1) for k, v in enumerate(scaled) if self._is_vector(k)]
         parts += self._encode_sets(scaled)
         parts += self._encode_series(scaled)
-        return self.joint(torch.cat(parts, -1))
+        # Bounded, so that no step of training sends a flow far off.
+        return self.joint(torch.cat(parts, -1)).tanh()
 
     def _standardized(self, k: int, value: Tensor) -> Tensor:
         loc, scale = getattr(self, f"loc_{k}"), getattr(self, f"scale_{k}")

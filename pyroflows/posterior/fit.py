@@ -24,6 +24,7 @@ from ..model.minibatch import log_density_of
 from ..model.notices import warn_of_oversights
 from ..train import processes
 from ..train.checkpoint import Checkpoint
+from ..train.learning import choose_parameters, learn_parameters
 from ..train.objectives import Objective, PathELBO
 from ..train.training import PARTICLES
 from ..transforms import Transform
@@ -41,6 +42,8 @@ __all__ = ["TrainOptions", "fit_posterior"]
 STEPS = 6000
 #: Several processes pay where an evaluation takes so many times as long as a message.
 PAYS = 4.0
+#: Most steps in which parameters of the model are learned.
+LEARNING_STEPS = 2000
 
 
 class TrainOptions(TypedDict, total=False):
@@ -50,6 +53,7 @@ class TrainOptions(TypedDict, total=False):
     compile: bool
     checkpoint: str | PathLike[str] | None
     objective: Objective | None
+    learn: bool | Sequence[str]
 
 
 def fit_posterior(
@@ -90,8 +94,9 @@ def fit_posterior(
     decays to zero along a cosine.
 
     Discrete latent sites are summed out. Parameters of the model, of ``pyro.param`` and of modules,
-    are held at their present values, and a warning names them unless they require no gradient;
-    another one says that nothing is observed. Ctrl-C ends the training and returns the best
+    are held at their present values, and a warning names them unless they require no gradient; or
+    they are learned, by ``learn``, before the posterior is found at what was learned.
+    Another warning says that nothing is observed. Ctrl-C ends the training and returns the best
     posterior so far. Under an initialised ``torch.distributed`` group all processes call this
     alike; the points of every evaluation of the density, in training and outside of it, are shared
     out among them, and the result is that of one process. A warning says where an evaluation takes
@@ -126,6 +131,10 @@ def fit_posterior(
             - ``objective`` (``PathELBO(num_particles=256)``): What flows are trained for: any of
               :mod:`pyroflows.train.objectives`. ``ForwardKL`` and ``MMD`` need draws of the
               posterior. The verdict does not depend on it.
+            - ``learn`` (False): Which parameters of the model to learn by maximum marginal
+              likelihood, together with a flow, as SVI would: ``True`` for all, or names of
+              parameters or of modules. They change in place, and are in ``learned`` of the
+              posterior.
 
     Returns:
         The posterior, with its verdict.
@@ -167,13 +176,22 @@ def fit_posterior(
     settings = _train_settings(training, {"seed": seed, "steps": steps})
     with processes.warning_once(), seeded(processes.agree(seed)), without_handlers():
         particles = processes.share(settings["objective"].num_particles)
-        # However many runs of the model it takes to capture it, the draws of the fit are the same.
-        with forked(0):
-            density = log_density_of(model, args, kwargs, batch_size=particles, device=device)
-        warn_of_oversights(density.full)
+
+        def capture() -> Any:
+            # However many runs of the model it takes, the draws of the fit are the same.
+            with forked(0):
+                return log_density_of(model, args, kwargs, batch_size=particles, device=device)
+
+        density = capture()
+        learned = choose_parameters(density.full, settings.pop("learn"))
+        if learned:
+            _learn(density, learned, min(steps, LEARNING_STEPS), deadline, settings["progress"])
+            density = capture()
+        warn_of_oversights(density.full, learned)
         _warn_of_cheap_evaluations(density.full)
         if isinstance(guide, str) and guide == "auto":
-            return climb_ladder(Climb(density, steps, deadline, **settings), LADDER)
+            climb = Climb(density, steps, deadline, **settings)
+            return climb_ladder(climb, LADDER).with_learned(learned)
         own, fresh = _make_guide(guide, density.full)
         density = density.rotated(own.centres())
         climb = Climb(density, steps, deadline, own, **settings)
@@ -181,7 +199,24 @@ def fit_posterior(
             rung = make_own_structured_rung(own)
         else:
             rung = make_own_rung(own, fresh, steps, limited=time_limit is not None)
-        return climb_ladder(climb, [rung])
+        return climb_ladder(climb, [rung]).with_learned(learned)
+
+
+def _learn(
+    density: Any, parameters: Mapping[str, Tensor], steps: int, deadline: Deadline, progress: bool
+) -> None:
+    """Learns parameters of the model, with a flow over its latents that is then forgotten."""
+    full = density.full
+    guide = AutoFlow(full.continuous_model, init_loc_fn=full.init_loc_fn)
+    full.introduce(guide)
+    learn_parameters(
+        guide.flow,
+        density,
+        parameters,
+        steps,
+        deadline=deadline.earlier((deadline.left or 0) / 2),
+        progress=progress,
+    )
 
 
 def _warn_of_cheap_evaluations(density: LogDensity) -> None:
@@ -213,7 +248,7 @@ def _train_settings(training: Mapping[str, Any], fit: Mapping[str, Any]) -> dict
     for name in training:
         if name not in names:
             raise TypeError(f"Expected the options {', '.join(names)} of a fit; got {name!r}.")
-    settings = {"progress": True, "compile": False, **training}
+    settings = {"progress": True, "compile": False, "learn": False, **training}
     check_flag("progress", settings["progress"])
     check_flag("compile", settings["compile"])
     if settings.get("objective") is None:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
-from .._checks import check_flag, check_size
+from .._checks import check_flag, check_size, list_names
 from .._random import forked
 from ..guides.guide import Guide
 from ..model import prediction as simulate
@@ -69,6 +70,9 @@ class Posterior:
         seconds: Wall-clock time of the fit.
         interrupted: Whether the fit was cut short.
 
+    Attributes:
+        learned: Parameters of the model that the fit has learned, by name; files do not hold them.
+
     Raises:
         TypeError: If ``guide`` is no guide.
 
@@ -109,10 +113,29 @@ class Posterior:
         self.history = list(history)
         self.seconds = seconds
         self.interrupted = interrupted
+        self.learned: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         interrupted = " The fit was interrupted." if self.interrupted else ""
-        return f"<Posterior of {self._sites}. {self.verdict}{interrupted}>"
+        names = list_names(list(self.learned))
+        learned = f" Parameters were learned: {names}." if names else ""
+        return f"<Posterior of {self._sites}. {self.verdict}{learned}{interrupted}>"
+
+    def with_learned(self, parameters: Mapping[str, Tensor]) -> Posterior:
+        """Notes parameters of the model that were learned, as they are now.
+
+        Args:
+            parameters: The leaves by name; a constrained one of the param store is noted as its
+                constrained value.
+
+        Returns:
+            This posterior.
+        """
+        store = pyro.get_param_store()
+        for name, leaf in parameters.items():
+            value = store[name] if name in store else leaf  # noqa: SIM401, the store has no get
+            self.learned[name] = value.detach().clone()
+        return self
 
     @property
     def _sites(self) -> str:

@@ -17,7 +17,7 @@ from .._checks import check_size
 from .._random import seeded
 from ..distributions import FlowDistribution
 from ..flows import Flow
-from ..guides import AutoFlow
+from ..guides import AutoFlow, WhitenedFlow
 from ..guides.auto import whitened_flow
 from ..model.sites import LatentSite, split_vector
 from ..train.likelihood import fit_density
@@ -211,8 +211,8 @@ def learn_prior(
         if not site.complete:
             raise ValueError(f"Expected sites without masked entries; got {site.name!r} with some.")
     guide = posterior.guide
-    whole = len(chosen) == len(known) and isinstance(guide, AutoFlow)
-    if whole and not posterior.corrects and not posterior.trajectories:
+    exact = not posterior.corrects and not posterior.trajectories
+    if exact and len(chosen) == len(known) and isinstance(guide, AutoFlow):
         return SitesPrior(copy.deepcopy(guide.flow), chosen)
     z = posterior.sample_unconstrained(draws, seed)
     parts = dict(zip(known, z.split([site.features for site in density.sites], -1), strict=True))
@@ -221,9 +221,21 @@ def learn_prior(
     return SitesPrior(flow, chosen)
 
 
-def _fit_marginal(z: Tensor, seed: int | None) -> Flow:
-    """Fits a flow to draws, from their mean and covariance on."""
+def _fit_marginal(z: Tensor, seed: int | None) -> WhitenedFlow:
+    """Fits a flow to draws, from their mean and covariance on, which it has in the end too."""
     flow = whitened_flow(None, z.mean(0), 1.0)
-    flow.whiten(z.mean(0), torch.linalg.cholesky(z.mT.cov().reshape(z.shape[-1], -1)))
-    fit_density(flow, z, batch_size=512, max_epochs=EPOCHS, patience=5, seed=seed, progress=False)
+    flow.whiten(*_moments(z))
+    options: dict[str, Any] = {"batch_size": 512, "max_epochs": EPOCHS, "patience": EPOCHS}
+    fit_density(flow, z, average=0.99, seed=seed, progress=False, **options)
+    with torch.no_grad():
+        (loc, scale), (mean, spread) = _moments(z), _moments(flow().sample((len(z),)))
+        turn = torch.linalg.solve_triangular(spread, scale, upper=False, left=False)
+        of_flow, tril = flow.whitening.loc_and_scale_tril()
+        flow.whiten(loc + turn @ (of_flow - mean), (turn @ tril).tril())
     return flow
+
+
+def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of draws, and the Cholesky factor of their covariance."""
+    covariance = z.mT.cov().reshape(z.shape[-1], -1)
+    return z.mean(0), torch.linalg.cholesky(covariance)

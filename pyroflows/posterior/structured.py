@@ -76,14 +76,13 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
     if integrable and guide.integrate_leaves() is not None:
         mode = _mode_of_integrals(guide, mode)
         guide.start_at(mode)
-    if not regressed:
-        guide.repeat_locals()
     if not mode.found and not _is_flat(guide, mode):
         raise ValueError(
             "Expected globals whose density has a mode, with the locals integrated out; the search "
             f"found none in {mode.rounds} rounds."
         )
-    guide.repeat_locals()
+    if not regressed:
+        guide.repeat_locals()
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
 
 

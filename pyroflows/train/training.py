@@ -28,7 +28,7 @@ from .objectives import Objective, PathELBO
 from .objectives.objective import check_distribution
 from .processes import Part
 
-__all__ = ["train"]
+__all__ = ["OPTIONS", "PARTICLES", "STEP_SIZE", "WHITENING_STEP_SIZE", "GuideTask", "train"]
 
 PARTICLES = 256
 STEP_SIZE = 2e-2
@@ -103,7 +103,7 @@ def train(
     if objective.num_particles < processes.world_size():
         got = objective.num_particles
         raise ValueError(f"Expected at least as many particles as processes; got {got}.")
-    task = _GuideTask(flow, density, history, objective, (step_size, whitening_step_size))
+    task = GuideTask(flow, density, history, objective, (step_size, whitening_step_size))
     with task.whitened(), processes.sharing():
         loop = Loop(task, options)
         task.begin(compile)
@@ -117,7 +117,7 @@ def train(
     return report
 
 
-class _GuideTask(Task):
+class GuideTask(Task):
     """A guide's flow, trained in whitened units for an objective."""
 
     look_every = WINDOW

@@ -21,6 +21,7 @@ from pyroflows.model.minibatch import log_density_of
 from pyroflows.model.notices import warn_of_oversights
 
 Y = torch.linspace(-1.0, 1.0, 6)
+LEARN = "To learn them, pass learn=True, or the names of some, to fit_posterior."
 HELD = "The model has parameters that are held at their present values, because only latent sites"
 UNOBSERVED = "No site of the model is observed, and it has no pyro.factor"
 
@@ -91,7 +92,7 @@ class Module(PyroModule):
     ids=["one", "two", "seven", "constrained", "module", "PyroModule", "method of a PyroModule"],
 )
 def test_parameters_are_named_once(make: Callable[[], Any], names: str) -> None:
-    assert told(make()) == [f"{HELD} are fitted: {names}."]
+    assert told(make()) == [f"{HELD} are fitted: {names}. {LEARN}"]
 
 
 @pytest.mark.parametrize("make", [lambda: with_parameters(0), lambda: with_a_module(False)])
