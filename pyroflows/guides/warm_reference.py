@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .marginal import Marginal
 from .marginal_mode import Integrated
 
 __all__ = ["WarmReference", "regress_reference", "regress_shift"]

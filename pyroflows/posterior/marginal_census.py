@@ -14,6 +14,7 @@ from .._random import forked
 from ..guides.marginal import Marginal
 from ..guides.marginal_mode import MarginalMode
 from ..model import prediction as simulate
+from ..transforms.roots import Root
 from .census import (
     DIP,
     FAR_OUT,
@@ -177,7 +178,8 @@ def find_flat_ridge(log_prob: LogProb, fit: Gaussian) -> Tensor | None:
     found = find_flat_direction(log_prob, fit, DISTANCES)
     if found is not None:
         return found
-    axes = torch.cat([fit.scale_tril.mT, -fit.scale_tril.mT])
+    root = _triangle(fit.scale_tril)
+    axes = torch.cat([root.mT, -root.mT])
     top = log_prob(fit.loc.unsqueeze(0))
     for axis in axes[top - log_prob(fit.loc + RIDGE[0] * axes) < math.log(RIDGE[0])]:
         ridge = _follow_ridge(log_prob, fit, top, axis)
@@ -186,9 +188,14 @@ def find_flat_ridge(log_prob: LogProb, fit: Gaussian) -> Tensor | None:
     return None
 
 
+def _triangle(root: Root) -> Tensor:
+    """The root as a matrix, because globals are few."""
+    return root if isinstance(root, Tensor) else root.triangle()
+
+
 def _follow_ridge(log_prob: LogProb, fit: Gaussian, top: Tensor, axis: Tensor) -> Tensor | None:
     """The direction of a ridge that is as high far out as a density without bound."""
-    root, direction = fit.scale_tril, axis
+    root, direction = _triangle(fit.scale_tril), axis
     for distance in RIDGE:
         point = fit.loc + distance * direction
         for _ in range(STEPS_ACROSS):

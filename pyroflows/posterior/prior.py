@@ -21,6 +21,7 @@ from ..guides import AutoFlow, WhitenedFlow
 from ..guides.auto import whitened_flow
 from ..model.sites import LatentSite, split_vector
 from ..train.likelihood import fit_density
+from ..transforms import LowerTriangularAffine
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -222,16 +223,18 @@ def learn_prior(
 
 
 def _fit_marginal(z: Tensor, seed: int | None) -> WhitenedFlow:
-    """Fits a flow to draws, from their mean and covariance on, which it has in the end too."""
+    """Fits a flow to draws, from their mean and covariance on, which it has in the end too
+    unless they are very many."""
     flow = whitened_flow(None, z.mean(0), 1.0)
     flow.whiten(*_moments(z))
     options: dict[str, Any] = {"batch_size": 512, "max_epochs": EPOCHS, "patience": EPOCHS}
     fit_density(flow, z, average=0.99, seed=seed, progress=False, **options)
-    with torch.no_grad():
-        (loc, scale), (mean, spread) = _moments(z), _moments(flow().sample((len(z),)))
-        turn = torch.linalg.solve_triangular(spread, scale, upper=False, left=False)
-        of_flow, tril = flow.whitening.loc_and_scale_tril()
-        flow.whiten(loc + turn @ (of_flow - mean), (turn @ tril).tril())
+    if isinstance(flow.whitening, LowerTriangularAffine):
+        with torch.no_grad():
+            (loc, scale), (mean, spread) = _moments(z), _moments(flow().sample((len(z),)))
+            turn = torch.linalg.solve_triangular(spread, scale, upper=False, left=False)
+            of_flow, tril = flow.whitening.loc_and_scale_tril()
+            flow.whiten(loc + turn @ (of_flow - mean), (turn @ tril).tril())
     return flow
 
 
