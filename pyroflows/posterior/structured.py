@@ -30,6 +30,9 @@ MOST_GLOBALS = 24
 MANY_ROWS = 4096
 # With so many, integrals are dear, and their difference from Laplace's approximation is simple.
 DEAR_ROWS = 16_384
+# So much wider than the curvature at their mode says is the design of globals with a core: their
+# scales have long thin tails.
+LONG_TAILED = 1.6
 # Widths of a mode that are less come from a density with jumps, where locals change their modes.
 NARROWEST = 1e-5
 
@@ -71,6 +74,8 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
             "Expected globals whose density has a mode, with the locals integrated out; the search "
             f"found none in {mode.rounds} rounds."
         )
+    if guide.core is not None:
+        mode = mode._replace(root=LONG_TAILED * mode.root)
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
 
 
