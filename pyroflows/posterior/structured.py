@@ -34,6 +34,9 @@ CROWD = 100
 # Steps of Newton's method for each value of the search for the mode then, which goes on from where
 # the last ones have led.
 FEW_STEPS = 1
+# So much wider than the curvature at their mode says is the design of globals with a core: their
+# scales have long thin tails.
+LONG_TAILED = 1.6
 # Widths of a mode that are less come from a density with jumps, where locals change their modes.
 NARROWEST = 1e-5
 
@@ -83,6 +86,8 @@ def start_structured(climb: Climb, guide: AutoStructuredFlow) -> None:
         )
     if not regressed:
         guide.repeat_locals()
+    if guide.core is not None:
+        mode = mode._replace(root=LONG_TAILED * mode.root)
     climb.marginal_fit = MarginalFit(guide.log_marginal, mode, climb.density.initial)
 
 
