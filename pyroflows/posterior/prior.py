@@ -39,6 +39,11 @@ class OnSites(constraints.Constraint):
     is_discrete = False
     event_dim = 1
 
+    def __new__(cls, *args: Any) -> OnSites:
+        # With the first one, unpickled ones too, because importing must not change torch's table.
+        biject_to.register(cls, _onto_sites)
+        return super().__new__(cls)
+
     def __init__(self, sites: Sequence[LatentSite]) -> None:
         self.sites = tuple(sites)
         super().__init__()
@@ -102,7 +107,6 @@ class OntoSites(torch.distributions.Transform):
         return total
 
 
-@biject_to.register(OnSites)
 def _onto_sites(constraint: OnSites) -> OntoSites:
     return OntoSites(constraint.sites)
 
