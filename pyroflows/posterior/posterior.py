@@ -405,7 +405,12 @@ class Posterior:
         """
         if sites is not None:
             _check_sites(sites, {name: None for name in self._latent_names})
-        return learn_prior(self, sites, draws, seed)
+        check_size("draws", draws, least=100)
+        exact = not self.corrects and not self.trajectories
+        guide = self.guide if exact else None
+        return learn_prior(
+            self.density, guide, lambda: self.sample_unconstrained(draws, seed), sites, seed
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the posterior to a file that :func:`load_posterior` reads.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,23 +13,21 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from .._checks import check_size
 from .._random import seeded
 from ..distributions import FlowDistribution
 from ..flows import Flow
 from ..guides import AutoFlow, WhitenedFlow
 from ..guides.auto import whitened_flow
+from ..guides.guide import Guide
+from ..model.density import LogDensity
 from ..model.sites import LatentSite, split_vector
 from ..train.likelihood import fit_density
 from ..transforms import LowerTriangularAffine
 
-if TYPE_CHECKING:
-    from .posterior import Posterior
-
 __all__ = ["SitesPrior", "learn_prior"]
 
 #: Most passes through the draws from which a marginal is learned.
-EPOCHS = 30
+EPOCHS = 60
 
 
 class OnSites(constraints.Constraint):
@@ -41,6 +39,11 @@ class OnSites(constraints.Constraint):
 
     is_discrete = False
     event_dim = 1
+
+    def __new__(cls, *args: Any) -> OnSites:
+        # With the first one, unpickled ones too, because importing must not change torch's table.
+        biject_to.register(cls, _onto_sites)
+        return super().__new__(cls)
 
     def __init__(self, sites: Sequence[LatentSite]) -> None:
         self.sites = tuple(sites)
@@ -105,7 +108,6 @@ class OntoSites(torch.distributions.Transform):
         return total
 
 
-@biject_to.register(OnSites)
 def _onto_sites(constraint: OnSites) -> OntoSites:
     return OntoSites(constraint.sites)
 
@@ -200,23 +202,34 @@ class _Deterministic(Messenger):
 
 
 def learn_prior(
-    posterior: Posterior, sites: Sequence[str] | None, draws: int, seed: int | None
+    density: LogDensity,
+    guide: Guide | None,
+    draw: Callable[[], Tensor],
+    sites: Sequence[str] | None,
+    seed: int | None,
 ) -> SitesPrior:
-    """Makes the distribution of some sites of a posterior; see :meth:`Posterior.as_prior`."""
-    check_size("draws", draws, least=100)
-    density = posterior.density
+    """Makes the distribution of some sites; see :meth:`pyroflows.Posterior.as_prior`.
+
+    Args:
+        density: The log density of the model.
+        guide: The guide, if it is the posterior as it stands, without a correction.
+        draw: Draws vectors of the posterior, of shape ``(n, features)``.
+        sites: Names of the sites; all of them by default.
+        seed: Seed of the fit.
+
+    Raises:
+        ValueError: If a site has masked entries.
+    """
     known = [site.name for site in density.sites]
-    names = known if sites is None else list(sites)
+    names = known if sites is None else sites
     chosen = [site for site in density.sites if site.name in names]
     for site in chosen:
         if not site.complete:
             raise ValueError(f"Expected sites without masked entries; got {site.name!r} with some.")
-    guide = posterior.guide
-    exact = not posterior.corrects and not posterior.trajectories
-    if exact and len(chosen) == len(known) and isinstance(guide, AutoFlow):
+    if len(chosen) == len(known) and isinstance(guide, AutoFlow):
         return SitesPrior(copy.deepcopy(guide.flow), chosen)
-    z = posterior.sample_unconstrained(draws, seed)
-    parts = dict(zip(known, z.split([site.features for site in density.sites], -1), strict=True))
+    sizes = [site.features for site in density.sites]
+    parts = dict(zip(known, draw().split(sizes, -1), strict=True))
     with seeded(seed):
         flow = _fit_marginal(torch.cat([parts[site.name] for site in chosen], -1), seed)
     return SitesPrior(flow, chosen)

@@ -1254,7 +1254,7 @@ REFUSED: dict[str, tuple[Callback, Any, type[Exception], str]] = {
         None,
         ValueError,
         r"Expected latent sites outside of subsampled plates; got 'effect' in plate 'patients', of which each run sees 10 "
-        r"of 100\. .* use an amortised guide",
+        r"of 100\. .* use AutoAmortizedFlow, an amortised guide",
     ),
     "discrete latents": (
         discrete,
