@@ -15,7 +15,7 @@ README = ROOT / "README.md"
 @pytest.mark.slow
 def test_the_examples_run_one_after_the_other():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 13
+    assert len(blocks) == 15
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

@@ -95,7 +95,6 @@ class HermiteNodes:
         changes = slopes.diff(dim=0).abs()
         near = torch.cat([changes[:1], changes, changes[-1:]])
         slack = torch.minimum(near[:-2], near[2:])
-        slack[0], slack[-1] = near[2], near[-3]
         low = torch.minimum(slopes[:-1], slopes[1:]) - slack
         high = torch.maximum(slopes[:-1], slopes[1:]) + slack
         means = torch.tensordot(self._means.to(slopes), slopes, 1).clamp(low, high)

@@ -930,11 +930,11 @@ PROBE = torch.linspace(-1, 1, 10).reshape(5, 2)
 FRESH = """
 import json, sys
 import pyro, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], sys.argv[2]
 from test_roles import PROBE, role
 from pyro.infer import Trace_ELBO
 answers = {}
-for kind, path in json.loads(sys.argv[2]).items():
+for kind, path in json.loads(sys.argv[3]).items():
     for when in ("before", "after"):
         pyro.clear_param_store()
         pyro.set_rng_seed(99)
@@ -962,8 +962,8 @@ def saved_and_restored(
         expected[kind] = probe(PROBE).detach()
         paths[kind] = str(folder / f"{number}.store")
         pyro.get_param_store().save(paths[kind])
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", FRESH, here, json.dumps(paths)]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", FRESH, str(here), str(here.parent), json.dumps(paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return expected, json.loads(done.stdout.splitlines()[-1])

@@ -852,10 +852,10 @@ SETUPS: dict[str, Callable[[], Any]] = {
 FRESH = """
 import json, sys
 import pyro, torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1], sys.argv[2]
 from test_auto_flow import SETUPS, as_list
 answers = {}
-for key, path in json.loads(sys.argv[2]).items():
+for key, path in json.loads(sys.argv[3]).items():
     kind, how = key.split(", ")
     for when in ("before", "after"):
         pyro.clear_param_store()
@@ -895,7 +895,8 @@ def saved_and_restored(
             else:
                 torch.save(guide.state_dict(), path)
             expected[f"{kind}, {how}"] = as_list(guide.median())
-    command = [sys.executable, "-c", FRESH, str(Path(__file__).parent), json.dumps(paths)]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", FRESH, str(here), str(here.parent), json.dumps(paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return expected, json.loads(done.stdout.splitlines()[-1])
@@ -1239,11 +1240,6 @@ def nothing() -> None:
     pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(()))
 
 
-def sequential() -> None:
-    for i in pyro.plate("rows", 2):
-        pyro.sample(f"x{i}", dist.Normal(0.0, 1.0))
-
-
 def sphere() -> None:
     pyro.sample("direction", dist.ProjectedNormal(torch.ones(3)))
 
@@ -1263,7 +1259,6 @@ REFUSED: dict[str, tuple[Callback, Any, type[Exception], str]] = {
         "discrete sample site 'k'. Consider enumerating",
     ),
     "no latents": (nothing, None, RuntimeError, "AutoFlow found no latent variables"),
-    "a sequential plate": (sequential, None, NotImplementedError, "sequential pyro.plate"),
     "a support without a bijection": (
         lambda: pyro.sample("L", dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2))),
         None,

@@ -34,7 +34,7 @@ def test_regressed_locals_are_those_of_newton_steps() -> None:
     regressed = guide.regress_locals()
     assert regressed is not None
     g = guide.flow().sample((20,)).double().detach()
-    given, right = regressed.condition(g), guide.marginal.condition(g, guide._near(g))
+    given, right = regressed.condition(g), guide.marginal.condition(g, guide.near(g))
     width = right.normal.draw_centred(torch.ones_like(right.mean)).abs()
     assert ((given.mean - right.mean) / width).abs().amax() < 0.5
     error = guide.log_marginal(g) - guide.marginal.log_prob(g)

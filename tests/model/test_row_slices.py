@@ -113,7 +113,7 @@ def test_more_points_are_taken_at_once_by_slices() -> None:
     x, y = data()
     sliced = slice_rows(LogDensity(by_vector, (x, y)))
     assert sliced is not None
-    assert sliced.batch_size == 32
+    assert sliced.batch_size == 64
     assert slice_rows(LogDensity(by_vector, (x[:100], y[:100]))) is None
 
 

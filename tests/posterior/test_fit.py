@@ -921,7 +921,7 @@ FAILURES: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         fine,
         {"progres": True},
         TypeError,
-        "Expected the options progress, compile, checkpoint, objective of a fit; got 'progres'",
+        "Expected the options progress, compile, checkpoint, objective, learn of a fit; got 'progres'",
     ),
     (
         "objective is a word",
