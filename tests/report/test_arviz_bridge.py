@@ -603,8 +603,9 @@ assert not {{"torch", "pyro"}} & set(sys.modules)
 
 
 def test_loo_is_arvizs() -> None:
-    log_likelihood = 0.3 * normal(2, 1000, 6)
-    groups = {"posterior": {"mu": normal(2, 1000, seed=1)}, "log_likelihood": {"y": log_likelihood}}
+    # Of 2,500 draws the tail has 150 by every version's rounding.
+    log_likelihood = 0.3 * normal(2, 1250, 6)
+    groups = {"posterior": {"mu": normal(2, 1250, seed=1)}, "log_likelihood": {"y": log_likelihood}}
     theirs = az.loo(bridge.to_inference_data(groups), pointwise=True, reff=1.0)
     ours = bridge.loo({"y": log_likelihood})
     elpd, p = (theirs.elpd_i, theirs.p) if DATATREE else (theirs.loo_i, theirs.p_loo)
