@@ -265,6 +265,10 @@ class AutoAmortizedFlow(BuiltLate):
             with torch.no_grad():
                 reference = self._rehearse(self._reference(), plates, args, kwargs)
             self._make_plates(reference, plates)
+            if not _has_rows(reference, plates):
+                # Those of the guide's own trace, where it is replayed.
+                with torch.no_grad():
+                    reference = self._rehearse(self._reference(), plates, args, kwargs)
             given = {name: delta.v for name, delta in deltas.items()}
             trace = self._rehearse(given, plates, args, kwargs) if given else reference
             run = Run(args, kwargs, plates, trace, reference)
@@ -341,11 +345,6 @@ class AutoAmortizedFlow(BuiltLate):
         with run.plates[block.plate]:
             distribution = block.distribution(encoding, theta, rows)
             latent = pyro.sample(f"{name}_latent", distribution, infer={"is_auxiliary": True})
-            if block.has_path_gradient and torch.is_grad_enabled():
-                # The score of the flow's parameters, of mean zero given the globals, is left out:
-                # then no noise of the rows is left where the flow is right.
-                fixed = block.distribution(encoding, theta.detach(), rows).log_prob(latent.detach())
-                pyro.factor(f"{name}_path", fixed.detach() - fixed, has_rsample=True)
         values, centring = {}, block.centre(encoding, rows)
         for name, u in block.split(latent, rows).items():
             coordinates = Coordinates(run.trace.nodes[name], run.reference.nodes[name])
@@ -410,6 +409,16 @@ class AutoAmortizedFlow(BuiltLate):
         draws = self.sample(1000, *args, **kwargs)
         levels = torch.as_tensor(quantiles).to(self._nothing)
         return {name: value.quantile(levels, dim=0) for name, value in draws.items()}
+
+
+def _has_rows(trace: Any, plates: Mapping[str, Any]) -> bool:
+    """Whether the plates of a guide have the rows of a trace: the very tensors, so that no values
+    are read."""
+    return all(
+        plate.indices is trace.nodes[name]["value"]
+        for name, plate in plates.items()
+        if name in trace.nodes
+    )
 
 
 def _check_plates(plates: Any) -> list[str] | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions.score_parts import ScoreParts
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.distributions import biject_to
 
 from .._checks import call_factory
 from .._wording import unstopped
+from ..distributions import FlowDistribution
 from ..flows import Flow, RealNVP
 from ..flows.flow import register_parameters
 from ..model.rehearsal import frame_of, observed_rows, rows_of
@@ -305,6 +307,38 @@ class Function(nn.Module):
         return self.function(*values)
 
 
+class RowsGivenGlobals(FlowDistribution):
+    r"""The distribution of rows given globals, of which an ELBO gets the path gradient.
+
+    The score of the flow's parameters, :math:`\nabla_\phi \log q_\phi(x \mid \theta)` at a fixed
+    :math:`x`, of mean zero given the globals :math:`\theta`, is left out: then no noise of the rows
+    is left where the flow is right. What goes by the globals, which are draws as well, stays.
+
+    Args:
+        distribution: The distribution.
+        fixed: The same distribution, without a graph of the globals.
+    """
+
+    def __init__(self, distribution: FlowDistribution, fixed: FlowDistribution) -> None:
+        self.fixed = fixed
+        super().__init__(distribution.base_dist, distribution.transform, validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> RowsGivenGlobals:
+        new = self._get_checked_instance(RowsGivenGlobals, _instance)
+        new.fixed = self.fixed
+        super().expand(batch_shape, _instance=new)
+        return new
+
+    def score_parts(self, x: Tensor, *args: Any, **kwargs: Any) -> ScoreParts:
+        """The terms of Pyro's gradient estimators; the bounds that take them apart from the log
+        density are those whose gradient may do without the score."""
+        parts = super().score_parts(x, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return parts
+        fixed = self.fixed.log_prob(x.detach())
+        return parts._replace(entropy_term=parts.log_prob - fixed + fixed.detach())
+
+
 class RowBlock(PyroModule):
     r"""The latent sites of each row of a plate, given the row's data and the globals.
 
@@ -355,7 +389,7 @@ class RowBlock(PyroModule):
             _check_index(values[0], self.plate, len(table.values))
         return self.encoder(values)
 
-    def distribution(self, encoding: Tensor, theta: Tensor, rows: Rows) -> Any:
+    def distribution(self, encoding: Tensor, theta: Tensor, rows: Rows) -> FlowDistribution:
         """The distribution of the rows' entries.
 
         Args:
@@ -367,10 +401,17 @@ class RowBlock(PyroModule):
             A distribution of batch shape ``(*draws, rows, *1)``, with the rows in the plate's
             dimension.
         """
+        distribution: FlowDistribution = self.flow(self._context(encoding, theta, rows))
+        if not self.has_path_gradient:
+            return distribution
+        return RowsGivenGlobals(
+            distribution, self.flow(self._context(encoding, theta.detach(), rows))
+        )
+
+    def _context(self, encoding: Tensor, theta: Tensor, rows: Rows) -> Tensor:
         placed = _in_dimension(encoding, rows.dim)
         batch = torch.broadcast_shapes(placed.shape[:-1], theta.shape[:-1])
-        context = torch.cat([each.expand(*batch, each.shape[-1]) for each in (placed, theta)], -1)
-        return self.flow(context)
+        return torch.cat([each.expand(*batch, each.shape[-1]) for each in (placed, theta)], -1)
 
     def centre(self, encoding: Tensor, rows: Rows) -> dict[str, Tensor]:
         """How far the coordinates of each site stay where they are when its prior moves."""

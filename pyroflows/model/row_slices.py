@@ -174,8 +174,8 @@ class RowSlices:
             return self._along[operands[0]] is None
         if name == "cat":
             dim: Any = node.args[1] if len(node.args) > 1 else 0
-            return len(given) == len(node.all_input_nodes) and bool(dim != own)
-        return name == "gather" and len(given) == 2 and bool(operands[1] != own)
+            return len(given) == len(node.all_input_nodes) and dim % len(_shape(node)) != own
+        return name == "gather" and len(given) == 2 and operands[1] % len(_shape(node)) != own
 
     def _of(self, node: Node) -> int:
         dim = self._along[node]

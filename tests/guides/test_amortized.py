@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyroflows as pf
 from pyroflows.nn import RowEncoder, RowSource
+from pyroflows.train import objectives
 
 ROWS, PART = 20, 4
 
@@ -263,12 +264,20 @@ def test_it_reaches_a_conjugate_posterior_by_parts_of_the_rows() -> None:
     torch.testing.assert_close(draws.std(0), torch.full((ROWS,), 0.5**0.5), atol=0.05, rtol=0.0)
 
 
-def test_at_the_posterior_no_noise_reaches_the_flow_of_the_rows() -> None:
+BOUNDS: list[Any] = [
+    (Trace_ELBO, 5),
+    (objectives.PathELBO, 5),
+    (objectives.ImportanceWeightedBound, ROWS),
+]
+
+
+@pytest.mark.parametrize(("loss", "part"), BOUNDS)
+def test_at_the_posterior_no_noise_reaches_the_flow_of_the_rows(loss: Any, part: int) -> None:
     """There each draw's path gradient is zero, whichever rows are seen."""
     y = torch.linspace(-2.0, 2.0, ROWS).double()
 
     def model(y: Tensor) -> None:
-        with pyro.plate("rows", ROWS, subsample_size=5) as rows:
+        with pyro.plate("rows", ROWS, subsample_size=part) as rows:
             z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=y.dtype), 1.0))
             pyro.sample("y", dist.Normal(z, 1.0), obs=y[rows])
 
@@ -283,7 +292,7 @@ def test_at_the_posterior_no_noise_reaches_the_flow_of_the_rows() -> None:
         raw = bound * math.atanh(-0.5 * math.log(2.0) / bound)
         head.conditioner.start_at(torch.tensor([raw, 0.0], dtype=y.dtype))
         head.conditioner.linear.weight[1] = 0.5
-    Trace_ELBO().loss_and_grads(model, guide, y)
+    loss(num_particles=3).loss_and_grads(model, guide, y)
     largest = [float(p.grad.abs().max()) for p in guide.blocks[0].flow.parameters()]
     assert max(largest) < 1e-9
 

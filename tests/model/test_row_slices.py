@@ -7,10 +7,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyroflows.model import LogDensity
 from pyroflows.model.curvature import differentiate, multiply_hessian, slice_rows
 from pyroflows.model.double import DoubleDensity
+from pyroflows.model.row_slices import find_row_slices
 
 ROWS = 60_000
 INDEX = torch.arange(ROWS) % 7
@@ -107,6 +109,17 @@ def by_spread(x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("model", [by_order, by_spread])
 def test_what_is_no_sum_over_rows_is_not_sliced(model: Callable[..., None]) -> None:
     assert len(DoubleDensity(LogDensity(model, data()), 8).parts) == 1
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_what_gathers_from_other_rows_is_not_sliced(dim: int) -> None:
+    order = torch.arange(ROWS).flip(0)
+
+    def total(points: Tensor, x: Tensor, order: Tensor) -> tuple[Tensor]:
+        return (((points * x).gather(dim, order.expand(len(points), -1)) * x).sum(-1),)
+
+    graph = make_fx(total, tracing_mode="fake")(torch.ones(2, 1), torch.ones(ROWS), order)
+    assert find_row_slices(graph) is None
 
 
 def test_more_points_are_taken_at_once_by_slices() -> None:
