@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -194,9 +195,11 @@ def _pattern(shape: Sequence[int]) -> str:
     return "(" + ", ".join(["*", *map(str, shape)]) + ")"
 
 
-def plain(name: Any) -> Any:
-    """Returns a string in the place of one of a subclass, as those of numpy and of enumerations."""
-    return str.__str__(name) if isinstance(name, str) else name
+def plain(value: Any) -> Any:
+    """Returns a string or a number of Python in the place of one of numpy or of an enumeration."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def count(number: int, noun: str) -> str:
