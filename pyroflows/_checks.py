@@ -48,6 +48,18 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_function(name: str, value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` is ``None`` or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"Expected {name} to be a function; got {value!r}.")
+
+
+def check_model(value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` can be called, as a model."""
+    if not callable(value):
+        raise TypeError(f"Expected model to be a callable with Pyro statements; got {value!r}.")
+
+
 def call_factory(name: str, factory: Callable[..., Any], like: str, **arguments: Any) -> Any:
     """Calls a callable of the user's, which takes certain positional arguments.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._budget import at_most
-from .._checks import caller_level
+from .._checks import caller_level, check_model
 from .._random import forked
 from .._schema import Numbers, Plain, Range
 from .._spec import own_error
@@ -97,8 +97,7 @@ def load_posterior(
         ...     pf.load_posterior(f"{folder}/x.pt", model).verdict.ok
         True
     """
-    if not callable(model):
-        raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+    check_model(model)
     state = read_state(path, Saved)
     density = _make_density(model, args, kwargs, state, path)
     made = _make_guide(guide, density, state, path)

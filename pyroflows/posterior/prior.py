@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from .._checks import check_tensor
+from .._checks import check_model, check_tensor
 from .._random import seeded
 from ..distributions import FlowDistribution
 from ..flows import Flow
@@ -175,8 +175,7 @@ class Replaced:
     """A model with another prior of some sites; see :meth:`SitesPrior.replace`."""
 
     def __init__(self, prior: SitesPrior, model: Callable[..., Any], name: str) -> None:
-        if not callable(model):
-            raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+        check_model(model)
         if not isinstance(name, str):
             raise TypeError(f"Expected name to be a string; got {name!r}.")
         if name in [site.name for site in prior.sites]:
