@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,31 @@ def check_model(value: Any) -> None:
     """Raises ``TypeError`` unless ``value`` can be called, as a model."""
     if not callable(value):
         raise TypeError(f"Expected model to be a callable with Pyro statements; got {value!r}.")
+
+
+def check_executor(executor: Any) -> Executor | None:
+    """Returns an executor of processes, or ``None``.
+
+    Args:
+        executor: What a user has given.
+
+    Raises:
+        TypeError: If it is no executor.
+        ValueError: If it runs threads: they would share Pyro's handlers and random states.
+    """
+    if executor is None:
+        return None
+    if not (isinstance(executor, Executor) or callable(getattr(executor, "submit", None))):
+        raise TypeError(
+            "Expected executor to be one of concurrent.futures, such as ProcessPoolExecutor(4); "
+            f"got {executor!r}."
+        )
+    if isinstance(executor, ThreadPoolExecutor):
+        raise ValueError(
+            "Expected an executor of processes, because Pyro's handlers and parameters are shared "
+            "by all threads; got a ThreadPoolExecutor."
+        )
+    return executor
 
 
 def call_factory(name: str, factory: Callable[..., Any], like: str, **arguments: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._archive import UnreadableError, read_archive, write_archive
-from .._checks import caller_level, check_seed, check_size
+from .._checks import caller_level, check_executor, check_seed, check_size
 from .._deadline import Deadline
 from .._files import check_path, check_writable, reason
 from .._schema import Range, check_form
@@ -111,8 +111,8 @@ def simulate(
         args: Positional arguments of a model.
         kwargs: Its keyword arguments.
         data: Names of the model's sites that are data; those with ``obs`` by default.
-        executor: Runs the simulations: any executor of ``concurrent.futures``, or one with its
-            interface. Without one they run here.
+        executor: Runs the simulations: an executor of processes of ``concurrent.futures``, or one
+            with its interface. Without one they run here.
         path: A file that is written every few seconds, and from which simulations that were killed
             go on.
         failing: Largest share of simulations that may fail: raise an error, or return numbers that
@@ -175,10 +175,8 @@ class SimulationRun:
             raise TypeError(f"Expected failing to be a number; got {failing!r}.")
         if not 0 <= failing < 1:
             raise ValueError(f"Expected failing to be at least 0 and less than 1; got {failing}.")
-        if executor is not None and not hasattr(executor, "submit"):
-            raise TypeError(f"Expected executor with a method submit; got {executor!r}.")
         self.simulator, self.total, self.seed = simulator, total, check_seed(seed)
-        self.executor, self.failing = executor, float(failing)
+        self.executor, self.failing = check_executor(executor), float(failing)
         self.file = None if path is None else SimulationFile(path, self.seed)
         self._results: list[Outcome | str] = [] if self.file is None else self.file.read()
         self._from_prior, self._at = (0, {}) if self.file is None else self.file.source

@@ -270,7 +270,8 @@ class LearnedLikelihood(nn.Module):
             names = ", ".join(map(repr, self.shapes))
             raise ValueError(f"Expected observations by the names {names}; got {list(named)}.")
         for name, shape in self.shapes.items():
-            if check_tensor(name, named[name], shape).dim() != 1 + len(shape):
+            value = check_tensor(name, named[name], shape)
+            if value.dim() != 1 + len(shape) or not len(value):
                 sizes = ", ".join(["n", *map(str, shape)])
                 raise ValueError(
                     f"Expected {name} of shape ({sizes}); got {tuple(named[name].shape)}."

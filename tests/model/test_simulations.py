@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -203,8 +203,11 @@ def test_what_the_executor_cannot_run_is_told() -> None:
     pool = ProcessPoolExecutor(1, mp_context=get_context("fork"))
     with pool, pytest.raises(ValueError, match="simulator that the executor can run"):
         pf.simulate(lambda theta: theta, PRIOR, 10, executor=pool)
-    with pytest.raises(TypeError, match="executor with a method submit; got 3"):
+    with pytest.raises(TypeError, match=r"executor to be one of concurrent.futures, .* got 3"):
         pf.simulate(noisy, PRIOR, 10, executor=3)  # type: ignore[arg-type]
+    threads = ThreadPoolExecutor(1)  # which would share Pyro's handlers and the random states
+    with threads, pytest.raises(ValueError, match=r"an executor of processes, .* ThreadPool"):
+        pf.simulate(noisy, PRIOR, 10, executor=threads)
 
 
 def factored() -> None:

@@ -64,6 +64,7 @@ def test_same_seed_same_likelihood() -> None:
         (torch.zeros(3), "observations by the names 'a', 'b'"),
         ({"a": torch.zeros(3), "b": torch.zeros(3)}, r"b of shape \(\*, 2\); got \(3,\)"),
         ({"a": torch.zeros(()), "b": torch.zeros(3, 2)}, r"a of shape \(n\); got \(\)"),
+        ({"a": torch.zeros(0), "b": torch.zeros(0, 2)}, r"a of shape \(n\); got \(0,\)"),
     ],
 )
 def test_bad_observations_are_told(likelihood: LearnedLikelihood, x: Any, sentence: str) -> None:
