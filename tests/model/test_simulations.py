@@ -221,9 +221,16 @@ def improper() -> None:
     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.0))
 
 
+def subsampled() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 6, subsample_size=2):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ({"simulator": subsampled}, "plate 'rows' with 2 of 6. Leave out its subsample_size"),
         ({"simulator": model}, "obs sites, or data= with the names .* mu, y and none observed"),
         ({"simulator": model, "data": ["z"]}, r"sample sites of the model \(mu, y\); got 'z'"),
         ({"simulator": model, "data": "y"}, "data to be a sequence of names"),
