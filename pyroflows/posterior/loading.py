@@ -21,6 +21,7 @@ from ..guides import Guide, as_guide, from_spec
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
+from ..model.simulator import GivenData
 from .files import damaged, describe_sites, read_state, reading
 from .fingerprint import Fingerprint, take_fingerprint
 from .posterior import Attempt, Posterior
@@ -41,6 +42,7 @@ class Saved(TypedDict):
     guide: dict[str, Plain]
     parameters: Numbers
     arguments: tuple[list[Plain], dict[str, Plain]] | None
+    given_data: bool
     fingerprint: Fingerprint
     verdict: Verdict
     trajectories: Annotated[int, Range(0, 1000)]
@@ -142,6 +144,8 @@ def _density_of_file(model: Callable[..., Any], state: Mapping[str, Any], path: 
             "got neither."
         )
     args, kwargs = state["arguments"]
+    if state["given_data"]:
+        model = GivenData(model)
     try:
         return log_density_of(model, *check_arguments(args, kwargs)).full
     except TypeError as error:
