@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,43 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"Expected {name} to be True or False; got {value!r}.")
     return value
+
+
+def check_function(name: str, value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` is ``None`` or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"Expected {name} to be a function; got {value!r}.")
+
+
+def check_model(value: Any) -> None:
+    """Raises ``TypeError`` unless ``value`` can be called, as a model."""
+    if not callable(value):
+        raise TypeError(f"Expected model to be a callable with Pyro statements; got {value!r}.")
+
+
+def check_executor(executor: Any) -> Executor | None:
+    """Returns an executor of processes, or ``None``.
+
+    Args:
+        executor: What a user has given.
+
+    Raises:
+        TypeError: If it is no executor.
+        ValueError: If it runs threads: they would share Pyro's handlers and random states.
+    """
+    if executor is None:
+        return None
+    if not (isinstance(executor, Executor) or callable(getattr(executor, "submit", None))):
+        raise TypeError(
+            "Expected executor to be one of concurrent.futures, such as ProcessPoolExecutor(4); "
+            f"got {executor!r}."
+        )
+    if isinstance(executor, ThreadPoolExecutor):
+        raise ValueError(
+            "Expected an executor of processes, because Pyro's handlers and parameters are shared "
+            "by all threads; got a ThreadPoolExecutor."
+        )
+    return executor
 
 
 def call_factory(name: str, factory: Callable[..., Any], like: str, **arguments: Any) -> Any:
@@ -194,9 +233,11 @@ def _pattern(shape: Sequence[int]) -> str:
     return "(" + ", ".join(["*", *map(str, shape)]) + ")"
 
 
-def plain(name: Any) -> Any:
-    """Returns a string in the place of one of a subclass, as those of numpy and of enumerations."""
-    return str.__str__(name) if isinstance(name, str) else name
+def plain(value: Any) -> Any:
+    """Returns a string or a number of Python in the place of one of numpy or of an enumeration."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 def count(number: int, noun: str) -> str:

@@ -22,7 +22,7 @@ def forked(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    check_seed(seed)
+    seed = check_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -34,7 +34,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    check_seed(seed)
+    seed = check_seed(seed)
     state = get_rng_state()
     with torch.random.fork_rng():
         _set_seed(seed)

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from .._checks import check_context, check_positive
@@ -88,6 +89,7 @@ class BayesianFlow:
                 context.
 
         Raises:
+            TypeError: If the prior of a parameter is no distribution of Pyro's.
             ValueError: If the prior of a parameter has another shape, the context does not
                 fit, or a plate around the call would make several flows of one.
         """
@@ -115,6 +117,11 @@ class BayesianFlow:
     def _sample(self, name: str, value: Tensor) -> Tensor:
         full = f"{module_name(self.flow)}.{name}"
         fn: Any = self._prior_of(name, value.detach())
+        if not isinstance(fn, TorchDistributionMixin):
+            raise TypeError(
+                f"Expected prior to give a distribution of pyro.distributions for {name!r}; got "
+                f"{fn!r}."
+            )
         if fn.batch_shape + fn.event_shape != value.shape:
             raise ValueError(
                 f"Expected prior to give a distribution of shape {tuple(value.shape)} for "

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from .._checks import check_positive, check_size
+from .._checks import check_function, check_model, check_positive, check_size
 from .._compat import module_name
 from ..distributions.flow import sum_rightmost
 from ..flows import Flow
@@ -43,6 +43,7 @@ from .row_block import (
     RowReader,
     Rows,
     amortized_flow,
+    check_encoder,
     make_encoder,
     plates_of,
 )
@@ -161,8 +162,15 @@ class AutoAmortizedFlow(BuiltLate):
         self._init_scale = check_positive("init_scale", init_scale)
         check_factory("flow", flow)
         check_factory("global_flow", global_flow)
-        if data is not None and not callable(data):
-            raise TypeError(f"Expected data to be a function; got {data!r}.")
+        check_model(model)
+        for name, function in (
+            ("data", data),
+            ("create_plates", create_plates),
+            ("init_loc_fn", init_loc_fn),
+        ):
+            check_function(name, function)
+        for each in encoder.values() if isinstance(encoder, Mapping) else [encoder]:
+            check_encoder(each)
         super().__init__(model, create_plates=create_plates)
         self._init_loc_fn = init_loc_fn
         self._make_flow, self._make_global_flow = flow, global_flow
@@ -205,6 +213,7 @@ class AutoAmortizedFlow(BuiltLate):
         self._depth = max((-frame.dim for frame in plate_frames(trace)), default=0)
         local = _local_sites(nodes, trace, self._chosen_plates)
         inside = {name for names in local.values() for name in names}
+        self._check_encoders(local)
         self._globals = [site for site in sites if site.name not in inside]
         self._own = {site.name for site in self._globals}
         _refuse_masks(sites)
@@ -214,10 +223,20 @@ class AutoAmortizedFlow(BuiltLate):
         self.flow = None
         if len(start):
             self.flow = whitened_flow(self._make_global_flow, start, self._init_scale)
+        self._count = 0
         for plate, names in local.items():
             block = self._make_block(plate, names, trace, args, kwargs, len(start))
             setattr(self, f"rows_{self._count}", block)
             self._count += 1
+
+    def _check_encoders(self, plates: Mapping[str, Any]) -> None:
+        (encoders,) = self._encoders
+        unknown = set(encoders) - set(plates) if isinstance(encoders, Mapping) else ()
+        if unknown:
+            raise ValueError(
+                f"Expected encoder by the plates of rows, {', '.join(map(repr, plates))}; got "
+                f"{next(iter(unknown))!r}."
+            )
 
     def _make_block(
         self,
@@ -242,7 +261,13 @@ class AutoAmortizedFlow(BuiltLate):
             encoder.standardize(*values)
         encoding = Encoding(encoder, plate).to(self._nothing)
         with torch.no_grad():
-            encoded = encoding.encode(values).shape[-1]
+            encodings = encoding.encode(values)
+        if not bool(encodings.isfinite().all()):
+            raise ValueError(
+                f"Expected finite encodings of the rows of plate {plate!r}; got some that are not. "
+                "Mask the data that are missing."
+            )
+        encoded = encodings.shape[-1]
         network = partial(Skip, through=isinstance(encoder, RowTable))
         flow = amortized_flow(self._make_flow, features, encoded + globals_, network)
         return RowBlock(plate, sites, reader, encoding, flow, encoded).to(self._nothing)

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .._checks import call_factory, check_positive
+from .._checks import call_factory, check_function, check_model, check_positive
 from .._random import forked
 from .._spec import build, describe, name_of
 from ..distributions import FlowDistribution
@@ -57,6 +57,8 @@ class FlowGuide(BuiltLate, AutoContinuous, Guide):
         init_scale: float = 0.1,
     ) -> None:
         self._init_scale = check_positive("init_scale", init_scale)
+        check_model(model)
+        check_function("init_loc_fn", init_loc_fn)
         check_factory("flow", flow)
         unrolled = UnrolledLoops()(StartInPlates()(model))
         super().__init__(unrolled, init_loc_fn=init_loc_fn)

@@ -183,7 +183,10 @@ class RowReader:
         if self.data is not None:
             made = self.data(*args, **kwargs)
             many = made if isinstance(made, (tuple, list)) else [made]
-            return [_check_rows("data(*args, **kwargs)", each, rows) for each in many]
+            read = [_check_rows("data(*args, **kwargs)", each, rows) for each in many]
+            # Whole numbers may be what an encoder embeds.
+            dtype = self.like.dtype
+            return [each.to(dtype) if each.is_floating_point() else each for each in read]
         values = [value for _, value in _observed(trace, rows)]
         if not values:
             return None
@@ -283,7 +286,10 @@ class Encoding(PyroModule):
             ) from error
         good = isinstance(result, Tensor) and result.dim() == 2 and len(result) == rows
         if not good or not result.is_floating_point() or not result.shape[-1]:
-            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            got: Any = type(result).__name__
+            if isinstance(result, Tensor):
+                whole = "" if result.is_floating_point() else f" of {result.dtype}"
+                got = f"{tuple(result.shape)}{whole}"
             raise ValueError(
                 f"Expected encoder to give ({rows}, features) for {rows} rows of plate "
                 f"{self.plate!r}; got {got}."
@@ -387,7 +393,8 @@ class RowBlock(PyroModule):
         table = self.encoder.network
         if isinstance(table, RowTable):
             _check_index(values[0], self.plate, len(table.values))
-        return self.encoder(values)
+        like = next(self.centring.parameters())
+        return self.encoder(values).to(like.dtype)
 
     def distribution(self, encoding: Tensor, theta: Tensor, rows: Rows) -> FlowDistribution:
         """The distribution of the rows' entries.
@@ -496,6 +503,14 @@ def default_flow(features: int, context_features: int) -> Flow | Transform:
     return RealNVP(features, context_features, transforms=4, network=network, mixing=None)
 
 
+def check_encoder(chosen: Any) -> None:
+    """Raises ``TypeError`` unless ``chosen`` is what :func:`make_encoder` takes."""
+    if isinstance(chosen, str) and chosen == "rows":
+        return
+    if isinstance(chosen, (str, type)) or not (chosen is None or callable(chosen)):
+        raise TypeError(f"Expected encoder to be a module, 'rows' or None; got {chosen!r}.")
+
+
 def make_encoder(chosen: Any, sources: Sequence[RowSource], rows: Rows, features: int) -> Any:
     """Makes the encoder of a plate from what the user has chosen.
 
@@ -510,10 +525,9 @@ def make_encoder(chosen: Any, sources: Sequence[RowSource], rows: Rows, features
         TypeError: If ``chosen`` is no encoder.
         ValueError: If there is nothing to encode.
     """
-    if isinstance(chosen, str) and chosen == "rows":
+    check_encoder(chosen)
+    if isinstance(chosen, str):
         return RowTable(rows.full_size, 2 * features)
-    if isinstance(chosen, (str, type)) or not (chosen is None or callable(chosen)):
-        raise TypeError(f"Expected encoder to be a module, 'rows' or None; got {chosen!r}.")
     if not sources:
         raise ValueError(
             f"Expected an observed site in plate {rows.plate!r}, whose data are encoded; got none. "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import caller_level, check_device, check_size, check_tensor
+from .._checks import caller_level, check_device, check_model, check_size, check_tensor
 from .._sharing import in_shares
 from . import checks
 from .base import Density
@@ -105,8 +105,7 @@ class LogDensity(RunnableModel, Density):
         batch_size: int = 256,
         device: str | torch.device | None = None,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+        check_model(model)
         if device is not None:
             check_device("device", device)
         data = as_data(args, kwargs, device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._archive import UnreadableError, read_archive, write_archive
-from .._checks import caller_level, check_seed, check_size
+from .._checks import caller_level, check_executor, check_seed, check_size
 from .._deadline import Deadline
 from .._files import check_path, check_writable, reason
 from .._schema import Range, check_form
@@ -23,10 +23,17 @@ from .._wording import unstopped
 from .faults import describe_error
 from .simulator import FailedCallError, Outcome, Simulator, Values, as_simulator
 
-__all__ = ["Failure", "SimulationRun", "Simulations", "simulate", "warn_of_failures"]
+__all__ = [
+    "Failure",
+    "SimulationRun",
+    "Simulations",
+    "check_parameters",
+    "simulate",
+    "warn_of_failures",
+]
 
 FORMAT = 1
-#: Simulations that a worker runs between two messages.
+#: Simulations that a worker of an executor runs between two messages.
 CHUNK = 50
 #: If as many at the beginning fail, there is no use in going on.
 FIRST = 10
@@ -104,8 +111,8 @@ def simulate(
         args: Positional arguments of a model.
         kwargs: Its keyword arguments.
         data: Names of the model's sites that are data; those with ``obs`` by default.
-        executor: Runs the simulations: any executor of ``concurrent.futures``, or one with its
-            interface. Without one they run here.
+        executor: Runs the simulations: an executor of processes of ``concurrent.futures``, or one
+            with its interface. Without one they run here.
         path: A file that is written every few seconds, and from which simulations that were killed
             go on.
         failing: Largest share of simulations that may fail: raise an error, or return numbers that
@@ -168,49 +175,70 @@ class SimulationRun:
             raise TypeError(f"Expected failing to be a number; got {failing!r}.")
         if not 0 <= failing < 1:
             raise ValueError(f"Expected failing to be at least 0 and less than 1; got {failing}.")
-        if executor is not None and not hasattr(executor, "submit"):
-            raise TypeError(f"Expected executor with a method submit; got {executor!r}.")
         self.simulator, self.total, self.seed = simulator, total, check_seed(seed)
-        self.executor, self.failing = executor, float(failing)
-        self.file = None if path is None else SimulationFile(path, seed)
+        self.executor, self.failing = check_executor(executor), float(failing)
+        self.file = None if path is None else SimulationFile(path, self.seed)
         self._results: list[Outcome | str] = [] if self.file is None else self.file.read()
+        self._from_prior, self._at = (0, {}) if self.file is None else self.file.source
         self._failures = len(list(_failures(self._results)))
         if self._results:
             self._check_file()
 
-    def extend(self, count: int, theta: Values | None = None) -> Simulations:
+    def extend(
+        self, count: int, theta: Values | None = None, at: Values | None = None
+    ) -> Simulations:
         """Goes on until there are as many simulations.
 
         Args:
             count: How many in all, those that were there before among them.
             theta: For each parameter the values of those that are new, of shape ``(m, *shape)``,
                 the last of ``count``; draws from the prior if ``None``.
+            at: The data for which these parameters were chosen.
 
         Returns:
             The first ``count`` simulations, without those that failed.
+
+        Raises:
+            ValueError: If too many fail, or the file has some for other data.
         """
+        self._check_source(count, at)
         first = len(self._results)
         offset = count - (0 if theta is None else len(next(iter(theta.values()))))
         due = Deadline(EVERY)
         try:
             for results in self._run(first, count, theta, offset):
-                self._take(results)
+                self._take(results, at)
                 self._check_failures()
-                if self.file is not None and due.passed:
-                    self.file.write(self._results)
+                if due.passed:
+                    self._write()
                     due = Deadline(EVERY)
         finally:
-            if self.file is not None and len(self._results) > first:
-                self.file.write(self._results)
+            if len(self._results) > first:
+                self._write()
         return self._collect(count)
+
+    def _check_source(self, count: int, at: Values | None) -> None:
+        """Refuses results in the file whose parameters were chosen for other data."""
+        chosen = len(self._results) > self._from_prior
+        other = count > self._from_prior if at is None else not _equal(at, self._at)
+        if chosen and other and self.file is not None:
+            raise ValueError(
+                f"Expected a file of simulations from the prior, or for this observation; from "
+                f"number {self._from_prior} on those in {self.file.path!r} are for another."
+            )
+
+    def _write(self) -> None:
+        if self.file is not None:
+            self.file.write(self._results, self._from_prior, self._at)
 
     def _run(
         self, first: int, count: int, theta: Values | None, offset: int
     ) -> Iterator[list[Outcome | str]]:
         """The results of the calls from ``first`` on, chunk by chunk and in order."""
         tasks = []
-        for start in range(first, count, CHUNK):
-            numbers = range(start, min(start + CHUNK, count))
+        size = 1 if self.executor is None else CHUNK
+        for start in range(first, count, size):
+            numbers = range(start, min(start + size, count))
             given = None
             if theta is not None:
                 rows = slice(numbers[0] - offset, numbers[-1] + 1 - offset)
@@ -233,7 +261,7 @@ class SimulationRun:
             for future in futures:
                 future.cancel()
 
-    def _take(self, results: Sequence[Outcome | str]) -> None:
+    def _take(self, results: Sequence[Outcome | str], at: Values | None) -> None:
         """Keeps results, of which those of another shape than the first have failed."""
         for result in results:
             like = next((known for known in self._results if not isinstance(known, str)), None)
@@ -243,6 +271,10 @@ class SimulationRun:
             self._results.append(odd or result)
             if isinstance(self._results[-1], str):
                 self._failures += 1
+        if at is None:
+            self._from_prior = len(self._results)
+        else:
+            self._at = at
 
     def _check_file(self) -> None:
         """Refuses a file of another simulator, by its first simulation."""
@@ -280,6 +312,21 @@ def warn_of_failures(simulations: Simulations) -> None:
             f"{len(failures)} of {len(failures) + len(simulations)} simulations failed and are left "
             f"out, at first {failures[0].sentence}.",
             stacklevel=caller_level(),
+        )
+
+
+def check_parameters(simulations: Simulations, shapes: Mapping[str, torch.Size]) -> None:
+    """Raises ``ValueError`` unless simulations have some parameters.
+
+    Args:
+        simulations: What a user hands in.
+        shapes: The shapes of the parameters by name.
+    """
+    got = {name: value.shape[1:] for name, value in simulations.theta.items()}
+    if any(got.get(name) != shape for name, shape in shapes.items()):
+        raise ValueError(
+            f"Expected simulations of this simulator, given {_listed(shapes)}; got those given "
+            f"{_listed(got)}."
         )
 
 
@@ -354,8 +401,11 @@ def _stacked(values: Sequence[Values]) -> Values:
 
 def _shapes(values: Values) -> str:
     """The names of some tensors, with their shapes."""
-    shapes = {name: list(value.shape) for name, value in values.items()}
-    return ", ".join(f"{name}{shape or ''}" for name, shape in shapes.items())
+    return _listed({name: value.shape for name, value in values.items()})
+
+
+def _listed(shapes: Mapping[str, torch.Size]) -> str:
+    return ", ".join(f"{name}{list(shape) or ''}" for name, shape in shapes.items())
 
 
 def _same(a: Outcome | str, b: Outcome | str) -> bool:
@@ -370,6 +420,10 @@ def _same(a: Outcome | str, b: Outcome | str) -> bool:
     )
 
 
+def _equal(a: Values, b: Values) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 class Saved(TypedDict):
     """The fields of a file, each with what may stand there."""
 
@@ -380,6 +434,8 @@ class Saved(TypedDict):
     theta: dict[str, Tensor]
     x: dict[str, Tensor]
     failures: list[tuple[int, str]]
+    from_prior: Annotated[int, Range(0)]
+    at: dict[str, Tensor]
 
 
 class SimulationFile:
@@ -389,6 +445,10 @@ class SimulationFile:
         path: Where it is; it need not exist.
         seed: The seed of the simulations.
 
+    Attributes:
+        source: Of those that were read, how many have parameters from the prior, and the data for
+            which those of the others were chosen.
+
     Raises:
         TypeError: If ``path`` is no path.
         ValueError: If it cannot be written.
@@ -396,6 +456,7 @@ class SimulationFile:
 
     def __init__(self, path: str | PathLike[str], seed: int) -> None:
         self.path, self.seed = check_path("path", path), seed
+        self.source: tuple[int, Values] = (0, {})
         try:
             check_writable(self.path)
         except OSError as error:
@@ -423,10 +484,17 @@ class SimulationFile:
                 f"Expected simulations of format {FORMAT} with seed {self.seed}; {self.path!r} has "
                 f"format {content['format']} and seed {content['seed']}."
             )
+        self.source = content["from_prior"], content["at"]
         return _unpacked(content)
 
-    def write(self, results: Sequence[Outcome | str]) -> None:
-        """Writes results; a file that was there stays if there is no room."""
+    def write(self, results: Sequence[Outcome | str], from_prior: int, at: Values) -> None:
+        """Writes results; a file that was there stays if there is no room.
+
+        Args:
+            results: The results, in order.
+            from_prior: How many of them have parameters from the prior.
+            at: The data for which those of the others were chosen.
+        """
         good = [(n, result) for n, result in enumerate(results) if not isinstance(result, str)]
         content = {
             "format": FORMAT,
@@ -436,6 +504,8 @@ class SimulationFile:
             "theta": _stacked([outcome.theta for _, outcome in good]) if good else {},
             "x": _stacked([outcome.x for _, outcome in good]) if good else {},
             "failures": [list(failure) for failure in _failures(results)],
+            "from_prior": from_prior,
+            "at": dict(at),
         }
         try:
             write_archive(content, self.path)

@@ -17,7 +17,7 @@ from .._random import seeded
 from .checks import check_arguments, check_call
 from .density import LogDensity
 from .faults import describe_error, explained
-from .sites import is_discrete, is_factor, is_improper, sample_nodes, site_plates
+from .sites import is_discrete, is_factor, is_improper, plate_frames, sample_nodes, site_plates
 
 __all__ = [
     "FailedCallError",
@@ -146,6 +146,7 @@ class ModelSimulator(Simulator):
         with seeded(0), torch.no_grad(), poutine.block(), explained():
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         sites = dict(sample_nodes(trace))
+        _check_all_rows(trace)
         for name, node in sites.items():
             _check_drawable(name, node)
         names = data if data is not None else [n for n, s in sites.items() if s["is_observed"]]
@@ -173,7 +174,7 @@ class ModelSimulator(Simulator):
         tracer = poutine.trace(model)
         try:
             sites = dict(sample_nodes(tracer.get_trace(*self.args, **self.kwargs)))
-            x = {name: as_values(sites[name]["value"]) for name in self.names}
+            x = {name: as_values(name, sites[name]["value"]) for name in self.names}
         except Exception as error:
             raise FailedCallError(self._latent(tracer.trace), error) from error
         return Outcome(self._latent(tracer.trace), x)
@@ -214,6 +215,10 @@ class ModelSimulator(Simulator):
         return torch.as_tensor(trace.log_prob_sum()), plates[0] is not None
 
     def density(self, x: Mapping[str, Tensor]) -> LogDensity:
+        if set(x) != set(self.names):
+            raise ValueError(
+                f"Expected data of the sites {', '.join(self.names)}; got those of {', '.join(x)}."
+            )
         return LogDensity(GivenData(self.model), (dict(x), *self.args), self.kwargs)
 
 
@@ -268,9 +273,13 @@ class FunctionSimulator(Simulator):
     def _run(self, theta: Mapping[str, Tensor] | None) -> Outcome:
         given = self.prior() if theta is None else dict(theta)
         try:
-            result = self.function(given[PARAMETER].clone() if self._single else dict(given))
+            # A function may change its arguments in place.
+            own = {name: value.clone() for name, value in given.items()}
+            result = self.function(own[PARAMETER] if self._single else own)
             named = result if isinstance(result, Mapping) else {DATA: result}
-            x = {str(name): as_values(value) for name, value in named.items()}
+            x = {str(name): as_values(str(name), value) for name, value in named.items()}
+            if not x:
+                raise ValueError("Expected data; got an empty dictionary.")
         except Exception as error:
             raise FailedCallError(given, error) from error
         return Outcome(given, x)
@@ -353,12 +362,28 @@ def as_simulator(
         raise TypeError(f"{error} A function of parameters needs prior=.") from error
 
 
-def as_values(value: Any) -> Tensor:
-    """Returns numbers as a floating-point tensor without a graph."""
-    tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+def as_values(name: str, value: Any) -> Tensor:
+    """Returns data of a name as a floating-point tensor without a graph."""
+    try:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError):  # what is no number, or rows of several lengths
+        raise TypeError(
+            f"Expected {name} to be a tensor or an array of numbers; got {value!r:.60}."
+        ) from None
     if tensor.is_complex():
-        raise TypeError(f"Expected data that are real numbers; got {tensor.dtype}.")
+        raise TypeError(f"Expected {name} to consist of real numbers; got {tensor.dtype}.")
+    if not tensor.numel():
+        raise ValueError(f"Expected {name} to have entries; got shape {tuple(tensor.shape)}.")
     return tensor.to(torch.get_default_dtype()).clone()
+
+
+def _check_all_rows(trace: Any) -> None:
+    for frame in plate_frames(trace):
+        if frame.full_size is not None and frame.full_size != frame.size:
+            raise ValueError(
+                f"Expected a model that draws all its rows; got plate {frame.name!r} with "
+                f"{frame.size} of {frame.full_size}. Leave out its subsample_size."
+            )
 
 
 def _check_drawable(name: str, node: dict[str, Any]) -> None:

@@ -179,7 +179,8 @@ def fit_amortized(
     amortized = learner.learn(run.extend(shares[0]))
     for number, total in enumerate(shares[1:], 1):
         theta = amortized.propose(observation, total - shares[number - 1], seed + number)
-        amortized = learner.learn(run.extend(total, theta), observation)
+        at = amortized.layout.read(observation)
+        amortized = learner.learn(run.extend(total, theta, at), observation)
     warn_of_failures(amortized.simulations)
     return amortized
 
@@ -268,6 +269,8 @@ class Learner:
         if isinstance(given, nn.Module):
             return copy.deepcopy(given)
         if given is not None:
+            if not isinstance(given, str):
+                raise TypeError(f"Expected context to be a module or a name; got {given!r}.")
             check_choice("context", given, ("vector", "set", "series"))
         if given in ("set", "series") and not layout.shape:
             raise ValueError(f"Expected data with rows for context={given!r}; got single numbers.")

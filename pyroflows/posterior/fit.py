@@ -12,7 +12,14 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .._checks import caller_level, check_device, check_flag, check_positive, check_size
+from .._checks import (
+    caller_level,
+    check_device,
+    check_flag,
+    check_model,
+    check_positive,
+    check_size,
+)
 from .._compat import record_operations, without_handlers
 from .._deadline import Deadline
 from .._random import forked, seeded
@@ -165,8 +172,7 @@ def fit_posterior(
         >>> posterior.sample(10)["x"].shape
         torch.Size([10, 2])
     """
-    if not callable(model):
-        raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+    check_model(model)
     check_size("steps", steps, least=0)
     if time_limit is not None:
         check_positive("time_limit", time_limit)

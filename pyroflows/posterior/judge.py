@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from .._checks import check_positive, check_size
+from .._checks import check_model, check_positive, check_size
 from .._compat import without_handlers
 from .._deadline import Deadline, TimeOver
 from .._random import forked, seeded
@@ -78,8 +78,7 @@ def judge(
         >>> posterior.verdict.ok, posterior.verdict.failed[0].name
         (False, 'census')
     """
-    if not callable(model):
-        raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+    check_model(model)
     check_size("draws", draws)
     deadline = Deadline(None if time_limit is None else check_positive("time_limit", time_limit))
     with seeded(seed), without_handlers():

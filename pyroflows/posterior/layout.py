@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._compat import without_handlers
 from .._random import forked
-from ..model.simulations import Simulations
+from ..model.simulations import Simulations, check_parameters
 from ..model.simulator import Simulator, as_values
 
 __all__ = ["Layout"]
@@ -40,6 +40,7 @@ class Layout:
         first = {name: value[0] for name, value in simulations.x.items()}
         with without_handlers(), forked(0):
             density = simulator.density(first)
+        check_parameters(simulations, {site.name: site.shape for site in density.sites})
         return cls(density, {name: value.shape for name, value in first.items()})
 
     @property
@@ -70,7 +71,7 @@ class Layout:
                 f"Expected data by the names {names}; got "
                 f"{', '.join(map(repr, named)) if isinstance(x, Mapping) else 'one value'}."
             )
-        values = {name: as_values(named[name]) for name in self.shapes}
+        values = {name: as_values(name, named[name]) for name in self.shapes}
         for name, value in values.items():
             shape = tuple(self.shapes[name])
             if tuple(value.shape) != shape:

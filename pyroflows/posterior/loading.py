@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .._budget import at_most
-from .._checks import caller_level
+from .._checks import caller_level, check_model
 from .._random import forked
 from .._schema import Numbers, Plain, Range
 from .._spec import own_error
@@ -21,6 +21,7 @@ from ..guides import Guide, as_guide, from_spec
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
+from ..model.simulator import GivenData
 from .files import damaged, describe_sites, read_state, reading
 from .fingerprint import Fingerprint, take_fingerprint
 from .posterior import Attempt, Posterior
@@ -41,6 +42,7 @@ class Saved(TypedDict):
     guide: dict[str, Plain]
     parameters: Numbers
     arguments: tuple[list[Plain], dict[str, Plain]] | None
+    given_data: bool
     fingerprint: Fingerprint
     verdict: Verdict
     trajectories: Annotated[int, Range(0, 1000)]
@@ -97,8 +99,7 @@ def load_posterior(
         ...     pf.load_posterior(f"{folder}/x.pt", model).verdict.ok
         True
     """
-    if not callable(model):
-        raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+    check_model(model)
     state = read_state(path, Saved)
     density = _make_density(model, args, kwargs, state, path)
     made = _make_guide(guide, density, state, path)
@@ -143,6 +144,8 @@ def _density_of_file(model: Callable[..., Any], state: Mapping[str, Any], path: 
             "got neither."
         )
     args, kwargs = state["arguments"]
+    if state["given_data"]:
+        model = GivenData(model)
     try:
         return log_density_of(model, *check_arguments(args, kwargs)).full
     except TypeError as error:

@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from .._checks import check_model, check_tensor
 from .._random import seeded
 from ..distributions import FlowDistribution
 from ..flows import Flow
@@ -143,8 +144,12 @@ class SitesPrior(FlowDistribution):
 
         Returns:
             For each site a tensor of shape ``(*, *site_shape)``.
+
+        Raises:
+            TypeError: If ``value`` is no tensor.
+            ValueError: If it is of another shape.
         """
-        return OnSites(self.sites).split(value)
+        return OnSites(self.sites).split(check_tensor("value", value, self.event_shape))
 
     def replace(self, model: Callable[..., Any], name: str = "prior") -> Callable[..., Any]:
         """Makes a model in which this prior takes the place of those of its sites.
@@ -159,7 +164,9 @@ class SitesPrior(FlowDistribution):
             The model.
 
         Raises:
-            ValueError: When the model is run, if it has a site of another shape.
+            TypeError: If ``model`` is no callable, or ``name`` no string.
+            ValueError: If ``name`` is that of one of the sites; when the model is run, if it has
+                one of another shape, observes one, or lacks one.
         """
         return Replaced(self, model, name)
 
@@ -168,15 +175,25 @@ class Replaced:
     """A model with another prior of some sites; see :meth:`SitesPrior.replace`."""
 
     def __init__(self, prior: SitesPrior, model: Callable[..., Any], name: str) -> None:
-        if not callable(model):
-            raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+        check_model(model)
+        if not isinstance(name, str):
+            raise TypeError(f"Expected name to be a string; got {name!r}.")
+        if name in [site.name for site in prior.sites]:
+            raise ValueError(f"Expected a name that none of the prior's sites has; got {name!r}.")
         self.prior, self.model, self.name = prior, model, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model."""
         values = self.prior.split(pyro.sample(self.name, self.prior))
-        with _Deterministic(values):
-            return self.model(*args, **kwargs)
+        with _Deterministic(values) as replaced:
+            result = self.model(*args, **kwargs)
+        lacking = sorted(set(values) - replaced.seen)
+        if lacking:
+            raise ValueError(
+                f"Expected a model with the sites of its prior, {', '.join(values)}; it has no "
+                f"{lacking[0]!r}."
+            )
+        return result
 
 
 class _Deterministic(Messenger):
@@ -185,10 +202,17 @@ class _Deterministic(Messenger):
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
+        self.seen: set[str] = set()
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] not in self.values:
             return
+        if msg["is_observed"]:
+            raise ValueError(
+                f"Expected {msg['name']!r} to be latent in the model, because it has a prior; got "
+                "it observed."
+            )
+        self.seen.add(msg["name"])
         value, event_dim = self.values[msg["name"]], msg["fn"].event_dim
         shape = msg["fn"].shape()
         if value.shape[max(0, value.dim() - len(shape)) :] != shape:

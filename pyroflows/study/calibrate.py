@@ -230,9 +230,10 @@ def _make_tasks(
     points = [_flat(simulation.parameters, shapes) for simulation in drawn]
     references = np.stack([_flat(simulation.parameters, shapes) for simulation in further])
     scale, active = _spread(references), _active(simulator, shapes)
-    data = np.stack([_flat(simulation.data) for simulation in further])
+    kinds = {name: tuple(torch.as_tensor(v).shape) for name, v in drawn[0].data.items()}
+    data = np.stack([_flat(simulation.data, kinds) for simulation in further])
     unit = _spread(data)
-    nearest = [_nearest(_flat(simulation.data), data, unit) for simulation in drawn]
+    nearest = [_nearest(_flat(simulation.data, kinds), data, unit) for simulation in drawn]
     return {
         str(i): Task(
             model=simulator.given(simulation.data),
@@ -256,17 +257,16 @@ def _seed(seed: int, stream: int, i: int) -> int:
     return int(np.random.SeedSequence([seed, stream, i]).generate_state(1)[0])
 
 
-def _flat(
-    values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> np.ndarray:
+def _flat(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> np.ndarray:
     """The entries of some sites, one after the other."""
-    for name, shape in (shapes or {}).items():
-        if tuple(values[name].shape) != shape:
+    tensors = {name: torch.as_tensor(values[name]) for name in shapes}
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
             raise ValueError(
-                f"Expected parameters of one shape in every draw of the model; {name!r} was of "
-                f"shape {shape} in one and {tuple(values[name].shape)} in another."
+                f"Expected sites of one shape in every draw of the model; {name!r} was of "
+                f"shape {shape} in one and {tuple(tensors[name].shape)} in another."
             )
-    flat = [torch.as_tensor(values[name]).reshape(-1).double() for name in shapes or values]
+    flat = [tensor.reshape(-1).double() for tensor in tensors.values()]
     return torch.cat([entries.cpu() for entries in flat]).numpy()
 
 

@@ -147,10 +147,14 @@ def read_reference(reference: Any, density: LogDensity) -> dict[str, Moments]:
             )
         shape = tuple(site.shape)
         if values.ndim != len(shape) + 1 or values.shape[1:] != shape or len(values) < 2:
+            sizes = ", ".join(["n", *map(str, shape)])
             raise ValueError(
-                f"Expected reference draws of {site.name!r} of shape (*, "
-                f"{', '.join(map(str, shape))}); got {values.shape}."
+                f"Expected two reference draws or more of {site.name!r}, of shape ({sizes}); got "
+                f"{values.shape}."
             )
+        known = values[:, site.active.cpu().numpy()] if shape else values
+        if not np.isfinite(known).all():
+            raise ValueError(f"Expected finite reference draws of {site.name!r}; got some others.")
         found[site.name] = moments(values)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .._checks import list_names
+from .._checks import check_model, list_names
 from .._compat import message_in, without_handlers
 from .._random import seeded
 from ..model.checks import check_arguments, check_call
@@ -116,8 +116,7 @@ class Simulator:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"Expected model to be a callable with Pyro statements; got {model!r}.")
+        check_model(model)
         self.model = model
         self.args, self.kwargs = check_arguments(args, kwargs)
         check_call("the model", model, self.args, self.kwargs)

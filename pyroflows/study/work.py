@@ -6,20 +6,20 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from os import PathLike
 from typing import Any, TypedDict, TypeVar
 
 from tqdm.auto import tqdm
 
 from .._archive import UnreadableError, packed, read_archive, write_archive
-from .._checks import caller_level, check_flag
+from .._checks import caller_level, check_executor, check_flag
 from .._deadline import Deadline
 from .._files import check_path, check_writable, reason
 from .._schema import Plain, check_form
 from .._wording import unstopped
 
-__all__ = ["Ledger", "Running", "check_executor", "check_running", "do_all"]
+__all__ = ["Ledger", "Running", "check_running", "do_all"]
 
 T = TypeVar("T")
 Result = dict[str, Any]
@@ -153,31 +153,6 @@ def check_running(running: Mapping[str, Any]) -> Running:
         "checkpoint": running.get("checkpoint"),
         "progress": check_flag("progress", running.get("progress", True)),
     }
-
-
-def check_executor(executor: Any) -> Executor | None:
-    """Returns an executor of processes, or ``None``.
-
-    Args:
-        executor: What a user has given.
-
-    Raises:
-        TypeError: If it is no executor.
-        ValueError: If it runs threads: they would share Pyro's handlers and random states.
-    """
-    if executor is None:
-        return None
-    if not (isinstance(executor, Executor) or callable(getattr(executor, "submit", None))):
-        raise TypeError(
-            "Expected executor to be one of concurrent.futures, such as ProcessPoolExecutor(4); "
-            f"got {executor!r}."
-        )
-    if isinstance(executor, ThreadPoolExecutor):
-        raise ValueError(
-            "Expected an executor of processes, because Pyro's handlers and parameters are shared "
-            "by all threads; got a ThreadPoolExecutor."
-        )
-    return executor
 
 
 def do_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from numbers import Real
 from os import PathLike
 from typing import Any, TypedDict
 
@@ -12,14 +13,29 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .._checks import call_factory, check_seed, check_size, check_tensor
+from .._checks import (
+    call_factory,
+    check_flag,
+    check_positive,
+    check_seed,
+    check_size,
+    check_tensor,
+)
 from .._random import forked
 from ..distributions import FlowDistribution
 from ..flows import NSF, Flow
 from ..guides.embedded import EmbeddedFlow
-from ..model.simulations import SimulationRun, Simulations, warn_of_failures
+from ..model.simulations import (
+    FIRST,
+    SimulationRun,
+    Simulations,
+    check_parameters,
+    warn_of_failures,
+)
 from ..model.simulator import FunctionSimulator
-from .likelihood import DensityReport, fit_density
+from .likelihood import DensityReport, check_options, fit_density
+from .loop import LoopOptions
+from .points import check_fraction
 
 __all__ = [
     "LearnedLikelihood",
@@ -48,11 +64,20 @@ class TrainingOptions(TypedDict, total=False):
 
 
 def check_training(options: Mapping[str, Any]) -> None:
-    """Raises ``TypeError`` unless all options are those of the training."""
+    """Raises an error unless all options are those of the training, and in their ranges.
+
+    That is before the simulations, which may take long.
+    """
     for name in options:
         if name not in TrainingOptions.__annotations__:
             known = ", ".join(TrainingOptions.__annotations__)
             raise TypeError(f"Expected options of the training ({known}); got {name!r}.")
+    check_options(options)
+    LoopOptions(average=options.get("average"))
+    validation = options.get("validation", 0.1)
+    if isinstance(validation, bool) or not isinstance(validation, Real):
+        raise TypeError(f"Expected validation to be a number; got {validation!r}.")
+    check_fraction(float(validation))
 
 
 def make_flow(features: int, context_features: int) -> Flow:
@@ -130,26 +155,23 @@ def fit_likelihood(
         True
     """
     check_training(training)
+    check_seed(seed)
+    check_flag("progress", progress)
+    if time_limit is not None:
+        check_positive("time_limit", time_limit)
     made = FunctionSimulator(simulator, prior)
     if not isinstance(simulations, Simulations):
         total = check_size("simulations", simulations, least=LEAST)
         run = SimulationRun(made, total, seed=seed, executor=executor, path=path, failing=failing)
+        with forked(seed):
+            _make_flow(flow, made, run.extend(FIRST))  # so that a mistake shows early
         simulations = run.extend(total)
         warn_of_failures(simulations)
     if len(simulations) < LEAST:
         raise ValueError(f"Expected at least {LEAST} simulations; got {len(simulations)}.")
     _check_continuous(simulations.x)
-    theta, x = _joined(simulations.theta), _joined(simulations.x)
-    with forked(check_seed(seed)):
-        network = call_factory(
-            "flow", flow, "pf.MAF is", features=x.shape[1], context=theta.shape[1]
-        )
-        if not isinstance(network, Flow) or network.context_shape != theta.shape[1:]:
-            raise TypeError(
-                "Expected flow to make a Flow of (features, context_features); got "
-                f"{type(network).__name__}."
-            )
-        embedded = EmbeddedFlow(network, nn.Identity(), theta.shape[1:]).to(x)
+    with forked(seed):
+        embedded, x, theta = _make_flow(flow, made, simulations)
     embedded.standardize(x, theta)
     report = fit_density(
         embedded,
@@ -162,6 +184,23 @@ def fit_likelihood(
     )
     shapes = {name: value.shape[1:] for name, value in simulations.x.items()}
     return LearnedLikelihood(made, embedded.requires_grad_(False), shapes, report)
+
+
+def _make_flow(
+    make: Callable[[int, int], Flow], simulator: FunctionSimulator, simulations: Simulations
+) -> tuple[EmbeddedFlow, Tensor, Tensor]:
+    """Makes the flow, with the data and the parameters as rows."""
+    priors = simulator.prior.distributions
+    check_parameters(simulations, {name: prior.event_shape for name, prior in priors.items()})
+    x = _joined(simulations.x)
+    theta = _joined({name: simulations.theta[name] for name in priors})
+    made = call_factory("flow", make, "pf.MAF is", features=x.shape[1], context=theta.shape[1])
+    if not isinstance(made, Flow) or made.context_shape != theta.shape[1:]:
+        raise TypeError(
+            "Expected flow to make a Flow of (features, context_features); got "
+            f"{type(made).__name__}."
+        )
+    return EmbeddedFlow(made, nn.Identity(), theta.shape[1:]).to(x), x, theta
 
 
 class LearnedLikelihood(nn.Module):
@@ -197,11 +236,14 @@ class LearnedLikelihood(nn.Module):
         Returns:
             A distribution of batch shape ``(*)`` and event shape ``(entries,)``.
         """
-        ends = {name: d.event_dim for name, d in self.simulator.prior.distributions.items()}
-        parts = [
-            theta[name].flatten(-end) if end else theta[name].unsqueeze(-1)
-            for name, end in ends.items()
-        ]
+        priors = self.simulator.prior.distributions
+        if not isinstance(theta, Mapping) or set(theta) != set(priors):
+            got = ", ".join(map(str, theta)) if isinstance(theta, Mapping) else type(theta).__name__
+            raise ValueError(f"Expected theta by the names {', '.join(priors)}; got {got}.")
+        parts = []
+        for name, prior in priors.items():
+            value = check_tensor(name, theta[name], prior.event_shape)
+            parts.append(value.flatten(-prior.event_dim) if prior.event_dim else value[..., None])
         return self.flow(torch.cat(parts, -1))
 
     def model(self, x: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,7 +270,8 @@ class LearnedLikelihood(nn.Module):
             names = ", ".join(map(repr, self.shapes))
             raise ValueError(f"Expected observations by the names {names}; got {list(named)}.")
         for name, shape in self.shapes.items():
-            if check_tensor(name, named[name], shape).dim() != 1 + len(shape):
+            value = check_tensor(name, named[name], shape)
+            if value.dim() != 1 + len(shape) or not len(value):
                 sizes = ", ".join(["n", *map(str, shape)])
                 raise ValueError(
                     f"Expected {name} of shape ({sizes}); got {tuple(named[name].shape)}."

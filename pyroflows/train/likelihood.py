@@ -195,7 +195,7 @@ def fit_density(
         (5, 6)
     """
     options = _Options(batch_size, learning_rate, max_epochs, patience, weight_decay)
-    _check_options(options)
+    check_options(options._asdict())
     if time_limit is not None:
         check_positive("time_limit", time_limit)
     deadline = Deadline(time_limit)
@@ -430,13 +430,13 @@ def _count(number: int, noun: str) -> str:
 # What is checked before anything changes
 
 
-def _check_options(options: _Options) -> _Options:
-    for name in ("batch_size", "max_epochs", "patience"):
-        check_size(name, getattr(options, name))
-    check_positive("learning_rate", options.learning_rate)
-    if options.weight_decay != 0:
-        check_positive("weight_decay", options.weight_decay)
-    return options
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises an error if one of these options of :func:`fit_density` is out of its range."""
+    for name, value in options.items():
+        if name in ("batch_size", "max_epochs", "patience"):
+            check_size(name, value)
+        elif name == "learning_rate" or (name == "weight_decay" and value != 0):
+            check_positive(name, value)
 
 
 def _first_log_probs(flow: nn.Module, points: Points, options: _Options, allowed: int) -> Tensor:

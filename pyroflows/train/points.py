@@ -158,12 +158,17 @@ def _as_tensor(value: Any) -> Any:
     return torch.from_numpy(np.array(array, dtype=native, order="C"))
 
 
-def _hold_out(points: Points, fraction: float) -> tuple[Points, Points]:
-    if not 0 < fraction < 1:
+def check_fraction(validation: float) -> None:
+    """Raises ``ValueError`` unless some points are held out, and not all."""
+    if not 0 < validation < 1:
         raise ValueError(
             "Expected validation between 0 and 1, the fraction of points to hold out; got "
-            f"{fraction:g}."
+            f"{validation:g}."
         )
+
+
+def _hold_out(points: Points, fraction: float) -> tuple[Points, Points]:
+    check_fraction(fraction)
     n = len(points.x)
     held_out = max(1, round(fraction * n))
     if n - held_out < 2:

@@ -128,4 +128,7 @@ def test_refusals() -> None:
     weights = pf.bayesian(small(), prior=lambda name, value: dist.Normal(0.0, 1.0))
     with pytest.raises(ValueError, match=r"distribution of shape \(.*\) for '.*'; got \(\)"):
         weights()
+    weights = pf.bayesian(small(), prior=lambda name, value: None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"prior to give a distribution of pyro\.distributions"):
+        weights()
     assert math.isfinite(float(pf.bayesian(small(), 0.1)().log_prob(Y).sum()))

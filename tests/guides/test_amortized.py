@@ -587,6 +587,27 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         r"called with \(features, context_features\)",
     ),
     "a made flow": (plain, {"flow": pf.MAF(1)}, TypeError, "not a made MAF"),
+    "a number as model": (3, {}, TypeError, "model to be a callable with Pyro statements; got 3"),
+    "a number as start": (plain, {"init_loc_fn": 3}, TypeError, "init_loc_fn to be a function"),
+    "a number as plates": (plain, {"create_plates": 3}, TypeError, "create_plates to be a funct"),
+    "an encoder of no plate": (
+        plain,
+        {"encoder": {"cells": None}},
+        ValueError,
+        "by the plates of rows, 'rows'; got 'cells'",
+    ),
+    "an encoder of whole numbers": (
+        plain,
+        {"encoder": lambda y: y.long().unsqueeze(-1)},
+        ValueError,
+        r"got \(10, 1\) of torch.int64",
+    ),
+    "encodings that are not finite": (
+        plain,
+        {"encoder": lambda y: y.unsqueeze(-1) * torch.nan},
+        ValueError,
+        "finite encodings of the rows of plate 'rows'",
+    ),
     "a negative scale": (plain, {"init_scale": -1.0}, ValueError, "init_scale to be positive"),
 }
 
@@ -601,6 +622,15 @@ def test_refusals_are_one_sentence(case: str) -> None:
     y = torch.randn(10)
     with pytest.raises(error, match=match):
         make_and_call(model, options, y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"encoder": lambda y: y.double().unsqueeze(-1)}, {"data": lambda y: y.double()}],
+)
+def test_encodings_and_data_may_be_of_double_precision(options: dict[str, Any]) -> None:
+    guide = pf.AutoAmortizedFlow(plain, **options)
+    assert guide(torch.randn(10))["z"].dtype == torch.float32
 
 
 def test_a_guide_that_refused_a_model_refuses_it_again() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.model.simulations import Simulations
+from pyroflows.model.simulations import SimulationRun, Simulations
 from pyroflows.model.simulator import as_simulator
 
 PRIOR = dist.Uniform(-torch.ones(2), torch.ones(2))
@@ -97,7 +97,7 @@ def test_killed_simulations_go_on_to_the_same_result(tmp_path: Path) -> None:
         pf.simulate(killed, PRIOR, 120, path=path)
     calls = 1000
     assert equal(pf.simulate(killed, PRIOR, 120, path=path), pf.simulate(noisy, PRIOR, 120))
-    assert calls == 1000 + 1 + 70  # the first again, to see that the file is of this simulator
+    assert calls == 1000 + 1 + 51  # the first again, to see that the file is of this simulator
     calls = 1000
     assert len(pf.simulate(killed, PRIOR, 60, path=path)) == 60 and calls == 1001
 
@@ -114,6 +114,55 @@ def test_a_file_of_other_simulations_is_refused(tmp_path: Path) -> None:
         pf.simulate(noisy, PRIOR, 10, path=path)
     with pytest.raises(ValueError, match="path that can be written"):
         pf.simulate(noisy, PRIOR, 10, path=tmp_path / "no" / "where.pt")
+
+
+def test_a_seed_of_numpy_makes_a_file_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "some.pt"
+    made = pf.simulate(noisy, PRIOR, 10, path=path, seed=np.int64(3))
+    assert equal(pf.simulate(noisy, PRIOR, 10, path=path, seed=3), made)
+
+
+def test_a_file_of_rounds_for_other_data_is_refused(tmp_path: Path) -> None:
+    path, theta = tmp_path / "some.pt", {"theta": torch.zeros(5, 2)}
+    simulator = as_simulator(noisy, PRIOR)
+    at, other = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
+
+    def run(extra: dict[str, Tensor] | None, data: dict[str, Tensor] | None) -> Simulations:
+        made = SimulationRun(simulator, 15, path=path)
+        made.extend(10)
+        return made.extend(15, extra, data)
+
+    assert equal(run(theta, at), run(theta, at))
+    for extra, data in ((theta, other), (None, None)):
+        with pytest.raises(ValueError, match=r"from number 10 on those in .* are for another"):
+            run(extra, data)
+    assert len(pf.simulate(noisy, PRIOR, 10, path=path)) == 10
+
+
+def test_a_function_may_change_its_arguments() -> None:
+    def greedy(theta: dict[str, Tensor]) -> Tensor:
+        theta["a"] += 100
+        return theta.pop("a")
+
+    prior = {"a": dist.Uniform(0.0, 1.0)}
+    simulations = pf.simulate(greedy, prior, 5)
+    torch.testing.assert_close(simulations.theta["a"] + 100, simulations.x["x"])
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (None, "x to be a tensor or an array of numbers; got None"),
+        ("none", "x to be a tensor or an array of numbers; got 'none'"),
+        ([[1.0], [1.0, 2.0]], "x to be a tensor or an array of numbers; got"),
+        (torch.zeros(2) * 1j, "x to consist of real numbers; got torch.complex64"),
+        (torch.zeros(0, 2), r"x to have entries; got shape \(0, 2\)"),
+        ({}, "data; got an empty dictionary"),
+    ],
+)
+def test_what_is_no_data_is_told(result: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected {sentence}"):
+        pf.simulate(lambda theta: result, PRIOR, 10)
 
 
 def test_failures_are_named_and_left_out() -> None:
@@ -154,8 +203,11 @@ def test_what_the_executor_cannot_run_is_told() -> None:
     pool = ProcessPoolExecutor(1, mp_context=get_context("fork"))
     with pool, pytest.raises(ValueError, match="simulator that the executor can run"):
         pf.simulate(lambda theta: theta, PRIOR, 10, executor=pool)
-    with pytest.raises(TypeError, match="executor with a method submit; got 3"):
+    with pytest.raises(TypeError, match=r"executor to be one of concurrent.futures, .* got 3"):
         pf.simulate(noisy, PRIOR, 10, executor=3)  # type: ignore[arg-type]
+    threads = ThreadPoolExecutor(1)  # which would share Pyro's handlers and the random states
+    with threads, pytest.raises(ValueError, match=r"an executor of processes, .* ThreadPool"):
+        pf.simulate(noisy, PRIOR, 10, executor=threads)
 
 
 def factored() -> None:
@@ -169,9 +221,16 @@ def improper() -> None:
     pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.tensor(0.0))
 
 
+def subsampled() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 6, subsample_size=2):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ({"simulator": subsampled}, "plate 'rows' with 2 of 6. Leave out its subsample_size"),
         ({"simulator": model}, "obs sites, or data= with the names .* mu, y and none observed"),
         ({"simulator": model, "data": ["z"]}, r"sample sites of the model \(mu, y\); got 'z'"),
         ({"simulator": model, "data": "y"}, "data to be a sequence of names"),

@@ -75,7 +75,7 @@ def test_the_posterior_of_a_model_can_be_saved(
 ) -> None:
     posterior = of_model.posterior_for(torch.ones(3), judge=False)
     posterior.save(tmp_path / "p.pt")
-    again = pf.load_posterior(tmp_path / "p.pt", posterior.density.unwrapped_model)
+    again = pf.load_posterior(tmp_path / "p.pt", conjugate)
     torch.testing.assert_close(again.sample(5, seed=0), posterior.sample(5, seed=0))
 
 

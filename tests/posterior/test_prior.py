@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -153,6 +154,40 @@ def test_a_model_with_another_shape_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"'mean' of shape \(\), .*got \(2,\) in the model"):
         prior.replace(other)()
+
+
+def test_a_model_that_lacks_or_observes_a_site_is_refused() -> None:
+    prior = fitted(torch.randn(20)).as_prior(["mean"], draws=200)
+
+    def other() -> None:
+        pyro.sample("centre", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="the sites of its prior, mean; it has no 'mean'"):
+        prior.replace(other)()
+    known = poutine.condition(study, data={"mean": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="'mean' to be latent in the model"):
+        prior.replace(known)(torch.zeros(2))
+    with pytest.raises(ValueError, match="a name that none of the prior's sites has; got 'mean'"):
+        prior.replace(study, name="mean")
+    with pytest.raises(TypeError, match="name to be a string; got 3"):
+        prior.replace(study, name=3)  # type: ignore[arg-type]
+
+
+def test_values_of_another_shape_are_refused() -> None:
+    prior = fitted(torch.randn(20)).as_prior()
+    with pytest.raises(ValueError, match=r"value of shape \(\*, 5\); got \(2,\)"):
+        prior.split(torch.zeros(2))
+
+
+def test_seeds_may_be_numbers_of_numpy() -> None:
+    posterior = fitted(torch.randn(20))
+    one, two = (posterior.sample(3, seed=seed)["mean"] for seed in (7, np.int64(7)))
+    assert torch.equal(one, two)
+    one, two = (
+        posterior.as_prior(["mean"], draws=200, seed=seed).log_prob(torch.zeros(1))
+        for seed in (7, np.int64(7))
+    )
+    assert torch.equal(one, two)
 
 
 @pytest.mark.slow

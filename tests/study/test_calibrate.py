@@ -299,6 +299,22 @@ def test_wrong_arguments_are_refused_in_a_sentence(options, error, told):
         calibrate(one_mean, **options)
 
 
+def test_data_whose_shape_changes_are_refused_in_a_sentence():
+    def changing() -> None:
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        rows = int(torch.randint(1, 4, ()))
+        pyro.sample("y", dist.Normal(x, 1.0).expand([rows]), obs=torch.zeros(rows))
+
+    with pytest.raises(ValueError, match="sites of one shape in every draw of the model; 'y'"):
+        calibrate(changing, fit=lambda *_: 1 / 0, data_sets=5)
+
+
+def test_numbers_of_numpy_make_a_file_like_any_other(tmp_path):
+    given = {"args": ARGS, "fit": Exact(), "data_sets": 2, "checkpoint": tmp_path / "study.pt"}
+    calibrate(model, **given, seed=np.int64(3), draws=np.int64(99))
+    assert calibrate(model, **given, seed=3, draws=99).fits == 2
+
+
 def test_what_cannot_be_pickled_is_refused_in_a_sentence():
     with (
         ProcessPoolExecutor(1) as executor,

@@ -174,7 +174,8 @@ def test_a_budget_of_cpu_seconds_ends_the_training():
         ({"budget": 1}, TypeError, "Expected the options executor"),
         ({"reference": 3}, TypeError, "Expected reference to be draws by site"),
         ({"reference": {"z": torch.zeros(9)}}, ValueError, "'x' is not among 'z'"),
-        ({"reference": {"x": torch.zeros(9)}}, ValueError, r"of shape \(\*, 2\); got \(9,\)"),
+        ({"reference": {"x": torch.zeros(9)}}, ValueError, r"of shape \(n, 2\); got \(9,\)"),
+        ({"reference": {"x": torch.full((9, 2), torch.nan)}}, ValueError, "finite reference draws"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_sentence(options, error, told):

@@ -64,11 +64,51 @@ def test_same_seed_same_likelihood() -> None:
         (torch.zeros(3), "observations by the names 'a', 'b'"),
         ({"a": torch.zeros(3), "b": torch.zeros(3)}, r"b of shape \(\*, 2\); got \(3,\)"),
         ({"a": torch.zeros(()), "b": torch.zeros(3, 2)}, r"a of shape \(n\); got \(\)"),
+        ({"a": torch.zeros(0), "b": torch.zeros(0, 2)}, r"a of shape \(n\); got \(0,\)"),
     ],
 )
 def test_bad_observations_are_told(likelihood: LearnedLikelihood, x: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         likelihood.model(x)
+
+
+@pytest.mark.parametrize(
+    ("theta", "sentence"),
+    [
+        (torch.zeros(3), "theta by the names mu, shift; got Tensor"),
+        ({"mu": torch.zeros(())}, "theta by the names mu, shift; got mu"),
+        ({"mu": torch.zeros(4), "shift": torch.zeros(4)}, r"shift of shape \(\*, 2\); got \(4,\)"),
+    ],
+)
+def test_bad_parameters_are_told(likelihood: LearnedLikelihood, theta: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        likelihood(theta)
+
+
+def test_the_order_of_parameters_does_not_matter() -> None:
+    simulations = pf.simulate(simulator, PRIOR, 40)
+    theta = {"mu": torch.tensor(0.0), "shift": torch.tensor([0.9, -0.9])}
+    for prior in (PRIOR, dict(reversed(PRIOR.items()))):
+        likelihood = pf.fit_likelihood(
+            simulator, prior, simulations, flow=small_flow, max_epochs=1, progress=False
+        )
+        assert float(likelihood(theta).log_prob(torch.tensor([0.0, 0.9, -0.9]))) > -3
+    with pytest.raises(ValueError, match=r"given other; got those given mu, shift\[2\]"):
+        pf.fit_likelihood(simulator, {"other": PRIOR["mu"]}, simulations)
+
+
+@pytest.mark.parametrize("name", ["max_epochs", "learning_rate", "validation", "average", "flow"])
+def test_options_are_checked_before_the_simulations(name: str) -> None:
+    calls = 0
+
+    def counted(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        return simulator(theta)
+
+    with pytest.raises((TypeError, ValueError), match=f"Expected {name}"):
+        pf.fit_likelihood(counted, PRIOR, **{**QUICK, name: -1})
+    assert calls <= 10
 
 
 @pytest.mark.parametrize(
