@@ -165,15 +165,16 @@ def test_rows_that_are_exchangeable_are_read_as_a_set() -> None:
     torch.testing.assert_close(values[0], values[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("context", ["set", "series", nn.Linear(5, 2)])
-def test_embeddings_are_trained(context: Any) -> None:
+@pytest.mark.parametrize("kind", ["set", "series", "own"])
+def test_embeddings_are_trained(kind: str) -> None:
+    context: Any = nn.Linear(5, 2) if kind == "own" else kind
     before = copy.deepcopy(context)
     made = pf.fit_amortized(
         lambda theta: theta + torch.randn(5),
         dist.Normal(0.0, 1.0),
         context=context,
         flow=small_flow,
-        **{**QUICK, "max_epochs": 15, "learning_rate": 0.02},
+        **{**QUICK, "max_epochs": 15, "learning_rate": 0.02, "average": None},
     )
     assert made.posterior_for(torch.zeros(5)).sample(3)["theta"].shape == (3,)
     if isinstance(context, nn.Module):
