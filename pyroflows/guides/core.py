@@ -18,7 +18,7 @@ from ..distributions.elimination_tree import find_elimination_tree
 from ..distributions.quadrature import HermiteNodes, quasi_normal
 from ..distributions.sparse_normal import SparseNormal
 from ..model.structure import Structure
-from .leaves import DEEPEST, Leaves, integrate_leaves
+from .leaves import DEEPEST, FromLaplace, Leaves, integrate_leaves
 from .marginal import Conditional, Marginal
 from .marginal_mode import MarginalMode
 from .skew_noise import SkewNoise
@@ -107,7 +107,7 @@ class CoreProposal(torch.nn.Module):
         self.tilts.copy_(torch.cat([tilts.mean(0, keepdim=True), (up - down) / 2]))
 
 
-class SampledCore:
+class SampledCore(FromLaplace):
     r"""The log density of a model's globals, with a few locals drawn and the rest integrated.
 
     Of crossed factors, such as persons and items, the locals of the smaller are the core
@@ -168,28 +168,6 @@ class SampledCore:
         x = given.mean + given.normal.draw_centred(self._pad(noise))
         at = torch.cat([g.double(), x[:, self.core]], -1)
         self.leaves = integrate_leaves(self.inner, at, x[:, self.rest])
-
-    # As the marginal density by Laplace's approximation, so that its mode can be found.
-
-    @property
-    def features(self) -> int:
-        """How many globals there are."""
-        return self.marginal.features
-
-    @property
-    def initial(self) -> Tensor:
-        """The globals at the start of the density."""
-        return self.marginal.initial
-
-    @property
-    def reference(self) -> Tensor:
-        """The locals there."""
-        return self.marginal.reference
-
-    @property
-    def is_normal(self) -> bool:
-        """Whether the locals are normal given the globals."""
-        return self.marginal.is_normal
 
     @torch.no_grad()
     def condition(self, g: Tensor, reference: Tensor, steps: int | None = None) -> Conditional:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..distributions.quadrature import HermiteNodes, draw_on_grid
 from .marginal import Conditional, Marginal
 
-__all__ = ["Leaves", "integrate_leaves", "leaves_are_small"]
+__all__ = ["FromLaplace", "Leaves", "integrate_leaves", "leaves_are_small"]
 
 # Nodes along each axis, tried in turn, and the most points of all axes together.
 COUNTS, MOST_POINTS = (3, 5, 7, 9, 17, 33), 1100
@@ -42,7 +42,38 @@ ROUGH = 1e-3
 NUMBERS_AT_ONCE = 2**22
 
 
-class Leaves:
+class FromLaplace:
+    """Integrals over locals that begin with Laplace's approximation, and stand in its place where
+    the mode of the globals is looked for.
+
+    Attributes:
+        marginal: The marginal density by Laplace's approximation.
+    """
+
+    marginal: Marginal
+
+    @property
+    def features(self) -> int:
+        """How many globals there are."""
+        return self.marginal.features
+
+    @property
+    def initial(self) -> Tensor:
+        """The globals at the start of the density."""
+        return self.marginal.initial
+
+    @property
+    def reference(self) -> Tensor:
+        """The locals there."""
+        return self.marginal.reference
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether the locals are normal given the globals."""
+        return self.marginal.is_normal
+
+
+class Leaves(FromLaplace):
     r"""The log density of a model's globals, with small blocks of locals integrated by quadrature.
 
     Given globals, locals are :math:`x = \mu + A z` with the mean and the covariance
@@ -98,28 +129,6 @@ class Leaves:
     def usable(self) -> bool:
         """Whether the integrals are known to be near enough for weights."""
         return self.error is not None and max(map(abs, self.error)) < USABLE
-
-    # As the marginal density by Laplace's approximation, so that its mode can be found.
-
-    @property
-    def features(self) -> int:
-        """How many globals there are."""
-        return self.marginal.features
-
-    @property
-    def initial(self) -> Tensor:
-        """The globals at the start of the density."""
-        return self.marginal.initial
-
-    @property
-    def reference(self) -> Tensor:
-        """The locals there."""
-        return self.marginal.reference
-
-    @property
-    def is_normal(self) -> bool:
-        """Whether the locals are normal given the globals."""
-        return self.marginal.is_normal
 
     def condition(self, g: Tensor, reference: Tensor, steps: int | None = None) -> Conditional:
         """The locals given globals, by Laplace's approximation."""
