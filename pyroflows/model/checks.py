@@ -31,7 +31,7 @@ from .sites import (
 from .supports import zero_outside
 
 __all__ = [
-    "check_all_data",
+    "check_all_rows",
     "check_arguments",
     "check_call",
     "check_data",
@@ -321,14 +321,19 @@ def check_outside_of_parts(trace: Any, subsampled: Mapping[str, tuple[int, int]]
                 )
 
 
-def check_all_data(trace: Any) -> None:
-    """Refuses a model that is given a part of the rows of a plate."""
+def check_all_rows(trace: Any, expected: str, remedy: str) -> None:
+    """Refuses a model of which a run has a part of the rows of a plate.
+
+    Args:
+        trace: The run.
+        expected: What the model is to do with all its rows, such as "draws all its rows".
+        remedy: The end of the sentence, and what to do.
+    """
     for frame in plate_frames(trace):
         if frame.full_size is not None and frame.full_size != frame.size:
             raise ValueError(
-                f"Expected a model that sees all its data; got plate {frame.name!r} with "
-                f"{frame.size} of {frame.full_size} given by subsample=. Use subsample_size=, or "
-                "give the data by a DataLoader as args."
+                f"Expected a model that {expected}; got plate {frame.name!r} with {frame.size} of "
+                f"{frame.full_size}{remedy}"
             )
 
 

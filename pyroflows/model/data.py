@@ -18,6 +18,10 @@ __all__ = ["GivenData", "LoadedData", "as_data"]
 
 # Data of a loader are cached up to this many bytes: loading is slower than evaluating.
 KEPT_BYTES = 2**28
+# What to do where a model has a part of its rows.
+GIVEN_A_PART = (
+    " given by subsample=. Use subsample_size=, or give the data by a DataLoader as args."
+)
 
 
 class Bindable(Protocol):
@@ -88,7 +92,7 @@ class GivenData:
 
     def check(self, density: Bindable, trace: Any) -> None:
         """Refuses a model of which these are not all data."""
-        checks.check_all_data(trace)
+        checks.check_all_rows(trace, "sees all its data", GIVEN_A_PART)
 
 
 class LoadedData:

@@ -14,12 +14,13 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from .._random import seeded
-from .checks import check_arguments, check_call
+from .checks import check_all_rows, check_arguments, check_call
 from .density import LogDensity
 from .faults import describe_error, explained
-from .sites import is_discrete, is_factor, is_improper, plate_frames, sample_nodes, site_plates
+from .sites import is_discrete, is_factor, is_improper, sample_nodes, site_plates
 
 __all__ = [
+    "Conditioned",
     "FailedCallError",
     "FunctionSimulator",
     "ModelSimulator",
@@ -146,7 +147,7 @@ class ModelSimulator(Simulator):
         with seeded(0), torch.no_grad(), poutine.block(), explained():
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
         sites = dict(sample_nodes(trace))
-        _check_all_rows(trace)
+        check_all_rows(trace, "draws all its rows", ". Leave out its subsample_size.")
         for name, node in sites.items():
             _check_drawable(name, node)
         names = data if data is not None else [n for n, s in sites.items() if s["is_observed"]]
@@ -219,10 +220,10 @@ class ModelSimulator(Simulator):
             raise ValueError(
                 f"Expected data of the sites {', '.join(self.names)}; got those of {', '.join(x)}."
             )
-        return LogDensity(GivenData(self.model), (dict(x), *self.args), self.kwargs)
+        return LogDensity(Conditioned(self.model), (dict(x), *self.args), self.kwargs)
 
 
-class GivenData:
+class Conditioned:
     """A model whose first argument holds the values of its data sites.
 
     Args:
@@ -375,15 +376,6 @@ def as_values(name: str, value: Any) -> Tensor:
     if not tensor.numel():
         raise ValueError(f"Expected {name} to have entries; got shape {tuple(tensor.shape)}.")
     return tensor.to(torch.get_default_dtype()).clone()
-
-
-def _check_all_rows(trace: Any) -> None:
-    for frame in plate_frames(trace):
-        if frame.full_size is not None and frame.full_size != frame.size:
-            raise ValueError(
-                f"Expected a model that draws all its rows; got plate {frame.name!r} with "
-                f"{frame.size} of {frame.full_size}. Leave out its subsample_size."
-            )
 
 
 def _check_drawable(name: str, node: dict[str, Any]) -> None:

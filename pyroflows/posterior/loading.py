@@ -21,7 +21,7 @@ from ..guides import Guide, as_guide, from_spec
 from ..model.checks import check_arguments
 from ..model.density import LogDensity
 from ..model.minibatch import log_density_of
-from ..model.simulator import GivenData
+from ..model.simulator import Conditioned
 from .files import damaged, describe_sites, read_state, reading
 from .fingerprint import Fingerprint, take_fingerprint
 from .posterior import Attempt, Posterior
@@ -145,7 +145,7 @@ def _density_of_file(model: Callable[..., Any], state: Mapping[str, Any], path: 
         )
     args, kwargs = state["arguments"]
     if state["given_data"]:
-        model = GivenData(model)
+        model = Conditioned(model)
     try:
         return log_density_of(model, *check_arguments(args, kwargs)).full
     except TypeError as error:

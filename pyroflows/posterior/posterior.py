@@ -18,7 +18,7 @@ from ..guides.guide import Guide
 from ..model import prediction as simulate
 from ..model.density import LogDensity
 from ..model.handlers import DetachedCopies
-from ..model.simulator import GivenData
+from ..model.simulator import Conditioned
 from ..report import statistics
 from ..sampling.polishing import polish
 from .files import describe_sites, is_plain, write_state
@@ -456,7 +456,7 @@ class Posterior:
             "guide": self.guide.spec(),
             "parameters": self.guide.state_dict(),
             "arguments": arguments if is_plain(arguments) else None,
-            "given_data": isinstance(density.unwrapped_model, GivenData),
+            "given_data": isinstance(density.unwrapped_model, Conditioned),
             "fingerprint": list(take_fingerprint(density)),
             "verdict": self.verdict.to_plain(),
             "trajectories": self.trajectories,

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_model, list_names
 from .._compat import message_in, without_handlers
 from .._random import seeded
-from ..model.checks import check_arguments, check_call
+from ..model.checks import check_all_rows, check_arguments, check_call
 from ..model.faults import explained
 from ..model.handlers import PlainNames
 from ..model.sites import (
@@ -22,7 +22,6 @@ from ..model.sites import (
     distribution_name,
     is_discrete,
     is_factor,
-    plate_frames,
     sample_nodes,
     unmasked_entries,
 )
@@ -131,7 +130,7 @@ class Simulator:
         self.active = {name: unmasked_entries(node) for name, node in _latent_nodes(trace)}
         _refuse_unobserved(trace)
         _refuse_factors(trace)
-        _refuse_parts(trace)
+        check_all_rows(trace, "sees all its rows", ". Leave out its subsample_size.")
 
     def draw(self, seed: int | None) -> Simulation:
         """Draws parameters, and data given them.
@@ -212,15 +211,6 @@ def _refuse_factors(trace: Any) -> None:
             "Expected a model of which parameters and data can be drawn; got one with the "
             f"pyro.factor {list_names(names)}, a density without draws."
         )
-
-
-def _refuse_parts(trace: Any) -> None:
-    for frame in plate_frames(trace):
-        if frame.full_size is not None and frame.full_size != frame.size:
-            raise ValueError(
-                f"Expected a model that sees all its rows; got plate {frame.name!r} with "
-                f"{frame.size} of {frame.full_size}. Leave out its subsample_size."
-            )
 
 
 def _cannot_be_drawn(error: NotImplementedError) -> ValueError:
