@@ -10,7 +10,7 @@ from .._compat import module_name
 from ..flows import Flow
 from ..transforms import LowerTriangularAffine, Transform
 from ..transforms.low_rank import TRIANGULAR, LowRankAffine, LowRankRoot
-from ..transforms.roots import Root
+from ..transforms.roots import Root, triangle
 
 __all__ = ["WhitenedFlow"]
 
@@ -72,4 +72,4 @@ class WhitenedFlow(Flow):
         if isinstance(whitening, LowRankAffine):
             whitening.set(loc, LowRankRoot.of_factor(root) if isinstance(root, Tensor) else root)
         else:
-            whitening.set(loc, root if isinstance(root, Tensor) else root.triangle())
+            whitening.set(loc, triangle(root))

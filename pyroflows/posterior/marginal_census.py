@@ -14,7 +14,7 @@ from .._random import forked
 from ..guides.marginal import Marginal
 from ..guides.marginal_mode import MarginalMode
 from ..model import prediction as simulate
-from ..transforms.roots import Root
+from ..transforms.roots import triangle
 from .census import (
     DIP,
     FAR_OUT,
@@ -178,7 +178,7 @@ def find_flat_ridge(log_prob: LogProb, fit: Gaussian) -> Tensor | None:
     found = find_flat_direction(log_prob, fit, DISTANCES)
     if found is not None:
         return found
-    root = _triangle(fit.scale_tril)
+    root = triangle(fit.scale_tril)
     axes = torch.cat([root.mT, -root.mT])
     top = log_prob(fit.loc.unsqueeze(0))
     for axis in axes[top - log_prob(fit.loc + RIDGE[0] * axes) < math.log(RIDGE[0])]:
@@ -188,14 +188,9 @@ def find_flat_ridge(log_prob: LogProb, fit: Gaussian) -> Tensor | None:
     return None
 
 
-def _triangle(root: Root) -> Tensor:
-    """The root as a matrix, because globals are few."""
-    return root if isinstance(root, Tensor) else root.triangle()
-
-
 def _follow_ridge(log_prob: LogProb, fit: Gaussian, top: Tensor, axis: Tensor) -> Tensor | None:
     """The direction of a ridge that is as high far out as a density without bound."""
-    root, direction = _triangle(fit.scale_tril), axis
+    root, direction = triangle(fit.scale_tril), axis
     for distance in RIDGE:
         point = fit.loc + distance * direction
         for _ in range(STEPS_ACROSS):

@@ -19,6 +19,7 @@ __all__ = [
     "multiply_transposed",
     "pick_root",
     "solve_root",
+    "triangle",
 ]
 
 #: Of shape ``(*, features, features)``, where it is a matrix.
@@ -65,3 +66,8 @@ def join_roots(roots: Sequence[Root]) -> Root:
     if matrices:
         return torch.cat(matrices)
     return LowRankRoot(*(torch.cat(parts) for parts in zip(*roots, strict=True)))
+
+
+def triangle(root: Root) -> Tensor:
+    """The lower-triangular root of the same covariance, of few features."""
+    return root if isinstance(root, Tensor) else root.triangle()
