@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .handlers import GivenRows
-from .sites import WRAPPERS, base_distribution, is_discrete, unmasked_entries
+from .sites import WRAPPERS, base_distribution, unmasked_entries
 
 __all__ = [
     "Coordinates",
     "batch_axes",
     "frame_of",
-    "is_local",
     "observed_rows",
     "rehearse",
     "rows_of",
@@ -242,8 +241,3 @@ def _loc_scale(fn: Any) -> tuple[Tensor, Tensor] | None:
 
 def _sum(value: Tensor, dims: int) -> Tensor:
     return value.sum(tuple(range(-dims, 0))) if dims else value
-
-
-def is_local(node: Node, plate: str) -> bool:
-    """Whether a continuous latent site lies in a plate."""
-    return frame_of(node, plate) is not None and not is_discrete(node)

@@ -141,11 +141,12 @@ def sharpen(density: LogDensity, fits: Gaussians, draws: int = 64, seed: int = 0
     best, scale, n = fits, root.scale, fits.loc.shape[-1]
     with contextlib.suppress(TimeOver):
         best = _with_elbos(density, fits.loc, root, noise)
-        for _ in range(ROUNDS):
+        for finished in range(ROUNDS):
+            if finished:
+                probes = torch.randn(PROBES, n, generator=generator).to(scale).sign()
+                scale = _renew_scale(density, fits.loc, root, probes)
             start = torch.randn(1, n, generator=generator).to(scale).expand_as(scale)
             root = _extreme_directions(density, fits.loc, scale, start)
-            probes = torch.randn(PROBES, n, generator=generator).to(scale).sign()
-            scale = _renew_scale(density, fits.loc, root, probes)
             new = _with_elbos(density, fits.loc, root, noise)
             best = new.where(new.elbo > best.elbo, best)
     return best
